@@ -1,0 +1,176 @@
+"""The network and the family.
+
+    stem, then four stages of 3x3 layers, the first of each with stride 2; global average pooling; a linear classifier.
+
+`create_model` of zoo.py builds the members by name. Sources: RepVGG (CVPR 2021), Tables 2 and 3; D2se from the official code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from repvgg.blocks import BLOCKS, SqueezeExcite, deploy_conv
+
+
+@dataclass(frozen=True)
+class Member:
+    """Depths of stages 2 to 5 (stage 1 is the stem), the width multipliers a and b, groups of every other layer."""
+
+    depths: tuple[int, int, int, int]
+    a: float
+    b: float
+    groups: int = 1
+    squeeze_excite: bool = False
+
+    def widths(self, width: float = 1.0) -> tuple[int, ...]:
+        """Channels of the five stages: min(64, 64a), 64a, 128a, 256a, 512b (Table 2), each a multiple of `groups`."""
+        a, b = self.a * width, self.b * width
+        exact = (min(64, 64 * a), 64 * a, 128 * a, 256 * a, 512 * b)
+        return tuple(max(1, round(channels / self.groups)) * self.groups for channels in exact)
+
+
+A, B = (2, 4, 14, 1), (4, 6, 16, 1)
+FAMILY: dict[str, Member] = {
+    "repvgg_a0": Member(A, 0.75, 2.5),
+    "repvgg_a1": Member(A, 1, 2.5),
+    "repvgg_a2": Member(A, 1.5, 2.75),
+    "repvgg_b0": Member(B, 1, 2.5),
+    "repvgg_b1": Member(B, 2, 4),
+    "repvgg_b1g2": Member(B, 2, 4, groups=2),
+    "repvgg_b1g4": Member(B, 2, 4, groups=4),
+    "repvgg_b2": Member(B, 2.5, 5),
+    "repvgg_b2g2": Member(B, 2.5, 5, groups=2),
+    "repvgg_b2g4": Member(B, 2.5, 5, groups=4),
+    "repvgg_b3": Member(B, 3, 5),
+    "repvgg_b3g2": Member(B, 3, 5, groups=2),
+    "repvgg_b3g4": Member(B, 3, 5, groups=4),
+    "repvgg_d2se": Member((8, 14, 24, 1), 2.5, 5, squeeze_excite=True),
+    # Beyond the paper: small enough to train on a CPU in minutes.
+    "repvgg_micro": Member((2, 2, 4, 1), 0.5, 0.5),
+}
+
+
+class Layer(nn.Module):
+    """`act(se(block(x)))`; the block is one 3x3 convolution in deploy form."""
+
+    def __init__(self, block: nn.Module, se: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.se = se
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.se(self.block(x)))  # type: ignore[no-any-return]
+
+
+class RepVGG(nn.Module):
+    """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
+
+    output_stride: 32, or 16 or 8, where the last one or two stages keep their resolution and dilate every 3x3 instead.
+    small_input: stem and first stage at stride 1, for images of some 32 pixels.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        deploy: bool = False,
+        output_stride: int = 32,
+        width: float = 1.0,
+        small_input: bool = False,
+        block: str = "repvgg",
+    ) -> None:
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride is {output_stride}: choose 8, 16 or 32")
+        if block not in BLOCKS:
+            raise ValueError(f"no block {block!r}: there are {', '.join(BLOCKS)}")
+        if num_classes < 1 or in_chans < 1 or not 0 < width <= 16:
+            raise ValueError("num_classes and in_chans are at least 1, width is above 0 and at most 16")
+        widths = member.widths(width)
+        strides, dilations = _strides_and_dilations(output_stride, small_input)
+        make = deploy_conv if deploy else BLOCKS[block]
+
+        def layer(in_channels: int, stage: int, first: bool, index: int) -> Layer:
+            out = widths[stage]
+            groups = member.groups if index % 2 else 1  # the 3rd, 5th, ... layer, counting the stem as the 1st
+            groups = 1 if index == 1 else groups
+            stride = strides[stage] if first else 1
+            return Layer(
+                make(in_channels, out, stride, dilations[stage], groups),
+                SqueezeExcite(out) if member.squeeze_excite else nn.Identity(),
+            )
+
+        self.stem = layer(in_chans, 0, True, 1)
+        stages, channels, index = [], widths[0], 1
+        for stage, depth in enumerate(member.depths, 1):
+            layers = []
+            for i in range(depth):
+                index += 1
+                layers.append(layer(channels, stage, i == 0, index))
+                channels = widths[stage]
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(channels, num_classes)
+        self.num_features = channels
+        self.checkpointing = False
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.out_features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, [N, num_features, H / output_stride, W / output_stride] (rounded up)."""
+        return self.forward_intermediates(x)[-1]
+
+    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
+        """Feature maps of the five stages of Table 2 (the stem is the first); of `indices` alone, or of the last n."""
+        x = self._run(self.stem, x)
+        features = [x]
+        for stage in self.stages:
+            for layer in stage:  # type: ignore[attr-defined]
+                x = self._run(layer, x)
+            features.append(x)
+        if indices is None:
+            return features
+        return features[-indices:] if isinstance(indices, int) else [features[i] for i in indices]
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.head(features.mean((2, 3)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, untrained classifier of `num_classes` outputs in place of the old one."""
+        old = self.head
+        self.head = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
+        self.head.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each layer's input in training and compute the rest again in the backward pass."""
+        self.checkpointing = enable
+
+    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(layer, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return layer(x)  # type: ignore[no-any-return]
+
+
+def _strides_and_dilations(output_stride: int, small_input: bool) -> tuple[list[int], list[int]]:
+    """Of the five stages. A stage that loses its stride doubles the dilation of every 3x3 from its first layer on."""
+    strides = [1, 1, 2, 2, 2] if small_input else [2, 2, 2, 2, 2]
+    dilations = [1, 1, 1, 1, 1]
+    for stage in range(5)[{32: 5, 16: 4, 8: 3}[output_stride] :]:
+        strides[stage] = 1
+        dilations[stage] = dilations[stage - 1] * 2
+    return strides, dilations
+
+
+def is_deploy_form(model: nn.Module) -> bool:
+    """Whether every layer's block is one plain convolution."""
+    return all(type(m.block) is nn.Conv2d for m in model.modules() if isinstance(m, Layer))
