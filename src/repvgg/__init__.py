@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from repvgg.zoo import load as load
     from repvgg.zoo import save as save
 
-__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

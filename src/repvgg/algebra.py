@@ -9,13 +9,14 @@ function of tensors, in float64, and differentiable. (RepVGG, CVPR 2021, section
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class ReparamError(ValueError):
@@ -44,7 +45,7 @@ class LinearMap:
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     groups: int = 1
-    padding_mode: str = "zeros"
+    padding_mode: PaddingMode = "zeros"
 
     @property
     def out_channels(self) -> int:
@@ -134,20 +135,19 @@ def add(*maps: LinearMap) -> LinearMap:
     for what in ("in_channels", "out_channels", "stride"):
         _agree(what, {getattr(m, what) for m in maps})
     kernel_size = _pair(max(m.kernel_size[axis] for m in maps) for axis in (0, 1))
-    dilation = _pair(
-        _agree("dilation", {m.dilation[axis] for m in maps if m.kernel_size[axis] > 1} or {1}) for axis in (0, 1)
-    )
+    dilation = _pair(_agree("dilation", {m.dilation[axis] for m in maps if m.kernel_size[axis] > 1} or {1}) for axis in (0, 1))
     mode = _agree("padding mode", {m.padding_mode for m in maps if any(m.padding)} or {"zeros"})
     groups = math.gcd(*(m.groups for m in maps))
     wide = [regroup(widen(m, kernel_size, dilation), groups) for m in maps]
     padding = _agree("padding (once widened to one kernel size)", {m.padding for m in wide})
     kernel, bias = sum(m.kernel for m in wide), sum(m.bias for m in wide)
-    assert isinstance(kernel, Tensor) and isinstance(bias, Tensor)
+    assert isinstance(kernel, Tensor)
+    assert isinstance(bias, Tensor)
     return LinearMap(kernel, bias, maps[0].stride, padding, dilation, groups, mode)
 
 
 def compose(first: LinearMap, *others: LinearMap) -> LinearMap:
-    """`others[-1](... others[0](first(x)))`: where one of each two neighbours is 1x1 (equations 3 and 4 are the case of batch norm)."""
+    """`others[-1](... others[0](first(x)))`, where one of each two neighbours is 1x1 (with a batch norm: equations 3 and 4)."""
     for second in others:
         first = _compose(first, second)
     return first
@@ -161,7 +161,7 @@ def _compose(first: LinearMap, second: LinearMap) -> LinearMap:
     if first.kernel_size == (1, 1) and first.stride == (1, 1):
         return _pointwise_then(first, second)
     raise ReparamError(
-        f"a {_by(first.kernel_size)} and then a {_by(second.kernel_size)} convolution do not make one of the same size: one must be 1x1"
+        f"a {_by(first.kernel_size)} and then a {_by(second.kernel_size)} convolution make a larger one: one must be 1x1"
     )
 
 
@@ -190,9 +190,7 @@ def _pointwise_then(first: LinearMap, second: LinearMap) -> LinearMap:
     a, b = _by_group(regroup(first, groups))[..., 0, 0], _by_group(regroup(second, groups))
     kernel = torch.einsum("gomhw,gmi->goihw", b, a).flatten(0, 1)
     bias = torch.einsum("gomhw,gm->go", b, first.bias.view(groups, -1)).flatten() + second.bias
-    return replace(
-        second, kernel=kernel, bias=bias, groups=groups, padding=outer.padding, padding_mode=outer.padding_mode
-    )
+    return replace(second, kernel=kernel, bias=bias, groups=groups, padding=outer.padding, padding_mode=outer.padding_mode)
 
 
 def _by_group(m: LinearMap) -> Tensor:

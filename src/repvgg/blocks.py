@@ -11,6 +11,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg.algebra import PaddingMode
 from repvgg.reparam import Branches, register_convolution
 
 
@@ -41,7 +42,7 @@ def repvgg(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
     *,
     with_1x1: bool = True,
     with_identity: bool = True,
@@ -65,7 +66,7 @@ def deploy_conv(
     stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
-    padding_mode: str = "zeros",
+    padding_mode: PaddingMode = "zeros",
 ) -> nn.Conv2d:
     """What each block folds into: one 3x3 convolution with bias."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, True, padding_mode)
@@ -88,5 +89,5 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(max(1, channels // reduction), channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
+        gate: Tensor = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
         return x * gate.sigmoid()

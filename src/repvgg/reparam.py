@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from repvgg.algebra import LinearMap, Pair, ReparamError, add, batch_norm, compose, identity, scale
+from repvgg.algebra import LinearMap, Pair, ReparamError, add, batch_norm, compose, identity
 
 Reader = Callable[[Any, int | None], LinearMap]
 
@@ -41,7 +41,7 @@ class Branches(nn.Module):
             self.add_module(name, branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(branch(x) for branch in self.children())  # type: ignore[return-value]
+        return sum(branch(x) for branch in self.children())  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------------------------ modules as linear maps
@@ -195,9 +195,7 @@ class FoldReport:
 
     def __str__(self) -> str:
         worst = max(self.errors.values(), default=0.0)
-        lines = [
-            f"folded {len(self.blocks)} blocks and {len(self.pairs)} conv+BN pairs; largest error of a part {worst:.1e}"
-        ]
+        lines = [f"folded {len(self.blocks)} blocks and {len(self.pairs)} conv+BN pairs; largest error of a part {worst:.1e}"]
         lines += [f"left {path}: {reason}" for path, reason in self.left.items()]
         return "\n".join(lines)
 
@@ -275,7 +273,7 @@ def _fold_pairs(model: nn.Module, report: FoldReport) -> None:
 
 
 def _calls(model: nn.Module) -> tuple[list[tuple[nn.Conv2d, nn.Module]], Counter[int], dict[str, str]]:
-    """Every conv whose output goes to a batch norm and nowhere else, how often each module is called, and what resists tracing."""
+    """Every conv whose output goes to a batch norm alone, how often each module is called, and what resists tracing."""
     pairs: list[tuple[nn.Conv2d, nn.Module]] = []
     calls: Counter[int] = Counter()
     untraceable: dict[str, str] = {}
@@ -284,7 +282,7 @@ def _calls(model: nn.Module) -> tuple[list[tuple[nn.Conv2d, nn.Module]], Counter
             continue
         try:
             graph = _SiblingTracer().trace(parent, _defaults(parent))
-        except Exception as error:  # noqa: BLE001 - whatever a stranger's forward raises under tracing
+        except Exception as error:
             untraceable[path] = f"its parent's forward cannot be traced ({type(error).__name__})"
             continue
         for node in graph.nodes:
@@ -340,8 +338,8 @@ class Error:
 
 @dataclass(frozen=True)
 class Verification:
-    """How well `b` stands for `a`. Both errors are against `a` computed in float64; `bound` holds for the relative one, a hundred
-    times it for the other. `a`'s own rounding in the same precision is known too: `b` may always be three times as far off."""
+    """How well `b` stands for `a`. Both errors are against `a` in float64; `bound` holds for the relative one, a hundred times
+    it for the other. `a`'s own rounding in the same precision is measured too: `b` may always be three times as far off."""
 
     error: Error
     own: Error
@@ -367,9 +365,7 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(
-    a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images: int = 4, seed: int = 0
-) -> Verification:
+def verify(a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images: int = 4, seed: int = 0) -> Verification:
     """Compare two models on random images [images, *input_size]: `b` in its own precision against `a` in float64.
 
     Both must be in eval mode (`ReparamError` otherwise) and on one device. Outputs may be tensors or trees of tensors.
@@ -422,11 +418,7 @@ def _compare(original: Callable[[Tensor], Tensor], folded: LinearMap, m: LinearM
     noise = torch.Generator().manual_seed(m.in_channels * 31 + m.kernel_size[0])
     x = torch.randn(2, m.in_channels, *size, generator=noise, dtype=torch.float64).to(m.kernel.device)
     wanted, got = original(x), folded(x)
-    error = (
-        _ratio(float((got - wanted).abs().max()), float(wanted.abs().max()))
-        if wanted.shape == got.shape
-        else float("inf")
-    )
+    error = _ratio(float((got - wanted).abs().max()), float(wanted.abs().max())) if wanted.shape == got.shape else float("inf")
     if error > PART_BOUND:
         raise ReparamError(f"its folded form differs by {error:.1e} (bound {PART_BOUND:.0e}); please report this")
     return error
@@ -437,7 +429,7 @@ def _compare(original: Callable[[Tensor], Tensor], folded: LinearMap, m: LinearM
 
 def as_conv(m: LinearMap, like: Tensor) -> nn.Conv2d:
     """The map as a convolution with bias, in eval mode, in the dtype, device and memory format of `like`."""
-    conv = nn.utils.skip_init(
+    conv: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d,
         m.in_channels,
         m.out_channels,
@@ -511,7 +503,7 @@ def _why_unknown(module: nn.Module) -> str:
     known = next((t for t in (*_ATOMS, nn.BatchNorm2d) if isinstance(module, t)), None)
     if known is not None:
         return f"{cls} is a subclass of {known.__name__} and may compute something else: as_linear.register says what"
-    return f"{cls} is not known to be linear, so the block cannot be folded: move it out of the block, or as_linear.register says what it means"
+    return f"{cls} is not known to be linear: move it out of the block, or say what it means with as_linear.register"
 
 
 def _needed(channels: int | None) -> int:
