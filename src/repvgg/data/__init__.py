@@ -1,0 +1,107 @@
+"""Where images come from. One string names a source:
+
+digits                 1,797 scans of handwritten digits, embedded (see digits.py)
+FOLDER                 train/<class>/*, val/<class>/*
+cifar10[:ROOT]         from the hub, or a local copy: parquet shards, or torchvision's cifar-10-batches-py
+hf:NAME_OR_PATH        a Hugging Face data set: its hub name, or a local folder of parquet
+
+source = open_source("digits")
+image, label = source.train[0]             # uint8 [C, H, W], int
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from repvgg.files import Preprocessing
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the place and the remedy."""
+
+
+class Images(Protocol):
+    """A sequence of (uint8 image [C, H, W], label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Two splits, the names of the classes, how images are prepared for a model, and the recipe that suits them."""
+
+    name: str
+    train: Images
+    val: Images
+    classes: list[str]
+    preprocessing: Preprocessing
+    recipe: str = "light"
+
+    def limited(self, count: int | None, seed: int = 0) -> "Source":
+        """At most `count` images of each split, drawn with the seed."""
+        if count is None:
+            return self
+        if count < 1:
+            raise DataError(f"--limit {count}: at least one image is needed")
+        return replace(self, train=Subset(self.train, count, seed), val=Subset(self.val, count, seed))
+
+
+class Subset:
+    """`count` images drawn without replacement; all of them, in their order, if there are no more."""
+
+    def __init__(self, images: Images, count: int, seed: int) -> None:
+        self.images = images
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        self.indices: Sequence[int] = sorted(order[:count].tolist())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[self.indices[index]]
+
+
+class InMemory:
+    """Decoded images kept in one uint8 tensor [N, C, H, W] that worker processes share; each is decoded when first asked for."""
+
+    def __init__(self, decode: Callable[[int], Tensor], labels: Sequence[int], shape: tuple[int, ...]) -> None:
+        self.decode, self.labels = decode, labels
+        self.pixels = torch.zeros((len(labels), *shape), dtype=torch.uint8).share_memory_()
+        self.known = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not self.known[index]:
+            self.pixels[index] = self.decode(index)
+            self.known[index] = True
+        return self.pixels[index], self.labels[index]
+
+
+def open_source(spec: str) -> Source:
+    """The source that a string names. Raises `DataError` if it is not there or cannot be trained on."""
+    kind, _, rest = spec.partition(":")
+    if spec == "digits":
+        from repvgg.data.digits import open_digits
+
+        return open_digits()
+    if kind == "cifar10":
+        from repvgg.data.cifar10 import open_cifar10
+
+        return open_cifar10(rest)
+    if kind == "hf" and rest:
+        from repvgg.data.hf import open_hf
+
+        return open_hf(rest)
+    if Path(spec).is_dir():
+        from repvgg.data.folder import open_folder
+
+        return open_folder(Path(spec))
+    raise DataError(f"no data {spec!r}: digits, a folder with train/ and val/, cifar10[:ROOT] or hf:NAME_OR_PATH")

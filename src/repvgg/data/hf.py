@@ -1,0 +1,84 @@
+"""Hugging Face data sets: a name on the hub, or a local folder of parquet files."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import Tensor
+
+from repvgg.data import DataError, Images, InMemory, Source
+from repvgg.data.images import decode
+from repvgg.files import Preprocessing
+
+VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+SMALL = 64  # pixels: images of at most this size are decoded once and kept in memory
+CIFAR10 = Preprocessing((3, 32, 32), 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+
+
+class Encoded:
+    """Images decoded each time they are asked for."""
+
+    def __init__(self, table: Any, image: str, labels: list[int]) -> None:
+        self.table, self.image, self.labels = table, image, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, index: int) -> Tensor:
+        cell = self.table[index][self.image]
+        source = cell["bytes"] if cell["bytes"] is not None else cell["path"]
+        return decode(source, name=cell["path"] or f"image {index}")
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels(index), self.labels[index]
+
+
+def open_hf(name: str, recipe: str = "light") -> Source:
+    """`name`: a hub name or a local folder; it needs an image column, a label column, a train and a validation or test split."""
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise DataError(f"{name}: no such folder")
+    datasets.disable_progress_bars()
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:  # the library raises many types; each is a reason in words
+        raise DataError(f"hf:{name}: cannot be opened ({str(error).splitlines()[0][:200]})") from None
+    if "train" not in splits:
+        raise DataError(f"hf:{name}: has no split called train (it has {', '.join(splits)})")
+    held_out = next((s for s in VALIDATION_SPLITS if s in splits), None)
+    if held_out is None:
+        raise DataError(f"hf:{name}: has no {', '.join(VALIDATION_SPLITS)} split to evaluate on")
+    image, label, classes = _columns(name, splits["train"].features)
+    train, val = (_images(splits[s], image, label) for s in ("train", held_out))
+    classes = classes or [str(i) for i in range(max(train[1]) + 1)]
+    for split, labels in (("train", train[1]), (held_out, val[1])):
+        if wrong := [x for x in set(labels) if not 0 <= x < len(classes)]:
+            raise DataError(f"hf:{name}: label {wrong[0]} in {split}, but there are {len(classes)} classes")
+    if unseen := sorted(set(val[1]) - set(train[1])):
+        raise DataError(f"hf:{name}: class {classes[unseen[0]]!r} has no images to train on")
+    small = isinstance(train[0], InMemory)
+    is_cifar10 = small and len(classes) == 10 and tuple(train[0].pixels.shape[1:]) == (3, 32, 32)  # type: ignore[attr-defined]
+    size = train[0].pixels.shape[-1] if isinstance(train[0], InMemory) else 224
+    preprocessing = CIFAR10 if is_cifar10 else Preprocessing((3, size, size), size) if small else Preprocessing()
+    return Source(f"hf:{name}", train[0], val[0], classes, preprocessing, "cifar" if small else recipe)
+
+
+def _columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
+    image = next((c for c, f in features.items() if isinstance(f, datasets.Image)), None)
+    labels = {c: f for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith("int")]
+    label = next(iter(labels), next((c for c in integers if c in ("label", "labels", "class", "target")), None))
+    if image is None or label is None:
+        raise DataError(f"hf:{name}: needs an image column and a label column; it has {', '.join(features)}")
+    return image, label, labels[label].names if label in labels else None
+
+
+def _images(table: Any, image: str, label: str) -> tuple[Images, list[int]]:
+    table = table.cast_column(image, datasets.Image(decode=False))
+    labels = [int(x) for x in table[label]]
+    if not labels:
+        raise DataError("a split holds no images")
+    encoded = Encoded(table, image, labels)
+    shape = tuple(encoded.pixels(0).shape)
+    if max(shape[1:]) > SMALL or any(tuple(encoded.pixels(i).shape) != shape for i in (len(labels) // 2, len(labels) - 1)):
+        return encoded, labels
+    return InMemory(encoded.pixels, labels, shape), labels

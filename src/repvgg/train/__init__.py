@@ -1,0 +1,1 @@
+"""Training: recipes (plain data), augmentation, the loop, evaluation."""

@@ -1,0 +1,63 @@
+"""Accuracy of a classifier: top-1, top-5, per class, and the confusion matrix."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repvgg.data import Images
+from repvgg.data.transforms import Transformed, eval_transform, normalise
+from repvgg.files import Preprocessing
+
+Network = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of `images` images. confusion: [classes, classes], rows the true class, columns the predicted one."""
+
+    images: int
+    loss: float
+    top1: float
+    top5: float
+    confusion: Tensor
+
+    @property
+    def per_class(self) -> list[float]:
+        """Share of each class's images that were recognised (NaN where there are none)."""
+        return (self.confusion.diag() / self.confusion.sum(dim=1)).tolist()
+
+
+def batches(
+    images: Images, preprocessing: Preprocessing, batch_size: int, workers: int = 0, device: str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images [N, C, H, W] and labels [N], in order."""
+    loader: Iterable[tuple[Tensor, Tensor]] = torch.utils.data.DataLoader(
+        Transformed(images, eval_transform(preprocessing)),  # type: ignore[arg-type]
+        batch_size,
+        num_workers=workers,
+    )
+    for pixels, labels in loader:
+        yield normalise(pixels.to(device), preprocessing), labels.to(device)
+
+
+@torch.inference_mode()
+def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Accuracy:
+    """Run a network in eval mode over batches of normalised images and labels. Raises ValueError if there are none."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
+    count, loss, top5 = 0, 0.0, 0
+    for images, labels in data:
+        logits = network(images).float()
+        if logits.shape[1] != num_classes:
+            raise ValueError(f"the model has {logits.shape[1]} classes, the data {num_classes}")
+        count += len(labels)
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
+        confusion += multiclass_confusion_matrix(logits.argmax(1), labels, num_classes).cpu()
+    if not count:
+        raise ValueError("there are no images to evaluate on")
+    return Accuracy(count, loss / count, float(confusion.trace()) / count, top5 / count, confusion)

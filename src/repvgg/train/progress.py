@@ -1,0 +1,74 @@
+"""What people look at during a run: a live line in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+from repvgg.train.evaluate import Accuracy
+
+PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Loss and top-1 (means of the last steps), images a second, time left. Use as a context manager."""
+
+    def __init__(self, epochs: int, steps: int, batch_size: int, log: Any = print) -> None:
+        self.epochs, self.steps, self.batch_size, self.log = epochs, steps, batch_size, log
+        self.recent: deque[tuple[float, float]] = deque(maxlen=50)
+        self.done, self.lr = 0, 0.0
+        self.bar: Any = None
+        self.training_seconds, self.mark, self.spoke = 0.0, 0.0, 0.0
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=self.epochs * self.steps)
+        self.mark = self.spoke = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self, epoch: int, loss: float, top1: float, lr: float) -> None:
+        """After each training step."""
+        now = time.perf_counter()
+        self.training_seconds += now - self.mark
+        self.mark, self.lr = now, lr
+        self.done += 1
+        self.recent.append((loss, top1))
+        a = self.averages()
+        line = f"epoch {epoch + 1}/{self.epochs}  loss {a['loss']:.3f}  top-1 {a['top1']:.1%}  {a['img_per_s']:.0f} img/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=line)
+        elif now - self.spoke > PLAIN_EVERY:
+            self.spoke = now
+            left = self.training_seconds / self.done * (self.epochs * self.steps - self.done)
+            self.log(f"{line}  step {self.done}/{self.epochs * self.steps}  {left / 60:.1f} min left")
+
+    def evaluated(self, epoch: int, accuracy: Accuracy) -> None:
+        """After each epoch's evaluation."""
+        self.mark = time.perf_counter()
+        a = self.averages()
+        line = (
+            f"epoch {epoch + 1}/{self.epochs}: loss {a['loss']:.3f}, val top-1 {accuracy.top1:.2%} "
+            f"({accuracy.images} images), {a['img_per_s']:.0f} img/s, lr {self.lr:.4f}"
+        )
+        if self.bar is not None:
+            self.bar.console.print(line, highlight=False)
+        else:
+            self.log(line)
+
+    def averages(self) -> dict[str, float]:
+        """Of the last 50 steps; the speed is that of all training steps so far, loading included, evaluation not."""
+        loss, top1 = (sum(values) / len(self.recent) for values in zip(*self.recent, strict=True))
+        speed = self.done * self.batch_size / self.training_seconds
+        return {"loss": loss, "top1": top1, "lr": self.lr, "img_per_s": round(speed, 1)}
