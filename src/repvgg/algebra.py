@@ -9,6 +9,7 @@ function of tensors, in float64, and differentiable. (RepVGG, CVPR 2021, section
 
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -140,9 +141,7 @@ def add(*maps: LinearMap) -> LinearMap:
     groups = math.gcd(*(m.groups for m in maps))
     wide = [regroup(widen(m, kernel_size, dilation), groups) for m in maps]
     padding = _agree("padding (once widened to one kernel size)", {m.padding for m in wide})
-    kernel, bias = sum(m.kernel for m in wide), sum(m.bias for m in wide)
-    assert isinstance(kernel, Tensor)
-    assert isinstance(bias, Tensor)
+    kernel, bias = reduce(torch.add, [m.kernel for m in wide]), reduce(torch.add, [m.bias for m in wide])
     return LinearMap(kernel, bias, maps[0].stride, padding, dilation, groups, mode)
 
 
@@ -160,6 +159,10 @@ def _compose(first: LinearMap, second: LinearMap) -> LinearMap:
         return _then_pointwise(first, second)
     if first.kernel_size == (1, 1) and first.stride == (1, 1):
         return _pointwise_then(first, second)
+    if first.kernel_size == (1, 1):
+        raise ReparamError("a 1x1 convolution with a stride skips pixels that the next one needs: give the stride to the next")
+    if second.kernel_size == (1, 1):
+        raise ReparamError("a 1x1 convolution pads what another has computed: let the first do the padding")
     raise ReparamError(
         f"a {_by(first.kernel_size)} and then a {_by(second.kernel_size)} convolution make a larger one: one must be 1x1"
     )

@@ -5,7 +5,8 @@
 `create_model` of zoo.py builds the members by name. Sources: RepVGG (CVPR 2021), Tables 2 and 3; D2se from the official code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +158,20 @@ class RepVGG(nn.Module):
 
     def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and self.training:
-            return checkpoint(layer, x, use_reentrant=False)  # type: ignore[no-any-return]
+            out: Tensor = checkpoint(layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _restored_buffers(layer)))
+            return out
         return layer(x)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _restored_buffers(layer: nn.Module) -> Iterator[None]:
+    """Puts running statistics back, so that batch norms count a batch once though checkpointing computes it twice."""
+    before = [(buffer, buffer.clone()) for buffer in layer.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _strides_and_dilations(output_stride: int, small_input: bool) -> tuple[list[int], list[int]]:

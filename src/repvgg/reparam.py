@@ -8,14 +8,17 @@
 something else, so it is refused until its author says what it means:
 
     @as_linear.register(MyBlock)
-    def _(module, channels): return add(as_linear(module.a), as_linear(module.b))
+    def _(module, channels): return add(as_linear.child("a", module.a, channels), as_linear.child("b", module.b, channels))
 """
 
 import copy
 import inspect
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -41,7 +44,8 @@ class Branches(nn.Module):
             self.add_module(name, branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(branch(x) for branch in self.children())  # type: ignore[no-any-return]
+        outputs: list[Tensor] = [branch(x) for _, branch in _parts(self)]
+        return reduce(torch.add, outputs)
 
 
 # ------------------------------------------------------------------------------------------------ modules as linear maps
@@ -51,7 +55,8 @@ class _AsLinear:
     """`as_linear(module, channels=None) -> LinearMap`: the eval-mode meaning of a module tree, in float64.
 
     `channels` tells modules that fit any number of channels (an identity, a pool) how many they see. Raises `ReparamError` for
-    what is not linear, is in train mode, carries hooks, or holds non-finite numbers.
+    what is not linear, is in train mode, carries hooks, or holds non-finite numbers. Readers of a module that has parts use
+    `as_linear.child`, so that errors name the part by its path.
     """
 
     def __init__(self) -> None:
@@ -66,6 +71,10 @@ class _AsLinear:
 
         return remember
 
+    @property
+    def types(self) -> list[type]:
+        return [t for t in self._readers if isinstance(t, type)]
+
     def reader(self, module: nn.Module) -> Reader | None:
         cls = type(module)
         return self._readers.get(cls) or self._readers.get(f"{cls.__module__}.{cls.__qualname__}")
@@ -79,14 +88,24 @@ class _AsLinear:
         reader = self.reader(module)
         if reader is None:
             raise ReparamError(_why_unknown(module))
+        if reason := _altered(module):
+            raise ReparamError(reason)
         _refuse_damage(module)
         return reader(module, channels)
 
     def child(self, name: str, module: nn.Module, channels: int | None) -> LinearMap:
-        try:
+        """As `read`, for the part `name` of a larger module: errors say so."""
+        with _inside(name):
             return self.read(module, channels)
-        except ReparamError as error:
-            raise error.inside(name) from None
+
+
+@contextmanager
+def _inside(path: str) -> Iterator[None]:
+    """Errors raised here are about something within the module at `path`."""
+    try:
+        yield
+    except ReparamError as error:
+        raise error.inside(path) from None
 
 
 as_linear = _AsLinear()
@@ -106,10 +125,13 @@ def _convolution(m: nn.Conv2d, channels: int | None) -> LinearMap:
     )
 
 
+NO_STATISTICS = "has no running statistics (track_running_stats=False), so its output depends on the batch"
+
+
 @as_linear.register(nn.BatchNorm2d, nn.SyncBatchNorm, "torchvision.ops.misc.FrozenBatchNorm2d")
 def _batch_norm(m: nn.BatchNorm2d, channels: int | None) -> LinearMap:
     if m.running_mean is None or m.running_var is None:
-        raise ReparamError("has no running statistics (track_running_stats=False), so its output depends on the batch")
+        raise ReparamError(NO_STATISTICS)
     if bool((m.running_var <= 0).any()):
         channel = int((m.running_var <= 0).nonzero()[0])
         raise ReparamError(
@@ -145,29 +167,25 @@ def _average_pool(m: nn.AvgPool2d, channels: int | None) -> LinearMap:
 
 @as_linear.register(nn.Sequential)
 def _sequential(m: nn.Sequential, channels: int | None) -> LinearMap:
-    if not len(m):
-        return identity(_needed(channels))
+    channels = channels or _channels_into(m)
     maps: list[LinearMap] = []
-    for name, child in m.named_children():
-        maps.append(as_linear.child(name, child, maps[-1].out_channels if maps else (channels or _channels_into(m))))
-    return compose(*_on_one_device(maps))
+    for name, child in _parts(m):
+        maps.append(as_linear.child(name, child, maps[-1].out_channels if maps else channels))
+    return compose(*_on_one_device(maps)) if maps else identity(_needed(channels))
 
 
 @as_linear.register(Branches)
 def _branches(m: Branches, channels: int | None) -> LinearMap:
     channels = channels or _channels_into(m)
-    return add(*_on_one_device([as_linear.child(name, child, channels) for name, child in m.named_children()]))
+    return add(*_on_one_device([as_linear.child(name, child, channels) for name, child in _parts(m)]))
 
 
-# Types that fold only together with a neighbour: alone they are already one operator, or none.
-_ATOMS: set[type] = {nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.Sequential}
 _CONVOLUTIONS: set[type] = {nn.Conv2d}
 
 
 def register_convolution(cls: type[nn.Conv2d]) -> type[nn.Conv2d]:
     """Class decorator: this subclass computes what `nn.Conv2d` with the same parameters does, in another way."""
     as_linear.register(cls)(_convolution)
-    _ATOMS.add(cls)
     _CONVOLUTIONS.add(cls)
     return cls
 
@@ -200,6 +218,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
+@torch.no_grad()
 def reparameterize(model: nn.Module) -> nn.Module:
     """A new module in deploy form: every foldable block and conv+BN pair of `model` is one convolution with bias.
 
@@ -207,96 +226,145 @@ def reparameterize(model: nn.Module) -> nn.Module:
     was compared with the original alone, in float64, on an input made for its channels and kernel. `model` is not changed.
 
     Raises `ReparamError` if a module is in train mode, a block contains something that is not linear, a parameter is not
-    finite, a running variance is not positive, or a folded kernel does not fit the parameters' dtype.
+    finite, a running variance is not positive, a folded kernel does not fit the parameters' dtype, or the model is compiled.
     """
     refuse_train_mode(model)
-    root = nn.ModuleDict({"model": copy.deepcopy(model)})  # so that the model itself can be replaced
+    _refuse_uncopyable(model)
+    for name, parameter in model.named_parameters():
+        _refuse_nonfinite(name, parameter)
     report = FoldReport()
-    _fold_blocks(root, "", report, {})
-    _fold_pairs(root["model"], report)
-    folded = root["model"]
+    folded = _fold_blocks(copy.deepcopy(model), "", report, {})
+    if any(_resembles_batch_norm(m) for m in folded.modules()):
+        _fold_pairs(folded, report)
     folded.fold_report = report  # type: ignore[assignment]
     return folded
 
 
 def is_foldable(module: nn.Module) -> bool:
-    """Whether `reparameterize` would replace this module as one block."""
-    return type(module) not in _ATOMS and as_linear.reader(module) is not None and not _is_batch_norm(module)
+    """Whether `reparameterize` would replace this module as one block; a conv or a BN alone is already one operator."""
+    if as_linear.reader(module) is None or _is_batch_norm(module) or type(module) in (nn.Sequential, *_CONVOLUTIONS):
+        return False
+    return bool(_floats(module))  # an identity or a pool has nothing to fold
 
 
-def _fold_blocks(parent: nn.Module, path: str, report: FoldReport, done: dict[nn.Module, nn.Module]) -> None:
-    for name, child in list(parent._modules.items()):
-        if child is None:
-            continue
-        child_path = f"{path}.{name}" if path else name
-        if is_foldable(child) and child not in done:
-            try:
-                m = as_linear.read(child)
-                report.errors[child_path] = _check_part(child, m)
-                done[child] = as_conv(m, like=next(child.parameters()))
-            except ReparamError as error:
-                raise error.inside(child_path.removeprefix("model").removeprefix(".")) from None
-            report.blocks.append(child_path.removeprefix("model").removeprefix("."))
-        if child in done:
-            setattr(parent, name, done[child])
-        else:
-            _fold_blocks(child, child_path, report, done)
+def _fold_blocks(module: nn.Module, path: str, report: FoldReport, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The convolution that `module` folds into; or, if it is no block, itself with the blocks inside it folded."""
+    if module in done:  # one module in two places stays one
+        return done[module]
+    if is_foldable(module):
+        with _inside(path):
+            m = as_linear.read(module)
+            report.errors[path] = _check_part(module, m)
+            done[module] = as_conv(m, like=_main_tensor(module))
+        report.blocks.append(path)
+        return done[module]
+    if isinstance(module, Branches):
+        report.left[path] = _why_unknown(module)
+    done[module] = module
+    for name, child in _parts(module):
+        module._modules[name] = _fold_blocks(child, f"{path}.{name}" if path else name, report, done)
+    return module
 
 
 def _fold_pairs(model: nn.Module, report: FoldReport) -> None:
     """Conv+BN that are siblings in some module's forward: the BN's only input is that conv, and the conv has no other user."""
-    names = {id(m): n for n, m in model.named_modules()}
-    pairs, calls, untraceable = _calls(model)
-    for conv, norm in pairs:
-        conv_path, norm_path = names[id(conv)], names[id(norm)]
-        if reason := _unfoldable_pair(conv, norm, calls):
+    found = _find_pairs(model)
+    for conv_path, norm_path in found.pairs:
+        conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
+        if reason := _unfoldable(conv, found.uses[conv_path]) or _unfoldable(norm, found.uses[norm_path]):
             report.left[norm_path] = reason
             continue
-        try:
-            _refuse_damage(norm)
-            affine = _batch_norm(norm, None)  # type: ignore[arg-type]
-        except ReparamError as error:
-            raise error.inside(norm_path) from None
-        parts = as_linear.child(conv_path, conv, None), affine
-        folded = compose(*parts)
-        report.errors[conv_path] = _check_pair(conv, parts, folded, conv_path)
-        for path, new in (
-            (conv_path, as_conv(folded, like=conv.weight)),
-            (norm_path, _activation_of(norm) or nn.Identity().eval()),
-        ):
-            _replace_everywhere(model, path, new)
+        affine, activation = _split_activation(norm)
+        with _inside(norm_path):
+            gain = as_linear.read(affine)
+        with _inside(conv_path):
+            folded = compose(as_linear.read(conv), gain)
+            report.errors[conv_path] = _check_part(nn.Sequential(conv, affine), folded)
+            model.set_submodule(conv_path, as_conv(folded, like=_main_tensor(conv)))
+        model.set_submodule(norm_path, activation)
         report.pairs.append((conv_path, norm_path))
+    if broken := set(_find_pairs(model).hidden.values()) - set(found.hidden.values()):
+        raise ReparamError("uses a folded conv or batch norm in another way than calling its own child of that name", min(broken))
     for path, module in model.named_modules():
-        if _is_batch_norm(module) and path not in report.left:
-            parent = path.rpartition(".")[0]
-            report.left[path] = untraceable.get(parent, "no convolution feeds this batch norm alone")
+        if _resembles_batch_norm(module):
+            hidden = path in found.hidden
+            reason = "its parent's forward cannot be traced" if hidden else "no convolution feeds this batch norm alone"
+            report.left.setdefault(path, reason)
 
 
-def _calls(model: nn.Module) -> tuple[list[tuple[nn.Conv2d, nn.Module]], Counter[int], dict[str, str]]:
-    """Every conv whose output goes to a batch norm alone, how often each module is called, and what resists tracing."""
-    pairs: list[tuple[nn.Conv2d, nn.Module]] = []
-    calls: Counter[int] = Counter()
-    untraceable: dict[str, str] = {}
-    for path, parent in model.named_modules():
-        if not any(_is_batch_norm(m) for m in parent.modules() if m is not parent):
+def _unfoldable(module: nn.Module, uses: int) -> str | None:
+    """Why this conv or batch norm cannot be half of a pair, if so."""
+    cls = type(module).__name__
+    if reason := _altered(module):
+        return f"its {cls} {reason}"
+    if type(module) not in _CONVOLUTIONS and not _is_batch_norm(module):
+        return f"its {_why_unknown(module)}"
+    if isinstance(module, nn.Conv2d) and _pads_unevenly(module):
+        return f"its {cls} {UNEVEN}"
+    if _is_batch_norm(module) and module.running_mean is None:
+        return f"its {cls} {NO_STATISTICS}"
+    return f"its {cls} is used in more than one place" if uses > 1 else None
+
+
+def _split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A batch norm as its affine part and what it does after that (timm's BatchNormAct2d has an activation inside)."""
+    affine = copy.deepcopy(norm)
+    for name, _ in _parts(affine):
+        affine._modules[name] = nn.Identity()
+    return affine, _activation_of(norm) or nn.Identity().eval()
+
+
+@dataclass
+class _Pairs:
+    """Paths of every conv whose output goes to a batch norm and nowhere else, and of that batch norm."""
+
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    uses: Counter[str] = field(default_factory=Counter)  # calls seen, or places where it is registered
+    hidden: dict[str, str] = field(default_factory=dict)  # modules called by a parent whose forward cannot be traced
+
+
+def _find_pairs(model: nn.Module) -> _Pairs:
+    """Traces the forward of every module in the tree by itself, on a copy (a forward may store what it sees)."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    names = {module: path for path, module in model.named_modules()}
+    found = _Pairs()
+    for parent, path in names.items():
+        if _calls_nothing(parent):
             continue
         try:
             graph = _SiblingTracer().trace(parent, _defaults(parent))
-        except Exception as error:
-            untraceable[path] = f"its parent's forward cannot be traced ({type(error).__name__})"
+        except Exception:
+            hidden = [names[child] for child in _called_by(parent)]
+            found.hidden.update(dict.fromkeys(hidden, path))
+            found.uses.update(hidden)
             continue
         for node in graph.nodes:
-            if node.op == "get_attr":  # a weight used by hand counts as a call of its owner
-                calls[id(_owner(parent, str(node.target)))] += 1
+            if node.op == "get_attr" and "." in node.target:  # a child's weight used by hand counts as a call of that child
+                found.uses[names[parent.get_submodule(node.target.rpartition(".")[0])]] += 1
             elif node.op == "call_module":
                 module = parent.get_submodule(str(node.target))
-                calls[id(module)] += 1
+                found.uses[names[module]] += 1
                 source = node.args[0] if node.args else None
-                if _is_batch_norm(module) and isinstance(source, fx.Node) and source.op == "call_module":
+                if _resembles_batch_norm(module) and isinstance(source, fx.Node) and source.op == "call_module":
                     conv = parent.get_submodule(str(source.target))
                     if isinstance(conv, nn.Conv2d) and len(source.users) == 1:
-                        pairs.append((conv, module))
-    return pairs, calls, untraceable
+                        found.pairs.append((names[conv], names[module]))
+    found.uses |= Counter(names[child] for parent in names for _, child in _parts(parent))
+    return found
+
+
+def _called_by(parent: nn.Module) -> Iterator[nn.Module]:
+    """Its children, and in place of a ModuleList or ModuleDict those that it holds."""
+    for _, child in _parts(parent):
+        if _parts(child) and _calls_nothing(child):
+            yield from _called_by(child)
+        else:
+            yield child
+
+
+def _calls_nothing(module: nn.Module) -> bool:
+    """It has no children, or no forward (a ModuleList)."""
+    return not _parts(module) or type(module).forward is nn.Module.forward
 
 
 class _SiblingTracer(fx.Tracer):
@@ -309,19 +377,6 @@ class _SiblingTracer(fx.Tracer):
 def _defaults(module: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(module.forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-
-def _unfoldable_pair(conv: nn.Conv2d, norm: nn.Module, calls: Counter[int]) -> str | None:
-    for module in (conv, norm):
-        if calls[id(module)] > 1:
-            return f"its {type(module).__name__} is used more than once"
-        if _has_hooks(module):
-            return f"its {type(module).__name__} {HOOKS}"
-    if type(conv) not in _CONVOLUTIONS:
-        return f"its {_why_unknown(conv)}"
-    if not _is_batch_norm(norm):
-        return _why_unknown(norm)
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------ proofs
@@ -352,8 +407,10 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        return self.error.relative <= max(self.bound, 3 * self.own.relative) and (
-            self.error.of_deviation <= max(DEVIATION_FACTOR * self.bound, 3 * self.own.of_deviation)
+        return (
+            math.isfinite(self.error.relative)  # where a's own rounding is infinite too, nothing is proved
+            and self.error.relative <= max(self.bound, 3 * self.own.relative)
+            and self.error.of_deviation <= max(DEVIATION_FACTOR * self.bound, 3 * self.own.of_deviation)
         )
 
     def __str__(self) -> str:
@@ -370,8 +427,11 @@ def verify(a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images:
 
     Both must be in eval mode (`ReparamError` otherwise) and on one device. Outputs may be tensors or trees of tensors.
     """
+    if images < 2:
+        raise ValueError(f"images is {images}: the deviation across images needs at least 2")
     for model in (a, b):
         refuse_train_mode(model)
+    _refuse_uncopyable(a)
     like = next(b.parameters())
     x = torch.randn(images, *input_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x.to(like.dtype).to(like.device)  # rounded first, so that all see the same images
@@ -383,6 +443,8 @@ def verify(a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images:
 def _error(got: list[Tensor], wanted: list[Tensor]) -> Error:
     if [g.shape for g in got] != [w.shape for w in wanted]:
         raise ReparamError("the two models' outputs differ in number or shape")
+    if not wanted:
+        raise ReparamError("the models return no tensors of floating point to compare")
     off = [float((g.double() - w).abs().max()) for g, w in zip(got, wanted, strict=True)]
     size = [float(w.abs().max()) for w in wanted]
     deviation = [float(w.std(dim=0).mean()) for w in wanted]
@@ -399,25 +461,13 @@ def refuse_train_mode(model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
-def _check_part(module: nn.Module, m: LinearMap) -> float:
-    return _compare(lambda x: copy.deepcopy(module).double()(x), m, m)
-
-
-@torch.no_grad()
-def _check_pair(conv: nn.Conv2d, parts: tuple[LinearMap, LinearMap], folded: LinearMap, path: str) -> float:
-    try:
-        return _compare(lambda x: parts[1](copy.deepcopy(conv).double()(x)), folded, parts[0])
-    except ReparamError as error:
-        raise error.inside(path) from None
-
-
-def _compare(original: Callable[[Tensor], Tensor], folded: LinearMap, m: LinearMap) -> float:
+def _check_part(original: nn.Module, folded: LinearMap) -> float:
     """Relative float64 error on noise just large enough to reach every tap, every border and a second stride step."""
-    size = [d * (k - 1) + 1 + 2 * s for k, d, s in zip(m.kernel_size, m.dilation, m.stride, strict=True)]
-    noise = torch.Generator().manual_seed(m.in_channels * 31 + m.kernel_size[0])
-    x = torch.randn(2, m.in_channels, *size, generator=noise, dtype=torch.float64).to(m.kernel.device)
-    wanted, got = original(x), folded(x)
+    geometry = zip(folded.kernel_size, folded.dilation, folded.stride, folded.padding, strict=True)
+    size = [d * (k - 1) + 1 + 2 * s + p for k, d, s, p in geometry]
+    noise = torch.Generator().manual_seed(folded.in_channels * 31 + folded.kernel_size[0])
+    x = torch.randn(2, folded.in_channels, *size, generator=noise, dtype=torch.float64).to(folded.kernel.device)
+    wanted, got = copy.deepcopy(original).double()(x), folded(x)
     error = _ratio(float((got - wanted).abs().max()), float(wanted.abs().max())) if wanted.shape == got.shape else float("inf")
     if error > PART_BOUND:
         raise ReparamError(f"its folded form differs by {error:.1e} (bound {PART_BOUND:.0e}); please report this")
@@ -458,12 +508,19 @@ def conv_padding(m: nn.Conv2d) -> Pair:
     """Padding of a convolution as two numbers of pixels, "same" and "valid" resolved."""
     if m.padding == "valid":
         return 0, 0
+    if _pads_unevenly(m):
+        raise ReparamError(UNEVEN)
     if m.padding == "same":
-        total = [d * (k - 1) for k, d in zip(_two(m.kernel_size), _two(m.dilation), strict=True)]
-        if any(t % 2 for t in total):
-            raise ReparamError('with padding="same" and an even kernel pads one side more than the other')
-        return total[0] // 2, total[1] // 2
+        rows, columns = (d * (k - 1) // 2 for k, d in zip(_two(m.kernel_size), _two(m.dilation), strict=True))
+        return rows, columns
     return _two(m.padding)
+
+
+UNEVEN = 'with padding="same" and an even kernel pads one side more than the other'
+
+
+def _pads_unevenly(m: nn.Conv2d) -> bool:
+    return m.padding == "same" and any(d * (k - 1) % 2 for k, d in zip(m.kernel_size, m.dilation, strict=True))
 
 
 def _two(value: Any) -> Pair:
@@ -475,32 +532,55 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return as_linear.reader(module) in (_batch_norm, _batch_norm_act)
 
 
+def _resembles_batch_norm(module: nn.Module) -> bool:
+    return _is_batch_norm(module) or isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+
+
 def _activation_of(norm: nn.Module) -> nn.Module | None:
     """What timm's BatchNormAct2d does after its batch norm, if anything."""
     after = [m for m in norm.children() if not isinstance(m, nn.Identity)]
     return nn.Sequential(*after).eval() if len(after) > 1 else after[0] if after else None
 
 
-HOOKS = "carries forward hooks (old-style weight_norm is one), which folding would lose: remove them first"
+def _altered(module: nn.Module) -> str | None:
+    """Why this object may do something else than its type says."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "carries forward hooks (old-style spectral_norm is one), which folding would lose: remove them first"
+    return REPLACED if "forward" in vars(module) else None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+REPLACED = "has a forward of its own in place of its class's (torch.compile does so): fold the plain module, then compile that"
+
+
+def _refuse_uncopyable(model: nn.Module) -> None:
+    """What a deep copy would tie to the original, or cannot copy at all."""
+    for path, module in model.named_modules():
+        if "forward" in vars(module):
+            raise ReparamError(REPLACED, path or type(module).__name__)
+        for name, value in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ReparamError(
+                    f"`{name}` is the result of a computation, so the module cannot be copied: remove old-style weight_norm or "
+                    "spectral_norm, or run it under torch.no_grad()",
+                    path or type(module).__name__,
+                )
 
 
 def _refuse_damage(module: nn.Module) -> None:
-    if _has_hooks(module):
-        raise ReparamError(HOOKS)
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ReparamError("holds NaN or Inf: the checkpoint is damaged, or training diverged", name)
+        _refuse_nonfinite(name, tensor)
+
+
+def _refuse_nonfinite(path: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ReparamError("holds NaN or Inf: the checkpoint is damaged, or training diverged", path)
 
 
 def _why_unknown(module: nn.Module) -> str:
     cls = type(module).__name__
     if hasattr(module, "parametrizations"):
         return f"{cls} is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
-    known = next((t for t in (*_ATOMS, nn.BatchNorm2d) if isinstance(module, t)), None)
+    known = next((t for t in as_linear.types if isinstance(module, t)), None)
     if known is not None:
         return f"{cls} is a subclass of {known.__name__} and may compute something else: as_linear.register says what"
     return f"{cls} is not known to be linear: move it out of the block, or say what it means with as_linear.register"
@@ -528,19 +608,22 @@ def _on_one_device(maps: list[LinearMap]) -> list[LinearMap]:
     return [replace(m, kernel=m.kernel.to(device), bias=m.bias.to(device)) for m in maps]
 
 
-def _replace_everywhere(model: nn.Module, path: str, new: nn.Module) -> None:
-    old = model.get_submodule(path)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            model.set_submodule(name, new)
+def _parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children by name, one that is there twice included."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
-def _owner(parent: nn.Module, tensor_path: str) -> nn.Module:
-    return parent.get_submodule(tensor_path.rpartition(".")[0])
+def _floats(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+
+
+def _main_tensor(module: nn.Module) -> Tensor:
+    """Its largest kernel: what has the dtype, device and memory format that the module is in."""
+    return max(_floats(module), key=lambda t: (t.dim() == 4, t.numel()))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _ratio(error: float, size: float) -> float:

@@ -135,6 +135,13 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     return remember(model.eval(), manifest)
 
 
+def open_model(name_or_path: str) -> nn.Module:
+    """The model of a file, or by its name the paper's pretrained weights in deploy form; in eval mode."""
+    if Path(name_or_path).exists() or Path(name_or_path).suffix in {".safetensors", *files.PICKLE_SUFFIXES}:
+        return load(name_or_path)
+    return create_model(name_or_path, pretrained=True, deploy=True).eval()
+
+
 def pretrained_file(name: str, revision: str = "main") -> Path:
     """The local copy of the paper's weights for this member, fetched through the hub's cache (HF_HUB_OFFLINE is honoured).
 

@@ -9,6 +9,7 @@ source = open_source("digits")
 image, label = source.train[0]             # uint8 [C, H, W], int
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,7 @@ class InMemory:
         return self.pixels[index], self.labels[index]
 
 
+@functools.lru_cache(maxsize=4)
 def open_source(spec: str) -> Source:
     """The source that a string names. Raises `DataError` if it is not there or cannot be trained on."""
     kind, _, rest = spec.partition(":")

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from repvgg.data import Images
+from repvgg.data import Images, Source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 from repvgg.files import Preprocessing
+from repvgg.zoo import manifest_of
 
 Network = Callable[[Tensor], Tensor]
 
@@ -43,7 +44,7 @@ def batches(
         yield normalise(pixels.to(device), preprocessing), labels.to(device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Accuracy:
     """Run a network in eval mode over batches of normalised images and labels. Raises ValueError if there are none."""
     from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -61,3 +62,19 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
     if not count:
         raise ValueError("there are no images to evaluate on")
     return Accuracy(count, loss / count, float(confusion.trace()) / count, top5 / count, confusion)
+
+
+def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, workers: int = 0, device: str = "cpu") -> Accuracy:
+    """A model of ours on the validation split of a source, with the preprocessing that the model carries.
+
+    Raises ValueError if they differ in the number of classes.
+    """
+    manifest = manifest_of(model)
+    if manifest.classes is not None and len(manifest.classes) != len(source.classes):
+        raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: at least 1")
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    dtype = next(model.parameters()).dtype
+    data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
+    return evaluate(lambda x: model(x.to(dtype)), data, len(source.classes))

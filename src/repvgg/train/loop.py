@@ -86,7 +86,7 @@ def train(
                 if (step + 1) % LOG_EVERY == 0:
                     metrics.write(step=step + 1, epoch=epoch, **progress.averages())
             _keep_variances_positive(model)
-            last = _evaluate(network, model, source, batch_size, workers, device, recipe)
+            last = _evaluate(model, network, source, batch_size, workers, device, recipe)
             progress.evaluated(epoch, last)
             metrics.write(step=(epoch + 1) * steps, epoch=epoch, val_loss=last.loss, val_top1=last.top1, val_top5=last.top5)
             remember = {"data": source.name, "epoch": epoch + 1, "val_top1": last.top1, "seed": seed, "recipe": asdict(recipe)}
@@ -158,7 +158,7 @@ def _epoch(images: Transformed, epoch: int, seed: int, batch_size: int, workers:
 
 
 def _evaluate(
-    network: Any, model: nn.Module, source: Source, batch_size: int, workers: int, device: str, recipe: Recipe
+    model: nn.Module, network: Any, source: Source, batch_size: int, workers: int, device: str, recipe: Recipe
 ) -> Accuracy:
     model.eval()
 
@@ -166,7 +166,7 @@ def _evaluate(
         if recipe.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with _autocast(recipe, x.device.type):
-            logits: Tensor = model(x)
+            logits: Tensor = network(x)
         return logits
 
     data = batches(source.val, source.preprocessing, batch_size, workers, device)

@@ -1,0 +1,3 @@
+from repvgg.cli import main
+
+main()

@@ -1,0 +1,238 @@
+"""The commands. No logic of its own: each parses its words (tyro), calls one function and prints what it returns.
+
+Exit codes: 0 done, 2 bad input (one line says what and how to mend it), 130 and 143 stopped by Ctrl-C and SIGTERM.
+REPVGG_DEBUG=1 shows the traceback of an error.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from repvgg import __version__
+from repvgg.train.recipes import Recipe, get_recipe
+
+DESCRIPTION = f"repvgg {__version__}: train a multi-branch RepVGG, fold it exactly into plain 3x3 convolutions, use it."
+Keys = Literal["repvgg", "official", "timm", "mmpretrain"]
+
+
+def demo(out: Path = Path("demo"), seed: int = 0) -> None:
+    """The whole road on embedded data, in about a minute: train, fold, verify, time, predict, and a page to look at.
+
+    Args:
+        out: folder for the model files and the page (index.html).
+        seed: of the run.
+    """
+    from repvgg.demo import run
+
+    run(out, seed)
+
+
+def info(model: Positional[str] = "", json: bool = False) -> None:
+    """The family at a glance, or one model layer by layer.
+
+    Args:
+        model: a model's name or a model file; empty: the family.
+        json: print JSON instead of a table.
+    """
+    from repvgg.info import show
+
+    show(model, json)
+
+
+def recipe(name: Positional[str] = "", json: bool = False) -> None:
+    """The recipes, or one of them fully resolved.
+
+    Args:
+        name: a recipe; empty: list them.
+        json: print JSON instead of a table.
+    """
+    from repvgg.info import show_recipe, show_recipes
+
+    show_recipe(name, json) if name else show_recipes(json)
+
+
+def _train(default: Recipe) -> Callable[..., None]:
+    def train(
+        arch: str,
+        data: str,
+        out: Path,
+        recipe: str = "",
+        settings: OmitArgPrefixes[Recipe] = default,
+        width: float = 1.0,
+        small_input: bool | None = None,
+        block: str = "repvgg",
+        limit: int | None = None,
+        seed: int = 0,
+        device: str = "",
+        workers: int = 0,
+    ) -> None:
+        """Train a model on images, evaluate it every epoch, keep the best and the last.
+
+        Args:
+            arch: a model's name (see repvgg info).
+            data: digits, a folder with train/ and val/, cifar10[:ROOT] or hf:NAME_OR_PATH.
+            out: run folder for models, recipe and metrics.
+            recipe: light, heavy, cifar or demo; empty: what suits the data. Its fields are flags too, shown with its values.
+            settings: the recipe's fields.
+            width: scales the width multipliers a and b.
+            small_input: stem and first stage at stride 1; by default for images of at most 64 pixels.
+            block: the block's structure in training form.
+            limit: at most this many images of each split, drawn with the seed.
+            seed: of weights, order and augmentation.
+            device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+            workers: processes that load images; 0 loads in the main one.
+        """
+        from repvgg.data import open_source
+        from repvgg.train.loop import train as run
+
+        options: dict[str, Any] = {"width": width, "block": block} if width != 1 or block != "repvgg" else {}
+        if small_input is not None:
+            options["small_input"] = small_input
+        source = open_source(data).limited(limit, seed)
+        result = run(arch, source, settings, out, seed=seed, device=device or _device(), workers=workers, log=_say, **options)
+        print(f"best val top-1 {result.best.top1:.2%}, last {result.last.top1:.2%}, in {result.seconds / 60:.1f} min: {out}")
+
+    return train
+
+
+def evaluate(
+    model: Positional[str],
+    data: str,
+    batch_size: int = 64,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "",
+    workers: int = 0,
+    json: bool = False,
+) -> None:
+    """Top-1, top-5, accuracy of each class and the confusion matrix, on a validation split.
+
+    Args:
+        model: a model file, or a name for its pretrained weights.
+        data: digits, a folder with train/ and val/, cifar10[:ROOT] or hf:NAME_OR_PATH.
+        batch_size: images at a time.
+        limit: at most this many images, drawn with the seed.
+        seed: of the draw.
+        device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        workers: processes that load images; 0 loads in the main one.
+        json: print JSON instead of tables.
+    """
+    from repvgg.data import open_source
+    from repvgg.info import show_accuracy
+    from repvgg.train.evaluate import evaluate_model
+    from repvgg.zoo import open_model
+
+    network = open_model(model)
+    source = open_source(data).limited(limit, seed)
+    accuracy = evaluate_model(network, source, batch_size, workers, device or _device())
+    show_accuracy(accuracy, source.classes, json)
+
+
+def convert(source: Positional[Path], target: Positional[Path], to_keys: Keys | None = None) -> None:
+    """Training form to deploy form, verified; or, with --to-keys, the same form in another implementation's keys.
+
+    Args:
+        source: our file, or an official, timm or mmpretrain checkpoint.
+        target: the file to write (.safetensors, or .pth for a bare PyTorch state dict).
+        to_keys: keep the form and spell the state dict as official, timm, mmpretrain or repvgg do.
+    """
+    from repvgg.convert import convert as run
+
+    run(source, target, to_keys, log=_say)
+
+
+def predict(
+    model: Positional[str],
+    images: Positional[tuple[str, ...]],
+    batch_size: int = 32,
+    top: int = 5,
+    device: str = "",
+    json: bool = False,
+) -> None:
+    """Labels and probabilities of images.
+
+    Args:
+        model: a model file, or a name for its pretrained weights.
+        images: files, folders and globs.
+        batch_size: images at a time.
+        top: how many labels an image.
+        device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        json: print one JSON object an image.
+    """
+    from repvgg.info import show_predictions
+    from repvgg.predict import predict as run
+    from repvgg.zoo import open_model
+
+    show_predictions(run(open_model(model), images, batch_size, top, device or _device()), json)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `repvgg` command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--version"], ["-V"]):
+        print(f"repvgg {__version__}")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        commands = {
+            "demo": demo,
+            "info": info,
+            "recipe": recipe,
+            "train": _train(_default_recipe(words)),
+            "eval": evaluate,
+            "convert": convert,
+            "predict": predict,
+        }
+        tyro.extras.subcommand_cli_from_dict(commands, prog="repvgg", description=DESCRIPTION, args=words, sort_subcommands=False)
+    except KeyboardInterrupt:
+        _fail("stopped; what was saved last is whole", 130)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("REPVGG_DEBUG"):
+            raise
+        _fail(str(error), 2)
+
+
+def _default_recipe(words: list[str]) -> Recipe:
+    """The recipe whose values the flags of `train` start from: the one named, else the one that suits the data."""
+    if words[:1] != ["train"]:
+        return Recipe()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", default="")
+    parser.add_argument("--data", default="")
+    named, _ = parser.parse_known_args(words[1:])
+    if named.recipe or not named.data or "--help" in words or "-h" in words:
+        return get_recipe(named.recipe or "light")
+    from repvgg.data import open_source
+
+    name = open_source(named.data).recipe
+    _say(f"recipe: {name}")
+    return get_recipe(name)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _say(line: str) -> None:
+    """Remarks go to stderr, so that stdout holds results alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fail(reason: str, code: int) -> None:
+    _say(f"repvgg: {reason}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

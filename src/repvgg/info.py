@@ -1,0 +1,228 @@
+"""Tables in the terminal: the family, one model layer by layer, recipes, accuracies, predictions; or the same as JSON."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repvgg.train.recipes import RECIPES, get_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from repvgg.predict import Prediction
+    from repvgg.train.evaluate import Accuracy
+
+
+def show(name_or_file: str, as_json: bool) -> None:
+    """The family, or a model by its name or file."""
+    if not name_or_file:
+        _show_family(as_json)
+        return
+    import torch
+
+    from repvgg import zoo
+
+    if Path(name_or_file).exists() or Path(name_or_file).suffix == ".safetensors":
+        _show_model(name_or_file, zoo.load(name_or_file), as_json)
+        return
+    name = zoo.resolve_name(name_or_file)
+    if zoo.is_family(name):
+        with torch.device("meta"):  # shapes are enough
+            model = zoo.create_model(name, deploy=True)
+    else:
+        model = zoo.create_model(name, deploy=True)
+    _show_model(name, model.eval(), as_json)
+
+
+def _show_family(as_json: bool) -> None:
+    import torch
+
+    from repvgg import zoo
+    from repvgg.cost import cost
+    from repvgg.models import FAMILY
+
+    rows = []
+    for name, member in FAMILY.items():
+        with torch.device("meta"):
+            training, deploy = (zoo.create_model(name, deploy=form) for form in (False, True))
+        c = cost(deploy, zoo.manifest_of(deploy).preprocessing.input_size)
+        rows.append(
+            {
+                "model": name,
+                "depths": [1, *member.depths],
+                "widths": list(member.widths()),
+                "groups": member.groups,
+                "squeeze_excite": member.squeeze_excite,
+                "input": zoo.manifest_of(deploy).preprocessing.input_size[-1],
+                "training_params": sum(p.numel() for p in training.parameters()),
+                "params": c.params,
+                "macs": c.macs,
+                "winograd_muls": c.winograd_muls,
+            }
+        )
+    if as_json:
+        _print_json(rows)
+        return
+    header = ("model", "depths", "widths", "groups", "input", "params, training", "deploy", "MACs", "Winograd MULs")
+    table = [
+        (
+            r["model"] + (" +SE" if r["squeeze_excite"] else ""),
+            " ".join(map(str, r["depths"])),
+            " ".join(map(str, r["widths"])),
+            r["groups"],
+            r["input"],
+            _millions(r["training_params"]),
+            _millions(r["params"]),
+            _billions(r["macs"]),
+            _billions(r["winograd_muls"]),
+        )
+        for r in rows
+    ]
+    print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
+    print("Comparators: " + ", ".join(name for name in zoo.list_models() if name not in FAMILY))
+
+
+def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
+    from repvgg import zoo
+    from repvgg.cost import cost
+
+    manifest = zoo.manifest_of(model)
+    c = cost(model, manifest.preprocessing.input_size)
+    if as_json:
+        summary = {"params": c.params, "macs": c.macs, "winograd_muls": c.winograd_muls, "bytes_moved": c.bytes_moved}
+        _print_json({**asdict(manifest), **summary, "cost": [asdict(layer) for layer in c.layers]})
+        return
+    modules = dict(model.named_modules())
+    table = [
+        (
+            layer.path or "(model)",
+            layer.operator,
+            _geometry(modules[layer.path]),
+            "x".join(map(str, layer.output_shape)),
+            f"{layer.params:,}" if layer.params else "",
+            f"{layer.macs / 1e6:,.1f}" if layer.macs else "",
+            f"{layer.winograd_muls / 1e6:,.1f}" if layer.macs else "",
+        )
+        for layer in c.layers
+    ]
+    size = " x ".join(map(str, manifest.preprocessing.input_size))
+    header = ("layer", "operator", "geometry", "output", "params", "MACs (M)", "Winograd MULs (M)")
+    print_table(header, table, title=f"{name}, {manifest.form} form, input {size}")
+    print(c)
+    if manifest.classes:
+        print(
+            f"classes           {len(manifest.classes)}: {', '.join(manifest.classes[:8])}{' ...' if len(manifest.classes) > 8 else ''}"
+        )
+    if manifest.training:
+        print("trained           " + ", ".join(f"{k} {v}" for k, v in manifest.training.items() if not isinstance(v, dict)))
+
+
+def _geometry(module: Any) -> str:
+    """ "3x3 /2 d2 g4": kernel, stride, dilation, groups of a convolution, where they are not 1."""
+    if not hasattr(module, "kernel_size") or isinstance(module.kernel_size, int):
+        return ""
+    marks = (
+        (f" /{module.stride[0]}", module.stride[0]),
+        (f" d{module.dilation[0]}", module.dilation[0]),
+        (f" g{module.groups}", module.groups),
+    )
+    return "x".join(map(str, module.kernel_size)) + "".join(mark for mark, value in marks if value != 1)
+
+
+def show_recipes(as_json: bool) -> None:
+    if as_json:
+        _print_json({name: asdict(recipe) for name, recipe in RECIPES.items()})
+        return
+    names = [f.name for f in fields(RECIPES["light"])]
+    print_table(
+        ("", *RECIPES), [(n.replace("_", "-"), *(str(getattr(r, n)) for r in RECIPES.values())) for n in names], title="Recipes"
+    )
+
+
+def show_recipe(name: str, as_json: bool) -> None:
+    recipe = get_recipe(name)
+    if as_json:
+        _print_json(asdict(recipe))
+        return
+    print_table(
+        ("flag", "value"), [(f"--{key.replace('_', '-')}", value) for key, value in asdict(recipe).items()], title=f"Recipe {name}"
+    )
+
+
+def show_accuracy(accuracy: "Accuracy", classes: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        per_class = {name: None if math.isnan(a) else a for name, a in zip(classes, accuracy.per_class, strict=True)}
+        confusion = accuracy.confusion.tolist()
+        _print_json(
+            {
+                **{k: getattr(accuracy, k) for k in ("images", "loss", "top1", "top5")},
+                "per_class": per_class,
+                "confusion": confusion,
+            }
+        )
+        return
+    if len(classes) <= 20:
+        width = max(len(c) for c in classes)
+        header = ("true \\ predicted", *(c[: max(4, 60 // len(classes))] for c in classes), "recognised")
+        rows = [
+            (name.ljust(width), *(n or "." for n in row), f"{share:.1%}")
+            for name, row, share in zip(classes, accuracy.confusion.tolist(), accuracy.per_class, strict=True)
+        ]
+        print_table(header, rows, title="Confusion matrix")
+    else:
+        worst = sorted(zip(accuracy.per_class, classes, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0]))
+        print_table(("class", "recognised"), [(name, f"{share:.1%}") for share, name in worst[:20]], title="The 20 hardest classes")
+    print(f"top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}   loss {accuracy.loss:.4f}   {accuracy.images:,} images")
+
+
+def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None:
+    """One JSON object a line, or a table. Raises ValueError at the end if some image could not be read."""
+    rows, count, failed = [], 0, 0
+    for p in predictions:
+        count += 1
+        if p.error is not None:
+            failed += 1
+            print(f"repvgg: {p.error}", file=sys.stderr)
+        elif as_json:
+            print(json.dumps({"path": p.path, "labels": [{"label": name, "probability": round(x, 6)} for name, x in p.labels]}))
+        else:
+            rows.append((p.path, *(f"{name} {x:.1%}" for name, x in p.labels)))
+    if rows:
+        print_table(("image", "label", *("",) * (len(rows[0]) - 2)), rows)
+    if failed:
+        raise ValueError(f"{failed} of {count} images could not be read")
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+    """A table as wide as it needs to be in a file or pipe, as the terminal allows in one; numbers to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = [[str(cell) for cell in row] for row in rows]
+    for i, name in enumerate(header):
+        numbers = i > 0 and all(row[i].replace(",", "")[:1].isdigit() or row[i] in ("", ".") for row in rows)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 400
+    console.print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _millions(n: int) -> str:
+    return f"{n / 1e6:.2f} M"
+
+
+def _billions(n: int) -> str:
+    return f"{n / 1e9:.2f} G"

@@ -1,0 +1,58 @@
+"""What the tests share: random networks that a fold can really break, and how far apart two outputs are."""
+
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+torch.set_num_threads(1)  # the same sums in the same order everywhere, and no waiting for a core that something else is using
+
+
+# The same examples in every run, so that a failure is never somebody else's; and no verdict on speed.
+settings.register_profile("repvgg", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repvgg")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+def randomize(model: Model, shape: tuple[int, ...] = (8, 3, 64, 64), seed: int = 0) -> Model:
+    """`model` in eval mode, with a random affine part and random running statistics in every batch norm.
+
+    Freshly initialised batch norms are nearly the identity, and hide every mistake; wholly random ones blow a deep network up
+    or make its output the same for every image. So the statistics are those of random images, and then perturbed; and biases are
+    mostly positive, without which a network this deep amplifies its own rounding a hundredfold, folded or not.
+    """
+    random = torch.Generator().manual_seed(seed)
+    like = next(model.parameters())
+    norms: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        if norm.weight is not None:
+            norm.weight.uniform_(0.5, 1.5, generator=random).mul_(torch.randn(norm.weight.shape, generator=random).sign())
+            norm.bias.normal_(0.5, 0.3, generator=random)
+        norm.momentum = None  # the mean over batches: here, of the one that follows
+    model.train()(torch.randn(shape, generator=random).to(like))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.running_var += 0.1 * norm.running_var.mean()  # a channel that no image excites has no variance at all
+        norm.running_mean += 0.3 * norm.running_var.sqrt() * torch.randn(norm.running_var.shape, generator=random).to(like)
+        norm.running_var *= torch.empty(norm.running_var.shape).uniform_(0.7, 1.4, generator=random).to(like)
+    return model.eval()
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """max |got - wanted| / max |wanted|."""
+    return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+
+
+def error_of_deviation(got: Tensor, wanted: Tensor) -> float:
+    """max |got - wanted| as a fraction of how much the outputs differ from image to image: a constant output hides nothing."""
+    return float((got.double() - wanted.double()).abs().max() / wanted.double().std(0).mean())
