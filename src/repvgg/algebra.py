@@ -139,7 +139,7 @@ def add(*maps: LinearMap) -> LinearMap:
     dilation = _pair(_agree("dilation", {m.dilation[axis] for m in maps if m.kernel_size[axis] > 1} or {1}) for axis in (0, 1))
     mode = _agree("padding mode", {m.padding_mode for m in maps if any(m.padding)} or {"zeros"})
     groups = math.gcd(*(m.groups for m in maps))
-    wide = [regroup(widen(m, kernel_size, dilation), groups) for m in maps]
+    wide = [widen(regroup(m, groups), kernel_size, dilation) for m in maps]
     padding = _agree("padding (once widened to one kernel size)", {m.padding for m in wide})
     kernel, bias = reduce(torch.add, [m.kernel for m in wide]), reduce(torch.add, [m.bias for m in wide])
     return LinearMap(kernel, bias, maps[0].stride, padding, dilation, groups, mode)

@@ -173,6 +173,62 @@ def predict(
     show_predictions(run(open_model(model), images, batch_size, top, device or _device()), json)
 
 
+def bench(
+    models: Positional[tuple[str, ...]],
+    engines: str = "eager",
+    precision: str = "fp32",
+    batch_size: int = 32,
+    rounds: int = 5,
+    batches: int = 10,
+    warmup: int = 5,
+    form: Literal["deploy", "training", "both"] = "deploy",
+    threads: int | None = None,
+    channels_last: bool = True,
+    input_size: int | None = None,
+    allow_unfolded: bool = False,
+    device: str = "",
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Speed of models, engines and precisions, taking turns, with spread and ratios to the first.
+
+    Args:
+        models: names; all are folded before they are timed, comparators too.
+        engines: eager, compile, onnxruntime, openvino; several with commas.
+        precision: fp32, tf32, bf16, fp16; several with commas.
+        batch_size: images a batch; halved, with a word, where memory runs out.
+        rounds: in each, every candidate has its turn.
+        batches: timed batches a turn. (The paper: 50.)
+        warmup: batches before the first round. (The paper: 50.)
+        form: the deploy form, the training form, or both.
+        threads: of the CPU; by default PyTorch's own number.
+        channels_last: memory format NHWC for the PyTorch engines.
+        input_size: height and width; by default each model's own.
+        allow_unfolded: time a model that does not fold entirely, and mark it.
+        device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        out: write the figures as JSON, with the machine.
+        json: print the JSON instead of a table.
+    """
+    from repvgg.bench.models import candidates
+    from repvgg.bench.models import bench as run
+    from repvgg.info import show_report
+
+    report = run(
+        candidates(models, engines.split(","), precision.split(","), ("deploy", "training") if form == "both" else (form,)),
+        batch_size=batch_size,
+        rounds=rounds,
+        batches=batches,
+        warmup=warmup,
+        threads=threads,
+        channels_last=channels_last,
+        device=device or _device(),
+        input_size=(3, input_size, input_size) if input_size else None,
+        allow_unfolded=allow_unfolded,
+        log=_say,
+    )
+    show_report(report, out, json)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The `repvgg` command."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -189,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "eval": evaluate,
             "convert": convert,
             "predict": predict,
+            "bench": bench,
         }
         tyro.extras.subcommand_cli_from_dict(commands, prog="repvgg", description=DESCRIPTION, args=words, sort_subcommands=False)
     except KeyboardInterrupt:

@@ -170,7 +170,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest:
 
 
 def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) -> None:
-    """Call `write_to` with a temporary name in the same folder, flush it to disk, then rename: whoever reads sees all or nothing."""
+    """Call `write_to` with a temporary name in the same folder, flush it to disk, rename: whoever reads sees all or nothing."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -8,11 +8,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg.files import atomically
 from repvgg.train.recipes import RECIPES, get_recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from repvgg.bench.models import Report
     from repvgg.predict import Prediction
     from repvgg.train.evaluate import Accuracy
 
@@ -114,9 +116,8 @@ def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
     print_table(header, table, title=f"{name}, {manifest.form} form, input {size}")
     print(c)
     if manifest.classes:
-        print(
-            f"classes           {len(manifest.classes)}: {', '.join(manifest.classes[:8])}{' ...' if len(manifest.classes) > 8 else ''}"
-        )
+        shown = ", ".join(manifest.classes[:8]) + (" ..." if len(manifest.classes) > 8 else "")
+        print(f"classes           {len(manifest.classes)}: {shown}")
     if manifest.training:
         print("trained           " + ", ".join(f"{k} {v}" for k, v in manifest.training.items() if not isinstance(v, dict)))
 
@@ -195,6 +196,49 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
         print_table(("image", "label", *("",) * (len(rows[0]) - 2)), rows)
     if failed:
         raise ValueError(f"{failed} of {count} images could not be read")
+
+
+def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
+    """Figures of `repvgg bench`: a table or JSON, and a file."""
+    figures = report.to_json()
+    if out is not None:
+        atomically(out, lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
+    if as_json:
+        _print_json(figures)
+        return
+    rows = [
+        (
+            row.candidate.model + ("" if row.candidate.form == "deploy" else " (training form)"),
+            row.candidate.engine,
+            row.candidate.precision,
+            f"{row.batch_size} x {row.input_size[-1]} px",
+            f"{row.images_per_second:,.1f}",
+            f"{row.spread[0]:,.1f} to {row.spread[1]:,.1f}",
+            str(row.ratio),
+            f"{row.times.median / row.batch_size * 1e3:,.2f}",
+            f"{row.memory_bytes / 2**20:,.0f}",
+            f"{row.left_unfolded} BN left" if row.left_unfolded else "",
+        )
+        for row in report.rows
+    ]
+    header = (
+        "model",
+        "engine",
+        "precision",
+        "batch",
+        "images/s",
+        "quartiles",
+        "speed (95% interval)",
+        "ms/image",
+        "memory, MiB",
+        "",
+    )
+    print_table(header, rows)
+    m = figures["machine"]
+    print(
+        f"{report.rounds} rounds of {report.batches} batches, taking turns; speeds relative to the first row. "
+        f"{m['gpu'] or m['processor']}, {m['threads']} threads, PyTorch {m['versions']['torch']}"
+    )
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:

@@ -65,7 +65,7 @@ def create_model(
     if pretrained:
         return _create_pretrained(arch, deploy, "main" if pretrained is True else pretrained)
     model = RepVGG(FAMILY[name], num_classes, in_chans, deploy, **options)
-    return remember(model, Manifest(arch, preprocessing=_default_preprocessing(arch)))
+    return remember(model, Manifest(arch, preprocessing=default_preprocessing(arch)))
 
 
 def manifest_of(model: nn.Module) -> Manifest:
@@ -174,9 +174,7 @@ def _create_baseline(arch: dict[str, Any], options: dict[str, Any], deploy: bool
         raise ValueError(f"{arch['name']} takes no {', '.join(wrong)}: these belong to the RepVGG family")
     model = baselines.create_baseline(**arch, pretrained=bool(pretrained))
     model = reparameterize(model.eval()) if deploy else model
-    size = baselines.input_size(arch["name"])
-    preprocessing = _preprocessing(arch["in_chans"], size, round(size / 0.875))
-    return remember(model, Manifest(arch, preprocessing=preprocessing))
+    return remember(model, Manifest(arch, preprocessing=default_preprocessing(arch)))
 
 
 def _create_pretrained(arch: dict[str, Any], deploy: bool, revision: str) -> nn.Module:
@@ -213,7 +211,7 @@ def _manifest_from_content(path: str | os.PathLike[str], tensors: dict[str, Tens
         raise FileError(f"{path}: a RepVGG checkpoint, but no member of the family has these depths and widths")
     form = "deploy" if "stem.block.weight" in tensors else "training"
     classes = imagenet_classes() if arch["num_classes"] == 1000 else None
-    return Manifest({**arch}, form, classes, _default_preprocessing(arch))
+    return Manifest({**arch}, form, classes, default_preprocessing(arch))
 
 
 def _build(manifest: Manifest) -> nn.Module:
@@ -251,7 +249,11 @@ def _is_folded(model: nn.Module) -> bool:
     return not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
-def _default_preprocessing(arch: dict[str, Any]) -> Preprocessing:
+def default_preprocessing(arch: dict[str, Any]) -> Preprocessing:
+    """What a model made with these arguments of `create_model` expects, before any data has said otherwise."""
+    if arch["name"] not in FAMILY:
+        size = baselines.input_size(arch["name"])
+        return _preprocessing(arch["in_chans"], size, round(size / 0.875))
     if arch.get("small_input"):
         return _preprocessing(arch["in_chans"], 32, 32)
     if arch["name"] == "repvgg_d2se":

@@ -3,11 +3,13 @@
     train("repvgg_a0", open_source("digits"), get_recipe("demo"), out="runs/digits")
 
 A run folder holds best.safetensors and last.safetensors (training form), recipe.json, and metrics.jsonl: a line every
-`LOG_EVERY` steps and one for each evaluation.
+`LOG_EVERY` steps and one for each evaluation; and in the end summary.json, with the machine and the time.
 """
 
 import json
 import math
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg import zoo
+from repvgg import record, zoo
 from repvgg.data import Source
 from repvgg.data.transforms import Transformed, normalise
 from repvgg.files import atomically
@@ -96,7 +98,10 @@ def train(
             _save(model, out / "last.safetensors", source, remember)
     assert last is not None
     assert best is not None
-    return Run(model.eval(), last, best, time.perf_counter() - started, metrics.lines)
+    seconds = time.perf_counter() - started
+    summary = {"command": shlex.join(["repvgg", *sys.argv[1:]]), "seconds": seconds, "best_top1": best.top1, "last_top1": last.top1}
+    record.write(out / "summary.json", {**summary, "arch": arch, "data": source.name, "seed": seed})
+    return Run(model.eval(), last, best, seconds, metrics.lines)
 
 
 def new_model(arch: str, source: Source, log: Any = print, **options: Any) -> nn.Module:

@@ -81,6 +81,7 @@ RECIPES = {
         nesterov=True,
         weight_decay=5e-4,
         warmup_epochs=4,
+        decay="linear",
         label_smoothing=0.1,
         crop="shift",
         precision="bf16",

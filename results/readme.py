@@ -1,0 +1,76 @@
+"""Write the README's section of measured figures from results/*.json.
+
+python results/readme.py            # rewrites README.md
+python results/readme.py --check    # exit code 1 if it is out of date
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent
+README = RESULTS.parent / "README.md"
+START, END = "<!-- measured -->\n", "<!-- /measured -->"
+
+
+def cifar10(r: dict[str, Any]) -> str:
+    both = r["top1"]["training form"], r["top1"]["deploy form"]
+    return (
+        f"**CIFAR-10.** `{r['command']}`: top-1 {both[0]:.2%} on {r['images']:,} test images in {r['minutes']:.0f} minutes "
+        f"(n = {r['n']}), {both[1]:.2%} in deploy form; {r['equal_predictions']:,} of {r['images']:,} predictions are the same. "
+        f"{r['parameters']['deploy form'] / 1e6:.2f} M parameters."
+    )
+
+
+def demo(r: dict[str, Any]) -> str:
+    value, low, high = r["speedup"]
+    return (
+        f"**Demo.** {r['arch']} reads {r['top1']['deploy form']:.1%} of the held-out digits after {r['training_seconds']:.0f} s "
+        f"of training; the deploy form runs {value:.2f} times as fast as the training form (95% interval {low:.2f} to {high:.2f}, "
+        f"{r['rounds']} interleaved rounds, batch {r['batch_size']}) and differs by {r['max_rel_err']:.1e} at most."
+    )
+
+
+def startup(r: dict[str, Any]) -> str:
+    s = r["seconds"]
+    return (
+        f"**Start-up** (medians of {r['n']}). `repvgg --help` {s['repvgg --help']:.2f} s; `import repvgg` "
+        f"{s['import repvgg'] - s['python -c pass']:.2f} s beyond Python's own; `repvgg predict` on one 640 x 480 photo with A0 "
+        f"{s['repvgg predict, one image']:.1f} s, of which {r['predict_outside_the_network']:.1f} s is outside the network "
+        f"(importing PyTorch alone takes {s['import torch']:.1f} s). Folding A0, each block proved: {r['fold_a0']:.1f} s."
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"cifar10": cifar10, "demo": demo, "startup": startup}
+
+
+def measured() -> str:
+    """The section's text: a paragraph for each file of figures, and the machine they come from."""
+    figures = {name: json.loads(path.read_text()) for name in SECTIONS if (path := RESULTS / f"{name}.json").exists()}
+    paragraphs = [SECTIONS[name](figure) for name, figure in figures.items()]
+    machines = {_machine(figure["machine"]) for figure in figures.values()}
+    return (
+        "\n\n".join([*paragraphs, f"Measured on {'; '.join(sorted(machines))}. Scripts and figures are in [results/](results)."])
+        + "\n"
+    )
+
+
+def _machine(m: dict[str, Any]) -> str:
+    return f"{m['processor']}, {m['cores']} cores, Python {m['python']}, PyTorch {m['versions']['torch']}"
+
+
+def main(check: bool) -> int:
+    text = README.read_text()
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    wanted = before + START + measured() + END + after
+    if check:
+        return int(text != wanted)
+    README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

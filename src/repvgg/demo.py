@@ -1,0 +1,276 @@
+"""`repvgg demo`: the whole road on embedded data, and a page that shows it.
+
+Train a small RepVGG on handwritten digits, fold it, prove the fold, time both forms side by side, read held-out scans.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from repvgg import page, record, zoo
+from repvgg.data import Source, open_source
+from repvgg.data.transforms import Transformed, eval_transform, normalise
+from repvgg.files import atomically
+from repvgg.info import print_table
+from repvgg.models import Layer, RepVGG
+from repvgg.reparam import Branches, Verification, reparameterize, verify
+from repvgg.timing import Ratio, Times, interleave, ratio
+from repvgg.train.evaluate import Accuracy, evaluate_model
+from repvgg.train.loop import Run, train
+from repvgg.train.recipes import get_recipe
+
+ARCH = "repvgg_micro"
+BATCH = 64  # of the timing
+TWO_CHANNELS = 2 / 32  # the width at which stages 1 and 2 of ARCH have two channels, for the drawing of a block
+GRID = 20  # predictions shown
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything that the page shows."""
+
+    run: Run
+    deploy: nn.Module
+    proof: Verification
+    accuracies: tuple[Accuracy, Accuracy]
+    same_predictions: bool
+    layer_errors: list[tuple[str, float]]
+    times: dict[str, Times]
+    speedup: Ratio
+    block: Branches
+    shown: list[tuple[Tensor, str, str, float]]  # scan, label, prediction, its probability
+
+
+def run(out: Path, seed: int = 0) -> None:
+    """Run the demo into the folder `out`, printing each step and ending with the page's address."""
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    source = open_source("digits")
+    print(f"1. Train {ARCH} (3x3 + 1x1 + identity branches) on {len(source.train):,} scans of handwritten digits")
+    trained = train(ARCH, source, get_recipe("demo"), out / "run", seed=seed)
+    assert isinstance(trained.model, RepVGG)
+    print("\n2. Fold every block into one 3x3 convolution, and prove it")
+    model = zoo.load(out / "run" / "last.safetensors")
+    deploy = reparameterize(model)
+    proof = verify(model, deploy, source.preprocessing.input_size)
+    zoo.save(deploy, out / "deploy.safetensors")
+    print(f"   {deploy.fold_report}\n   whole model: {proof}")
+    accuracies = evaluate_model(model, source), evaluate_model(deploy, source)
+    images, labels = _held_out(source)
+    training_logits, logits = _logits(model, images), _logits(deploy, images)
+    same = bool((training_logits.argmax(1) == logits.argmax(1)).all())
+    print(f"   top-1 on {accuracies[0].images} held-out scans: {accuracies[0].top1:.2%} and {accuracies[1].top1:.2%}", end=", ")
+    print("every prediction the same" if same else "PREDICTIONS DIFFER")
+    print("\n3. Time both forms, taking turns")
+    times = _time(model, deploy, images)
+    speedup = ratio(times["training form"], times["deploy form"])
+    rows = [(name, f"{BATCH / t.median:,.0f}", *(f"{BATCH / q:,.0f}" for q in reversed(t.quartiles))) for name, t in times.items()]
+    print_table(("", "images/s", "lower quartile", "upper"), rows)
+    print(f"   the deploy form is {speedup} as fast (95% interval over {len(times['deploy form'].rounds)} rounds)")
+    print("\n4. Read held-out scans")
+    shown = _shown(source, logits, labels)
+    print_table(
+        ("scan", "label", "read as", "probability"), [(i, true, p, f"{x:.1%}") for i, (_, true, p, x) in enumerate(shown[:8])]
+    )
+    _save_scans(shown, out / "scans")
+    block = _two_channel_block(source, out / "two-channels", seed)
+    story = Story(trained, deploy, proof, accuracies, same, _layer_errors(model, deploy, images), times, speedup, block, shown)
+    atomically(out / "index.html", lambda path: path.write_text(_page(story, model)))
+    record.write(out / "demo.json", _figures(story))
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {out / 'index.html'}, or go on:")
+    print(f"  repvgg info {out / 'deploy.safetensors'}")
+    print(f"  repvgg predict {out / 'deploy.safetensors'} {out / 'scans'}")
+
+
+def _held_out(source: Source) -> tuple[Tensor, Tensor]:
+    scans = Transformed(source.val, eval_transform(source.preprocessing))
+    pixels, labels = zip(*(scans[i] for i in range(len(scans))), strict=True)
+    return normalise(torch.stack(pixels), source.preprocessing), torch.tensor(labels)
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = model(images)
+    return logits
+
+
+def _time(model: nn.Module, deploy: nn.Module, images: Tensor) -> dict[str, Times]:
+    batch = images[:BATCH].contiguous(memory_format=torch.channels_last)
+    calls = {"training form": lambda: _logits(model, batch), "deploy form": lambda: _logits(deploy, batch)}
+    return interleave(calls, rounds=15, batches=8, warmup=5)
+
+
+def _shown(source: Source, logits: Tensor, labels: Tensor) -> list[tuple[Tensor, str, str, float]]:
+    """Held-out scans with what was read: the least certain first, since the easy ones all look alike."""
+    probability, predicted = logits.softmax(1).max(1)
+    order = probability.argsort()[: GRID // 2].tolist() + probability.argsort(descending=True)[: GRID // 2].tolist()
+    names = source.classes
+    return [(source.val[i][0], names[int(labels[i])], names[int(predicted[i])], float(probability[i])) for i in order]
+
+
+def _save_scans(shown: list[tuple[Tensor, str, str, float]], folder: Path) -> None:
+    """As files to try `repvgg predict` on, named by their label."""
+    folder.mkdir(exist_ok=True)
+    for number, (scan, label, _, _) in enumerate(shown):
+        Image.fromarray(scan[0].numpy()).save(folder / f"{label}-{number:02}.png")
+
+
+@torch.inference_mode()
+def _layer_errors(model: nn.Module, deploy: nn.Module, images: Tensor) -> list[tuple[str, float]]:
+    """After each layer, on real scans: the largest difference between the two forms, relative to the largest output."""
+    wanted, got = _layer_outputs(model, images), _layer_outputs(deploy, images)
+    return [(name, float((got[name] - output).abs().max() / output.abs().max())) for name, output in wanted.items()]
+
+
+def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _inputs, output: outputs.update({name: output})
+
+    watched = [(name, m) for name, m in model.named_modules() if isinstance(m, Layer) or name == "head"]
+    hooks = [module.register_forward_hook(keep(name)) for name, module in watched]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def _two_channel_block(source: Source, out: Path, seed: int) -> Branches:
+    """A trained block small enough to draw: from a net of the same shape whose first stages have two channels."""
+    recipe = replace(get_recipe("demo"), epochs=2)
+    narrow = train(ARCH, source, recipe, out, seed=seed, width=TWO_CHANNELS, log=lambda line: None).model
+    block = narrow.get_submodule("stages.0.1.block")
+    assert isinstance(block, Branches)
+    return block.eval()
+
+
+def _figures(s: Story) -> dict[str, Any]:
+    return {
+        "arch": ARCH,
+        "top1": {"training form": s.accuracies[0].top1, "deploy form": s.accuracies[1].top1},
+        "same_predictions": s.same_predictions,
+        "max_rel_err": s.proof.max_rel_err,
+        "seconds_per_batch": {name: {"median": t.median, "quartiles": t.quartiles} for name, t in s.times.items()},
+        "batch_size": BATCH,
+        "rounds": len(s.times["deploy form"].rounds),
+        "speedup": [s.speedup.value, s.speedup.low, s.speedup.high],
+        "training_seconds": s.run.seconds,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- the page
+
+
+def _page(s: Story, model: nn.Module) -> str:
+    from repvgg.paper import figure2, figure4
+
+    assert isinstance(model, RepVGG)
+    assert isinstance(s.deploy, RepVGG)
+    count = {form: sum(p.numel() for p in m.parameters()) for form, m in (("training", model), ("deploy", s.deploy))}
+    top1, images, rounds = s.accuracies[0].top1, s.accuracies[0].images, len(s.times["deploy form"].rounds)
+    worst = max(error for _, error in s.layer_errors)
+    lead = (
+        f"A network of three branches a layer learned to read digits: {top1:.1%} of {images} held-out scans. "
+        f"Folded into plain 3x3 convolutions it gives the same answers, {s.speedup.value:.2f} times as fast."
+    )
+    learning = page.paragraph(
+        f"{ARCH}, trained for {s.run.seconds:.0f} s on this machine. The loss is a mean over the last steps; "
+        "the accuracy is measured on held-out scans after each epoch."
+    ) + page.svg(_learning_curve(s.run.history))
+    structure = page.paragraph(
+        "In training each layer is a sum of a 3x3 convolution, a 1x1 convolution and the identity, each with its batch norm "
+        f"({count['training']:,} parameters). In deploy form it is one 3x3 convolution with bias ({count['deploy']:,})."
+    ) + page.svg(figure2.draw(model, s.deploy), "The paper's Figure 2, drawn from the model that was just trained.")
+    algebra = page.paragraph(
+        "A batch norm at its running statistics scales and shifts each channel, so it goes into the kernel before it. "
+        "A 1x1 kernel is a 3x3 kernel with zeros around it, and the identity is a 1x1 kernel too. "
+        "Convolutions of the same input add up."
+    ) + page.svg(figure4.draw(s.block), "The paper's Figure 4, on a trained block of two channels. Every number is computed.")
+    proof = page.paragraph(
+        f"Each layer's output in both forms, on the same scans, in float32. The largest difference anywhere is {worst:.1e} "
+        f"of the layer's largest output: rounding. Against float64 the whole model is {s.proof.max_rel_err:.1e} off, "
+        f"where {s.proof.bound:.0e} is allowed; "
+        f"{'every held-out scan gets the same label' if s.same_predictions else 'some scans get different labels'} from both."
+    ) + page.svg(_error_bars(s.layer_errors))
+    speed = page.paragraph(
+        f"Both forms on the same batch of {BATCH} scans, taking turns over {rounds} rounds, so that whatever else this machine "
+        f"does hits both alike. The deploy form is {s.speedup} as fast (95% interval)."
+    ) + page.svg(_speed_bars(s.times))
+    pieces = [
+        page.png(scan[0].numpy(), f"a scan of a {true}", f"{'read' if true == read else f'a {true}, read'} as {read} ({p:.0%})")
+        for scan, true, read, p in s.shown
+    ]
+    reading = page.paragraph(f"The {GRID // 2} scans that the network was least sure of, then the surest.") + page.grid(pieces)
+    about = record.machine()
+    versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
+    where = page.table([*about.items(), ("versions", versions)], ("", ""))
+    sections = [
+        ("It learns", learning),
+        ("One layer, before and after", structure),
+        ("The fold, step by step", algebra),
+        ("The proof", proof),
+        ("The gain", speed),
+        ("What it reads", reading),
+        ("Measured on", where),
+    ]
+    return page.page("RepVGG, from training to plain 3x3", sections, lead)
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _learning_curve(history: list[dict[str, Any]]) -> Any:
+    from repvgg.paper.canvas import POINTWISE, WIDEST
+
+    figure, axes = _axes(9, 3.4)
+    steps = [(h["step"], h["loss"]) for h in history if "loss" in h]
+    epochs = [(h["step"], h["val_top1"] * 100) for h in history if "val_top1" in h]
+    axes.plot(*zip(*steps, strict=True), color=WIDEST[1], label="training loss (left)")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    right = axes.twinx()
+    right.spines["top"].set_visible(False)
+    right.plot(*zip(*epochs, strict=True), color=POINTWISE[1], marker="o", label="top-1 on held-out scans, % (right)")
+    right.set(ylim=(0, 102), ylabel="top-1, %")
+    right.annotate(f"{epochs[-1][1]:.1f}%", epochs[-1], xytext=(-4, -16), textcoords="offset points", ha="right")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    return figure
+
+
+def _error_bars(errors: list[tuple[str, float]]) -> Any:
+    from repvgg.paper.canvas import WIDEST
+
+    figure, axes = _axes(9, 3.2)
+    names = [name.removeprefix("stages.") for name, _ in errors]
+    axes.bar(names, [max(e, 1e-9) for _, e in errors], color=WIDEST[1], width=0.6)
+    axes.axhline(2**-23, color="#667080", linewidth=1, linestyle="--")
+    axes.annotate(
+        "one unit in the last place of float32", (len(names) - 0.6, 2**-23), ha="right", va="bottom", fontsize=9, color="#667080"
+    )
+    axes.set(yscale="log", ylim=(1e-9, 1e-5), xlabel="layer (stage.layer)", ylabel="relative difference")
+    return figure
+
+
+def _speed_bars(times: dict[str, Times]) -> Any:
+    from repvgg.paper.canvas import IDENTITY, RULE
+
+    figure, axes = _axes(9, 1.9)
+    names = list(times)[::-1]
+    speeds = [BATCH / times[n].median for n in names]
+    spread = [[s - BATCH / times[n].quartiles[1], BATCH / times[n].quartiles[0] - s] for n, s in zip(names, speeds, strict=True)]
+    axes.barh(names, speeds, xerr=list(zip(*spread, strict=True)), color=[IDENTITY[1], RULE], height=0.6, capsize=4)
+    for i, speed in enumerate(speeds):
+        axes.text(speed * 0.02, i, f"{speed:,.0f} images/s", va="center", color="white" if i == 0 else "#1d2530", fontweight="bold")
+    axes.set(xlabel="images a second (median; whiskers are quartiles over rounds)")
+    return figure

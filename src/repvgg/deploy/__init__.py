@@ -1,0 +1,1 @@
+"""Out of PyTorch and into use."""

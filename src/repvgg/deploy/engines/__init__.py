@@ -1,0 +1,87 @@
+"""Engines: what runs a network, one file each, behind one small protocol.
+
+    engine = build("openvino", model, Options(input_size=(3, 224, 224), precision="bf16"))
+    logits = engine(images)                       # float32 [N, C, H, W] -> float32 [N, classes]
+
+A file of this folder has one function, `build(model, options) -> Engine`. `model` is in eval mode and is run as it is: fold it first.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA).
+
+    threads: of the CPU, None for the engine's own choice. channels_last: memory format of the PyTorch engines.
+    """
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    batch_size: int = 1
+    precision: str = "fp32"
+    threads: int | None = None
+    channels_last: bool = True
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`prepare` puts float32 images [N, C, H, W] in the engine's own form; `run` computes; `finish` gives float32 logits back.
+
+    They are apart so that `run` can be timed alone. Not safe to call from several threads at once.
+    """
+
+    prepare: Callable[[Tensor], Any]
+    run: Callable[[Any], Any]
+    finish: Callable[[Any], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.finish(self.run(self.prepare(images)))
+
+
+@dataclass(frozen=True)
+class Known:
+    """An engine's file, what it needs beside PyTorch, and its precisions on the CPU and on CUDA."""
+
+    module: str
+    packages: tuple[str, ...]
+    on_cpu: tuple[str, ...]
+    on_cuda: tuple[str, ...]
+
+
+ENGINES = {
+    "eager": Known("eager", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
+    "compile": Known("compiled", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
+    "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ()),
+    "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),
+}
+
+
+def build(name: str, model: nn.Module, options: Options) -> Engine:
+    """An engine for `model`. Raises ValueError for an unknown or missing engine, or a precision that it does not have."""
+    check(name, options.precision, options.device)
+    module = importlib.import_module(f"repvgg.deploy.engines.{ENGINES[name].module}")
+    engine: Engine = module.build(model, options)
+    return engine
+
+
+def check(name: str, precision: str, device: str = "cpu") -> None:
+    """Raises ValueError where `build` would: unknown, not installed (with the line that installs it), or without that precision."""
+    if name not in ENGINES:
+        raise ValueError(f"no engine {name!r}: there are {', '.join(ENGINES)}")
+    known = ENGINES[name]
+    if missing := [package for package in known.packages if find_spec(package) is None]:
+        raise ValueError(f"the engine {name} needs {', '.join(missing)}: pip install 'repvgg[deploy]'")
+    has = known.on_cuda if torch.device(device).type == "cuda" else known.on_cpu
+    if precision not in has:
+        kind = torch.device(device).type
+        raise ValueError(f"the engine {name} has no {precision} on {kind}" + (f": it has {', '.join(has)}" if has else ""))

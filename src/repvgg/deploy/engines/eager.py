@@ -1,0 +1,42 @@
+"""PyTorch as it is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.deploy.engines import Engine, Options
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(model: nn.Module, options: Options) -> Engine:
+    network, prepare = place(model, options)
+    return Engine(prepare, in_precision(network, options), lambda logits: logits.float().cpu())
+
+
+def place(model: nn.Module, options: Options) -> tuple[nn.Module, Any]:
+    """The model on its device, in its precision and memory format; and a function that does the same to images."""
+    form: dict[str, Any] = {"device": options.device, "dtype": DTYPES[options.precision]}
+    if options.channels_last:
+        form["memory_format"] = torch.channels_last
+
+    def prepare(images: Tensor) -> Tensor:
+        return images.to(**form)
+
+    return model.to(**form), prepare
+
+
+def in_precision(network: Any, options: Options) -> Any:
+    """`network` without gradients, with TF32 products if and only if they are asked for (the switch is global, so at each call)."""
+    tf32 = options.precision == "tf32"
+    on_cuda = torch.device(options.device).type == "cuda"
+
+    def run(images: Tensor) -> Tensor:
+        if on_cuda:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        with torch.inference_mode():
+            logits: Tensor = network(images)
+        return logits
+
+    return run

@@ -1,0 +1,21 @@
+"""ONNX Runtime on the CPU."""
+
+import onnxruntime
+import torch
+from torch import nn
+
+from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines.onnx_file import to_onnx
+
+
+def build(model: nn.Module, options: Options) -> Engine:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    if options.threads:
+        settings.intra_op_num_threads = options.threads
+    session = onnxruntime.InferenceSession(to_onnx(model, options), settings, providers=["CPUExecutionProvider"])
+    return Engine(
+        lambda images: images.contiguous().cpu().numpy(),
+        lambda images: session.run(None, {"images": images})[0],
+        torch.from_numpy,
+    )

@@ -1,0 +1,66 @@
+"""Every command and every Python block of README and docs runs as it stands; what is not run here says so."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall(page.read_text()) if kind == language]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
+    """A folder like a user's after `make demo`."""
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(demo_folder, folder / "demo")
+    return folder
+
+
+def run(command: str, folder: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_of_the_page_run(page: Path, desk: Path) -> None:
+    for block in blocks(page, "console"):
+        for line in block.splitlines():
+            assert line.startswith("$ "), f"{page.name}: a console block holds commands alone, each after a $: {line!r}"
+            run(line.removeprefix("$ "), desk)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_of_the_page_runs(page: Path, desk: Path) -> None:
+    for block in blocks(page, "python"):
+        run(f"{sys.executable} -W error - <<'END'\n{block}\nEND", desk)
+
+
+def test_blocks_that_are_not_run_say_so() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for match in BLOCK.finditer(text):
+            if match[1] == "" and "make demo" not in match[2]:
+                before = text[: match.start()].rstrip().rsplit("\n\n", 1)[-1].lower()
+                assert "not run here" in before, f"{page.name}: {match[2][:60]!r}"
+
+
+def test_measured_figures_in_readme_come_from_results() -> None:
+    done = subprocess.run([sys.executable, ROOT / "results" / "readme.py", "--check"])
+    assert done.returncode == 0, "run python results/readme.py"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
