@@ -33,7 +33,7 @@ $(VENV)/pip.stamp:
 	@touch $@
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/pip.stamp
-	$(BIN)/pip install -q -e '.[train]'
+	$(BIN)/pip install -q -e '.[demo]'
 	@touch $@
 
 $(VENV)/all.stamp: pyproject.toml | $(VENV)/pip.stamp

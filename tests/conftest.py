@@ -1,8 +1,5 @@
 """What the tests share: random networks that a fold can really break, and how far apart two outputs are."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -51,19 +48,13 @@ def randomize(model: Model, shape: tuple[int, ...] = (8, 3, 64, 64), seed: int =
     return model.eval()
 
 
+@torch.no_grad()
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """max |got - wanted| / max |wanted|."""
     return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
+@torch.no_grad()
 def error_of_deviation(got: Tensor, wanted: Tensor) -> float:
     """max |got - wanted| as a fraction of how much the outputs differ from image to image: a constant output hides nothing."""
     return float((got.double() - wanted.double()).abs().max() / wanted.double().std(0).mean())
-
-
-@pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `repvgg demo` leaves behind, run once as a user runs it."""
-    folder = tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, "-m", "repvgg", "demo", "--out", str(folder)], check=True, capture_output=True)
-    return folder

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,13 +59,21 @@ def recipe(name: Positional[str] = "", json: bool = False) -> None:
     show_recipe(name, json) if name else show_recipes(json)
 
 
+@dataclass(frozen=True)
+class Settings(Recipe):
+    """A recipe as flags, not checked yet: tyro would make a box of what a recipe complains of in a line."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def _train(default: Recipe) -> Callable[..., None]:
     def train(
         arch: str,
         data: str,
         out: Path,
         recipe: str = "",
-        settings: OmitArgPrefixes[Recipe] = default,
+        settings: OmitArgPrefixes[Settings] = Settings(**asdict(default)),  # noqa: B008 - made anew with each default
         width: float = 1.0,
         small_input: bool | None = None,
         block: str = "repvgg",
@@ -95,8 +104,9 @@ def _train(default: Recipe) -> Callable[..., None]:
         options: dict[str, Any] = {"width": width, "block": block} if width != 1 or block != "repvgg" else {}
         if small_input is not None:
             options["small_input"] = small_input
+        checked = Recipe(**asdict(settings))
         source = open_source(data).limited(limit, seed)
-        result = run(arch, source, settings, out, seed=seed, device=device or _device(), workers=workers, log=_say, **options)
+        result = run(arch, source, checked, out, seed=seed, device=_device(device), workers=workers, log=_say, **options)
         print(f"best val top-1 {result.best.top1:.2%}, last {result.last.top1:.2%}, in {result.seconds / 60:.1f} min: {out}")
 
     return train
@@ -131,7 +141,7 @@ def evaluate(
 
     network = open_model(model)
     source = open_source(data).limited(limit, seed)
-    accuracy = evaluate_model(network, source, batch_size, workers, device or _device())
+    accuracy = evaluate_model(network, source, batch_size, workers, _device(device))
     show_accuracy(accuracy, source.classes, json)
 
 
@@ -170,7 +180,7 @@ def predict(
     from repvgg.predict import predict as run
     from repvgg.zoo import open_model
 
-    show_predictions(run(open_model(model), images, batch_size, top, device or _device()), json)
+    show_predictions(run(open_model(model), images, batch_size, top, _device(device)), json)
 
 
 def bench(
@@ -209,19 +219,21 @@ def bench(
         out: write the figures as JSON, with the machine.
         json: print the JSON instead of a table.
     """
-    from repvgg.bench.models import candidates
     from repvgg.bench.models import bench as run
+    from repvgg.bench.models import candidates
     from repvgg.info import show_report
 
+    device = _device(device)
+    forms = ("deploy", "training") if form == "both" else (form,)
     report = run(
-        candidates(models, engines.split(","), precision.split(","), ("deploy", "training") if form == "both" else (form,)),
+        candidates(models, engines.split(","), precision.split(","), forms, device, _say),
         batch_size=batch_size,
         rounds=rounds,
         batches=batches,
         warmup=warmup,
         threads=threads,
         channels_last=channels_last,
-        device=device or _device(),
+        device=device,
         input_size=(3, input_size, input_size) if input_size else None,
         allow_unfolded=allow_unfolded,
         log=_say,
@@ -229,33 +241,93 @@ def bench(
     show_report(report, out, json)
 
 
+def paper(
+    part: Positional[str],
+    quick: bool = False,
+    models: str = "",
+    engine: str = "",
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32",
+    batch_size: int | None = None,
+    rounds: int | None = None,
+    threads: int | None = None,
+    channels_last: bool = True,
+    device: str = "",
+    out: Path = Path("paper"),
+    json: bool = False,
+) -> None:
+    """What the paper reports, beside what this machine measures: tables, figures and a page.
+
+    Finished speeds are kept in OUT/speeds.json, so that an interrupted run goes on where it was.
+
+    Args:
+        part: table1, ..., table5, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.
+        quick: minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so.
+        models: of tables 4 and 5, figure 1 and forms, several with commas; by default all.
+        engine: eager, compile, onnxruntime or openvino; by default eager, for winograd all that are installed.
+        precision: of weights and activations.
+        batch_size: images a batch; by default 128 on CUDA (as in the paper) and 8 elsewhere.
+        rounds: in which the candidates take turns.
+        threads: of the CPU; by default PyTorch's own number.
+        channels_last: memory format NHWC for the PyTorch engines.
+        device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        out: folder for JSON, PNG, SVG and, for all, index.html.
+        json: print the JSON instead of tables.
+    """
+    from repvgg.paper.report import paper as run
+    from repvgg.paper.result import Settings
+
+    settings = Settings(
+        models=tuple(models.split(",")) if models else (),
+        engine=engine,
+        precision=precision,
+        batch_size=batch_size,
+        rounds=rounds,
+        threads=threads,
+        channels_last=channels_last,
+        device=_device(device),
+        quick=quick,
+        out=out,
+        log=_say,
+    )
+    run(part, settings, json)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The `repvgg` command."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where a reader that has left is noticed
+    except KeyboardInterrupt:
+        _fail("stopped; what was saved last is whole", 130)
+    except BrokenPipeError:  # the reader of our output has left: end as quietly as SIGPIPE would
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("REPVGG_DEBUG"):
+            raise
+        missing = isinstance(error, ModuleNotFoundError)
+        _fail(f"this needs {error.name}: pip install 'repvgg[all]'" if missing else str(error), 2)
+
+
+def _run(words: list[str]) -> None:
     if words in (["--version"], ["-V"]):
         print(f"repvgg {__version__}")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        commands = {
-            "demo": demo,
-            "info": info,
-            "recipe": recipe,
-            "train": _train(_default_recipe(words)),
-            "eval": evaluate,
-            "convert": convert,
-            "predict": predict,
-            "bench": bench,
-        }
-        tyro.extras.subcommand_cli_from_dict(commands, prog="repvgg", description=DESCRIPTION, args=words, sort_subcommands=False)
-    except KeyboardInterrupt:
-        _fail("stopped; what was saved last is whole", 130)
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("REPVGG_DEBUG"):
-            raise
-        _fail(str(error), 2)
+    commands: dict[str, Callable[..., Any]] = {
+        "demo": demo,
+        "info": info,
+        "recipe": recipe,
+        "train": _train(_default_recipe(words)),
+        "eval": evaluate,
+        "convert": convert,
+        "predict": predict,
+        "bench": bench,
+        "paper": paper,
+    }
+    tyro.extras.subcommand_cli_from_dict(commands, prog="repvgg", description=DESCRIPTION, args=words, sort_subcommands=False)
 
 
 def _default_recipe(words: list[str]) -> Recipe:
@@ -265,7 +337,10 @@ def _default_recipe(words: list[str]) -> Recipe:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="")
     parser.add_argument("--data", default="")
-    named, _ = parser.parse_known_args(words[1:])
+    try:
+        named, _ = parser.parse_known_args(words[1:])
+    except argparse.ArgumentError:  # tyro will say it better
+        return Recipe()
     if named.recipe or not named.data or "--help" in words or "-h" in words:
         return get_recipe(named.recipe or "light")
     from repvgg.data import open_source
@@ -275,10 +350,15 @@ def _default_recipe(words: list[str]) -> Recipe:
     return get_recipe(name)
 
 
-def _device() -> str:
+def _device(name: str) -> str:
+    """The device of that name, by default the first one. Raises ValueError for one that this machine lacks."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = [*(["cuda", *gpus] if gpus else []), "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name and name not in devices:
+        raise ValueError(f"no device {name!r} here: {', '.join(devices)}")
+    return name or devices[0]
 
 
 def _say(line: str) -> None:

@@ -30,7 +30,7 @@ class LayerCost:
 
     path: the innermost module that ran it ("" is the model itself); operator: its aten name ("convolution", "relu", "add").
     params: elements of the parameters it reads, given to the first operator that reads them.
-    macs, winograd_muls, bytes_moved: see `Cost`.
+    macs, winograd_muls, bytes_moved: see `Cost`. working_bytes, kept_bytes: of activations, while it runs and after it.
     """
 
     path: str
@@ -40,6 +40,8 @@ class LayerCost:
     macs: int
     winograd_muls: int
     bytes_moved: int
+    working_bytes: int
+    kept_bytes: int
 
     @property
     def fragment(self) -> bool:
@@ -237,34 +239,35 @@ def _count(model: nn.Module, steps: list[_Step], image: Tensor, outputs: list[Te
     last_use |= {_storage(t): len(steps) for t in outputs}
     unread = {_storage(p): p.numel() for p in model.parameters()}
     layers = []
-    for step in steps:
+    alive = _alive(model, steps, image, last_use)
+    for step, (working, kept) in zip(steps, alive, strict=True):
         writes = [t for t in step.writes if _storage(t) in last_use]
         moved = sum(_bytes(t) for t in (*step.reads, *writes))
         if moved:
             params = sum(unread.pop(_storage(t), 0) for t in step.reads)
             name = step.func.overloadpacket.__name__
             shape = tuple(step.writes[0].shape) if step.writes else ()
-            layers.append(LayerCost(step.path, name, shape, params, step.macs, step.winograd_muls, moved))
-    return Cost(sum(p.numel() for p in model.parameters()), tuple(layers), *_peaks(model, steps, image, last_use))
+            layers.append(LayerCost(step.path, name, shape, params, step.macs, step.winograd_muls, moved, working, kept))
+    peak_working, peak_kept = (max([_bytes(image), *(step[i] for step in alive)]) for i in (0, 1))
+    return Cost(sum(p.numel() for p in model.parameters()), tuple(layers), peak_kept, peak_working)
 
 
-def _peaks(model: nn.Module, steps: list[_Step], image: Tensor, last_use: dict[int, int]) -> tuple[int, int]:
-    """The most bytes of activations alive between two operators, and while one runs."""
+def _alive(model: nn.Module, steps: list[_Step], image: Tensor, last_use: dict[int, int]) -> list[tuple[int, int]]:
+    """Bytes of activations alive while each step runs, and after it."""
     seen = {_storage(t) for t in (*model.parameters(), *model.buffers(), image)}
     let_go = [0] * (len(steps) + 1)
     let_go[last_use.get(_storage(image), 0)] += _bytes(image)
-    alive = between = during = _bytes(image)
+    now, alive = _bytes(image), []
     for i, step in enumerate(steps):
         for t in step.writes:
             if _storage(t) in last_use and _storage(t) not in seen:
                 seen.add(_storage(t))
                 size = t.untyped_storage().nbytes()
-                alive += size
+                now += size
                 let_go[last_use[_storage(t)]] += size
-        during = max(during, alive)
-        alive -= let_go[i]
-        between = max(between, alive)
-    return between, during
+        alive.append((now, now - let_go[i]))
+        now -= let_go[i]
+    return alive
 
 
 def _storage(t: Tensor) -> int:

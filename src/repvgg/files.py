@@ -13,9 +13,14 @@ Files of strangers are hostile: no pickle is executed, sizes are checked before 
 one `FileError`. Files of ours are written whole or not at all.
 """
 
+import io
 import json
+import math
 import os
 import pickle
+import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -30,10 +35,17 @@ METADATA_KEY = "repvgg"
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 PREFIXES = ("module.", "_orig_mod.")
+ZIP = b"PK\x03\x04"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FileError(ValueError):
     """A model file that is missing, damaged, of another kind or hostile; the message names it and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        # It quotes names from the file, which are a stranger's words: keep it to one printable line.
+        printable = "".join(c if c.isprintable() else " " for c in message)
+        super().__init__(" ".join(printable.split())[:500])
 
 
 @dataclass(frozen=True)
@@ -47,18 +59,22 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        channels, height, width = self.input_size
-        if not (channels == len(self.mean) == len(self.std) and min(self.std) > 0):
-            raise ValueError("preprocessing: mean and std need one number for each channel, and std is positive")
-        if min(height, width, self.resize) < 1 or max(height, width, self.resize) > 8192:
-            raise ValueError("preprocessing: sizes are between 1 and 8192 pixels")
+        if len(self.input_size) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in (*self.input_size, self.resize)):
+            raise ValueError("preprocessing: input_size is channels, height, width; sizes are between 1 and 8192 pixels")
+        if not self.input_size[0] == len(self.mean) == len(self.std) or not all(map(math.isfinite, self.mean)):
+            raise ValueError("preprocessing: mean and std need one number for each channel")
+        if not all(0 < s < math.inf for s in self.std):
+            raise ValueError("preprocessing: std is positive")
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ValueError(f"preprocessing: no interpolation {self.interpolation!r}: nearest, bilinear or bicubic")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model file says of its model. `arch`: the arguments of `create_model`, or None for a net known by its layers alone."""
+    """What a model file says of its model. `arch`: the arguments of `create_model`, or None for a net known by its layers alone.
+
+    Raises ValueError or TypeError where it contradicts itself.
+    """
 
     arch: dict[str, Any] | None
     form: str = "training"
@@ -69,24 +85,38 @@ class Manifest:
     keys: str = "repvgg"
     format_version: int = FORMAT_VERSION
 
+    def __post_init__(self) -> None:
+        kinds: dict[str, Any] = {"arch": dict | None, "classes": list | None, "training": dict, "layers": list | None, "keys": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is of type {type(getattr(self, name)).__name__}")
+        if self.form not in ("training", "deploy"):
+            raise ValueError(f"no form {self.form!r}: training or deploy")
+        if not all(isinstance(name, str) for name in self.classes or []):
+            raise TypeError("classes are names")
+        arch, channels = self.arch or {}, self.preprocessing.input_size[0]
+        if arch.get("in_chans", channels) != channels:
+            raise ValueError(f"preprocessing for {channels} channels does not fit in_chans={arch['in_chans']}")
+        outputs = arch.get("num_classes") or (self.layers[-1].get("out_features") if self.layers else None)
+        if self.classes is not None and outputs not in (None, len(self.classes)):
+            raise ValueError(f"{len(self.classes)} class names do not fit {outputs} outputs")
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises ValueError, TypeError or KeyError for what is not a manifest."""
-        raw = json.loads(text)
-        version = raw["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}, this repvgg reads {FORMAT_VERSION}: upgrade repvgg")
-        if raw["form"] not in ("training", "deploy"):
-            raise ValueError(f"no form {raw['form']!r}")
-        p = raw.pop("preprocessing")
-        p.update({name: tuple(p[name]) for name in ("input_size", "mean", "std")})
-        manifest = cls(preprocessing=Preprocessing(**p), **raw)
-        if not isinstance(manifest.arch, dict | None) or not isinstance(manifest.layers, list | None):
-            raise TypeError("arch is a table and layers is a list")
-        return manifest
+        """Raises `FileError` for what is not a manifest that this version reads."""
+        try:
+            raw = json.loads(text)
+            version = raw["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version!r}, this repvgg reads {FORMAT_VERSION}: upgrade repvgg")
+            given = raw.pop("preprocessing")
+            given.update({name: tuple(given[name]) for name in ("input_size", "mean", "std")})
+            return cls(preprocessing=Preprocessing(**given), **raw)
+        except Exception as error:  # JSON of a stranger: anything may be missing, or of another type
+            raise FileError(f"its manifest cannot be used ({describe(error)})") from None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | None]:
@@ -95,56 +125,60 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | No
     Wrapping dictionaries ("state_dict", "model", ...) and prefixes ("module.", "_orig_mod.") are taken off. Raises `FileError`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: {'is a folder, not a model file' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
+    try:
+        if not path.is_file():
+            raise FileError(f"{path}: {'is a folder, not a model file' if path.is_dir() else 'no such file'}")
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+    if not start:
         raise FileError(f"{path}: is empty (zero bytes): copy or download it again")
-    with path.open("rb") as file:
-        start = file.read(16)
-    # By content, not by name: a zip archive or a bare pickle is a PyTorch checkpoint.
-    is_pickle = start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"
-    tensors, manifest = (_read_pickle if is_pickle else _read_safetensors)(path)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FileError(f"{path}: {name} holds NaN or Inf: the checkpoint is damaged, or training diverged")
-        if name.endswith("running_var") and bool((tensor <= 0).any()):
-            raise FileError(f"{path}: {name} has a zero or negative variance: the checkpoint is damaged")
-    return tensors, manifest
+    try:
+        tensors, manifest = (_read_pickle if _is_pickle(start) else _read_safetensors)(path)
+        _refuse_damage(tensors)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
+    except Exception as error:  # a hostile file may raise anything in the readers of torch and safetensors
+        raise FileError(f"{path}: not a model file, or a damaged one ({describe(error)})") from None
+    return (tensors if manifest else _strip_prefixes(tensors)), manifest
+
+
+def _is_pickle(start: bytes) -> bool:
+    """By content, not by name: a zip archive, or a bare pickle. A safetensors file may begin with the same byte as those, since
+    it begins with its header's length; but then, after those 8 bytes, comes the header."""
+    return start.startswith((ZIP, b"\x80")) and start[8:9] != b"{"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise FileError(f"{path}: not a model file, or a damaged one ({_first_line(error)})") from None
-    if METADATA_KEY not in metadata:
-        return _strip_prefixes(tensors), None
-    try:
-        return tensors, Manifest.from_json(metadata[METADATA_KEY])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FileError(f"{path}: its manifest cannot be used ({_first_line(error)})") from None
+    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return tensors, Manifest.from_json(text) if text is not None else None
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], None]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
+    with path.open("rb") as file:
+        entries = zipfile.ZipFile(file).infolist() if file.read(4) == ZIP else []
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise FileError("unpacks to more than its own size, which no checkpoint of PyTorch does")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, which it goes on to refuse
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise FileError(
-            f"{path}: would run code when opened (it holds more than tensors), so it is refused: save its state_dict()"
+            "is refused: it holds more than tensors and could run code when opened, or it is damaged; save model.state_dict()"
         ) from None
-    except Exception as error:  # a hostile file may raise anything in torch's reader
-        raise FileError(f"{path}: not a PyTorch checkpoint, or a damaged one ({_first_line(error)})") from None
-    while isinstance(loaded, Mapping) and (
-        inner := next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
-    ):
-        loaded = inner
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(k, str) for k in loaded):
-        raise FileError(f"{path}: holds no dictionary of tensors: save model.state_dict()")
-    return _strip_prefixes({name: t for name, t in loaded.items() if isinstance(t, Tensor)}), None
+    for _ in range(3):  # a wrapper may hold itself
+        loaded = next((loaded[k] for k in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(k), Mapping)), loaded)
+    tensors = {name: t for name, t in loaded.items() if isinstance(t, Tensor)} if isinstance(loaded, Mapping) else {}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        raise FileError("holds no dictionary of tensors: save model.state_dict()")
+    text = getattr(loaded, METADATA_KEY, None)
+    return tensors, Manifest.from_json(text) if text is not None else None
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,24 +187,53 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _refuse_damage(tensors: Mapping[str, Tensor]) -> None:
+    """Raises `FileError` naming the first tensor that no trained network has."""
+    for name, tensor in tensors.items():
+        dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        if not dense or tensor.dtype not in (*FLOATS, torch.int64):
+            raise FileError(
+                f"{name} is {tensor.dtype}, {tensor.layout}: only dense float16, bfloat16, float32 and float64 are read"
+            )
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:  # a stride of zero makes terabytes of a few bytes
+            raise FileError(f"{name} claims more numbers than the file holds")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FileError(f"{name} holds NaN or Inf: the checkpoint is damaged, or training diverged")
+        if name.endswith("running_var") and bool((tensor <= 0).any()):
+            raise FileError(f"{name} has a zero or negative variance: the checkpoint is damaged")
+
+
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
     """Write a model file whole or not at all: safetensors, or by its suffix (.pth, .pt, .bin) a bare PyTorch state dict.
 
-    Raises `FileError` if the folder is missing, read-only or full.
+    That state dict is a dictionary of tensors like any other; the manifest is an attribute of it, as torch's own `_metadata` is.
+    Raises `FileError` if the folder is missing, read-only or full, or for tensors that `read` would refuse.
     """
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        _refuse_damage(tensors)
+    except FileError as error:
+        raise FileError(f"{path}: is not written, {error}") from None
     if path.suffix in PICKLE_SUFFIXES:
-        atomically(path, lambda temporary: torch.save(tensors, temporary))
-        return
-    from safetensors.torch import save_file
+        # Cloned, because torch.save writes all of the storage that a tensor is a part of.
+        state = OrderedDict((name, tensor.clone()) for name, tensor in tensors.items())
+        vars(state)[METADATA_KEY] = manifest.to_json()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+    else:
+        from safetensors.torch import save
 
-    metadata = {METADATA_KEY: manifest.to_json(), "format": "pt"}
-    atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        data = save(tensors, {METADATA_KEY: manifest.to_json(), "format": "pt"})
+    atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) -> None:
-    """Call `write_to` with a temporary name in the same folder, flush it to disk, rename: whoever reads sees all or nothing."""
+    """Call `write_to` with a temporary name in the same folder, flush it to disk, then rename: whoever reads sees all or nothing.
+
+    Raises `FileError` for an OSError.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -178,14 +241,15 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except Exception as error:
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        reason = f"there is no folder {path.parent}" if missing else error.strerror
+        raise FileError(f"{path}: cannot be written ({reason})") from None
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        if path.parent.is_dir() and not isinstance(error, OSError) and "os error" not in str(error).lower():
-            raise
-        reason = _first_line(error) if path.parent.is_dir() else f"there is no folder {path.parent}"
-        raise FileError(f"{path}: cannot be written ({reason})") from None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def describe(error: BaseException) -> str:
+    """An error of somebody else's code in a few words."""
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__

@@ -8,7 +8,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.files import atomically
 from repvgg.train.recipes import RECIPES, get_recipe
 
 if TYPE_CHECKING:
@@ -27,8 +26,9 @@ def show(name_or_file: str, as_json: bool) -> None:
     import torch
 
     from repvgg import zoo
+    from repvgg.files import PICKLE_SUFFIXES
 
-    if Path(name_or_file).exists() or Path(name_or_file).suffix == ".safetensors":
+    if Path(name_or_file).exists() or Path(name_or_file).suffix in {".safetensors", *PICKLE_SUFFIXES}:
         _show_model(name_or_file, zoo.load(name_or_file), as_json)
         return
     name = zoo.resolve_name(name_or_file)
@@ -170,13 +170,13 @@ def show_accuracy(accuracy: "Accuracy", classes: Sequence[str], as_json: bool) -
         width = max(len(c) for c in classes)
         header = ("true \\ predicted", *(c[: max(4, 60 // len(classes))] for c in classes), "recognised")
         rows = [
-            (name.ljust(width), *(n or "." for n in row), f"{share:.1%}")
+            (name.ljust(width), *(n or "." for n in row), _share(share))
             for name, row, share in zip(classes, accuracy.confusion.tolist(), accuracy.per_class, strict=True)
         ]
         print_table(header, rows, title="Confusion matrix")
     else:
         worst = sorted(zip(accuracy.per_class, classes, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0]))
-        print_table(("class", "recognised"), [(name, f"{share:.1%}") for share, name in worst[:20]], title="The 20 hardest classes")
+        print_table(("class", "recognised"), [(name, _share(share)) for share, name in worst[:20]], title="The 20 hardest classes")
     print(f"top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}   loss {accuracy.loss:.4f}   {accuracy.images:,} images")
 
 
@@ -202,6 +202,8 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
     """Figures of `repvgg bench`: a table or JSON, and a file."""
     figures = report.to_json()
     if out is not None:
+        from repvgg.files import atomically
+
         atomically(out, lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
     if as_json:
         _print_json(figures)
@@ -258,6 +260,10 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str
     if not console.is_terminal:
         console.width = 400
     console.print(table)
+
+
+def _share(share: float) -> str:
+    return "" if math.isnan(share) else f"{share:.1%}"
 
 
 def _print_json(value: Any) -> None:

@@ -1,12 +1,13 @@
 """State-dict keys of other RepVGG implementations: the official code, timm and mmpretrain, in both forms.
 
-One list of substitutions a scheme, from our keys to theirs; the way back is the same list applied to every key of the model at
-hand, inverted, so that a round trip cannot lose anything.
+One list of substitutions a scheme, from our keys to theirs; the way back is the same list inverted, and a key counts as
+translated only if it comes back as it was, so that a round trip cannot lose anything.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ SCHEMES = {
         ),
     ),
     "timm": Scheme(
-        marker=r"^stem\.(conv_kxk|reparam_conv)\.",
+        marker=r"^stem\.(conv_kxk\.conv|reparam_conv)\.",
         stem="stem",
         stage="stages.",
         first_stage=0,
@@ -73,36 +74,39 @@ SCHEMES = {
 }
 
 
-def to_foreign(key: str, scheme: str) -> str:
-    """Our key in another scheme: `stages.0.1.block.weight` -> `stage1.1.rbr_reparam.weight` (official)."""
-    s = SCHEMES[scheme]
-    for ours, theirs in s.parts:
-        if ours in key:
-            key = key.replace(ours, theirs)
-            break
+def to_foreign(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
+    """A state dict of ours in another scheme's keys: `stages.0.1.block.weight` -> `stage1.1.rbr_reparam.weight` (official)."""
+    return {_foreign(key, SCHEMES[scheme]): tensor for key, tensor in tensors.items()}
+
+
+def to_ours(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
+    """The way back. Keys that the scheme does not know stay as they are: a strict load finds them.
+
+    Raises ValueError for two keys that mean the same tensor.
+    """
+    ours = {_ours(key, SCHEMES[scheme]): tensor for key, tensor in tensors.items()}
+    if len(ours) < len(tensors):
+        raise ValueError(f"some of its tensors are there twice, in {scheme} keys and in ours")
+    return ours
+
+
+def _foreign(key: str, s: Scheme) -> str:
+    ours, theirs = next((part for part in s.parts if part[0] in key), ("", ""))
+    key = key.replace(ours, theirs, 1) if ours else key
     if key.startswith("stem."):
         return s.stem + key.removeprefix("stem")
     return re.sub(r"^stages\.(\d)\.", lambda m: f"{s.stage}{int(m[1]) + s.first_stage}.", key)
 
 
-def to_ours(keys: Iterable[str], scheme: str) -> dict[str, str]:
-    """Foreign key -> our key, for the keys that we know."""
-    s = SCHEMES[scheme]
-    result = {}
-    for key in keys:
-        ours = key
-        if ours.startswith(s.stem + "."):
-            ours = "stem" + ours.removeprefix(s.stem)
-        elif m := re.match(rf"{re.escape(s.stage)}(\d)\.", ours):
-            ours = f"stages.{int(m[1]) - s.first_stage}." + ours[m.end() :]
-        # The part follows the layer's index, or opens the key (the classifier).
-        for part, theirs in s.parts:
-            if re.search(rf"(^|\.){re.escape(theirs)}", ours):
-                ours = re.sub(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{part}", ours, count=1)
-                break
-        if to_foreign(ours, scheme) == key:
-            result[key] = ours
-    return result
+def _ours(key: str, s: Scheme) -> str:
+    ours = re.sub(rf"^{re.escape(s.stem)}\.", "stem.", key)
+    ours = re.sub(rf"^{re.escape(s.stage)}(\d)\.", lambda m: f"stages.{int(m[1]) - s.first_stage}.", ours)
+    for part, theirs in s.parts:
+        # A part follows the layer's index, or opens the key (the classifier).
+        ours, found = re.subn(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{part}", ours, count=1)
+        if found:
+            break
+    return ours if _foreign(ours, s) == key else key
 
 
 def detect(keys: Iterable[str]) -> str | None:
@@ -113,7 +117,7 @@ def detect(keys: Iterable[str]) -> str | None:
     return next((name for name, s in SCHEMES.items() if any(re.match(s.marker, k) for k in keys)), None)
 
 
-def infer_arch(tensors: dict[str, Tensor]) -> dict[str, object] | None:
+def infer_arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """`create_model` arguments that fit a state dict in our keys, or None: read off the shapes of its tensors."""
     weights: dict[tuple[int, int], Tensor] = {}
     for key, tensor in tensors.items():
@@ -126,23 +130,25 @@ def infer_arch(tensors: dict[str, Tensor]) -> dict[str, object] | None:
     depths = tuple(sum(1 for stage, _ in weights if stage == s) for s in range(4))
     has_se = "stem.se.reduce.weight" in tensors
     widths = (stem.shape[0], *(weights[s, 0].shape[0] for s in range(4) if (s, 0) in weights))
-    for name, member in FAMILY.items():
-        width = widths[-1] / (512 * member.b)
-        if (
-            depths == member.depths
-            and has_se == member.squeeze_excite
-            and 0 < width <= 16
-            and member.widths(width) == widths
-            and _groups(weights, widths) == member.groups
-        ):
-            return {
-                "name": name,
-                "num_classes": head.shape[0],
-                "in_chans": stem.shape[1],
-                "width": width,
-                "small_input": "stages.0.0.block.identity.weight" in tensors,
-            }
-    return None
+    fitting = {
+        name: width
+        for name, member in FAMILY.items()
+        if depths == member.depths
+        and has_se == member.squeeze_excite
+        and 0 < (width := widths[-1] / (512 * member.b)) <= 16
+        and member.widths(width) == widths
+        and _groups(weights, widths) == member.groups
+    }
+    if not fitting:
+        return None
+    name = min(fitting, key=lambda name: abs(fitting[name] - 1))  # B2 is B1 with width=1.25, but nobody calls it that
+    return {
+        "name": name,
+        "num_classes": head.shape[0],
+        "in_chans": stem.shape[1],
+        "width": fitting[name],
+        "small_input": "stages.0.0.block.identity.weight" in tensors,
+    }
 
 
 def _groups(weights: dict[tuple[int, int], Tensor], widths: tuple[int, ...]) -> int:

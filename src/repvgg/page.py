@@ -31,6 +31,7 @@ body { margin: 0; background: var(--page); color: var(--ink) }
 body { font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 main { max-width: 78rem; margin: 0 auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 5rem }
 h1 { margin: 0 0 .5rem; font-size: clamp(1.9rem, 5vw, 2.75rem); line-height: 1.15; letter-spacing: -.02em; text-wrap: balance }
+h3 { margin: 0 0 .25rem; font-size: 1.0625rem; line-height: 1.4 }
 h2 { margin: 0 0 .75rem; font-size: 1.4rem; line-height: 1.25; letter-spacing: -.01em }
 p { margin: 0 0 1rem; max-width: 44rem; text-wrap: pretty }
 .lead { font-size: 1.2rem; color: var(--muted) }
@@ -99,6 +100,11 @@ def page(title: str, sections: Sequence[Section], lead: str = "") -> str:
 def paragraph(text: str) -> str:
     """Plain text."""
     return f"<p>{escape(text)}</p>"
+
+
+def heading(text: str) -> str:
+    """Of a part of a section."""
+    return f"<h3>{escape(text)}</h3>"
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from repvgg.data.images import SUFFIXES, ImageError, decode
+from repvgg.data.images import ImageError, decode, is_image
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.zoo import manifest_of
 
@@ -32,6 +32,8 @@ def predict(
     """
     if batch_size < 1 or top < 1:
         raise ValueError("--batch-size and --top are at least 1")
+    if not patterns:
+        raise ValueError("no images: name files, folders or globs")
     manifest = manifest_of(model)
     transform = eval_transform(manifest.preprocessing)
     channels = manifest.preprocessing.input_size[0]
@@ -61,19 +63,21 @@ def expand(patterns: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
-            matches = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        else:
-            matches = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute too
-        if not matches:
+        matches = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute too
+        images = [str(image) for match in matches for image in _images(Path(match))]
+        if not images:
             raise ImageError(f"{pattern}: {'a folder without images' if path.is_dir() else 'no such file, and no file fits it'}")
-        found.update(dict.fromkeys(matches))
+        found.update(dict.fromkeys(images))
     return list(found)
+
+
+def _images(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if is_image(p) and p.is_file()) if path.is_dir() else [path]
 
 
 def _named(probabilities: Tensor, classes: list[str] | None, top: int) -> list[list[tuple[str, float]]]:
     best = probabilities.topk(min(top, probabilities.shape[1]))
-    names = classes or [str(i) for i in range(probabilities.shape[1])]
+    names = classes if classes and len(classes) == probabilities.shape[1] else [str(i) for i in range(probabilities.shape[1])]
     return [
         [(names[i], p) for i, p in zip(indices, values, strict=True)]
         for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)

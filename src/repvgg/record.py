@@ -60,6 +60,8 @@ def _commit() -> str | None:
     """Of the checkout this package runs from, if it runs from one; "+" where files were changed since."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
+        # Installed inside somebody's checkout, it is not that checkout's commit.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)  # noqa: S603
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):

@@ -75,6 +75,15 @@ def interleave(
     return {name: Times(s) for name, s in seconds.items()}
 
 
+def synchroniser(device: str) -> Callable[[], None]:
+    """What waits until `device` has finished; on a CPU there is nothing to wait for."""
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    return lambda: torch.accelerator.synchronize(device)
+
+
 def ratio(slow: Times, fast: Times, resamples: int = 2000) -> Ratio:
     """The speed of `fast` over that of `slow`: the median of the rounds' ratios; its interval by bootstrap over rounds."""
     ratios = [s / f for s, f in zip(slow.by_round, fast.by_round, strict=True)]

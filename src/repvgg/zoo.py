@@ -3,7 +3,9 @@
 import difflib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,14 @@ def create_model(
 
 def manifest_of(model: nn.Module) -> Manifest:
     """What a file of this model would say of it. Raises ValueError for a model that `create_model` did not make."""
-    manifest = getattr(model, "manifest", None)
+    manifest = vars(model).get("manifest")  # its own: a wrapper (torch.compile) would spell the tensors otherwise
     if not isinstance(manifest, Manifest):
         raise ValueError(f"{type(model).__name__} was not made by repvgg.create_model: save its state dict with safetensors")
-    arch = manifest.arch and {**manifest.arch, "num_classes": getattr(model, "num_classes", manifest.arch["num_classes"])}
+    num_classes = _num_classes(model)
+    arch = manifest.arch and {**manifest.arch, "num_classes": num_classes}
+    names = manifest.classes if manifest.classes and len(manifest.classes) == num_classes else None  # else of an older classifier
     form = "deploy" if _is_folded(model) else "training"
-    return replace(manifest, arch=arch, form=form, layers=layer_list(model), keys="repvgg")
+    return replace(manifest, arch=arch, form=form, classes=names, layers=layer_list(model), keys="repvgg")
 
 
 def save(
@@ -90,7 +94,8 @@ def save(
     """Write a model file (see files.py), whole or not at all.
 
     classes, preprocessing, training: what to remember with it; by default what the model already carries. to_keys: "official",
-    "timm" or "mmpretrain" spell the state dict as those do. Raises `FileError` if it cannot be written.
+    "timm" or "mmpretrain" spell the state dict as those do. Raises `FileError` if it cannot be written, ValueError for class names
+    or channels that are not the model's.
     """
     manifest = manifest_of(model)
     manifest = replace(
@@ -106,7 +111,7 @@ def save(
             raise ValueError(f"no key scheme {to_keys!r}: repvgg, {', '.join(keys.SCHEMES)}")
         if not isinstance(model, RepVGG):
             raise ValueError(f"{to_keys} keys exist for the RepVGG family only")
-        tensors = {keys.to_foreign(name, to_keys): tensor for name, tensor in tensors.items()}
+        tensors = keys.to_foreign(tensors, to_keys)
         manifest = replace(manifest, layers=None)  # its tensor names would be wrong
     files.write(path, tensors, manifest)
 
@@ -115,24 +120,13 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     """The model of a file, in eval mode, in the file's form and dtype, with its `manifest`.
 
     Reads our files, and official, timm and mmpretrain checkpoints of either form. Every tensor must find its place and every
-    place its tensor: raises `FileError` otherwise.
+    place its tensor: raises `FileError` otherwise. Where dtypes are mixed, the model is in the widest.
     """
     tensors, manifest = files.read(path)
-    scheme = manifest.keys if manifest else keys.detect(tensors)
-    if scheme is None:
-        raise FileError(f"{path}: not a RepVGG checkpoint: its keys are none of {', '.join(keys.SCHEMES)}, or ours")
-    if scheme != "repvgg":
-        renamed = keys.to_ours(tensors, scheme) if scheme in keys.SCHEMES else {}
-        tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
-    if manifest is None:
-        manifest = _manifest_from_content(path, tensors)
     try:
-        with torch.device("meta"):
-            model = _build(manifest)
-        _fill(model, tensors)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OverflowError, MemoryError) as error:
-        raise FileError(f"{path}: {str(error).splitlines()[0][:300]}") from None
-    return remember(model.eval(), manifest)
+        return _restore(tensors, manifest)
+    except Exception as error:  # a hostile manifest may raise anything in torch's constructors
+        raise FileError(f"{path}: {files.describe(error)}") from None
 
 
 def open_model(name_or_path: str) -> nn.Module:
@@ -151,7 +145,7 @@ def pretrained_file(name: str, revision: str = "main") -> Path:
         raise ValueError(f"no weights were released for {name}; there are repvgg_{{{','.join(PRETRAINED)}}}")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise ValueError("pretrained weights need huggingface_hub: pip install 'repvgg[train]'") from None
     repo = HUB_REPO.format(name=name)
@@ -161,8 +155,8 @@ def pretrained_file(name: str, revision: str = "main") -> Path:
         raise FileError(
             f"{repo}: not in the local cache, and the hub cannot be reached: check the connection or HF_HUB_OFFLINE"
         ) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise FileError(f"{repo}: cannot be fetched ({str(error).splitlines()[0][:200]})") from None
+    except Exception as error:  # whatever the hub's client, and its client's client, raise
+        raise FileError(f"{repo}@{revision}: cannot be fetched ({files.describe(error)})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- helpers
@@ -172,28 +166,47 @@ def _create_baseline(arch: dict[str, Any], options: dict[str, Any], deploy: bool
     family_only = {"output_stride": 32, "width": 1.0, "small_input": False, "block": "repvgg"}
     if wrong := [name for name, default in family_only.items() if options[name] != default]:
         raise ValueError(f"{arch['name']} takes no {', '.join(wrong)}: these belong to the RepVGG family")
-    model = baselines.create_baseline(**arch, pretrained=bool(pretrained))
-    model = reparameterize(model.eval()) if deploy else model
-    return remember(model, Manifest(arch, preprocessing=default_preprocessing(arch)))
+    if isinstance(pretrained, str):
+        raise ValueError(f"{arch['name']} has timm's default weights or none: pretrained=True takes no revision")
+    model = baselines.create_baseline(**arch, pretrained=pretrained)
+    manifest = Manifest(arch, preprocessing=default_preprocessing(arch))
+    if pretrained and arch["in_chans"] == 3:
+        manifest = replace(manifest, preprocessing=_timm_preprocessing(model))
+    if pretrained and arch["num_classes"] == 1000:
+        manifest = replace(manifest, classes=imagenet_classes())
+    remember(model, manifest)
+    return _folded(model) if deploy else model
+
+
+def _timm_preprocessing(model: nn.Module) -> Preprocessing:
+    """What timm evaluates these weights with."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    size = config["input_size"]
+    return Preprocessing(size, int(size[-1] / config["crop_pct"]), config["interpolation"], config["mean"], config["std"])
 
 
 def _create_pretrained(arch: dict[str, Any], deploy: bool, revision: str) -> nn.Module:
-    source = pretrained_file(arch["name"], revision)
     if arch["in_chans"] != 3 or arch["width"] != 1 or arch["small_input"] or arch["block"] != "repvgg":
         raise ValueError("pretrained weights fit in_chans=3, width=1, small_input=False and block='repvgg' only")
-    tensors, _ = files.read(source)
-    names = keys.to_ours(tensors, "timm")
-    model = create_model(**{**arch, "num_classes": 1000})
+    model = create_model(**arch)  # first, so that nothing is fetched for options that do not fit
+    source = pretrained_file(arch["name"], revision)
+    tensors = load(source).state_dict()
+    classes = imagenet_classes() if arch["num_classes"] == 1000 else None
+    if classes is None:
+        tensors.update({name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")})
     try:
-        _fill(model, {names.get(name, name): tensor for name, tensor in tensors.items()})
-    except (ValueError, RuntimeError) as error:
-        raise FileError(f"{source}: {str(error).splitlines()[0][:300]}") from None
-    manifest = replace(manifest_of(model), classes=imagenet_classes(), training={"source": HUB_REPO.format(name=arch["name"])})
-    if arch["num_classes"] != 1000:
-        assert isinstance(model, RepVGG)
-        model.reset_classifier(arch["num_classes"])
-        manifest = replace(manifest, arch=arch, classes=None)
-    return remember(reparameterize(model.eval()) if deploy else model, manifest)
+        _fill(model, tensors)
+    except ValueError as error:
+        raise FileError(f"{source}: {error}") from None
+    origin = {"source": HUB_REPO.format(name=arch["name"]), "revision": revision}
+    remember(model, replace(manifest_of(model), classes=classes, training=origin))
+    return _folded(model) if deploy else model
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    return reparameterize(model.eval()).train()
 
 
 def imagenet_classes() -> list[str]:
@@ -205,27 +218,65 @@ def imagenet_classes() -> list[str]:
     return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-def _manifest_from_content(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Manifest:
+def _restore(tensors: dict[str, Tensor], manifest: Manifest | None) -> nn.Module:
+    """The model that these tensors and this manifest describe, in eval mode. May raise anything."""
+    scheme = manifest.keys if manifest else keys.detect(tensors)
+    if scheme != "repvgg":
+        if scheme not in keys.SCHEMES:
+            raise ValueError(f"not a RepVGG checkpoint: its keys are none of ours, {', '.join(keys.SCHEMES)}")
+        tensors = keys.to_ours(tensors, scheme)
+    manifest = manifest or _manifest_from_content(tensors)
+    model = _build(manifest, sum(tensor.numel() for tensor in tensors.values()))
+    _fill(model, tensors)
+    if manifest.arch is not None:
+        manifest = replace(manifest, arch=manifest_of(model).arch)  # with the defaults of what it leaves out
+    if manifest.layers is not None and manifest.layers != layer_list(model):
+        raise ValueError("its list of layers is not that of its architecture")
+    return remember(model.eval(), manifest)
+
+
+def _manifest_from_content(tensors: dict[str, Tensor]) -> Manifest:
     arch = keys.infer_arch(tensors)
     if arch is None:
-        raise FileError(f"{path}: a RepVGG checkpoint, but no member of the family has these depths and widths")
+        raise ValueError("a RepVGG checkpoint, but no member of the family has these depths and widths")
     form = "deploy" if "stem.block.weight" in tensors else "training"
-    classes = imagenet_classes() if arch["num_classes"] == 1000 else None
-    return Manifest({**arch}, form, classes, default_preprocessing(arch))
+    classes = None
+    if arch["num_classes"] == 1000:
+        with suppress(ValueError):  # the names need torchvision, the weights do not
+            classes = imagenet_classes()
+    return Manifest(arch, form, classes, default_preprocessing(arch))
 
 
-def _build(manifest: Manifest) -> nn.Module:
-    if manifest.arch is None:
-        if not manifest.layers:
-            raise ValueError("its manifest names neither an architecture nor layers")
-        return PlainNet(manifest.layers)
-    arch = dict(manifest.arch)
-    if arch.get("pretrained"):
-        raise ValueError("its manifest asks for other weights")
-    if resolve_name(str(arch.get("name"))) in FAMILY:
-        return create_model(**arch, deploy=manifest.form == "deploy")
-    with torch.device("cpu"):  # a baseline's deploy form is known only by folding one
-        return create_model(**arch, deploy=manifest.form == "deploy")
+def _build(manifest: Manifest, numbers: int) -> nn.Module:
+    """The network of a manifest, its tensors yet to be filled; on the meta device, where size costs nothing.
+
+    numbers: how many the file holds. Raises what torch raises for a manifest that is no network.
+    """
+    arch, deploy = manifest.arch, manifest.form == "deploy"
+    with torch.device("meta"):
+        if arch is None:
+            return _build_from_layers(manifest)
+        if arch.get("pretrained"):
+            raise ValueError("its manifest asks for other weights")
+        if not deploy or is_family(str(arch.get("name"))):
+            return create_model(**arch, deploy=deploy)
+        # A baseline's deploy form is known only by folding one, which takes memory; so does the manifest ask for too much?
+        if sum(tensor.numel() for tensor in create_model(**arch).state_dict().values()) > 2 * numbers:
+            raise ValueError("its manifest describes a larger network than its tensors")
+    return create_model(**arch, deploy=True)
+
+
+def _build_from_layers(manifest: Manifest) -> nn.Module:
+    if not manifest.layers:
+        raise ValueError("its manifest names neither an architecture nor layers")
+    for spec in manifest.layers:
+        if spec["op"] == "conv2d":
+            geometry = zip(spec["kernel_size"], spec["padding"], spec["dilation"], strict=True)
+            if any(2 * padding > dilation * (kernel - 1) for kernel, padding, dilation in geometry):
+                raise ValueError("a layer in its manifest pads by more than its kernel reaches")
+    net = PlainNet(manifest.layers)
+    net(torch.empty(1, *manifest.preprocessing.input_size))  # on the meta device this only checks that the layers fit together
+    return net
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -234,13 +285,27 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name in own.keys() - tensors.keys():
         if name.endswith("num_batches_tracked"):
             tensors = {**tensors, name: torch.zeros((), dtype=torch.long)}
-    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     missing, unexpected = own.keys() - tensors.keys(), tensors.keys() - own.keys()
-    for what, names in (("lacks", missing), ("has an unexpected", unexpected), ("has another shape of", wrong)):
+    both = own.keys() & tensors.keys()
+    misshapen = {name for name in both if own[name].shape != tensors[name].shape}
+    mistyped = {name for name in both if own[name].is_floating_point() != tensors[name].is_floating_point()}
+    problems = {
+        "lacks": missing,
+        "has an unexpected": unexpected,
+        "has another shape of": misshapen,
+        "has another type of": mistyped,
+    }
+    for what, names in problems.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"does not fit its architecture: it {what} {min(names)}{more}")
-    model.load_state_dict(tensors, assign=True)
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()})
+    model.load_state_dict({n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}, assign=True)
+
+
+def _num_classes(model: nn.Module) -> Any:
+    """Outputs of the classifier; None for a net that ends in something else."""
+    return model.layers[-1].get("out_features") if isinstance(model, PlainNet) else model.num_classes
 
 
 def _is_folded(model: nn.Module) -> bool:

@@ -3,52 +3,69 @@
     report = bench([Candidate("repvgg_a0"), Candidate("resnet18")], batch_size=32)
     print(report.rows[1].ratio)
 
-The paper's protocol (section 4.1): full precision, batch 128, 50 batches of warm-up and 50 timed, conv and BN of *all* models folded.
+The paper's protocol (section 4.1): full precision, batch 128, 50 batches of warm-up, 50 timed, conv and BN of *all* models folded.
 Here the timed batches are spread over rounds in which the candidates take turns.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from repvgg import zoo
+from repvgg.bench.memory import fitting, held, peak
+from repvgg.cost import Cost, cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.record import machine
 from repvgg.reparam import reparameterize
-from repvgg.timing import Ratio, Times, interleave, ratio
+from repvgg.timing import Ratio, Times, interleave, ratio, synchroniser
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is timed. form: "deploy" (folded) or "training" (as it trains; marked as such)."""
+    """What is timed. form: "deploy" (folded) or "training" (as it trains; marked as such); block: as `create_model` takes it."""
 
     model: str
     engine: str = "eager"
     precision: str = "fp32"
     form: str = "deploy"
+    block: str = "repvgg"
 
     @property
     def name(self) -> str:
-        return " ".join((self.model, self.engine, self.precision, *(("training form",) if self.form == "training" else ())))
+        unusual = [f"{self.block} blocks"] * (self.block != "repvgg") + ["training form"] * (self.form == "training")
+        return " ".join((self.model, self.engine, self.precision, *unusual))
 
 
 def candidates(
-    models: Sequence[str], engines: Sequence[str], precisions: Sequence[str], forms: Sequence[str] = ("deploy",)
+    models: Sequence[str],
+    names: Sequence[str],
+    precisions: Sequence[str],
+    forms: Sequence[str] = ("deploy",),
+    device: str = "cpu",
+    log: Callable[[str], None] = print,
 ) -> list[Candidate]:
-    """Every combination, model by model. Raises ValueError if an engine and a precision never go together."""
-    return [Candidate(m, e, p, f) for m in models for e in engines for p in precisions for f in forms]
+    """Every combination of models, engines, precisions and forms; pairs of engine and precision that do not exist are left out,
+    with a word. Raises ValueError where an engine is unknown or missing, or nothing is left of it."""
+    pairs = []
+    for engine in names:
+        has = engines.precisions(engine, device)
+        if not set(precisions) & set(has):
+            engines.check(engine, precisions[0], device)
+        pairs += [(engine, precision) for precision in precisions if precision in has]
+        for precision in precisions:
+            if precision not in has:
+                log(f"{engine} has no {precision} on {device}: left out")
+    return [Candidate(model, *pair, form) for model in models for pair in pairs for form in forms]
 
 
 @dataclass(frozen=True)
 class Row:
     """One candidate's figures. ratio: its speed over the reference's. memory_bytes: growth of the process (CPU) or the allocator's
-    peak (CUDA) from building and running it. left_unfolded: batch norms that could not be folded."""
+    peak (CUDA) from building and running it. left_unfolded: batch norms that could not be folded. cost: of one image, counted."""
 
     candidate: Candidate
     batch_size: int
@@ -57,6 +74,7 @@ class Row:
     ratio: Ratio
     memory_bytes: int
     left_unfolded: int
+    cost: Cost
 
     @property
     def images_per_second(self) -> float:
@@ -94,6 +112,9 @@ class Report:
                     "ratio": asdict(row.ratio),
                     "memory_bytes": row.memory_bytes,
                     "left_unfolded": row.left_unfolded,
+                    "params": row.cost.params,
+                    "macs": row.cost.macs,
+                    "winograd_muls": row.cost.winograd_muls,
                 }
                 for row in self.rows
             ],
@@ -108,6 +129,7 @@ class _Ready:
     batch_size: int
     memory_bytes: int
     left_unfolded: int
+    cost: Cost
 
 
 def bench(
@@ -123,49 +145,52 @@ def bench(
     input_size: tuple[int, int, int] | None = None,
     allow_unfolded: bool = False,
     log: Callable[[str], None] = print,
+    progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Time the candidates, taking turns; the first is the reference.
 
-    input_size: of all, or None for each model's own. Where memory runs out a candidate's batch is halved, with a word. Raises
+    input_size: of all, or None for each model's own. Where memory runs out a candidate's batch is halved, with a word. progress:
+    told where the work stands; by default `log`, which is told what one must know. Raises
     ValueError for unknown models and engines (before anything runs), and for a model that does not fold, unless allow_unfolded.
     """
     if min(batch_size, rounds, batches) < 1 or not candidates:
         raise ValueError("at least one model, one image a batch, one batch a round and one round are needed")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no CUDA device here")
-    candidates = [replace(c, model=zoo.resolve_name(c.model)) for c in dict.fromkeys(candidates)]
+    candidates = list(dict.fromkeys(replace(c, model=zoo.resolve_name(c.model)) for c in candidates))
     for c in candidates:
         engines.check(c.engine, c.precision, device)
     if threads:
         torch.set_num_threads(threads)
+    progress = progress or log
     options = Options(batch_size=batch_size, threads=threads, channels_last=channels_last, device=device)
-    sizes = {c.model: input_size or zoo.default_preprocessing({"name": c.model, "in_chans": 3}).input_size for c in candidates}
-    ready = {
-        c: _ready(c, replace(options, input_size=sizes[c.model], precision=c.precision), allow_unfolded, log) for c in candidates
-    }
-    calls = {c.name: _call(r) for c, r in ready.items()}
-    synchronise = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    sizes = {c: input_size or zoo.default_preprocessing({"name": c.model, "in_chans": 3}).input_size for c in candidates}
+    ready = {}
+    for c in candidates:
+        progress(f"building {c.name}")
+        ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log)
     times = interleave(
-        calls,
+        {c.name: _call(r) for c, r in ready.items()},
         rounds=rounds,
         batches=batches,
         warmup=warmup,
-        synchronise=synchronise,
-        progress=lambda done: log(f"round {done}/{rounds}"),
+        synchronise=synchroniser(device),
+        progress=lambda done: progress(f"round {done}/{rounds}"),
     )
-    per_image = {c: Times([[s / ready[c].batch_size for s in r] for r in times[c.name].rounds]) for c in candidates}
+    per_image = {c: Times([[s / r.batch_size for s in turn] for turn in times[c.name].rounds]) for c, r in ready.items()}
     reference = candidates[0]
     rows = [
         Row(
             c,
-            ready[c].batch_size,
-            sizes[c.model],
+            r.batch_size,
+            sizes[c],
             times[c.name],
             ratio(per_image[reference], per_image[c]),
-            ready[c].memory_bytes,
-            ready[c].left_unfolded,
+            r.memory_bytes,
+            r.left_unfolded,
+            r.cost,
         )
-        for c in candidates
+        for c, r in ready.items()
     ]
     return Report(rows, reference, rounds, batches)
 
@@ -173,7 +198,8 @@ def bench(
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:
     """The candidate's network with random weights, in its form, eval mode; and how many of its batch norms are left."""
     torch.manual_seed(0)
-    model = zoo.create_model(candidate.model).eval()
+    options: dict[str, Any] = {} if candidate.block == "repvgg" else {"block": candidate.block}
+    model = randomise_norms(zoo.create_model(candidate.model, **options))
     if candidate.form == "training":
         return model, 0
     folded = reparameterize(model)
@@ -183,49 +209,41 @@ def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Modu
     return folded, left
 
 
+@torch.no_grad()
+def randomise_norms(model: nn.Module, shape: tuple[int, ...] = (4, 3, 64, 64)) -> nn.Module:
+    """`model` in eval mode, its batch norms as training might leave them: random affine parts, and the statistics of noise.
+
+    Fresh ones are no stand-in: timm's ResNets begin with zeros in the last of each block, and hardware multiplies zeros with less
+    power, so faster; and a fold of fresh ones folds nothing.
+    """
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the statistics of the one batch that follows
+        if norm.affine:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-0.5, 0.5)
+    if norms:
+        model.train()(torch.randn(shape))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
 def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Callable[[str], None]) -> _Ready:
     """The engine built and run once, at the largest batch that fits."""
-    log(f"building {candidate.name}")
     model, left = network(candidate, allow_unfolded)
-    while True:
-        gc.collect()
-        try:
-            before = _memory(options.device)
-            engine = engines.build(candidate.engine, model, options)
-            images = engine.prepare(torch.randn(options.batch_size, *options.input_size))
-            engine.run(images)
-            return _Ready(engine, images, options.batch_size, _peak_memory(options.device) - before, left)
-        except (RuntimeError, MemoryError) as error:
-            if options.batch_size == 1 or not _is_out_of_memory(error):
-                raise
-        if options.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        options = replace(options, batch_size=options.batch_size // 2)
-        log(f"{candidate.name}: out of memory, trying batch {options.batch_size}")
+    counted = cost(model, options.input_size)
+
+    def make(batch_size: int) -> _Ready:
+        before = held(options.device)
+        engine = engines.build(candidate.engine, model, replace(options, batch_size=batch_size))
+        images = engine.prepare(torch.randn(batch_size, *options.input_size))
+        engine.run(images)
+        return _Ready(engine, images, batch_size, peak(options.device) - before, left, counted)
+
+    return fitting(make, options.batch_size, candidate.name, log)
 
 
 def _call(ready: _Ready) -> Callable[[], Any]:
     return lambda: ready.engine.run(ready.images)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "not enough memory" in text or "bad alloc" in text or "can't allocate" in text
-
-
-def _memory(device: str) -> int:
-    """Bytes held now: by CUDA's allocator, or by the process."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return psutil.Process().memory_info().rss
-
-
-def _peak_memory(device: str) -> int:
-    """On CUDA the allocator's peak since; on the CPU what the process holds now, which engines do not give back."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss

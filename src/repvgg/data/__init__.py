@@ -10,6 +10,8 @@ image, label = source.train[0]             # uint8 [C, H, W], int
 """
 
 import functools
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,22 +70,43 @@ class Subset:
         return self.images[self.indices[index]]
 
 
+class Decoded:
+    """Images that are decoded already: one uint8 tensor [N, C, H, W]."""
+
+    def __init__(self, pixels: Tensor, labels: Sequence[int]) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index], self.labels[index]
+
+
 class InMemory:
-    """Decoded images kept in one uint8 tensor [N, C, H, W] that worker processes share; each is decoded when first asked for."""
+    """Images of one shape, each decoded when first asked for and then kept, in memory that worker processes share."""
 
     def __init__(self, decode: Callable[[int], Tensor], labels: Sequence[int], shape: tuple[int, ...]) -> None:
         self.decode, self.labels = decode, labels
-        self.pixels = torch.zeros((len(labels), *shape), dtype=torch.uint8).share_memory_()
-        self.known = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self.pixels = _shared(len(labels), *shape)
+        self.known = _shared(len(labels))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not self.known[index]:
-            self.pixels[index] = self.decode(index)
-            self.known[index] = True
+            image = self.decode(index)
+            if image.shape != self.pixels.shape[1:]:
+                return image, self.labels[index]
+            self.pixels[index] = image
+            self.known[index] = 1
         return self.pixels[index], self.labels[index]
+
+
+def _shared(*shape: int) -> Tensor:
+    """uint8 zeros in anonymous memory: /dev/shm, where PyTorch's own shared tensors live, holds but 64 MB in a container."""
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repvgg.data import DataError, InMemory, Source
+from repvgg.data import DataError, Decoded, Source
 from repvgg.data.hf import CIFAR10, open_hf
 
 HUB_NAME = "uoft-cs/cifar10"
@@ -33,25 +33,25 @@ def open_cifar10(root: str = "") -> Source:
     return Source(f"cifar10:{root}", train, _batches([batches / "test_batch"]), CLASSES, CIFAR10, "cifar")
 
 
-def _batches(paths: list[Path]) -> InMemory:
+def _batches(paths: list[Path]) -> Decoded:
     read = [_read(path) for path in paths]
-    pixels = torch.cat([p for p, _ in read])
-    return InMemory(lambda index: pixels[index], [x for _, labels in read for x in labels], (3, 32, 32))
+    return Decoded(torch.cat([pixels for pixels, _ in read]), [x for _, labels in read for x in labels])
 
 
 def _read(path: Path) -> tuple[Tensor, list[int]]:
     try:
         batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         pixels, labels = np.asarray(batch[b"data"], dtype=np.uint8), [int(x) for x in batch[b"labels"]]
-        if len(pixels) != len(labels) or not set(labels) <= set(range(10)):
-            raise ValueError("images and labels disagree")
-        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), labels
+        if not set(labels) <= set(range(10)):
+            raise ValueError("a label is not from 0 to 9")
+        return torch.from_numpy(pixels.reshape(len(labels), 3, 32, 32)), labels
     except Exception as error:  # a hostile pickle raises anything
         raise DataError(f"{path}: not a CIFAR-10 batch, or a damaged one ({error})") from None
 
 
 class _ArraysOnly(pickle.Unpickler):
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"), ("_codecs", "encode")}
+    RECONSTRUCT = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}  # of NumPy 1 and 2
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), *RECONSTRUCT}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:

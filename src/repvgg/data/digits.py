@@ -8,23 +8,11 @@ from importlib.resources import files
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from repvgg.data import Source
+from repvgg.data import Decoded, Source
 from repvgg.files import Preprocessing
 
 SIZE = 16  # pixels a side, twice the scan's: enough for four halvings
-
-
-class Digits:
-    def __init__(self, images: Tensor, labels: list[int]) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.labels[index]
 
 
 def open_digits() -> Source:
@@ -32,6 +20,6 @@ def open_digits() -> Source:
         grey, labels = arrays["images"], arrays["labels"]  # 0 to 16
     images = torch.from_numpy((grey.astype(np.float32) * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
     held_out = np.arange(len(labels)) % 5 == 0
-    train, val = (Digits(images[torch.from_numpy(m)], labels[m].tolist()) for m in (~held_out, held_out))
-    preprocessing = Preprocessing((1, SIZE, SIZE), SIZE, mean=(0.305,), std=(0.376,))
+    train, val = (Decoded(images[torch.from_numpy(m)], labels[m].tolist()) for m in (~held_out, held_out))
+    preprocessing = Preprocessing((1, SIZE, SIZE), SIZE, mean=(0.305,), std=(0.319,))
     return Source("digits", train, val, [str(digit) for digit in range(10)], preprocessing, recipe="demo")

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from repvgg.data import DataError, Source
-from repvgg.data.images import SUFFIXES, decode
+from repvgg.data.images import SUFFIXES, decode, is_image
 from repvgg.files import Preprocessing
 
 
@@ -17,7 +17,7 @@ class Folder:
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; a class folder has train/<class>/* and val/<class>/*")
         try:
-            folder = ImageFolder(str(root), is_valid_file=lambda p: Path(p).suffix.lower() in SUFFIXES, allow_empty=True)
+            folder = ImageFolder(str(root), is_valid_file=lambda p: is_image(Path(p)), allow_empty=True)
         except FileNotFoundError:
             raise DataError(f"{root}: holds no class folders") from None
         if classes is not None and (extra := sorted(set(folder.classes) - set(classes))):
@@ -25,9 +25,11 @@ class Folder:
         self.classes: list[str] = folder.classes
         own = classes or self.classes
         self.samples = [(path, own.index(self.classes[label])) for path, label in folder.samples]
-        empty = sorted(set(range(len(own))) - {label for _, label in self.samples})
-        if not self.samples or (empty and classes is None):
-            raise DataError(f"{root}: class {own[empty[0]]!r} has no images ({', '.join(sorted(SUFFIXES))})")
+        suffixes = ", ".join(sorted(SUFFIXES))
+        if not self.samples:
+            raise DataError(f"{root}: holds no images ({suffixes})")
+        if classes is None and (empty := sorted(set(range(len(own))) - {label for _, label in self.samples})):
+            raise DataError(f"{root}: class {own[empty[0]]!r} has no images ({suffixes})")
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -25,7 +25,7 @@ class Encoded:
         return len(self.labels)
 
     def pixels(self, index: int) -> Tensor:
-        cell = self.table[index][self.image]
+        cell = self.table[index][self.image] or {"bytes": b"", "path": None}  # a row without an image
         source = cell["bytes"] if cell["bytes"] is not None else cell["path"]
         return decode(source, name=cell["path"] or f"image {index}")
 
@@ -33,7 +33,7 @@ class Encoded:
         return self.pixels(index), self.labels[index]
 
 
-def open_hf(name: str, recipe: str = "light") -> Source:
+def open_hf(name: str) -> Source:
     """`name`: a hub name or a local folder; it needs an image column, a label column, a train and a validation or test split."""
     if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
         raise DataError(f"{name}: no such folder")
@@ -41,14 +41,15 @@ def open_hf(name: str, recipe: str = "light") -> Source:
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:  # the library raises many types; each is a reason in words
-        raise DataError(f"hf:{name}: cannot be opened ({str(error).splitlines()[0][:200]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"hf:{name}: cannot be opened ({reason})") from None
     if "train" not in splits:
         raise DataError(f"hf:{name}: has no split called train (it has {', '.join(splits)})")
     held_out = next((s for s in VALIDATION_SPLITS if s in splits), None)
     if held_out is None:
         raise DataError(f"hf:{name}: has no {', '.join(VALIDATION_SPLITS)} split to evaluate on")
     image, label, classes = _columns(name, splits["train"].features)
-    train, val = (_images(splits[s], image, label) for s in ("train", held_out))
+    train, val = (_images(f"hf:{name}, {s}", splits[s], image, label) for s in ("train", held_out))
     classes = classes or [str(i) for i in range(max(train[1]) + 1)]
     for split, labels in (("train", train[1]), (held_out, val[1])):
         if wrong := [x for x in set(labels) if not 0 <= x < len(classes)]:
@@ -59,7 +60,7 @@ def open_hf(name: str, recipe: str = "light") -> Source:
     is_cifar10 = small and len(classes) == 10 and tuple(train[0].pixels.shape[1:]) == (3, 32, 32)  # type: ignore[attr-defined]
     size = train[0].pixels.shape[-1] if isinstance(train[0], InMemory) else 224
     preprocessing = CIFAR10 if is_cifar10 else Preprocessing((3, size, size), size) if small else Preprocessing()
-    return Source(f"hf:{name}", train[0], val[0], classes, preprocessing, "cifar" if small else recipe)
+    return Source(f"hf:{name}", train[0], val[0], classes, preprocessing, "cifar" if small else "light")
 
 
 def _columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
@@ -68,15 +69,16 @@ def _columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
     integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith("int")]
     label = next(iter(labels), next((c for c in integers if c in ("label", "labels", "class", "target")), None))
     if image is None or label is None:
-        raise DataError(f"hf:{name}: needs an image column and a label column; it has {', '.join(features)}")
+        there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
+        raise DataError(f"hf:{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
     return image, label, labels[label].names if label in labels else None
 
 
-def _images(table: Any, image: str, label: str) -> tuple[Images, list[int]]:
+def _images(name: str, table: Any, image: str, label: str) -> tuple[Images, list[int]]:
     table = table.cast_column(image, datasets.Image(decode=False))
-    labels = [int(x) for x in table[label]]
-    if not labels:
-        raise DataError("a split holds no images")
+    labels = list(table[label])
+    if not labels or None in labels:
+        raise DataError(f"{name}: holds {'images without a label' if labels else 'no images'}")
     encoded = Encoded(table, image, labels)
     shape = tuple(encoded.pixels(0).shape)
     if max(shape[1:]) > SMALL or any(tuple(encoded.pixels(i).shape) != shape for i in (len(labels) // 2, len(labels) - 1)):

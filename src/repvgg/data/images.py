@@ -1,7 +1,7 @@
 """Decode one image of a stranger's, safely.
 
-Odd but valid images work: 16 bits, palette, CMYK, grey, alpha, animated (the first frame), EXIF-rotated. Whatever is truncated,
-hostile or no image becomes one `ImageError`.
+Odd but valid images work: 16 bits, floats, palette, CMYK, grey, alpha (on white), animated (the first frame), EXIF-rotated.
+Whatever is truncated, hostile or no image becomes one `ImageError`.
 """
 
 import io
@@ -17,45 +17,67 @@ from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: some 300 MB once decoded
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+# Pillow's names of these. It reads more, for one EPS, which it hands to Ghostscript: a program for a stranger to run.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
 
 
 class ImageError(ValueError):
     """An image that cannot be used; the message names it."""
 
 
+def is_image(path: Path) -> bool:
+    """By its name alone: a suffix of `SUFFIXES`, and not hidden (macOS leaves a `._name` beside every file it copies)."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
 def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str | None = None) -> Tensor:
     """uint8 tensor [channels, H, W] (1: grey, 3: RGB) of a file or of encoded bytes, as a viewer would show it."""
+    if channels not in (1, 3):
+        raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {channels}")
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
+        if not isinstance(source, bytes) and not Path(source).is_file():  # opening a pipe would wait for ever
+            raise ImageError(f"{name}: {'is not a file' if Path(source).exists() else 'no such file'}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; errors are errors below
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=FORMATS) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller")
-                array = np.array(_convert(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"))
+                if not 0 < width * height <= MAX_PIXELS:
+                    raise ImageError(f"{name}: {width} x {height} pixels; between 1 and {MAX_PIXELS:,} can be decoded")
+                image.load()
+                array = np.array(_convert(_upright(image), "L" if channels == 1 else "RGB"))
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
     except (MemoryError, Image.DecompressionBombError):
         raise ImageError(f"{name}: too large to decode") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ImageError(f"{name}: not an image, or a damaged one ({reason})") from None
     tensor = torch.from_numpy(array)
-    return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.permute(2, 0, 1).contiguous()
+    return tensor.unsqueeze(0) if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As EXIF says the camera was held. Damaged EXIF does not make a whole image useless."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 def _convert(image: Any, mode: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow would clip them to 255, not scale them
-        values = np.asarray(image, dtype=np.float64)
-        # A mode of 16 bits has that range; one of 32 bits or floats is told by its largest value.
-        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray(np.clip(values * (255.0 / top), 0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        image = Image.fromarray((values * (255 / _white(image.mode, values))).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(background, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     converted: Image.Image = image.convert(mode)
     return converted
+
+
+def _white(mode: str, values: Any) -> float:
+    """The value of white: 65535 in a mode of 16 bits; in one of 32 bits or floats, the end of the first usual range that fits."""
+    largest = float(values.max())
+    usual = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(mode, (65535.0,))
+    return next((white for white in usual if largest <= white), largest)

@@ -1,10 +1,14 @@
 """Transforms: torchvision v2 on uint8 images, one by one; normalisation on whole batches, where it is cheap."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data import Images
+from repvgg.data.images import ImageError
 from repvgg.files import Preprocessing
 
 
@@ -25,7 +29,19 @@ def fit(preprocessing: Preprocessing) -> nn.Module:
     """Resize the short side."""
     mode = InterpolationMode(preprocessing.interpolation)
     resize: nn.Module = v2.Resize(preprocessing.resize, interpolation=mode, antialias=True)
-    return resize
+    return v2.Compose([Trim(), resize])  # type: ignore[no-any-return]
+
+
+class Trim(nn.Module):
+    """Cut the ends off an image more than 32 times as long as wide: resized by its short side, it would fill the memory."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        longest = 32 * min(height, width)
+        if max(height, width) <= longest:
+            return image
+        trimmed: Tensor = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
+        return trimmed
 
 
 class Transformed:
@@ -46,3 +62,16 @@ class Transformed:
             return self.transform(image), label
         finally:
             torch.set_rng_state(before)
+
+
+def load(
+    images: Transformed, batch_size: int, workers: int = 0, order: Sequence[int] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of uint8 images [N, C, H, W] and labels [N], in `order`. Raises `ImageError` for an image that cannot be read."""
+    pin = torch.cuda.is_available()
+    loader: Any = torch.utils.data.DataLoader(images, batch_size, sampler=order, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+    try:
+        yield from loader
+    except ImageError as error:  # from a worker process it comes with the whole traceback in its message
+        reason = str(error).strip().splitlines()[-1]
+        raise ImageError(reason.removeprefix(f"{ImageError.__module__}.ImageError: ")) from None

@@ -1,4 +1,4 @@
-"""A sheet to draw on, measured in pixels from its top left corner, and the look that the drawn figures share."""
+"""A sheet to draw on, measured in pixels from its top left corner, axes for data, and the look that the figures share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +28,17 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     return figure, axes
+
+
+def plot(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A white figure of `width` x `height` pixels, with axes side by side for data."""
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PAPER, layout="constrained")
+    found = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(RULE)
+        axes.tick_params(color=RULE, labelcolor=INK, labelsize=11 * POINT * 1.15)
+    return figure, list(found)
 
 
 def write(

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
+from repvgg import zoo
+from repvgg.bench.models import randomise_norms
 from repvgg.models import Layer, RepVGG
 from repvgg.paper.canvas import (
     IDENTITY,
@@ -23,8 +26,10 @@ from repvgg.paper.canvas import (
     wire,
     write,
 )
-from repvgg.reparam import Branches
+from repvgg.paper.result import Result, Settings
+from repvgg.reparam import Branches, reparameterize, verify
 
+MODEL = "repvgg_a0"
 LAYERS = 4  # as many as the paper shows
 MARGIN, STUB, GAP, PAD, SUM = 20, 30, 12, 14, 20
 HEADING = 640  # at least so wide, for the words
@@ -42,6 +47,29 @@ class Operator:
 
 
 IDENTITY_BOX = Operator("identity", colours=IDENTITY, width=76)
+
+
+def run(settings: Settings) -> Result:
+    torch.manual_seed(0)
+    model = randomise_norms(zoo.create_model(MODEL))
+    deploy = reparameterize(model)
+    assert isinstance(model, RepVGG)
+    assert isinstance(deploy, RepVGG)
+    proof = verify(model, deploy, (3, 64, 64))
+    return Result(
+        "Figure 2: one network in two forms",
+        [],
+        f"Drawn from the modules of our {MODEL}, with random weights and batch norm statistics, and of what reparameterize "
+        "made of it. The paper draws the same blocks, and beside them a ResNet's. The two forms give the same logits: "
+        f"{proof}.",
+        {"model": MODEL, "max_rel_err": proof.max_rel_err, "parameters": {"training": count(model), "deploy": count(deploy)}},
+        {"figure2": draw(model, deploy)},
+    )
+
+
+def count(model: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def draw(model: RepVGG, deploy: RepVGG) -> Figure:
@@ -129,7 +157,7 @@ def _channels(block: nn.Module) -> str:
 
 
 def _parameters(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    return f"{count(model):,} parameters"
 
 
 def _length(chain: Sequence[Operator]) -> int:

@@ -1,4 +1,4 @@
-"""Every number of the paper that we set beside our own: RepVGG (Ding et al., CVPR 2021), tables 1 and 4 to 8, sections 3 and 4.
+"""Every number of the paper that we set beside our own: RepVGG (Ding et al., CVPR 2021), tables 1 to 8, sections 3 and 4.
 
 Speeds are examples per second on one GTX 1080Ti: fp32, batch 128, 50 warm-up and 50 timed batches, conv+BN of the baselines folded.
 """
@@ -25,6 +25,46 @@ TABLE1 = (
     KernelSpeed(3, 3788.1, 198.8, 38.10),
     KernelSpeed(5, 10522.6, 2092.5, 10.57),
     KernelSpeed(7, 20624.4, 4394.3, 9.38),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Table 2: side of the output for images of 224, layers in A and in B, channels as written there."""
+
+    output: int
+    layers_a: int
+    layers_b: int
+    channels: str
+
+
+TABLE2 = (
+    Stage(112, 1, 1, "min(64, 64a)"),
+    Stage(56, 2, 4, "64a"),
+    Stage(28, 4, 6, "128a"),
+    Stage(14, 14, 16, "256a"),
+    Stage(7, 1, 1, "512b"),
+)
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Table 3: layers of the five stages, multipliers a and b."""
+
+    model: str
+    layers: tuple[int, ...]
+    a: float
+    b: float
+
+
+TABLE3 = (
+    Multipliers("repvgg_a0", (1, 2, 4, 14, 1), 0.75, 2.5),
+    Multipliers("repvgg_a1", (1, 2, 4, 14, 1), 1, 2.5),
+    Multipliers("repvgg_a2", (1, 2, 4, 14, 1), 1.5, 2.75),
+    Multipliers("repvgg_b0", (1, 4, 6, 16, 1), 1, 2.5),
+    Multipliers("repvgg_b1", (1, 4, 6, 16, 1), 2, 4),
+    Multipliers("repvgg_b2", (1, 4, 6, 16, 1), 2.5, 5),
+    Multipliers("repvgg_b3", (1, 4, 6, 16, 1), 3, 5),
 )
 
 

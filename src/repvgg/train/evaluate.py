@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.data import Images, Source
-from repvgg.data.transforms import Transformed, eval_transform, normalise
+from repvgg.data.transforms import Transformed, eval_transform, load, normalise
 from repvgg.files import Preprocessing
 from repvgg.zoo import manifest_of
 
@@ -35,12 +35,7 @@ def batches(
     images: Images, preprocessing: Preprocessing, batch_size: int, workers: int = 0, device: str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images [N, C, H, W] and labels [N], in order."""
-    loader: Iterable[tuple[Tensor, Tensor]] = torch.utils.data.DataLoader(
-        Transformed(images, eval_transform(preprocessing)),  # type: ignore[arg-type]
-        batch_size,
-        num_workers=workers,
-    )
-    for pixels, labels in loader:
+    for pixels, labels in load(Transformed(images, eval_transform(preprocessing)), batch_size, workers):
         yield normalise(pixels.to(device), preprocessing), labels.to(device)
 
 
@@ -67,9 +62,12 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
 def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, workers: int = 0, device: str = "cpu") -> Accuracy:
     """A model of ours on the validation split of a source, with the preprocessing that the model carries.
 
-    Raises ValueError if they differ in the number of classes.
+    Raises ValueError if they differ in the number of classes or channels.
     """
     manifest = manifest_of(model)
+    own, given = manifest.preprocessing.input_size[0], source.preprocessing.input_size[0]
+    if own != given:
+        raise ValueError(f"the model takes images of {own} channels, those of {source.name} have {given}")
     if manifest.classes is not None and len(manifest.classes) != len(source.classes):
         raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")
     if batch_size < 1:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from repvgg import record, zoo
 from repvgg.data import Source
-from repvgg.data.transforms import Transformed, normalise
-from repvgg.files import atomically
+from repvgg.data.transforms import Transformed, load, normalise
+from repvgg.files import FileError, atomically
 from repvgg.train.augment import train_transform
 from repvgg.train.evaluate import Accuracy, batches, evaluate
 from repvgg.train.progress import Progress
@@ -61,8 +61,8 @@ def train(
     model_options: further arguments of `create_model` (width, block, ...); `small_input` is on for inputs of at most 64 pixels
     unless it is given. Raises ValueError before any work if the settings do not fit, FloatingPointError if the loss is no number.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    if len(source.classes) < 2:
+        raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
     torch.manual_seed(seed)
     model = new_model(arch, source, log=log, **model_options).to(device)
     if recipe.channels_last:
@@ -73,6 +73,7 @@ def train(
     optimizer = torch.optim.SGD(
         parameter_groups(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
     )
+    out = _run_folder(Path(out))
     atomically(out / "recipe.json", lambda path: path.write_text(json.dumps(asdict(recipe), indent=2) + "\n"))
     network: Any = torch.compile(model) if recipe.compile else model
     metrics = Metrics(out / "metrics.jsonl")
@@ -80,14 +81,14 @@ def train(
     with Progress(recipe.epochs, steps, batch_size, log) as progress:
         for epoch in range(recipe.epochs):
             model.train()
-            for step, (x, y) in enumerate(_epoch(images, epoch, seed, batch_size, workers), epoch * steps):
+            for step, (x, y) in enumerate(_epoch(images, epoch, seed, batch_size, steps, workers), epoch * steps):
                 lr = recipe.lr_at(step / (recipe.epochs * steps))
                 x = normalise(x.to(device, non_blocking=True), source.preprocessing)
                 loss, correct = _step(network, optimizer, recipe, lr, x, y.to(device), len(source.classes))
                 progress.step(epoch, loss, correct / len(y), lr)
                 if (step + 1) % LOG_EVERY == 0:
                     metrics.write(step=step + 1, epoch=epoch, **progress.averages())
-            _keep_variances_positive(model)
+            _check_state(model)
             last = _evaluate(model, network, source, batch_size, workers, device, recipe)
             progress.evaluated(epoch, last)
             metrics.write(step=(epoch + 1) * steps, epoch=epoch, val_loss=last.loss, val_top1=last.top1, val_top5=last.top5)
@@ -138,7 +139,7 @@ def _step(
         loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.label_smoothing)
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value}: training diverged; the last saved model is intact. Lower --lr")
+        raise _diverged(f"the loss is {value}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -147,19 +148,13 @@ def _step(
     return value, float((logits.argmax(1) == y).sum())
 
 
-def _epoch(images: Transformed, epoch: int, seed: int, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _epoch(
+    images: Transformed, epoch: int, seed: int, batch_size: int, steps: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches; the order is a function of seed and epoch. The last incomplete batch is left out."""
     images.epoch.fill_(epoch)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
-    loader: Any = torch.utils.data.DataLoader(
-        images,  # type: ignore[arg-type]
-        batch_size,
-        sampler=order,
-        num_workers=workers,
-        drop_last=True,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return iter(loader)
+    return load(images, batch_size, workers, order[: steps * batch_size])
 
 
 def _evaluate(
@@ -182,14 +177,30 @@ def _autocast(recipe: Recipe, device: str) -> Any:
     return torch.autocast(device, torch.bfloat16) if recipe.precision == "bf16" else nullcontext()
 
 
-def _keep_variances_positive(model: nn.Module) -> None:
-    """A channel that has been constant for a thousand steps has a running variance of 0.9^1000, which is zero to the last bit.
+def _diverged(how: str) -> FloatingPointError:
+    return FloatingPointError(f"{how}: training diverged, lower --lr. Models saved before are intact")
 
-    A zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is added.
+
+def _check_state(model: nn.Module) -> None:
+    """No model is saved that could not be loaded. Raises FloatingPointError for numbers that are not finite.
+
+    A channel that has been constant for a thousand steps has a running variance of 0.9^1000, which is zero to the last bit, and
+    a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is added.
     """
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise _diverged(f"{name} holds NaN or Inf")
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
             module.running_var.clamp_(min=torch.finfo(module.running_var.dtype).tiny)
+
+
+def _run_folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{out}: cannot be a run folder ({error.strerror})") from None
+    return out
 
 
 def _save(model: nn.Module, path: Path, source: Source, remember: dict[str, Any]) -> None:

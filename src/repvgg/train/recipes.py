@@ -6,8 +6,9 @@ demo            the embedded digits, in a minute
 """
 
 import difflib
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Recipe:
     weight_decay: float = 1e-4
     """On the kernels of convolutions and the classifier; never on biases or batch norms."""
     warmup_epochs: float = 0.0
-    """Linear rise of the learning rate from zero."""
+    """Linear rise of the learning rate from zero; at most half of the run."""
     decay: Literal["cosine", "linear"] = "cosine"
     """Its fall to zero."""
     label_smoothing: float = 0.0
@@ -55,19 +56,20 @@ class Recipe:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: from 0 to below 1")
         for name in ("weight_decay", "warmup_epochs", "mixup"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: not negative")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}: above 0")
+        for name, kind in get_type_hints(Recipe).items():
+            if (choices := get_args(kind)) and getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: {' or '.join(choices)}")
 
     def lr_at(self, progress: float) -> float:
         """Learning rate after `progress` (0 to 1) of all steps."""
-        import math
-
-        warmup = min(1.0, self.warmup_epochs / self.epochs)
+        warmup = min(0.5, self.warmup_epochs / self.epochs)
         if progress < warmup:
             return self.lr * progress / warmup
-        left = (1 - progress) / (1 - warmup) if warmup < 1 else 1.0
+        left = (1 - progress) / (1 - warmup)
         return self.lr * (left if self.decay == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 

@@ -3,7 +3,8 @@
     engine = build("openvino", model, Options(input_size=(3, 224, 224), precision="bf16"))
     logits = engine(images)                       # float32 [N, C, H, W] -> float32 [N, classes]
 
-A file of this folder has one function, `build(model, options) -> Engine`. `model` is in eval mode and is run as it is: fold it first.
+A file of this folder has one function, `build(model, options) -> Engine`. `model` is in eval mode, is run as it is (fold it
+first), and is not changed.
 """
 
 import importlib
@@ -76,12 +77,15 @@ def build(name: str, model: nn.Module, options: Options) -> Engine:
 
 def check(name: str, precision: str, device: str = "cpu") -> None:
     """Raises ValueError where `build` would: unknown, not installed (with the line that installs it), or without that precision."""
+    has = precisions(name, device)
+    if missing := [package for package in ENGINES[name].packages if find_spec(package) is None]:
+        raise ValueError(f"the engine {name} needs {', '.join(missing)}: pip install 'repvgg[deploy]'")
+    if precision not in has:
+        raise ValueError(f"the engine {name} has no {precision} on {device}" + (f": it has {', '.join(has)}" if has else ""))
+
+
+def precisions(name: str, device: str = "cpu") -> tuple[str, ...]:
+    """Those that an engine has on a device. Raises ValueError for an unknown engine."""
     if name not in ENGINES:
         raise ValueError(f"no engine {name!r}: there are {', '.join(ENGINES)}")
-    known = ENGINES[name]
-    if missing := [package for package in known.packages if find_spec(package) is None]:
-        raise ValueError(f"the engine {name} needs {', '.join(missing)}: pip install 'repvgg[deploy]'")
-    has = known.on_cuda if torch.device(device).type == "cuda" else known.on_cpu
-    if precision not in has:
-        kind = torch.device(device).type
-        raise ValueError(f"the engine {name} has no {precision} on {kind}" + (f": it has {', '.join(has)}" if has else ""))
+    return ENGINES[name].on_cuda if torch.device(device).type == "cuda" else ENGINES[name].on_cpu

@@ -1,6 +1,7 @@
 """torch.compile, with its default backend."""
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from repvgg.deploy.engines import Engine, Options
@@ -9,4 +10,8 @@ from repvgg.deploy.engines.eager import in_precision, place
 
 def build(model: nn.Module, options: Options) -> Engine:
     network, prepare = place(model, options)
-    return Engine(prepare, in_precision(torch.compile(network), options), lambda logits: logits.float().cpu())
+    # Models of one class share their compiled code's cache: beyond its limit the next one would run uncompiled, silently but for
+    # fullgraph, which makes that an error, and a model that cannot be compiled whole too.
+    torch._dynamo.config.recompile_limit = 1000
+    compiled = torch.compile(network, fullgraph=True)
+    return Engine(prepare, in_precision(compiled, options), lambda logits: logits.float().cpu())

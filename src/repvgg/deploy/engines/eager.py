@@ -1,5 +1,6 @@
 """PyTorch as it is."""
 
+import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def build(model: nn.Module, options: Options) -> Engine:
 
 
 def place(model: nn.Module, options: Options) -> tuple[nn.Module, Any]:
-    """The model on its device, in its precision and memory format; and a function that does the same to images."""
+    """A copy of the model on its device, in its precision and memory format; and a function that does the same to images."""
     form: dict[str, Any] = {"device": options.device, "dtype": DTYPES[options.precision]}
     if options.channels_last:
         form["memory_format"] = torch.channels_last
@@ -24,17 +25,20 @@ def place(model: nn.Module, options: Options) -> tuple[nn.Module, Any]:
     def prepare(images: Tensor) -> Tensor:
         return images.to(**form)
 
-    return model.to(**form), prepare
+    return copy.deepcopy(model).to(**form), prepare
 
 
 def in_precision(network: Any, options: Options) -> Any:
-    """`network` without gradients, with TF32 products if and only if they are asked for (the switch is global, so at each call)."""
-    tf32 = options.precision == "tf32"
+    """`network` without gradients; on CUDA with TF32 products if and only if they are asked for, and with the fastest of cuDNN's
+    algorithms, found in the first runs. (These switches are global, so they are set at each call.)"""
+    products = "tf32" if options.precision == "tf32" else "ieee"
     on_cuda = torch.device(options.device).type == "cuda"
 
     def run(images: Tensor) -> Tensor:
         if on_cuda:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cuda.matmul.fp32_precision = products
+            torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
         with torch.inference_mode():
             logits: Tensor = network(images)
         return logits

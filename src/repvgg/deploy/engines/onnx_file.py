@@ -1,5 +1,6 @@
 """The network as ONNX bytes, with any batch size: what several engines start from."""
 
+import copy
 import logging
 import warnings
 
@@ -17,7 +18,7 @@ def to_onnx(model: nn.Module, options: Options) -> bytes:
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         try:
             program = torch.onnx.export(
-                model.cpu().float(),
+                copy.deepcopy(model).cpu().float(),
                 (image,),
                 input_names=["images"],
                 output_names=["logits"],

@@ -14,8 +14,8 @@ def build(model: nn.Module, options: Options) -> Engine:
     if options.threads:
         settings.intra_op_num_threads = options.threads
     session = onnxruntime.InferenceSession(to_onnx(model, options), settings, providers=["CPUExecutionProvider"])
-    return Engine(
-        lambda images: images.contiguous().cpu().numpy(),
-        lambda images: session.run(None, {"images": images})[0],
-        torch.from_numpy,
+    return Engine(  # its own values, so that a run copies neither images nor outputs
+        lambda images: onnxruntime.OrtValue.ortvalue_from_numpy(images.contiguous().cpu().numpy()),
+        lambda images: session.run_with_ort_values(None, {"images": images})[0],
+        lambda logits: torch.from_numpy(logits.numpy()),
     )

@@ -20,6 +20,6 @@ def build(model: nn.Module, options: Options) -> Engine:
     request = core.compile_model(network, "CPU", settings).create_infer_request()
 
     def run(images: object) -> object:
-        return request.infer({0: images}, share_inputs=True)[0]
+        return request.infer({0: images}, share_inputs=True, share_outputs=True)[0]
 
     return Engine(lambda images: images.contiguous().cpu().numpy(), run, lambda logits: torch.from_numpy(logits.copy()))

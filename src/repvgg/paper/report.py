@@ -1,0 +1,125 @@
+"""`repvgg paper`: produce tables and figures, print them, and leave them behind as JSON, PNG, SVG and one page."""
+
+import difflib
+import textwrap
+import time
+from collections.abc import Iterable
+from functools import partial
+from importlib import import_module
+
+from repvgg import page, record
+from repvgg.files import atomically
+from repvgg.info import print_table
+from repvgg.paper.result import NothingChosenError, Result, Settings
+from repvgg.zoo import resolve_name
+
+# In the order of the page.
+PARTS = (
+    "figure1",
+    "table4",
+    "table5",
+    "forms",
+    "figure2",
+    "figure3",
+    "figure4",
+    "table1",
+    "winograd",
+    "table2",
+    "table3",
+)
+
+
+def paper(part: str, settings: Settings, as_json: bool = False) -> None:
+    """One part, or "all" of them and a page, into the folder `settings.out`.
+
+    Raises ValueError for an unknown part or model, and for what its engine lacks.
+    """
+    if part != "all" and part not in PARTS:
+        close = difflib.get_close_matches(part, [*PARTS, "all"], n=3, cutoff=0.3) or [*sorted(PARTS), "all"]
+        raise ValueError(f"the paper has no {part!r} here: did you mean {', '.join(close)}?")
+    for model in settings.models:
+        resolve_name(model)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if part != "all":
+        show(part, produce(part, settings), settings, as_json)
+        return
+    started = time.perf_counter()
+    results = {}
+    for number, name in enumerate(PARTS, 1):
+        settings.log(f"{name}, {number} of {len(PARTS)}")
+        try:
+            results[name] = produce(name, settings)
+        except NothingChosenError as error:
+            settings.log(f"{name} left out: {error}")
+        else:
+            show(name, results[name], settings, as_json)
+    minutes = (time.perf_counter() - started) / 60
+    html = as_page(results, settings, minutes)
+    atomically(settings.out / "index.html", lambda path: path.write_text(html))
+    settings.log(f"all in {minutes:.1f} minutes: {settings.out / 'index.html'}")
+
+
+def produce(part: str, settings: Settings) -> Result:
+    """Run it, and write its JSON and figures."""
+    result: Result = import_module(f"repvgg.paper.{part}").run(settings)
+    record.write(settings.out / f"{part}.json", as_json(result, settings))
+    for name, figure in result.figures.items():
+        for kind in ("png", "svg"):
+            atomically(settings.out / f"{name}.{kind}", partial(figure.savefig, format=kind, dpi=200))
+    return result
+
+
+def as_json(result: Result, settings: Settings) -> dict[str, object]:
+    """What the part's file holds beside the machine."""
+    return {
+        "title": marked(result.title, settings),
+        "quick": settings.quick,
+        "tables": [
+            {"title": marked(t.title, settings), "header": t.header, "rows": [[str(c or "") for c in row] for row in t.rows]}
+            for t in result.tables
+        ],
+        "why": result.why,
+        "data": result.data,
+    }
+
+
+def show(part: str, result: Result, settings: Settings, with_json: bool) -> None:
+    """Print the tables and the paragraph, or the part's JSON."""
+    if with_json:
+        print((settings.out / f"{part}.json").read_text(), end="")
+        return
+    print(f"\n{result.title}")
+    for t in result.tables:
+        print_table(t.header, [["" if cell is None else cell for cell in row] for row in t.rows], marked(t.title, settings))
+    print(textwrap.fill(result.why, 120))
+    written = [f"{part}.json", *(f"{name}.{kind}" for name in result.figures for kind in ("png", "svg"))]
+    settings.log(f"written: {', '.join(str(settings.out / name) for name in written)}")
+
+
+def as_page(results: dict[str, Result], settings: Settings, minutes: float) -> str:
+    """One self-contained document."""
+    sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
+    about = record.machine()
+    versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
+    about = {name.replace("_", " "): value for name, value in about.items() if value is not None}
+    sections.append(("Measured on", page.table([*about.items(), ("versions", versions)], ("", ""))))
+    lead = (
+        "Every table and figure of “RepVGG: Making VGG-style ConvNets Great Again” about cost and speed, beside what "
+        f"{about.get('gpu') or about['processor']} measured in {minutes:.0f} minutes."
+    )
+    if settings.quick:
+        lead += " This is a quick look: small batches, few rounds, a handful of models. Intervals are wide, and say so."
+    return page.page("RepVGG’s paper, measured here", sections, lead)  # noqa: RUF001
+
+
+def _pieces(result: Result, settings: Settings) -> Iterable[str]:
+    yield page.paragraph(result.why)
+    for figure in result.figures.values():
+        yield page.svg(figure)
+    for t in result.tables:
+        yield page.heading(marked(t.title, settings))
+        yield page.table(t.rows, t.header)
+
+
+def marked(title: str, settings: Settings) -> str:
+    return f"{title} (quick)" if settings.quick and title else title

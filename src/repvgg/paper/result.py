@@ -1,0 +1,100 @@
+"""What the paper's tables and figures share: how to measure, and what comes out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from repvgg.deploy.engines import Options
+    from repvgg.timing import Ratio
+
+
+class NothingChosenError(ValueError):
+    """None of the models asked for is in this table or figure."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`warmup` batches of `batch_size` images, then `rounds` rounds, in each of which a candidate has `batches` in a row."""
+
+    batch_size: int
+    rounds: int
+    batches: int
+    warmup: int
+
+
+# By device and whether in a hurry. The paper: batch 128, 50 batches of warm-up, 50 timed.
+PROTOCOLS = {
+    ("cuda", False): Protocol(128, 5, 10, 50),
+    ("cuda", True): Protocol(32, 3, 5, 10),
+    ("cpu", False): Protocol(8, 10, 1, 2),
+    ("cpu", True): Protocol(2, 3, 1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. models: names as create_model takes them, none for all; engine: "" for each part's own choice (eager, as a
+    rule); batch_size, rounds: None for those of PROTOCOLS; quick: minutes instead of tens of minutes, and marked so; out: the
+    folder; log: told of progress."""
+
+    models: tuple[str, ...] = ()
+    engine: str = ""
+    precision: str = "fp32"
+    batch_size: int | None = None
+    rounds: int | None = None
+    threads: int | None = None
+    channels_last: bool = True
+    device: str = "cpu"
+    quick: bool = False
+    out: Path = Path("paper")
+    log: Callable[[str], None] = field(default=print, compare=False)
+
+    @property
+    def protocol(self) -> Protocol:
+        usual = PROTOCOLS["cuda" if self.device.startswith("cuda") else "cpu", self.quick]
+        return Protocol(self.batch_size or usual.batch_size, self.rounds or usual.rounds, usual.batches, usual.warmup)
+
+    def options(self, batch_size: int) -> "Options":
+        """For building an engine."""
+        from repvgg.deploy.engines import Options
+
+        return Options(
+            batch_size=batch_size,
+            precision=self.precision,
+            threads=self.threads,
+            channels_last=self.channels_last,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells that `str` makes readable; None is an empty one."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table or figure of the paper beside our own.
+
+    why: a paragraph on why they differ where they do, and where they do not. figures: to draw, by file name without its ending.
+    data: everything behind the cells, for JSON.
+    """
+
+    title: str
+    tables: Sequence[Table]
+    why: str
+    data: dict[str, Any]
+    figures: dict[str, "Figure"] = field(default_factory=dict)
+
+
+def interval(r: "Ratio") -> dict[str, float]:
+    """For JSON."""
+    return {"ratio": r.value, "low": r.low, "high": r.high}

@@ -1,0 +1,198 @@
+"""Speeds of models that outlive an interruption: each pair is timed taking turns, and kept in a file as soon as it is done.
+
+    speeds = measure([Candidate("resnet18"), Candidate("repvgg_a0")], Candidate("resnet18"), settings)
+    print(speeds["repvgg_a0"].images_per_second, over(speeds["repvgg_a0"], speeds["resnet18"]))
+
+Tables 4 and 5, Figure 1 and the comparison of forms read from here.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repvgg import zoo
+from repvgg.bench.models import Candidate, bench
+from repvgg.files import atomically
+from repvgg.paper.numbers import ModelSpeed
+from repvgg.paper.result import NothingChosenError, Settings
+from repvgg.record import machine
+from repvgg.timing import Ratio, Times, ratio
+
+# What a quick look measures: both ends of the family, the groups, and those they are compared with in the paper's headlines.
+QUICK = (
+    "repvgg_a0",
+    "resnet18",
+    "repvgg_b0",
+    "repvgg_a2",
+    "resnet50",
+    "efficientnet_b0",
+    "repvgg_b1g4",
+    "resnet101",
+    "repvgg_b3",
+    "regnetx_120",
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds an image, median by round, of a candidate and of the reference that it took turns with; counts of one image."""
+
+    model: str
+    batch_size: int
+    input_size: tuple[int, int, int]
+    seconds: list[float]
+    reference: str
+    reference_seconds: list[float]
+    params: int
+    macs: int
+    winograd_muls: int
+    date: str
+
+    @property
+    def images_per_second(self) -> float:
+        return 1 / _times(self.seconds).median
+
+    @property
+    def reference_per_second(self) -> float:
+        return 1 / _times(self.reference_seconds).median
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, high = _times(self.seconds).quartiles
+        return 1 / high, 1 / low
+
+    @property
+    def ratio(self) -> Ratio:
+        """Speed relative to the reference."""
+        return ratio(_times(self.reference_seconds), _times(self.seconds))
+
+
+def over(fast: Speed, slow: Speed) -> Ratio:
+    """How many times faster, through the reference that both took turns with: what the machine did in between cancels."""
+    assert fast.reference == slow.reference
+    fast_, slow_ = (_times([s / r for s, r in zip(speed.seconds, speed.reference_seconds, strict=True)]) for speed in (fast, slow))
+    return ratio(slow_, fast_)
+
+
+def _times(seconds: Sequence[float]) -> Times:
+    return Times([[s] for s in seconds])
+
+
+def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
+    """The rows whose models were asked for; a quick look's own choice where none were. Raises NothingChosenError for no row."""
+    names = [zoo.resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
+    found = [row for row in rows if not names or row.model in names]
+    if not found:
+        raise NothingChosenError(f"it has no {' or '.join(names)}: its models are {', '.join(row.model for row in rows)}")
+    return found
+
+
+def measure(candidates: Sequence[Candidate], reference: Candidate, settings: Settings) -> dict[str, Speed]:
+    """Each candidate's speed by its name, taking turns with the reference.
+
+    What is in `settings.out / "speeds.json"` from the same machine under the same settings is not measured again.
+    """
+    shelf = Shelf(settings)
+    speeds: dict[str, Speed] = {}
+    started = time.perf_counter()
+    for number, candidate in enumerate(candidates, 1):
+        where = f"[{number}/{len(candidates)}] {candidate.name}"
+        speed = shelf.get(candidate, reference)
+        if speed is None:
+            settings.log(f"{where} ...")
+            speed = _time(candidate, reference, settings)
+            shelf.put(candidate, reference, speed)
+            spent = f"{(time.perf_counter() - started) / 60:.1f} minutes so far"
+            settings.log(f"{where}: {significant(speed.images_per_second)} images/s, {speed.ratio} {reference.name}; {spent}")
+        else:
+            settings.log(f"{where}: {significant(speed.images_per_second)} images/s, from {shelf.path}")
+        speeds[candidate.name] = speed
+    return speeds
+
+
+def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
+    protocol = settings.protocol
+    report = bench(
+        [reference, candidate],
+        batch_size=protocol.batch_size,
+        rounds=protocol.rounds,
+        batches=protocol.batches,
+        warmup=protocol.warmup,
+        threads=settings.threads,
+        channels_last=settings.channels_last,
+        device=settings.device,
+        log=settings.log,
+        progress=lambda line: None,
+    )
+    first, last = report.rows[0], report.rows[-1]  # the same where the reference is timed itself
+    return Speed(
+        model=candidate.model,
+        batch_size=last.batch_size,
+        input_size=last.input_size,
+        seconds=[s / last.batch_size for s in last.times.by_round],
+        reference=reference.name,
+        reference_seconds=[s / first.batch_size for s in first.times.by_round],
+        params=last.cost.params,
+        macs=last.cost.macs,
+        winograd_muls=last.cost.winograd_muls,
+        date=machine()["date"],
+    )
+
+
+class Shelf:
+    """Finished speeds in a file: a list of runs, each with its settings, so that nothing measured otherwise is mixed in or lost."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = settings.out / "speeds.json"
+        self.runs: list[dict[str, Any]] = _read(self.path)
+        wanted = _conditions(settings)
+        run = next((run for run in self.runs if run["settings"] == wanted), None)
+        if run is None:
+            run = {"settings": wanted, "speeds": {}}
+            self.runs.append(run)
+        self.speeds: dict[str, dict[str, Any]] = run["speeds"]
+
+    def get(self, candidate: Candidate, reference: Candidate) -> Speed | None:
+        found = self.speeds.get(_key(candidate, reference))
+        return None if found is None else Speed(**{**found, "input_size": tuple(found["input_size"])})
+
+    def put(self, candidate: Candidate, reference: Candidate, speed: Speed) -> None:
+        self.speeds[_key(candidate, reference)] = asdict(speed)
+        text = json.dumps(self.runs, indent=1) + "\n"
+        atomically(self.path, lambda path: path.write_text(text))
+
+
+def _key(candidate: Candidate, reference: Candidate) -> str:
+    return f"{candidate.name} and {reference.name}"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        runs = json.loads(path.read_text()) if path.exists() else []
+        assert all(isinstance(run["settings"], dict) and isinstance(run["speeds"], dict) for run in runs)
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise ValueError(f"{path} is no file of finished speeds: move it away, or name another --out") from None
+    return list(runs)
+
+
+def _conditions(settings: Settings) -> dict[str, Any]:
+    """What a speed depends on beside the pair that is timed."""
+    here = machine()
+    threads = settings.threads or torch.get_num_threads()
+    return {
+        **asdict(settings.protocol),
+        "channels_last": settings.channels_last,
+        "device": here["gpu"] if settings.device.startswith("cuda") else here["processor"],
+        "threads": threads,
+        "versions": {name: version for name, version in here["versions"].items() if name != "repvgg"},
+    }
+
+
+def significant(value: float) -> str:
+    """At least three digits."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -1,0 +1,228 @@
+"""Footnote 3's test: does a library run a 3x3 convolution of stride 1 by Winograd?
+
+The paper times it against a counterpart of stride 2 that does as many multiply-adds: the same channels and output map, the input
+of twice the side. Winograd exists for stride 1 alone, so where it is used the counterpart is much slower: up to 2.25 times, with
+F(2x2, 3x3). But four times the input has to be read too, and that alone takes time. How much, the same pair of *depthwise*
+convolutions tells: the same maps in the same engine, next to no multiplications. So what is left for Winograd to explain is
+
+    stride 2 / (stride 1 + what the doubled input costs),     cost of the doubled input = depthwise stride 2 - depthwise stride 1
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from repvgg.bench.kernels import Convolution, time_convolutions
+from repvgg.deploy import engines
+from repvgg.models import FAMILY
+from repvgg.paper.canvas import MUTED, POINTWISE, RULE, WIDEST, plot
+from repvgg.paper.result import Result, Settings, Table, interval
+from repvgg.record import machine
+from repvgg.timing import Ratio, Times, ratio
+
+# Half way, as ratios go, between no gain and the 2.25 of F(2x2, 3x3) without any cost of its own.
+THRESHOLD = math.sqrt(9 / 4)
+MEMBERS = ("repvgg_a0", "repvgg_b1", "repvgg_b1g4")
+IMAGE = 224
+
+
+@dataclass(frozen=True)
+class Test:
+    """One 3x3 convolution of the family in one engine. plain: stride 2 over stride 1; memory: what the doubled input explains of
+    that; left: what it does not."""
+
+    engine: str
+    convolution: Convolution
+    batch_size: int
+    seconds: dict[str, list[float]]
+    plain: Ratio
+    memory: Ratio
+    left: Ratio
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.left)
+
+
+def verdict(left: Ratio) -> str:
+    """ "yes" or "no" where the whole interval is on one side of the threshold, else "undecided"."""
+    return "yes" if left.low > THRESHOLD else "no" if left.high < THRESHOLD else "undecided"
+
+
+def run(settings: Settings) -> Result:
+    tests = [
+        _test(engine, convolution, settings)
+        for engine in _engines(settings)
+        for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)
+    ]
+    conclusions = {
+        engine: conclude([t.verdict for t in tests if t.engine == engine]) for engine in dict.fromkeys(t.engine for t in tests)
+    }
+    device = machine()["gpu"] if settings.device.startswith("cuda") else machine()["processor"]
+    found = "; ".join(f"{engine}: {conclusion}" for engine, conclusion in conclusions.items())
+    return Result(
+        "Footnote 3: is Winograd in use?",
+        [_table(tests)],
+        f"On {device}, {settings.precision}: {found}. Each 3x3 convolution of stride 1 is timed against one of stride 2 that "
+        "does as many multiply-adds, on an input of twice the side. Winograd exists for stride 1 only, and would save up to "
+        "2.25 of the time. Reading four times the input costs time too; how much is measured on depthwise convolutions of "
+        f"the same maps, which multiply next to nothing. What is left is held against {THRESHOLD:.2f}, half way between 1 and "
+        "2.25: Winograd is in use where the whole 95% interval is above, not in use where it is below, and undecided where "
+        "it straddles. On the paper's GPU most 3x3 convolutions of stride 1 passed this test; those that did not are why "
+        "three rows of Tables 4 and 5 count more MULs than the rule gives.",
+        {
+            "threshold": THRESHOLD,
+            "precision": settings.precision,
+            "conclusions": conclusions,
+            "tests": [
+                {
+                    **{name: getattr(t, name) for name in ("engine", "batch_size", "seconds", "verdict")},
+                    "convolution": asdict(t.convolution),
+                    **{name: interval(getattr(t, name)) for name in ("plain", "memory", "left")},
+                }
+                for t in tests
+            ],
+        },
+        {"winograd": _draw(tests)},
+    )
+
+
+def conclude(verdicts: Sequence[str]) -> str:
+    """One sentence on an engine from the verdicts on its convolutions."""
+    counts = {kind: verdicts.count(kind) for kind in ("yes", "no", "undecided")}
+    n = len(verdicts)
+    for kind, words in (("yes", "Winograd is in use"), ("no", "Winograd is not in use"), ("undecided", "undecided")):
+        if counts[kind] == n:
+            return f"{words}, in all {n} shapes" if n > 1 else words
+    parts = [
+        f"{words} for {counts[kind]}"
+        for kind, words in (("yes", "in use"), ("no", "not in use"), ("undecided", "undecided"))
+        if counts[kind]
+    ]
+    return f"of {n} shapes, Winograd is " + ", ".join(parts)
+
+
+def shapes(members: Sequence[str]) -> list[Convolution]:
+    """The 3x3 of stride 1 of stages 2 to 4 of each member: the last layer but one, which is where groups are."""
+    found = []
+    for name in members:
+        member = FAMILY[name]
+        for stage in (1, 2, 3):
+            channels = member.widths()[stage]
+            found.append(Convolution(channels, channels, IMAGE >> (stage + 1), groups=member.groups))
+    return list(dict.fromkeys(found))
+
+
+def counterparts(c: Convolution) -> dict[str, Convolution]:
+    """The four that are timed side by side."""
+    n, size = c.in_channels, c.size
+    return {
+        "stride 1": c,
+        "stride 2": Convolution(n, n, 2 * size, stride=2, groups=c.groups),
+        "depthwise stride 1": Convolution(n, n, size, groups=n),
+        "depthwise stride 2": Convolution(n, n, 2 * size, stride=2, groups=n),
+    }
+
+
+def _engines(settings: Settings) -> list[str]:
+    """The one asked for; or all that are installed (in a quick look, eager alone)."""
+    if settings.engine or settings.quick:
+        return [settings.engine or "eager"]
+    found = []
+    for name in engines.ENGINES:
+        try:
+            engines.check(name, settings.precision, settings.device)
+        except ValueError as error:
+            settings.log(f"left out: {error}")
+        else:
+            found.append(name)
+    return found
+
+
+def _test(engine: str, convolution: Convolution, settings: Settings) -> Test:
+    protocol = settings.protocol
+    four = counterparts(convolution)
+    batch, times = time_convolutions(
+        list(four.values()),
+        settings.options(protocol.batch_size),
+        engine=engine,
+        rounds=2 * protocol.rounds,
+        batches=protocol.batches,
+        warmup=protocol.warmup,
+        log=settings.log,
+    )
+    test = judge(engine, convolution, batch, dict(zip(four, times, strict=True)))
+    settings.log(f"{engine}, {convolution}: {test.plain}, left {test.left}")
+    return test
+
+
+def judge(engine: str, convolution: Convolution, batch_size: int, times: dict[str, Times]) -> Test:
+    """From the times of the four counterparts."""
+    by_round = {name: t.by_round for name, t in times.items()}
+    extra = [max(0.0, b - a) for a, b in zip(by_round["depthwise stride 1"], by_round["depthwise stride 2"], strict=True)]
+    explained = Times([[t + e] for t, e in zip(by_round["stride 1"], extra, strict=True)])
+    return Test(
+        engine,
+        convolution,
+        batch_size,
+        by_round,
+        plain=ratio(times["stride 2"], times["stride 1"]),
+        memory=ratio(explained, times["stride 1"]),
+        left=ratio(times["stride 2"], explained),
+    )
+
+
+def _table(tests: Sequence[Test]) -> Table:
+    header = (
+        "engine",
+        "3x3 of stride 1",
+        "batch",
+        "ms",
+        "stride 2, ms",
+        "stride 2 / stride 1",
+        "the doubled input explains",
+        "left (95% interval)",
+        "Winograd?",
+    )
+    rows = [
+        (
+            t.engine,
+            f"{t.convolution.in_channels} channels"
+            + (f", {t.convolution.groups} groups" if t.convolution.groups > 1 else "")
+            + f", {t.convolution.size} x {t.convolution.size}",
+            t.batch_size,
+            *(f"{Times([[s] for s in t.seconds[name]]).median * 1e3:.2f}" for name in ("stride 1", "stride 2")),
+            t.plain,
+            f"{t.memory.value:.2f}x",
+            t.left,
+            t.verdict,
+        )
+        for t in tests
+    ]
+    return Table("A 3x3 of stride 1 against its counterpart of stride 2", header, rows)
+
+
+def _draw(tests: Sequence[Test]) -> Any:
+    figure, (axes,) = plot(900, 90 + 22 * len(tests))
+    names = [f"{t.engine}: {t.convolution}" for t in tests]
+    rows = range(len(tests))
+    axes.axvline(THRESHOLD, color=MUTED, linewidth=1, linestyle="--")
+    axes.axvline(1, color=RULE, linewidth=1)
+    axes.plot([t.plain.value for t in tests], rows, "o", color=POINTWISE[1], markerfacecolor="white", label="stride 2 / stride 1")
+    spread = [[t.left.value - t.left.low for t in tests], [t.left.high - t.left.value for t in tests]]
+    axes.errorbar(
+        [t.left.value for t in tests],
+        rows,
+        xerr=spread,
+        fmt="o",
+        color=WIDEST[1],
+        capsize=3,
+        label="left without the cost of the doubled input",
+    )
+    axes.set_yticks(rows, names, fontsize=8)
+    axes.set_ylim(len(tests) - 0.5, -0.5)
+    axes.set_xlim(min(0.8, *(t.left.low for t in tests)) - 0.05, max(2.3, *(t.plain.high for t in tests)) + 0.05)
+    axes.set_xlabel(f"ratio of times; above {THRESHOLD:.2f}: Winograd", fontsize=9, color=MUTED)
+    axes.legend(frameon=False, fontsize=8, loc="best")
+    return figure

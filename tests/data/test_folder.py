@@ -1,0 +1,67 @@
+"""data/folder.py: class folders, and what is said of those that cannot be used."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from repvgg.data import DataError, open_source
+from repvgg.data.images import ImageError
+from repvgg.files import Preprocessing
+
+
+def make(root: Path, *paths: str, size: tuple[int, int] = (20, 14)) -> Path:
+    """A folder of images; each one's grey level is its number."""
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, number).save(root / path)
+    return root
+
+
+def test_a_class_folder(tmp_path: Path) -> None:
+    paths = ("train/cat/a.png", "train/cat/deep/b.PNG", "train/dog/c.jpg", "val/cat/d.png", "val/dog/e.png", "val/dog/f.bmp")
+    make(tmp_path, *paths)
+    (tmp_path / "train/cat/notes.txt").write_text("not an image")
+    (tmp_path / "train/cat/._a.png").write_text("macOS left this")
+    source = open_source(str(tmp_path))
+    assert source.classes == ["cat", "dog"]
+    assert source.preprocessing == Preprocessing()
+    assert source.recipe == "light"
+    for split, expected in ((source.train, [(0, 0), (1, 0), (2, 1)]), (source.val, [(3, 0), (4, 1), (5, 1)])):
+        assert [(int(split[i][0][0, 0, 0]), split[i][1]) for i in range(len(split))] == expected
+    assert source.train[0][0].shape == (3, 14, 20)
+
+
+def test_a_class_without_validation_images_keeps_its_number(tmp_path: Path) -> None:
+    source = open_source(str(make(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", "val/c/4.png")))
+    assert [source.val[i][1] for i in range(len(source.val))] == [2]
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    source = open_source(str(make(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png")))
+    (tmp_path / "train/b/2.png").write_bytes(b"damaged")
+    with pytest.raises(ImageError, match=str(tmp_path / "train/b/2.png")):
+        source.train[1]
+
+
+@pytest.mark.parametrize(
+    ("paths", "folders", "complaint"),
+    [
+        (["train/a/1.png"], [], "val: no such folder; a class folder has train/<class>/* and val/<class>/*"),
+        (["val/a/1.png"], [], "train: no such folder"),
+        (["train/1.png", "val/a/1.png"], [], "train: holds no class folders"),
+        (["train/a/1.png", "val/a/1.png"], ["train/empty"], "train: class 'empty' has no images (.bmp, "),
+        (["train/a/1.png", "val/a/1.png", "val/b/1.png"], [], "val: class 'b' has no images to train on"),
+        (["train/a/1.png"], ["val/a"], "val: holds no images (.bmp, "),
+        (["train/a/1.png"], ["val"], "val: holds no class folders"),
+        (["val/a/1.png"], ["train/a", "train/b"], "train: holds no images (.bmp, "),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said(paths: list[str], folders: list[str], complaint: str, tmp_path: Path) -> None:
+    make(tmp_path, *paths)
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}/{complaint}")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,130 @@
+"""data/transforms.py: evaluation's pipeline against Pillow, and randomness that depends on seed, epoch and index alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from repvgg.data import Decoded
+from repvgg.data.folder import Folder
+from repvgg.data.images import ImageError
+from repvgg.data.transforms import Transformed, eval_transform, load, normalise
+from repvgg.files import Preprocessing
+
+PILLOW = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (517, 333), (100, 64)])
+def test_evaluation_against_pillow(height: int, width: int, interpolation: str) -> None:
+    smooth = np.random.default_rng(0).integers(0, 256, (12, 9, 3)).astype(np.uint8)
+    image = Image.fromarray(smooth).resize((width, height), Image.Resampling.BICUBIC)
+    short = 256 / min(height, width)
+    resized = image.resize((int(width * short), int(height * short)), PILLOW[interpolation])
+    left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
+    expected = np.asarray(resized.crop((left, top, left + 224, top + 224)), dtype=int)
+    uint8 = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    got = eval_transform(Preprocessing(interpolation=interpolation))(uint8)
+    assert got.dtype == torch.uint8
+    difference = np.abs(got.permute(1, 2, 0).numpy().astype(int) - expected)
+    assert difference.max() <= 1
+    assert difference.mean() < 0.1
+
+
+def test_a_crop_larger_than_the_image_has_a_black_border() -> None:
+    out = eval_transform(Preprocessing((3, 32, 32), 16))(torch.full((3, 40, 40), 200, dtype=torch.uint8))
+    assert out.shape == (3, 32, 32)
+    assert out[:, 8:24, 8:24].eq(200).all()
+    assert out.sum() == 3 * 16 * 16 * 200
+
+
+def test_normalise() -> None:
+    p = Preprocessing()
+    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (p.mean, p.std))
+    got = normalise(images, p)
+    assert got.dtype == torch.float32
+    assert (got - (images.double() / 255 - mean) / std).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 3_000_000), (3_000_000, 1), (2, 1000)])
+def test_a_long_line_of_pixels_does_not_fill_the_memory(shape: tuple[int, int]) -> None:
+    image = torch.full((3, *shape), 77, dtype=torch.uint8)
+    image[..., shape[0] // 2, shape[1] // 2] = 79
+    out = eval_transform(Preprocessing())(image)
+    assert out.shape == (3, 224, 224)
+    assert out.min() >= 77
+    assert out.max() == 79  # the centre is what is left
+
+
+def noisy(count: int) -> Transformed:
+    """Transformed images whose transform draws random numbers."""
+    images = Decoded(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), list(range(count)))
+    return Transformed(images, v2.Lambda(lambda x: torch.randint_like(x, 256)), seed=5)
+
+
+def test_randomness_is_a_function_of_seed_epoch_and_index() -> None:
+    images = noisy(3)
+    seen = {}
+    for seed in (5, 6):
+        for epoch in (0, 1):
+            images.seed = seed
+            images.epoch.fill_(epoch)
+            for index in (2, 0, 1):
+                seen[seed, epoch, index] = images[index][0]
+    assert len({tuple(x.flatten().tolist()) for x in seen.values()}) == 12
+    images.epoch.fill_(0)
+    images.seed = 5
+    torch.manual_seed(123)
+    assert all(torch.equal(images[i][0], seen[5, 0, i]) for i in (0, 1, 2))
+
+
+def test_the_callers_randomness_is_left_alone() -> None:
+    images = noisy(2)
+    torch.manual_seed(9)
+    expected = torch.rand(4)
+    torch.manual_seed(9)
+    images[0]
+    assert torch.equal(torch.rand(4), expected)
+
+
+class Failing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+def test_the_callers_randomness_is_left_alone_by_a_failure() -> None:
+    images = Transformed(noisy(1).images, Failing())
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        images[0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_give_the_same_batches() -> None:
+    images = noisy(10)
+    order = [3, 1, 4, 9, 2, 6, 5]
+    for epoch in (0, 1):
+        images.epoch.fill_(epoch)
+        alone, together = (list(load(images, 3, workers, order)) for workers in (0, 2))
+        assert [len(y) for _, y in alone] == [3, 3, 1]
+        assert torch.cat([y for _, y in alone]).tolist() == order
+        for (x, y), (x2, y2) in zip(alone, together, strict=True):
+            assert torch.equal(x, x2)
+            assert torch.equal(y, y2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_one_line_from_any_process(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "x: y.png"
+    path.write_bytes(b"damaged")
+    images = Transformed(Folder(tmp_path), eval_transform(Preprocessing()))
+    with pytest.raises(ImageError) as caught:
+        list(load(images, 1, workers))
+    assert str(caught.value).startswith(f"{path}: not an image, or a damaged one (")
+    assert "\n" not in str(caught.value)

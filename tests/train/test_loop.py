@@ -1,0 +1,374 @@
+"""train/loop.py: real training on the digits, and everything that can go wrong with it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from repvgg import zoo
+from repvgg.data import DataError, Decoded, Source, open_source
+from repvgg.data.images import ImageError
+from repvgg.data.transforms import Transformed, eval_transform, normalise
+from repvgg.files import FileError, Preprocessing
+from repvgg.models import RepVGG
+from repvgg.reparam import reparameterize, verify
+from repvgg.train import loop
+from repvgg.train.evaluate import evaluate_model
+from repvgg.train.loop import Run, new_model, parameter_groups, train
+from repvgg.train.recipes import Recipe, get_recipe
+
+DEMO = get_recipe("demo")
+QUICK = replace(DEMO, epochs=2, batch_size=32, warmup_epochs=0)
+
+
+def quick(out: Path, recipe: Recipe = QUICK, limit: int = 96, **options: Any) -> Run:
+    """A run of a second: a narrow net on a few scans."""
+    source = open_source("digits").limited(limit)
+    return train("repvgg_micro", source, recipe, out, log=lambda line: None, **{"width": 0.25, **options})
+
+
+def state(run: Run) -> dict[str, Tensor]:
+    return run.model.state_dict()
+
+
+def same(a: Run, b: Run) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(state(a).values(), state(b).values(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- a whole run, once
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """repvgg_micro on all digits: what most tests below look at."""
+    out = tmp_path_factory.mktemp("run") / "new" / "folder"
+    run = train("repvgg_micro", open_source("digits"), replace(DEMO, epochs=4), out, log=lambda line: None)
+    return run, out
+
+
+def test_it_learns(trained: tuple[Run, Path]) -> None:
+    run, _ = trained
+    assert run.last.images == 360
+    assert run.last.top1 >= 0.9
+    assert run.best.top1 >= run.last.top1
+    assert not run.model.training
+
+
+def test_the_run_folder(trained: tuple[Run, Path]) -> None:
+    _, out = trained
+    assert {path.name for path in out.iterdir()} == {"best.safetensors", "last.safetensors", "recipe.json", "metrics.jsonl"}
+    assert Recipe(**json.loads((out / "recipe.json").read_text())) == replace(DEMO, epochs=4)
+
+
+def test_metrics_are_json_lines(trained: tuple[Run, Path]) -> None:
+    run, out = trained
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == run.history
+    steps = [line for line in lines if "loss" in line]
+    epochs = [line for line in lines if "val_top1" in line]
+    assert [line["step"] for line in steps] == [20, 40, 60, 80]  # 1437 // 64 = 22 steps an epoch
+    assert [(line["step"], line["epoch"]) for line in epochs] == [(22, 0), (44, 1), (66, 2), (88, 3)]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert epochs[-1] == {
+        "step": 88,
+        "epoch": 3,
+        "val_loss": run.last.loss,
+        "val_top1": run.last.top1,
+        "val_top5": run.last.top5,
+    }
+    assert all(0 <= line["top1"] <= 1 and line["img_per_s"] > 0 for line in steps)
+
+
+def test_saved_models_are_as_accurate_as_they_say(trained: tuple[Run, Path]) -> None:
+    run, out = trained
+    source = open_source("digits")
+    for name, recorded in (("last", run.last), ("best", run.best)):
+        model = zoo.load(out / f"{name}.safetensors")
+        manifest = zoo.manifest_of(model)
+        assert manifest.form == "training"
+        assert manifest.classes == source.classes
+        assert manifest.preprocessing == source.preprocessing
+        assert manifest.training["val_top1"] == recorded.top1
+        assert manifest.training["recipe"] == asdict(replace(DEMO, epochs=4))
+        measured = evaluate_model(model, source)
+        assert measured.top1 == recorded.top1
+        assert torch.equal(measured.confusion, recorded.confusion)
+        assert measured.loss == pytest.approx(recorded.loss, rel=1e-5)
+
+
+def test_both_forms_read_every_held_out_scan_alike(trained: tuple[Run, Path]) -> None:
+    _, out = trained
+    source = open_source("digits")
+    scans = Transformed(source.val, eval_transform(source.preprocessing))
+    images = normalise(torch.stack([scans[i][0] for i in range(360)]), source.preprocessing)
+    model = zoo.load(out / "last.safetensors")
+    deploy = reparameterize(model)
+    with torch.no_grad():
+        a, b = model(images), deploy(images)
+    assert torch.equal(a.argmax(1), b.argmax(1))
+    assert float((a - b).abs().max()) < 1e-4 * float(a.std(0).mean())
+
+
+# ------------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_a_seed_gives_the_same_model_to_the_last_bit(tmp_path: Path) -> None:
+    first, again, other = (quick(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert same(first, again)
+    assert not same(first, other)
+    # The augmentation of a worker process is that of the main one.
+    assert same(first, quick(tmp_path / "d", seed=3, workers=2))
+
+
+def test_a_set_smaller_than_the_batch_makes_one_smaller_batch(tmp_path: Path) -> None:
+    run = quick(tmp_path, DEMO, limit=20)
+    assert [line["step"] for line in run.history] == list(range(1, DEMO.epochs + 1))
+    assert run.last.images == 20
+    with pytest.raises(DataError, match="--limit 0"):
+        quick(tmp_path, limit=0)
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32(tmp_path: Path) -> None:
+    single, brain = quick(tmp_path / "a"), quick(tmp_path / "b", replace(QUICK, precision="bf16"))
+    assert not same(single, brain)
+    assert all(t.dtype == torch.float32 for t in state(brain).values() if t.is_floating_point())
+    assert brain.last.loss == pytest.approx(single.last.loss, rel=0.2)
+
+
+def test_channels_last_changes_rounding_alone(tmp_path: Path) -> None:
+    recipe = replace(QUICK, epochs=1, lr=0.01)
+    nhwc, nchw = (quick(tmp_path / str(flag), replace(recipe, channels_last=flag)) for flag in (True, False))
+    for name, tensor in state(nhwc).items():
+        assert (tensor.double() - state(nchw)[name].double()).abs().max() <= 1e-3 * tensor.double().abs().max() + 1e-5, name
+
+
+def test_compiling_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    run = quick(tmp_path / "a", replace(QUICK, compile=True))
+    assert len(compiled) == 1
+    assert same(run, quick(tmp_path / "b"))
+
+
+def test_mixup_mixes_images_and_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    cross_entropy: Callable[..., Tensor] = F.cross_entropy
+
+    def spy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        seen.append(target)
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    run = quick(tmp_path, replace(QUICK, mixup=1.0, label_smoothing=0.1))
+    mixed = [target for target in seen if target.is_floating_point()]  # those of evaluation are labels
+    assert len(mixed) == QUICK.epochs * 3
+    for target in mixed:
+        assert target.shape == (32, 10)
+        assert target.min() >= 0
+        assert torch.allclose(target.sum(1), torch.ones(32))
+        assert (target > 0).sum(1).max() <= 2
+    assert any(((target > 0.01) & (target < 0.99)).any() for target in mixed)
+    assert run.last.loss > 0
+
+
+def test_one_step_against_its_formulas() -> None:
+    """The loss with label smoothing, and SGD with momentum and weight decay, by hand in float64."""
+    network = nn.Linear(6, 4).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    weight, bias = network.weight.detach().clone(), network.bias.detach().clone()
+    recipe = Recipe(label_smoothing=0.1, weight_decay=0.01, channels_last=False)
+    optimizer = torch.optim.SGD(parameter_groups(network, recipe.weight_decay), lr=1, momentum=recipe.momentum)
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for lr in (0.5, 0.25):
+        logits = x @ weight.T + bias
+        log_p = logits - logits.exp().sum(1, keepdim=True).log()
+        target = F.one_hot(y, 4) * 0.9 + 0.1 / 4
+        loss, right = loop._step(network, optimizer, recipe, lr, x, y, 4)
+        assert loss == pytest.approx(float(-(target * log_p).sum(1).mean()), rel=1e-6)
+        assert right == int((logits.argmax(1) == y).sum())
+        error = (log_p.exp() - target) / 5
+        gradients = [error.T @ x + 0.01 * weight, error.sum(0)]
+        velocity = [0.9 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        weight, bias = weight - lr * velocity[0], bias - lr * velocity[1]
+        assert torch.allclose(network.weight, weight, rtol=1e-5)
+        assert torch.allclose(network.bias, bias, rtol=1e-5)
+
+
+def test_weight_decay_is_on_kernels_alone() -> None:
+    """Section 4.1. The list is written out by hand for the stem and a layer with three branches."""
+    model = zoo.create_model("repvgg_micro", num_classes=10)
+    kernels, others = parameter_groups(model, 1e-4)
+    assert (kernels["weight_decay"], others["weight_decay"]) == (1e-4, 0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, spared = ({names[p] for p in group["params"]} for group in (kernels, others))
+    assert len(decayed) + len(spared) == len(names)
+
+    def of(names: set[str], prefix: str) -> set[str]:
+        return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+    assert of(decayed, "stem.") == {"block.conv_kxk.conv.weight", "block.conv_1x1.conv.weight"}
+    assert of(decayed, "stages.0.1.") == {"block.conv_kxk.conv.weight", "block.conv_1x1.conv.weight"}
+    assert of(spared, "stages.0.1.") == {
+        "block.conv_kxk.bn.weight",
+        "block.conv_kxk.bn.bias",
+        "block.conv_1x1.bn.weight",
+        "block.conv_1x1.bn.bias",
+        "block.identity.weight",
+        "block.identity.bias",
+    }
+    assert of(decayed, "head.") == {"weight"}
+    assert of(spared, "head.") == {"bias"}
+    layers = 1 + sum((2, 2, 4, 1))
+    assert len(decayed) == 2 * layers + 1
+
+
+def test_a_new_model_fits_its_source() -> None:
+    said: list[str] = []
+    model = new_model("repvgg_micro", open_source("digits"), log=said.append)
+    assert said == ["images of 16 x 16 pixels: small_input is on (stem and first stage at stride 1)"]
+    arch = zoo.manifest_of(model).arch
+    assert arch is not None
+    assert (arch["num_classes"], arch["in_chans"], arch["small_input"]) == (10, 1, True)
+    given = zoo.manifest_of(new_model("repvgg_micro", open_source("digits"), log=said.append, small_input=False)).arch
+    assert given is not None
+    assert given["small_input"] is False
+    assert len(said) == 1
+    large = Source("large", Decoded(torch.zeros(0), []), Decoded(torch.zeros(0), []), ["a", "b"], Preprocessing())
+    photos = zoo.manifest_of(new_model("repvgg_micro", large, log=said.append)).arch
+    assert photos is not None
+    assert photos["small_input"] is False
+
+
+# ------------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+class Cliff(Recipe):
+    """Sound for half of the run, then off a cliff."""
+
+    def lr_at(self, progress: float) -> float:
+        return 0.05 if progress < 0.5 else 1e30
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_saved_model(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"training diverged, lower --lr\. Models saved before are intact") as caught:
+        quick(tmp_path, Cliff(**{**asdict(QUICK), "epochs": 4}))
+    assert "\n" not in str(caught.value)
+    for name in ("last", "best"):
+        assert evaluate_model(zoo.load(tmp_path / f"{name}.safetensors"), open_source("digits")).loss < 10
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_huge_learning_rate_from_the_start_saves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        quick(tmp_path, replace(QUICK, lr=1e30, epochs=20))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss may stay finite while a running variance overflows: the output is divided by it."""
+
+    def poisoned(*args: Any, **options: Any) -> nn.Module:
+        model = new_model(*args, **options)
+        model.get_buffer("stages.0.0.block.conv_kxk.bn.running_var").fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(loop, "new_model", poisoned)
+    with pytest.raises(FloatingPointError, match=r"stages.0.0.block.conv_kxk.bn.running_var holds NaN or Inf: training diverged"):
+        quick(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_channel_that_is_constant_throughout_still_gives_a_file_that_loads_and_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Black images: every channel of the stem is constant, and with a momentum of 1 its running variance is exactly zero."""
+
+    def hasty(*args: Any, **options: Any) -> nn.Module:
+        model = new_model(*args, **options)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        return model
+
+    monkeypatch.setattr(loop, "new_model", hasty)
+    digits = open_source("digits")
+    black = Decoded(torch.zeros(32, 1, 16, 16, dtype=torch.uint8), [i % 10 for i in range(32)])
+    run = train("repvgg_micro", replace(digits, train=black, val=black), QUICK, tmp_path, log=lambda line: None, width=0.25)
+    model = zoo.load(tmp_path / "last.safetensors")
+    assert isinstance(model, RepVGG)
+    variance = model.get_buffer("stem.block.conv_kxk.bn.running_var")
+    assert variance.gt(0).all()
+    assert variance.max() < 1e-30
+    assert torch.equal(evaluate_model(model, digits).confusion, evaluate_model(run.model, digits).confusion)
+    deploy = reparameterize(model)
+    assert verify(model, deploy, (1, 16, 16)).max_rel_err < 1e-4
+
+
+def test_bad_settings_leave_no_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="no block 'nope': there are repvgg"):
+        quick(out, block="nope")
+    with pytest.raises(ValueError, match="width"):
+        quick(out, width=0.0)
+    with pytest.raises(ValueError, match="no model 'repvgg_z9'"):
+        train("repvgg_z9", open_source("digits"), QUICK, out)
+    with pytest.raises(ValueError, match="resnet18 takes no width"):
+        train("resnet18", open_source("digits"), QUICK, out, width=0.5)
+    one = replace(open_source("digits"), classes=["digit"])
+    with pytest.raises(ValueError, match="digits: has one class, 'digit'; there is nothing to tell apart"):
+        train("repvgg_micro", one, QUICK, out)
+    assert not out.exists()
+
+
+def test_a_run_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(FileError, match=f"{out}: cannot be a run folder"):
+            quick(out)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_in_training_is_named(workers: int, tmp_path: Path) -> None:
+    for path in ("train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / path)
+    bad = tmp_path / "train/b/2.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    source = replace(open_source(str(tmp_path)), preprocessing=Preprocessing((3, 32, 32), 32))
+    with pytest.raises(ImageError, match=f"^{bad}: not an image, or a damaged one"):
+        train("repvgg_micro", source, QUICK, tmp_path / "run", workers=workers, log=lambda line: None, width=0.25)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    words = "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
+    command = [sys.executable, *words.split(), str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        assert process.stderr is not None
+        while "epoch 2/" not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(0.05)  # somewhere in an epoch
+        process.send_signal(sent)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == code
+    remarks = [line for line in rest.splitlines() if not line.startswith("epoch ")]
+    assert remarks == (["repvgg: stopped; what was saved last is whole"] if sent == signal.SIGINT else [])
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = zoo.load(tmp_path / "last.safetensors")
+    recorded = {line["epoch"] + 1: line["val_top1"] for line in metrics if "val_top1" in line}
+    training = zoo.manifest_of(last).training
+    assert recorded[training["epoch"]] == training["val_top1"]
+    assert evaluate_model(last, open_source("digits").limited(256)).top1 == training["val_top1"]

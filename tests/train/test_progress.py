@@ -1,0 +1,64 @@
+"""train/progress.py: what is printed, and the figures in it, on a clock of our own."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from repvgg.train import progress
+from repvgg.train.evaluate import Accuracy
+from repvgg.train.progress import Progress
+
+ACCURACY = Accuracy(360, 0.5, 0.9, 1.0, torch.zeros(10, 10))
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+
+def test_averages_are_of_the_last_fifty_steps_and_speed_leaves_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = Clock(monkeypatch), list[str]()
+    with Progress(epochs=2, steps=60, batch_size=64, log=lines.append) as p:
+        for step in range(60):
+            clock.now += 0.25
+            p.step(0, float(step), step / 100, 0.1)
+        assert p.averages() == {"loss": 34.5, "top1": pytest.approx(0.345), "lr": 0.1, "img_per_s": 256.0}
+        clock.now += 1000
+        p.evaluated(0, ACCURACY)
+        clock.now += 0.25
+        p.step(1, 0.0, 0.0, 0.05)
+        assert p.averages()["img_per_s"] == 256
+    assert lines == ["epoch 1/2: loss 34.500, val top-1 90.00% (360 images), 256 img/s, lr 0.1000"]
+
+
+def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = Clock(monkeypatch), list[str]()
+    with Progress(epochs=3, steps=100, batch_size=10, log=lines.append) as p:
+        for _ in range(100):
+            clock.now += progress.PLAIN_EVERY / 40
+            p.step(0, 2.0, 0.5, 0.1)
+    assert lines == [
+        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s  step 41/300  3.2 min left",
+        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s  step 82/300  2.7 min left",
+    ]
+
+
+def test_in_a_terminal_a_live_line_and_the_epochs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    logged = list[str]()
+    with Progress(epochs=1, steps=2, batch_size=8, log=logged.append) as p:
+        p.step(0, 1.5, 0.25, 0.1)
+        p.step(0, 1.5, 0.25, 0.1)
+        p.evaluated(0, ACCURACY)
+    shown = capsys.readouterr()
+    assert "epoch 1/1: loss 1.500, val top-1 90.00% (360 images)" in shown.err
+    assert "top-1 25.0%" in shown.err
+    assert "2/2" in shown.err
+    assert "\x1b[?25h" in shown.err  # the cursor is back
+    assert shown.out == ""
+    assert logged == []

@@ -1,0 +1,109 @@
+"""train/recipes.py: the paper's numbers, settings that make no sense, and the learning rate against PyTorch's schedulers."""
+
+import math
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+from repvgg.train.recipes import RECIPES, Recipe, get_recipe
+
+
+def test_recipes_need_no_pytorch() -> None:
+    code = "import sys, repvgg.train.recipes; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_papers_recipes() -> None:
+    light = get_recipe("light")  # section 4.1
+    assert (light.epochs, light.batch_size, light.lr, light.momentum, light.weight_decay) == (120, 256, 0.1, 0.9, 1e-4)
+    assert (light.decay, light.warmup_epochs, light.label_smoothing, light.mixup) == ("cosine", 0, 0, 0)
+    assert (light.crop, light.flip, light.auto_augment, light.nesterov) == ("random_resized", True, False, False)
+    heavy = get_recipe("heavy")
+    assert heavy == replace(light, epochs=200, warmup_epochs=5, label_smoothing=0.1, mixup=0.2, auto_augment=True)
+
+
+def test_every_field_is_documented_and_every_recipe_is_complete() -> None:
+    for recipe in RECIPES.values():
+        assert asdict(recipe).keys() == {f.name for f in fields(Recipe)}
+        assert Recipe(**asdict(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", ["", "lihgt", "imagenet", "Light"])
+def test_an_unknown_recipe_lists_what_there_is(name: str) -> None:
+    with pytest.raises(ValueError, match=f"no recipe '{name}': ") as caught:
+        get_recipe(name)
+    assert any(known in str(caught.value) for known in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("lr", 0),
+        ("lr", -0.1),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("momentum", 1),
+        ("momentum", -0.1),
+        ("momentum", math.nan),
+        ("label_smoothing", 1),
+        ("label_smoothing", -0.1),
+        ("weight_decay", -1e-4),
+        ("weight_decay", math.nan),
+        ("warmup_epochs", -1),
+        ("mixup", -1),
+        ("mixup", math.inf),
+        ("decay", "step"),
+        ("crop", "none"),
+        ("precision", "fp16"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(setting: str, value: Any) -> None:
+    settings: dict[str, Any] = {setting: value}
+    with pytest.raises(ValueError, match=f"^{setting} is ") as caught:
+        Recipe(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def rates(scheduler: Any, steps: int) -> list[float]:
+    out = []
+    for _ in range(steps):
+        out.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return out
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_the_learning_rate_against_pytorch(decay: str) -> None:
+    steps = 40
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = CosineAnnealingLR(optimizer, steps) if decay == "cosine" else LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    recipe = Recipe(lr=0.3, decay=decay)  # type: ignore[arg-type]
+    assert [recipe.lr_at(step / steps) for step in range(steps)] == pytest.approx(rates(scheduler, steps), rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_warm_up_and_then_the_same_decay(decay: Any) -> None:
+    warm = Recipe(epochs=20, warmup_epochs=5, lr=0.4, decay=decay)
+    assert warm.lr_at(0) == 0
+    assert warm.lr_at(1 / 8) == pytest.approx(0.2)  # half of the warm-up
+    assert warm.lr_at(1 / 4) == pytest.approx(0.4)
+    assert warm.lr_at(1) == pytest.approx(0)
+    cold = replace(warm, warmup_epochs=0)
+    for progress in (0.0, 0.1, 0.5, 0.9, 1.0):
+        assert warm.lr_at(0.25 + 0.75 * progress) == pytest.approx(cold.lr_at(progress))
+
+
+def test_a_warm_up_takes_half_of_a_short_run_at_most() -> None:
+    for epochs in (1, 2, 5):
+        recipe = Recipe(epochs=epochs, warmup_epochs=5)
+        assert max(range(101), key=lambda percent: recipe.lr_at(percent / 100)) == 50
+        assert recipe.lr_at(1) == pytest.approx(0)
