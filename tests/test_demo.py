@@ -33,7 +33,7 @@ def test_page_is_self_contained_and_tells_the_figures(demo_folder: Path) -> None
     html = (demo_folder / "index.html").read_text()
     figures = json.loads((demo_folder / "demo.json").read_text())
     assert f"{figures['top1']['training form']:.1%}" in html
-    assert f"{figures['speedup'][0]:.2f} times as fast" in html
+    assert f"{figures['speedup'][0]:.2f} times the speed" in html
     fetched: list[str] = []
 
     class Watch(HTMLParser):

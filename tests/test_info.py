@@ -33,7 +33,7 @@ def test_the_family(capsys: Captured) -> None:
     info.show("", as_json=False)
     table = capsys.readouterr().out
     for name, row in rows.items():
-        (line,) = [line for line in table.splitlines() if re.match(rf"{name}\s", line)]
+        (line,) = [line for line in table.splitlines() if re.match(rf" *{name}\s", line)]
         assert f"{row['params'] / 1e6:.2f} M" in line
         assert f"{row['macs'] / 1e9:.2f} G" in line
     assert "repvgg_d2se +SE" in table
@@ -96,11 +96,11 @@ def test_recipes(capsys: Captured) -> None:
     info.show_recipes(as_json=False)
     table = capsys.readouterr().out
     assert all(name in table for name in RECIPES)
-    assert re.search(r"^warmup-epochs +0.0 +5 +4 +1", table, re.MULTILINE)
+    assert re.search(r"^ *warmup-epochs +0.0 +5 +4 +1", table, re.MULTILINE)
     info.show_recipe("cifar", as_json=True)
     assert json.loads(capsys.readouterr().out)["crop"] == "shift"
     info.show_recipe("cifar", as_json=False)
-    assert re.search(r"^--batch-size +128", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^ *--batch-size +128", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_accuracy(capsys: Captured) -> None:
@@ -113,8 +113,8 @@ def test_accuracy(capsys: Captured) -> None:
     assert (shown["images"], shown["top1"], shown["top5"], shown["loss"]) == (10, 0.7, 1, 0.5)
     info.show_accuracy(accuracy, ["cat", "dog", "owl"], as_json=False)
     table = capsys.readouterr().out
-    assert re.search(r"^cat +3 +1 +\. +75.0%", table, re.MULTILINE)
-    assert re.search(r"^dog +\. +\. +\. *$", table, re.MULTILINE)  # no images, so no share
+    assert re.search(r"^ *cat +3 +1 +\. +75.0%", table, re.MULTILINE)
+    assert re.search(r"^ *dog +\. +\. +\. *$", table, re.MULTILINE)  # no images, so no share
     assert "nan" not in table
     assert "top-1 70.00%   top-5 100.00%   loss 0.5000   10 images" in table
 
@@ -127,7 +127,7 @@ def test_accuracy_of_many_classes_lists_the_hardest(capsys: Captured) -> None:
     info.show_accuracy(Accuracy(870, 1, 0.5, 0.9, confusion), [f"class{i}" for i in range(30)], as_json=False)
     table = capsys.readouterr().out
     assert "The 20 hardest classes" in table
-    listed = re.findall(r"^class(\d+) ", table, re.MULTILINE)
+    listed = re.findall(r"^ *class(\d+) ", table, re.MULTILINE)
     assert listed == [str(i) for i in range(1, 22) if i != 7]
 
 
@@ -138,7 +138,7 @@ def test_predictions(capsys: Captured) -> None:
     assert lines[0] == {"path": "a.png", "labels": [{"label": "cat", "probability": 0.75}, {"label": "dog", "probability": 0.25}]}
     assert len(lines) == 2
     info.show_predictions(answers, as_json=False)
-    assert re.search(r"^b \[x\]\.png +dog 60.0% +cat 40.0%", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^ *b \[x\]\.png +dog 60.0% +cat 40.0%", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("as_json", [True, False])

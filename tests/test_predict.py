@@ -127,8 +127,6 @@ def test_classes_without_names_are_numbers(folder: Path) -> None:
     model = randomize(create_model("repvgg_micro", num_classes=4, width=0.25, small_input=True), (32, 3, 32, 32))
     answer = next(predict(model, [str(folder)]))
     assert sorted(label for label, _ in answer.labels) == ["0", "1", "2", "3"]
-    remember(model, replace(manifest_of(model), classes=["too", "few"]))  # a file may say anything
-    assert next(predict(model, [str(folder)])).labels == answer.labels
 
 
 def test_half_precision(colour: nn.Module, folder: Path) -> None:
@@ -145,9 +143,9 @@ def create_copy(model: nn.Module) -> nn.Module:
 
 
 def test_what_makes_no_sense_is_said(colour: nn.Module, folder: Path) -> None:
-    for options in ({"batch_size": 0}, {"top": 0}):
+    for batch_size, top in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="--batch-size and --top are at least 1"):
-            list(predict(colour, [str(folder)], **options))
+            list(predict(colour, [str(folder)], batch_size, top))
     with pytest.raises(ValueError, match="no images: name files, folders or globs"):
         list(predict(colour, []))
     four = create_model("repvgg_micro", num_classes=3, in_chans=4, width=0.25, small_input=True)

@@ -3,11 +3,13 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -368,7 +370,7 @@ def test_trap_6_a_file_of_one_form_never_fills_the_other(tmp_path: Path) -> None
         model = narrow(form=form)
         repvgg.save(model, path)
         rewrite(path, lambda m: m.update(form=other, layers=None))  # noqa: B023
-        assert_refused(path, r"does not fit its architecture: it lacks stem\.block\.")
+        assert_refused(path, r"does not fit its architecture: it lacks stages\.0\.0\.block\..* and \d+ more")
         built = zoo.create_model("repvgg_micro", num_classes=7, width=1 / 8, deploy=other == "deploy")
         with pytest.raises(RuntimeError, match="Missing key"):
             built.load_state_dict(model.state_dict())
@@ -386,7 +388,7 @@ LIES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m.pop("format_version"), "manifest cannot be used .*lacks 'format_version'"),
     (lambda m: m.update(form="quantum"), "no form 'quantum'"),
     (lambda m: m.update(keys="caffe"), "not a RepVGG checkpoint"),
-    (lambda m: m.update(keys="timm"), "lacks stem|unexpected stem|twice"),
+    (lambda m: m.update(keys="timm"), "it lacks stages"),
     (lambda m: m.update(keys=["timm"]), "keys is of type list"),
     (lambda m: m.update(surprise=1), "manifest cannot be used .*surprise"),
     (lambda m: m.update(arch=5), "arch is of type int"),
@@ -398,7 +400,8 @@ LIES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["arch"].update(width=0.25), "has another shape"),
     (lambda m: m["arch"].update(width=1e300), "width is above 0 and at most 16"),
     (lambda m: m["arch"].update(width="wide"), "width|type|not supported"),
-    (lambda m: m["arch"].update(num_classes=10**12), "another shape of head"),
+    (lambda m: m["arch"].update(num_classes=10**12), "7 class names do not fit 1000000000000 outputs"),
+    (lambda m: m.update(classes=None) or m["arch"].update(num_classes=10**12), "another shape of head"),
     (lambda m: m["arch"].update(in_chans=10**12), "does not fit in_chans"),
     (lambda m: m["arch"].update(output_stride=7), "output_stride is 7"),
     (lambda m: m["arch"].update(block="dropout"), "no block 'dropout'"),
@@ -424,15 +427,17 @@ LIES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 LAYER_LIES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edit_layer(0, op="exec"), "no operator 'exec'"),
     (edit_layer(0, activation="gelu"), "no activation 'gelu'"),
-    (edit_layer(0, stride=[0, 0]), "stride"),
-    (edit_layer(0, stride=[2]), "stride|geometry|shape|pair|expected"),
+    (edit_layer(0, stride=[0, 0]), "a convolution with stride 0, 0"),
+    (edit_layer(0, stride=[2]), "not enough values"),
+    (edit_layer(0, stride=[2.5, 2.5]), "describes no network"),
     (edit_layer(0, padding=[10**6, 10**6]), "pads by more than its kernel reaches"),
-    (edit_layer(0, padding=[-1, -1]), "negative padding"),
-    (edit_layer(0, dilation=[0, 0]), "dilation|pads"),
-    (edit_layer(0, kernel_size=[3, 3, 3]), "argument|dim|shape"),
+    (edit_layer(0, padding=[-1, -1]), "a convolution with padding -1, -1"),
+    (edit_layer(0, padding="same"), "."),
+    (edit_layer(0, dilation=[0, 0]), "a convolution with dilation 0, 0"),
+    (edit_layer(0, kernel_size=[3, 3, 3]), "too many values"),
     (edit_layer(0, kernel_size=[10**9, 10**9]), "."),
     (edit_layer(0, groups=0), "groups"),
-    (edit_layer(0, in_channels=4), "channels"),
+    (edit_layer(0, in_channels=4), "[Cc]hannel"),
     (edit_layer(0, out_channels=10**12), "."),
     (edit_layer(0, weight=5), "."),
     (edit_layer(0, weight="forward.weight"), "."),
@@ -494,9 +499,8 @@ def test_mixed_dtypes_become_the_widest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_trap_10_numbers_that_are_none_are_named(scheme: str, suffix: str, value: float, tmp_path: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in state("repvgg_a1", "training", scheme).items()}
-    name = list(tensors)[40]
+    name = [name for name in tensors if name.endswith("weight")][13]
     tensors[name].view(-1)[-1] = value
-    assert tensors[name].is_floating_point()
     path = tmp_path / f"model{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(tensors, path)  # type: ignore[operator]
     assert_refused(path, f"{name} holds NaN or Inf")
@@ -517,10 +521,12 @@ def test_trap_10_variances_that_are_none_are_named(scheme: str, suffix: str, val
 # ------------------------------------------------------------------------------------- checkpoints of other implementations
 
 
+@cache
 def their_logits(name: str, form: str) -> Tensor:
+    """What timm's network says, in float64: 1e-5 would be lost in the rounding of the narrowest and deepest."""
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return timm_net(name, form)(x)  # type: ignore[no-any-return]
+        return copy.deepcopy(timm_net(name, form)).double()(x.double())  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -530,16 +536,16 @@ def test_foreign_checkpoints_give_the_same_logits(name: str, form: str, scheme: 
     save_file(state(name, form, scheme), tmp_path / "theirs.safetensors")
     model = repvgg.load(tmp_path / "theirs.safetensors")
     assert zoo.manifest_of(model).form == form
-    assert relative_error(logits(model), their_logits(name, form)) <= 1e-5
-    if form == "training":
-        assert relative_error(logits(reparameterize(model)), their_logits(name, "deploy")) <= 1e-5
+    assert relative_error(logits(copy.deepcopy(model).double()), their_logits(name, form)) <= 1e-12
     repvgg.save(model, tmp_path / "back.safetensors", to_keys=scheme)
     back, manifest = files.read(tmp_path / "back.safetensors")
     assert manifest is not None
     theirs = state(name, form, scheme)
     assert back.keys() == theirs.keys()
     assert all(back[key].dtype == theirs[key].dtype and torch.equal(back[key], theirs[key]) for key in theirs)
-    assert torch.equal(logits(repvgg.load(tmp_path / "back.safetensors")), logits(model))
+    assert_same_tensors(repvgg.load(tmp_path / "back.safetensors"), model)
+    if form == "training":
+        assert relative_error(logits(reparameterize(model.double())), their_logits(name, form)) <= 1e-11
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -559,7 +565,7 @@ def test_foreign_checkpoints_load_by_content(form: str, scheme: str, container: 
 def test_old_checkpoints_lack_batch_counters(tmp_path: Path) -> None:
     whole = state("repvgg_a1", "training", "official")
     torch.save({k: t for k, t in whole.items() if not k.endswith("num_batches_tracked")}, tmp_path / "old.pth")
-    assert relative_error(logits(repvgg.load(tmp_path / "old.pth")), their_logits("repvgg_a1", "training")) <= 1e-5
+    assert relative_error(logits(repvgg.load(tmp_path / "old.pth").double()), their_logits("repvgg_a1", "training")) <= 1e-12
 
 
 def test_a_thousand_classes_are_imagenets(tmp_path: Path) -> None:
@@ -721,8 +727,8 @@ def test_pretrained_weights_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
 
     assert online.returncode == 0, err
     no_repo, no_revision = out.splitlines()
-    assert no_repo.startswith("timm/repvgg_a1.rvgg_in1k@main: cannot be fetched (404")
-    assert no_revision.startswith("timm/repvgg_a0.rvgg_in1k@nowhere: cannot be fetched (404")
+    assert re.match(r"timm/repvgg_a1.rvgg_in1k@main is not in the local cache and cannot be fetched: .*\(404", no_repo)
+    assert re.match(r"timm/repvgg_a0.rvgg_in1k@nowhere is not in the local cache and cannot be fetched: .*\(404", no_revision)
     for file, commit, form in (("main", COMMIT, "training"), ("pinned", PINNED, "deploy")):
         (tmp_path / "served.safetensors").write_bytes(hub.commits[commit])
         wanted = repvgg.load(tmp_path / "served.safetensors")
@@ -740,10 +746,8 @@ def test_pretrained_weights_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert asdict(zoo.manifest_of(ten))["arch"]["output_stride"] == 16
     assert ten.state_dict()["head.weight"].shape == (10, 1280)
     assert all(torch.equal(t, main[n]) for n, t in ten.state_dict().items() if not n.startswith("head."))
-    fetched = [path for method, path in hub.asked if method == "GET"]
-    assert sorted(set(fetched)) == [f"/{hub.repo}/resolve/{revision}/model.safetensors" for revision in (COMMIT, PINNED)] or (
-        sorted(set(fetched)) == [f"/{hub.repo}/resolve/{revision}/model.safetensors" for revision in (PINNED, "main")]
-    )
+    fetched = sorted(path for method, path in hub.asked if method == "GET")
+    assert fetched == [f"/{hub.repo}/resolve/{revision}/model.safetensors" for revision in (PINNED, "main", "main")]  # by two homes
 
     assert command.returncode == 0, command_err
     from repvgg.predict import predict as run
@@ -755,16 +759,16 @@ def test_pretrained_weights_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
 
     assert nobody.returncode == 2
     assert nothing == ""
-    assert nobody_err.splitlines() == [
-        "repvgg: timm/repvgg_b0.rvgg_in1k: not in the local cache, and the hub cannot be reached: "
-        "check the connection or HF_HUB_OFFLINE"
-    ]
+    assert nobody_err == (
+        "repvgg: timm/repvgg_b0.rvgg_in1k@main is not in the local cache and cannot be fetched: check the connection and "
+        "HF_HUB_OFFLINE ([Errno 111] Connection refused)\n"
+    )
 
     before = len(hub.asked)
     offline = start(["-c", OFFLINE, str(tmp_path)], tmp_path / "home", hub.url, HF_HUB_OFFLINE="1")
     out, err = offline.communicate(timeout=300)
     assert offline.returncode == 0, err
-    assert "not in the local cache" in out
+    assert out.startswith("timm/repvgg_b0.rvgg_in1k@main is not in the local cache")
     assert len(hub.asked) == before
     assert_same_tensors(repvgg.load(tmp_path / "offline.safetensors"), repvgg.load(tmp_path / "main.safetensors"))
 

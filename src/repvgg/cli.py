@@ -302,14 +302,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.flush()  # here, where a reader that has left is noticed
     except KeyboardInterrupt:
         _fail("stopped; what was saved last is whole", 130)
-    except BrokenPipeError:  # the reader of our output has left: end as quietly as SIGPIPE would
+    except BrokenPipeError:  # the reader of our output has left: end quietly, as rich does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(1)
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("REPVGG_DEBUG"):
             raise
-        missing = isinstance(error, ModuleNotFoundError)
-        _fail(f"this needs {error.name}: pip install 'repvgg[all]'" if missing else str(error), 2)
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        _fail(f"this needs {missing}: pip install 'repvgg[all]'" if missing else str(error), 2)
 
 
 def _run(words: list[str]) -> None:

@@ -155,23 +155,24 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
 
     with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
         text = (file.metadata() or {}).get(METADATA_KEY)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        # Cloned, because what it returns is the mapped file: at odd addresses, which are slow, and gone if the file is overwritten.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     return tensors, Manifest.from_json(text) if text is not None else None
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
-    with path.open("rb") as file:
+    with path.open("rb") as file, warnings.catch_warnings():
         entries = zipfile.ZipFile(file).infolist() if file.read(4) == ZIP else []
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise FileError("unpacks to more than its own size, which no checkpoint of PyTorch does")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TorchScript, which it goes on to refuse
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise FileError(
-            "is refused: it holds more than tensors and could run code when opened, or it is damaged; save model.state_dict()"
-        ) from None
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise FileError("unpacks to more than its own size, which no checkpoint of PyTorch does")
+        file.seek(0)
+        warnings.simplefilter("ignore")  # of TorchScript, which it goes on to refuse
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise FileError(
+                "is refused: it holds more than tensors and could run code when opened, or it is damaged; save model.state_dict()"
+            ) from None
     for _ in range(3):  # a wrapper may hold itself
         loaded = next((loaded[k] for k in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(k), Mapping)), loaded)
     tensors = {name: t for name, t in loaded.items() if isinstance(t, Tensor)} if isinstance(loaded, Mapping) else {}
@@ -216,8 +217,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest:
     except FileError as error:
         raise FileError(f"{path}: is not written, {error}") from None
     if path.suffix in PICKLE_SUFFIXES:
-        # Cloned, because torch.save writes all of the storage that a tensor is a part of.
-        state = OrderedDict((name, tensor.clone()) for name, tensor in tensors.items())
+        state = OrderedDict(tensors)
         vars(state)[METADATA_KEY] = manifest.to_json()
         buffer = io.BytesIO()
         torch.save(state, buffer)

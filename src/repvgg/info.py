@@ -47,7 +47,7 @@ def _show_family(as_json: bool) -> None:
     from repvgg.cost import cost
     from repvgg.models import FAMILY
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, member in FAMILY.items():
         with torch.device("meta"):
             training, deploy = (zoo.create_model(name, deploy=form) for form in (False, True))

@@ -77,7 +77,7 @@ def _images(path: Path) -> list[Path]:
 
 def _named(probabilities: Tensor, classes: list[str] | None, top: int) -> list[list[tuple[str, float]]]:
     best = probabilities.topk(min(top, probabilities.shape[1]))
-    names = classes if classes and len(classes) == probabilities.shape[1] else [str(i) for i in range(probabilities.shape[1])]
+    names = classes or [str(i) for i in range(probabilities.shape[1])]
     return [
         [(names[i], p) for i, p in zip(indices, values, strict=True)]
         for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)

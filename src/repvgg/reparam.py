@@ -44,8 +44,7 @@ class Branches(nn.Module):
             self.add_module(name, branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs: list[Tensor] = [branch(x) for _, branch in _parts(self)]
-        return reduce(torch.add, outputs)
+        return reduce(torch.add, (branch(x) for _, branch in _parts(self)))
 
 
 # ------------------------------------------------------------------------------------------------ modules as linear maps

@@ -125,8 +125,10 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     tensors, manifest = files.read(path)
     try:
         return _restore(tensors, manifest)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
     except Exception as error:  # a hostile manifest may raise anything in torch's constructors
-        raise FileError(f"{path}: {files.describe(error)}") from None
+        raise FileError(f"{path}: its manifest describes no network ({files.describe(error)})") from None
 
 
 def open_model(name_or_path: str) -> nn.Module:
@@ -144,19 +146,22 @@ def pretrained_file(name: str, revision: str = "main") -> Path:
     if name.removeprefix("repvgg_") not in PRETRAINED:
         raise ValueError(f"no weights were released for {name}; there are repvgg_{{{','.join(PRETRAINED)}}}")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise ValueError("pretrained weights need huggingface_hub: pip install 'repvgg[train]'") from None
     repo = HUB_REPO.format(name=name)
+    file = "model.safetensors"
+    with suppress(LocalEntryNotFoundError):  # what was fetched once needs no network
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
     try:
-        return Path(hf_hub_download(repo, "model.safetensors", revision=revision))
-    except LocalEntryNotFoundError:
-        raise FileError(
-            f"{repo}: not in the local cache, and the hub cannot be reached: check the connection or HF_HUB_OFFLINE"
-        ) from None
+        get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))  # fails at once where the next line retries for long
+        return Path(hf_hub_download(repo, file, revision=revision))
     except Exception as error:  # whatever the hub's client, and its client's client, raise
-        raise FileError(f"{repo}@{revision}: cannot be fetched ({files.describe(error)})") from None
+        raise FileError(
+            f"{repo}@{revision} is not in the local cache and cannot be fetched: check the connection and HF_HUB_OFFLINE "
+            f"({files.describe(error)})"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- helpers
@@ -271,9 +276,12 @@ def _build_from_layers(manifest: Manifest) -> nn.Module:
         raise ValueError("its manifest names neither an architecture nor layers")
     for spec in manifest.layers:
         if spec["op"] == "conv2d":
-            geometry = zip(spec["kernel_size"], spec["padding"], spec["dilation"], strict=True)
-            if any(2 * padding > dilation * (kernel - 1) for kernel, padding, dilation in geometry):
-                raise ValueError("a layer in its manifest pads by more than its kernel reaches")
+            for name in ("kernel_size", "stride", "padding", "dilation"):
+                rows, columns = spec[name]
+                if min(rows, columns) < (0 if name == "padding" else 1):
+                    raise ValueError(f"its list of layers has a convolution with {name} {rows}, {columns}")
+            if any(2 * p > d * (k - 1) for k, p, d in zip(spec["kernel_size"], spec["padding"], spec["dilation"], strict=True)):
+                raise ValueError("its list of layers has a convolution that pads by more than its kernel reaches")
     net = PlainNet(manifest.layers)
     net(torch.empty(1, *manifest.preprocessing.input_size))  # on the meta device this only checks that the layers fit together
     return net

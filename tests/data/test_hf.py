@@ -69,7 +69,10 @@ def test_small_images_are_kept_in_memory_and_large_ones_are_not(tmp_path: Path) 
 
 
 def test_images_of_many_sizes(tmp_path: Path) -> None:
-    many = {"image": [picture(0), picture(1, (30, 20)), picture(2, (9, 40)), picture(3), picture(4)], "label": [0, 1, 2, 0, 1]}
+    many: dict[str, list[Any]] = {
+        "image": [picture(0), picture(1, (30, 20)), picture(2, (9, 40)), picture(3), picture(4)],
+        "label": [0, 1, 2, 0, 1],
+    }
     source = open_source(make(tmp_path, {"train": many, "test": columns([0])}))  # first, middle and last: not of one size
     assert isinstance(source.train, Encoded)
     assert [tuple(source.train[i][0].shape[1:]) for i in range(3)] == [(20, 20), (20, 30), (40, 9)]
@@ -127,21 +130,22 @@ def test_an_image_that_cannot_be_read_is_numbered(tmp_path: Path) -> None:
     cells = [
         {"bytes": good.getvalue(), "path": None},
         {"bytes": b"damaged", "path": "x.png"},
+        {"bytes": good.getvalue(), "path": None},
         None,
         {"bytes": good.getvalue(), "path": None},
     ]
-    source = open_source(make(tmp_path, {"train": {"image": cells, "label": [0, 1, 2, 1]}, "test": columns([0])}))
-    assert source.train[3][1] == 1
+    source = open_source(make(tmp_path, {"train": {"image": cells, "label": [0, 1, 2, 1, 2]}, "test": columns([0])}))
+    assert source.train[2][1] == 2
     with pytest.raises(ImageError, match=r"^x\.png: not an image"):
         source.train[1]
-    with pytest.raises(ImageError, match="image 2: not an image"):
-        source.train[2]
+    with pytest.raises(ImageError, match=r"^image 3: not an image"):
+        source.train[3]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/cifar10")
 @pytest.mark.parametrize("kind", ["hf", "cifar10"])
 def test_the_real_cifar10(kind: str) -> None:
-    import pyarrow.parquet
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     source = open_source(f"{kind}:{SHARED}")
     assert source.classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -152,5 +156,5 @@ def test_the_real_cifar10(kind: str) -> None:
         assert Counter(split.labels) == dict.fromkeys(range(10), count)
         rows = [row for file in sorted(SHARED.glob(f"{name}-*")) for row in pyarrow.parquet.read_table(file).column("img")]
         for index in (0, 777, 10 * count - 1):
-            pixels = np.asarray(Image.open(io.BytesIO(rows[index]["bytes"].as_py())).convert("RGB"))
+            pixels = np.array(Image.open(io.BytesIO(rows[index]["bytes"].as_py())).convert("RGB"))
             assert torch.equal(split[index][0], torch.from_numpy(pixels).permute(2, 0, 1))

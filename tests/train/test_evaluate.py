@@ -12,7 +12,6 @@ from conftest import randomize
 from repvgg import zoo
 from repvgg.data import open_source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
-from repvgg.files import Manifest, Preprocessing
 from repvgg.train.evaluate import Accuracy, batches, evaluate, evaluate_model
 from repvgg.train.loop import new_model
 
@@ -100,8 +99,6 @@ def test_what_does_not_fit_is_said() -> None:
         evaluate_model(colour, source)
     for classes in (None, ["a", "b", "c"]):
         three = zoo.create_model("repvgg_micro", num_classes=3, in_chans=1, small_input=True)
-        manifest = Manifest({"name": "repvgg_micro", "num_classes": 3, "in_chans": 1}, classes=classes)
-        small = Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,))
-        zoo.remember(three, replace(manifest, preprocessing=small))
+        zoo.remember(three, replace(zoo.manifest_of(three), classes=classes))
         with pytest.raises(ValueError, match=r"3 classes, .* 10"):
             evaluate_model(three.eval(), source)

@@ -5,6 +5,7 @@ batch, times = time_convolutions([Convolution(64, 64, 56), Convolution(64, 64, 1
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,5 +81,5 @@ def _calls(convolutions: Sequence[Convolution], engine: str, options: Options) -
         built = engines.build(engine, convolution.module(), replace(options, input_size=size))
         images = built.prepare(torch.randn(options.batch_size, *size))
         built.run(images)
-        calls.append((options.batch_size, lambda built=built, images=images: built.run(images)))
+        calls.append((options.batch_size, partial(built.run, images)))
     return calls

@@ -9,6 +9,7 @@ Here the timed batches are spread over rounds in which the candidates take turns
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ def bench(
         progress(f"building {c.name}")
         ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log)
     times = interleave(
-        {c.name: _call(r) for c, r in ready.items()},
+        {c.name: partial(r.engine.run, r.images) for c, r in ready.items()},
         rounds=rounds,
         batches=batches,
         warmup=warmup,
@@ -243,7 +244,3 @@ def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Ca
         return _Ready(engine, images, batch_size, peak(options.device) - before, left, counted)
 
     return fitting(make, options.batch_size, candidate.name, log)
-
-
-def _call(ready: _Ready) -> Callable[[], Any]:
-    return lambda: ready.engine.run(ready.images)

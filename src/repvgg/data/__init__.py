@@ -125,7 +125,7 @@ def open_source(spec: str) -> Source:
         from repvgg.data.hf import open_hf
 
         return open_hf(rest)
-    if Path(spec).is_dir():
+    if spec and Path(spec).is_dir():
         from repvgg.data.folder import open_folder
 
         return open_folder(Path(spec))

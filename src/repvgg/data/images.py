@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: some 300 MB once decoded
@@ -48,6 +48,8 @@ def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str 
                 array = np.array(_convert(_upright(image), "L" if channels == 1 else "RGB"))
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image, or of a kind that is not known here") from None
     except (MemoryError, Image.DecompressionBombError):
         raise ImageError(f"{name}: too large to decode") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files

@@ -77,6 +77,7 @@ def train(
     atomically(out / "recipe.json", lambda path: path.write_text(json.dumps(asdict(recipe), indent=2) + "\n"))
     network: Any = torch.compile(model) if recipe.compile else model
     metrics = Metrics(out / "metrics.jsonl")
+    (out / "summary.json").unlink(missing_ok=True)  # of an earlier run
     started, best, last = time.perf_counter(), None, None
     with Progress(recipe.epochs, steps, batch_size, log) as progress:
         for epoch in range(recipe.epochs):
@@ -100,7 +101,8 @@ def train(
     assert last is not None
     assert best is not None
     seconds = time.perf_counter() - started
-    summary = {"command": shlex.join(["repvgg", *sys.argv[1:]]), "seconds": seconds, "best_top1": best.top1, "last_top1": last.top1}
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    summary = {"command": command, "seconds": seconds, "best_top1": best.top1, "last_top1": last.top1}
     record.write(out / "summary.json", {**summary, "arch": arch, "data": source.name, "seed": seed})
     return Run(model.eval(), last, best, seconds, metrics.lines)
 

@@ -56,7 +56,7 @@ class Progress:
 
     def evaluated(self, epoch: int, accuracy: Accuracy) -> None:
         """After each epoch's evaluation."""
-        self.mark = time.perf_counter()
+        self.mark = self.spoke = time.perf_counter()
         a = self.averages()
         line = (
             f"epoch {epoch + 1}/{self.epochs}: loss {a['loss']:.3f}, val top-1 {accuracy.top1:.2%} "
