@@ -72,7 +72,8 @@ def timm_net(name: str, form: str = "training") -> nn.Module:
     whole = byobnet.model_cfgs[name]
     blocks = tuple(replace(block, c=block.c * width) for block in whole.blocks)
     narrow = replace(whole, blocks=blocks, stem_chs=round(min(64, 64 * a * width)))
-    return randomize(byobnet.ByobNet(narrow, num_classes=NUM_CLASSES))
+    net: nn.Module = byobnet.ByobNet(narrow, num_classes=NUM_CLASSES)
+    return randomize(net)
 
 
 def state(name: str, form: str, scheme: str = "timm") -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import repvgg
 from repvgg import convert as module
 from repvgg import zoo
+from repvgg.algebra import ReparamError
 from repvgg.cli import main
 from repvgg.convert import convert
 from repvgg.files import FileError
-from repvgg.reparam import Error, ReparamError, Verification
+from repvgg.reparam import Error, Verification
 
 
 @pytest.fixture

@@ -124,6 +124,19 @@ def test_a_bare_state_dict_is_what_pytorch_expects(tmp_path: Path) -> None:
     PlainNet(LAYERS).load_state_dict(bare, strict=True)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_views_are_written_alone(suffix: str, tmp_path: Path) -> None:
+    whole = torch.arange(1_000_000.0)
+    path = tmp_path / f"model{suffix}"
+    files.write(path, {"x": whole[:2], "y": whole[:2], "z": whole[:6].view(2, 3).T}, MANIFEST)
+    assert path.stat().st_size < 10_000
+    assert {name: t.tolist() for name, t in files.read(path)[0].items()} == {
+        "x": [0, 1],
+        "y": [0, 1],
+        "z": [[0, 3], [1, 4], [2, 5]],
+    }
+
+
 def test_any_length_of_header_is_read(tmp_path: Path) -> None:
     """A safetensors file begins with that length, and a pickle with the byte 128."""
     first_bytes = set()
@@ -224,7 +237,12 @@ def test_a_folder_and_a_file_without_permission() -> None:
         Path(folder).chmod(0o555)
 
         def as_nobody(action: Callable[[], object]) -> str:
-            return in_child(lambda: (os.setuid(65534) if os.geteuid() == 0 else None, action()))
+            def run() -> None:
+                if os.geteuid() == 0:
+                    os.setuid(65534)
+                action()
+
+            return in_child(run)
 
         denied = as_nobody(lambda: files.write(path, tensors(), MANIFEST))
         assert denied == f"FileError: {path}: cannot be written (Permission denied)"
@@ -239,8 +257,13 @@ def test_a_kill_at_any_time_leaves_a_whole_file(tmp_path: Path) -> None:
     moments = random.Random(0)
     files.write(path, {"x": torch.zeros(1_000_000)}, MANIFEST)
     seen = set()
-    for _ in range(12):
-        child = start(lambda: [files.write(path, {"x": torch.full((1_000_000,), float(n))}, MANIFEST) for n in range(1, 10**6)])
+    for first in range(0, 12_000, 1000):
+
+        def write_on(first: int = first) -> None:
+            for number in range(first, first + 1000):
+                files.write(path, {"x": torch.full((1_000_000,), float(number))}, MANIFEST)
+
+        child = start(write_on)
         time.sleep(moments.uniform(0.005, 0.08))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -259,8 +282,12 @@ def test_a_kill_between_writing_and_renaming(tmp_path: Path, monkeypatch: pytest
     before = path.read_bytes()
     reader, writer = os.pipe()
 
+    def tell_and_hang(_: int) -> None:
+        os.write(writer, b"written")
+        time.sleep(600)
+
     def write() -> None:
-        monkeypatch.setattr(os, "fsync", lambda _: (os.write(writer, b"written"), time.sleep(600)))
+        monkeypatch.setattr(os, "fsync", tell_and_hang)
         files.write(path, {"x": torch.ones(5)}, MANIFEST)
 
     child = start(write)
@@ -323,6 +350,16 @@ def with_attribute(name: str, value: Any) -> OrderedDict[str, Tensor]:
     state = OrderedDict(tensors())
     vars(state)[name] = value
     return state
+
+
+class Forged:
+    """A pickle of an ordered dictionary of which one method is a number."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), {self.method: 5}, None, iter(tensors().items())
 
 
 TWO = struct.pack("<2f", 1, 2)
@@ -391,8 +428,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "tensor sparse": lambda: pickled({"stem.block.weight": torch.eye(3).to_sparse()}),
     "tensor of no memory": lambda: pickled({"stem.block.weight": torch.zeros(10**12, device="meta")}),
     "tensor nested": lambda: pickled({"stem.block.weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}),
-    "attribute items": lambda: pickled(with_attribute("items", 5)),
-    "attribute get": lambda: pickled(with_attribute("get", 5)),
+    "attribute items": lambda: pickled(Forged("items")),
+    "attribute get": lambda: pickled({"model": Forged("get")}),
     "attribute manifest": lambda: pickled(with_attribute(METADATA_KEY, {"form": "deploy"})),
     "attribute manifest empty": lambda: pickled(with_attribute(METADATA_KEY, "{}")),
 }
@@ -417,7 +454,8 @@ def assert_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert stopped.value.code == 2
     assert out == ""
-    assert err == f"repvgg: {caught.value}\n"
+    assert err.startswith(f"repvgg: {path}: ")
+    assert len(err.splitlines()) == 1
     assert not path.with_name("out.safetensors").exists()
 
 
@@ -441,12 +479,11 @@ class Evil:
             "os.system": (os.system, (touch,)),
             "eval": (eval, (f"__import__('os').system({touch!r})",)),
             "subprocess": (subprocess.getoutput, (touch,)),
-            "getattr": (getattr, (torch, "load")),
             "torch.load": (torch.load, (str(self.marker),)),
         }[self.way]
 
 
-@pytest.mark.parametrize("way", ["os.system", "eval", "subprocess", "getattr", "torch.load"])
+@pytest.mark.parametrize("way", ["os.system", "eval", "subprocess", "torch.load"])
 def test_a_pickle_that_would_run_code(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     marker = tmp_path / "marker"
     evil = Evil(marker, way)
@@ -464,8 +501,7 @@ def test_a_pickle_that_would_run_code(way: str, tmp_path: Path, capsys: pytest.C
         assert not marker.exists()
     if way != "os.system":
         return
-    with pytest.raises(TypeError):
-        pickle.loads(pickle.dumps(evil)).missing()  # the same file, opened as one should not
+    pickle.loads(pickle.dumps(evil))  # the same file, opened as one should not
     assert marker.exists()
 
 
@@ -531,15 +567,15 @@ def seeds() -> list[bytes]:
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    if data[8:9] == b"{" and rng.random() < 0.5:
+    if data[8:9] == b"{" and rng.random() < 0.6:
         return edit_header(data, rng)
     out = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 5))):
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
         # Structure is at the beginning and at the end; in between are numbers, of which any will do.
-        span = rng.choice((len(out), min(len(out), 600), 64))
+        span = min(len(out), rng.choice((len(data), len(data), 600, 64)))
         at = rng.randrange(span) if rng.random() < 0.7 else len(out) - 1 - rng.randrange(span)
         size = rng.choice((1, 1, 2, 4, 8, 64))
-        match rng.randrange(6):
+        match rng.choice((0, 0, 0, 0, 1, 1, 2, 3, 4, 5)):
             case 0:
                 out[at] ^= 1 << rng.randrange(8)
             case 1:
@@ -562,7 +598,7 @@ def edit_header(data: bytes, rng: random.Random) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     fields = json.loads(data[8 : 8 + length])
     metadata = fields.get("__metadata__", {})
-    if METADATA_KEY in metadata and rng.random() < 0.6:
+    if METADATA_KEY in metadata and rng.random() < 0.8:
         manifest = json.loads(metadata[METADATA_KEY])
         spoil(manifest, rng)
         metadata[METADATA_KEY] = json.dumps(manifest)
@@ -574,7 +610,7 @@ def edit_header(data: bytes, rng: random.Random) -> bytes:
 def spoil(tree: Any, rng: random.Random) -> None:
     branch: Any = tree
     while True:
-        places = list(branch) if isinstance(branch, dict) else list(range(len(branch)))
+        places: list[Any] = list(branch) if isinstance(branch, dict) else list(range(len(branch)))
         place = rng.choice(places)
         if not isinstance(branch[place], dict | list) or not branch[place] or rng.random() < 0.1:
             break

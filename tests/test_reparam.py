@@ -4,7 +4,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from repvgg.algebra import LinearMap, PaddingMode, ReparamError, add, identity
+from repvgg.algebra import LinearMap, PaddingMode, Pair, ReparamError, add, identity
 from repvgg.blocks import repvgg, with_bn
 from repvgg.models import FAMILY, RepVGG
 from repvgg.reparam import Branches, FoldReport, as_linear, equivalent_kernel, is_foldable, reparameterize, verify
@@ -346,6 +346,28 @@ class OneConvTwoHomes(nn.Module):
         return out
 
 
+class SharedWithTheUntraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(3, 4, 3)
+        self.hidden = Untraceable(conv)
+        self.normed = nn.Sequential(conv, nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.hidden(x) + self.normed(x)
+        return out
+
+
+class Untraceable(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x if x.sum() > 0 else -x)
+        return out
+
+
 class Reaches(nn.Module):
     """Calls into a child's parts, past the child's own forward."""
 
@@ -379,6 +401,7 @@ SMALL = (8, 3, 8, 8)
         (CalledTwice, "its Conv2d is used in more than one place"),
         (WeightUsedByHand, "its Conv2d is used in more than one place"),
         (OneConvTwoHomes, "its Conv2d is used in more than one place"),
+        (SharedWithTheUntraceable, "its Conv2d is used in more than one place"),
         (Reaches, "its Conv2d is used in more than one place"),
         (SharedBatchNorm, "its BatchNorm2d is used in more than one place"),
         (Twisted, "its parent's forward cannot be traced"),
@@ -942,6 +965,23 @@ def test_a_block_type_of_one_s_own(registered: None) -> None:
         model.get_submodule("3.a.conv.bn").running_var[0] = 0  # type: ignore[index, operator]
     with pytest.raises(ReparamError, match=r"^3\.a\.conv\.bn\.running_var: is 0"):
         reparameterize(model)
+
+
+def test_a_reader_that_is_wrong_is_found_out() -> None:
+    """Each part is compared with the module it came from: a bias forgotten, an output of another size."""
+
+    class Wrong(Scale):
+        pass
+
+    for padding, words in (((1, 1), r"differs by [1-9]"), ((0, 0), "differs by inf")):
+
+        @as_linear.register(Wrong)
+        def forgets(m: Wrong, channels: int | None, padding: Pair = padding) -> LinearMap:
+            return replace(as_linear.read(m.conv), padding=padding)
+
+        with pytest.raises(ReparamError, match=rf"^0: its folded form {words}"):
+            reparameterize(randomize(nn.Sequential(Wrong(3)), SMALL))
+    del as_linear._readers[Wrong]
 
 
 def test_without_registration_it_is_no_block() -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import repvgg
-from repvgg import files, zoo
+from repvgg import baselines, files, zoo
 from repvgg.files import METADATA_KEY, FileError, Manifest, Preprocessing
 from repvgg.models import FAMILY, PlainNet, RepVGG
 from repvgg.reparam import reparameterize
@@ -121,8 +121,8 @@ def test_weights_that_were_never_released() -> None:
 
 
 def test_timms_weights_come_with_timms_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = zoo.baselines.create_baseline
-    monkeypatch.setattr(zoo.baselines, "create_baseline", lambda *a, pretrained=False, **k: plain(*a, **k))  # without the fetch
+    plain = baselines.create_baseline
+    monkeypatch.setattr(baselines, "create_baseline", lambda *a, pretrained=False, **k: plain(*a, **k))  # without the fetch
     manifest = zoo.manifest_of(repvgg.create_model("resnet18", pretrained=True))
     assert manifest.preprocessing == Preprocessing((3, 224, 224), 235, "bicubic")  # 224 / 0.95
     assert manifest.classes is not None
@@ -133,9 +133,9 @@ def test_timms_weights_come_with_timms_preprocessing(monkeypatch: pytest.MonkeyP
 
 
 def test_every_model_is_made_in_train_mode() -> None:
-    for options in ({}, {"deploy": True}):
-        assert all(m.training for m in repvgg.create_model("resnet18", **options).modules())
-        assert all(m.training for m in repvgg.create_model("repvgg_micro", **options).modules())
+    for name in ("resnet18", "repvgg_micro"):
+        for deploy in (False, True):
+            assert all(m.training for m in repvgg.create_model(name, deploy=deploy).modules())
 
 
 # -------------------------------------------------------------------------------------------------------- there and back
@@ -376,7 +376,7 @@ def test_trap_6_a_file_of_one_form_never_fills_the_other(tmp_path: Path) -> None
             built.load_state_dict(model.state_dict())
         mixed = {**model.state_dict(), **built.state_dict()}
         torch.save(mixed, tmp_path / "mixed.pth")
-        assert_refused(tmp_path / "mixed.pth", "unexpected stem")
+        assert_refused(tmp_path / "mixed.pth", "unexpected stages")
 
 
 def edit_layer(index: int, **values: Any) -> Callable[[dict[str, Any]], None]:
@@ -425,31 +425,37 @@ LIES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["preprocessing"].update(interpolation="magic"), "no interpolation 'magic'"),
 ]
 LAYER_LIES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (edit_layer(0, op="exec"), "no operator 'exec'"),
+    (edit_layer(0, op="exec"), "layer 1 of its list, conv2d, does not fit|no operator 'exec'"),
     (edit_layer(0, activation="gelu"), "no activation 'gelu'"),
-    (edit_layer(0, stride=[0, 0]), "a convolution with stride 0, 0"),
-    (edit_layer(0, stride=[2]), "not enough values"),
-    (edit_layer(0, stride=[2.5, 2.5]), "describes no network"),
-    (edit_layer(0, padding=[10**6, 10**6]), "pads by more than its kernel reaches"),
-    (edit_layer(0, padding=[-1, -1]), "a convolution with padding -1, -1"),
-    (edit_layer(0, padding="same"), "."),
-    (edit_layer(0, dilation=[0, 0]), "a convolution with dilation 0, 0"),
-    (edit_layer(0, kernel_size=[3, 3, 3]), "too many values"),
-    (edit_layer(0, kernel_size=[10**9, 10**9]), "."),
+    (edit_layer(0, stride=[0, 0]), "a convolution that cannot be"),
+    (edit_layer(0, stride=[2]), "shorter"),
+    (edit_layer(0, stride=[2**63, 2]), "a convolution that cannot be"),
+    (edit_layer(0, stride=[2.5, 2.5]), "a convolution that cannot be"),
+    (edit_layer(0, padding=[10**6, 10**6]), "a convolution that cannot be"),
+    (edit_layer(0, padding=[-1, -1]), "a convolution that cannot be"),
+    (edit_layer(0, padding="same"), "a convolution that cannot be"),
+    (edit_layer(0, padding=None), "describes no network"),
+    (edit_layer(0, dilation=[0, 0]), "a convolution that cannot be"),
+    (edit_layer(0, dilation=[113, 113]), "a convolution that cannot be"),  # on 224 pixels
+    (edit_layer(0, kernel_size=[3, 3, 3]), "longer"),
+    (edit_layer(0, kernel_size=[10**9, 10**9]), "a convolution that cannot be"),
     (edit_layer(0, groups=0), "groups"),
-    (edit_layer(0, in_channels=4), "[Cc]hannel"),
-    (edit_layer(0, out_channels=10**12), "."),
-    (edit_layer(0, weight=5), "."),
-    (edit_layer(0, weight="forward.weight"), "."),
-    (edit_layer(0, weight="weight"), "."),
-    (edit_layer(0, weight="head.weight"), "."),
-    (edit_layer(0, weight="stem..weight"), "."),
-    (edit_layer(2, weight="stem.block.weight"), "."),
+    (edit_layer(0, groups=3), "shape|divisible"),
+    (edit_layer(0, in_channels=4), "layer 0 of its list, conv2d, does not fit"),
+    (edit_layer(0, out_channels=10**12), "layer 1 of its list, conv2d, does not fit"),
+    (edit_layer(0, weight=5), "it lacks 5"),
+    (edit_layer(0, weight="forward.weight"), "forward"),
+    (edit_layer(0, weight="weight"), "it lacks weight.bias"),
+    (edit_layer(0, weight="head.weight"), "unexpected stem"),
+    (edit_layer(0, weight="stem..weight"), "describes no network"),
+    (edit_layer(2, weight="stem.block.weight"), "it has an unexpected stages"),
     (edit_layer(-1, out_features=8), "another shape of head"),
-    (lambda m: m["layers"].pop(), "."),
-    (lambda m: m["layers"].pop(0), "."),
-    (lambda m: m["layers"].append("end"), "."),
-    (lambda m: m["layers"].append({"op": "squeeze_excite", "channels": 7, "path": "se"}), "."),
+    (lambda m: m["layers"].pop(), "unexpected head"),
+    (lambda m: m["layers"].pop(-2), "linear, does not fit"),
+    (lambda m: m["layers"].pop(0), "layer 0 of its list, conv2d, does not fit"),
+    (lambda m: m["layers"].append("end"), "manifest"),
+    (lambda m: m["layers"].append({"op": "squeeze_excite", "channels": 7, "path": "se"}), "squeeze_excite, does not fit"),
+    (lambda m: m["layers"].append({"op": "global_avg_pool"}), "global_avg_pool, does not fit"),
     (lambda m: m["layers"][3].pop("stride"), "lacks 'stride'"),
     (lambda m: m.update(layers={"0": m["layers"][0]}), "layers is of type dict"),
 ]

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 
 from repvgg import zoo
-from repvgg.reparam import ReparamError, reparameterize, verify
+from repvgg.algebra import ReparamError
+from repvgg.reparam import reparameterize, verify
 
 
 def convert(

@@ -211,7 +211,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest:
     Raises `FileError` if the folder is missing, read-only or full, or for tensors that `read` would refuse.
     """
     path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Cloned, because a view would drag the whole of its storage along.
+    tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     try:
         _refuse_damage(tensors)
     except FileError as error:

@@ -51,8 +51,10 @@ img { display: block; max-width: 100%; height: auto; border-radius: .4rem }
 .table { overflow-x: auto; margin-bottom: 1.5rem }
 table { border-collapse: collapse; font-size: .95rem; line-height: 1.4; font-variant-numeric: tabular-nums }
 th, td { padding: .5rem 1.5rem .5rem 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--rule) }
-th { font-weight: 600; color: var(--muted); white-space: nowrap }
+th { font-weight: 600; color: var(--muted); vertical-align: bottom }
 .number { text-align: right }
+td.number { white-space: nowrap }
+summary { margin-bottom: .75rem; color: var(--accent); cursor: pointer }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser too holds the page to it
 
@@ -105,6 +107,11 @@ def paragraph(text: str) -> str:
 def heading(text: str) -> str:
     """Of a part of a section."""
     return f"<h3>{escape(text)}</h3>"
+
+
+def folded(summary: str, content: str) -> str:
+    """`content` (HTML) behind a line of plain text that opens it."""
+    return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:

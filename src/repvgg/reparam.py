@@ -44,7 +44,8 @@ class Branches(nn.Module):
             self.add_module(name, branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce(torch.add, (branch(x) for _, branch in _parts(self)))
+        outputs: Iterator[Tensor] = (branch(x) for _, branch in _parts(self))  # one at a time: fewer are alive at once
+        return reduce(torch.add, outputs)
 
 
 # ------------------------------------------------------------------------------------------------ modules as linear maps
@@ -333,9 +334,7 @@ def _find_pairs(model: nn.Module) -> _Pairs:
         try:
             graph = _SiblingTracer().trace(parent, _defaults(parent))
         except Exception:
-            hidden = [names[child] for child in _called_by(parent)]
-            found.hidden.update(dict.fromkeys(hidden, path))
-            found.uses.update(hidden)
+            found.hidden.update({names[child]: path for child in _called_by(parent)})
             continue
         for node in graph.nodes:
             if node.op == "get_attr" and "." in node.target:  # a child's weight used by hand counts as a call of that child

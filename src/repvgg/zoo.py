@@ -260,7 +260,10 @@ def _build(manifest: Manifest, numbers: int) -> nn.Module:
     arch, deploy = manifest.arch, manifest.form == "deploy"
     with torch.device("meta"):
         if arch is None:
-            return _build_from_layers(manifest)
+            if not manifest.layers:
+                raise ValueError("its manifest names neither an architecture nor layers")
+            _refuse_misfits(manifest.layers, manifest.preprocessing.input_size)
+            return PlainNet(manifest.layers)
         if arch.get("pretrained"):
             raise ValueError("its manifest asks for other weights")
         if not deploy or is_family(str(arch.get("name"))):
@@ -271,20 +274,31 @@ def _build(manifest: Manifest, numbers: int) -> nn.Module:
     return create_model(**arch, deploy=True)
 
 
-def _build_from_layers(manifest: Manifest) -> nn.Module:
-    if not manifest.layers:
-        raise ValueError("its manifest names neither an architecture nor layers")
-    for spec in manifest.layers:
-        if spec["op"] == "conv2d":
-            for name in ("kernel_size", "stride", "padding", "dilation"):
-                rows, columns = spec[name]
-                if min(rows, columns) < (0 if name == "padding" else 1):
-                    raise ValueError(f"its list of layers has a convolution with {name} {rows}, {columns}")
-            if any(2 * p > d * (k - 1) for k, p, d in zip(spec["kernel_size"], spec["padding"], spec["dilation"], strict=True)):
-                raise ValueError("its list of layers has a convolution that pads by more than its kernel reaches")
-    net = PlainNet(manifest.layers)
-    net(torch.empty(1, *manifest.preprocessing.input_size))  # on the meta device this only checks that the layers fit together
-    return net
+def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:
+    """Follows channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
+    channels, sides = input_size[0], input_size[1:]
+    for i, spec in enumerate(layers):
+        op, before, pooled = spec["op"], channels, not sides
+        if op == "conv2d":
+            expects, channels = spec["in_channels"], spec["out_channels"]
+            geometry = (spec[name] for name in ("kernel_size", "stride", "padding", "dilation"))
+            sides = tuple(_side_after(*numbers) for numbers in zip(sides, *geometry, strict=True))
+        elif op == "linear":
+            expects, channels = spec["in_features"], spec["out_features"]
+        else:
+            expects = spec["channels"] if op == "squeeze_excite" else before
+            sides = () if op == "global_avg_pool" else sides
+        if expects != before or pooled != (op == "linear"):
+            raise ValueError(f"layer {i} of its list, {op}, does not fit the layer before it")
+
+
+def _side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Of a feature map, after a convolution that reaches no farther than the map and makes it no larger."""
+    numbers, reach = (kernel, stride, padding, dilation), dilation * (kernel - 1)
+    sensible = all(type(n) is int and n < 2**31 for n in numbers) and min(kernel, stride, dilation) > 0
+    if not (sensible and 0 <= 2 * padding <= reach < side + 2 * padding):
+        raise ValueError(f"its list of layers has a convolution that cannot be (kernel, stride, padding, dilation: {numbers})")
+    return (side + 2 * padding - reach - 1) // stride + 1
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

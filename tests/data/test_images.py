@@ -209,6 +209,9 @@ def test_which_files_are_taken_for_images() -> None:
 def hostile() -> dict[str, bytes]:
     image = Image.fromarray(noise(3))
     files = {f"truncated.{kind.lower()}": encoded(image, kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM")}
+    exif = Image.Exif()
+    exif[274] = 6
+    files["truncated and turned.jpeg"] = encoded(image.resize((200, 200)), "JPEG", exif=exif)
     files = {name: content[: len(content) // 2] for name, content in files.items()}
     return {
         **files,
@@ -245,6 +248,11 @@ def _assert_refused(path: Path) -> None:
     assert type(caught.value) is ImageError
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_postscript_is_not_handed_to_ghostscript() -> None:
+    with pytest.raises(ImageError, match="of a kind that is not known here"):
+        decode(hostile()["postscript.jpg"])
 
 
 def test_other_numbers_of_channels_are_refused() -> None:

@@ -106,6 +106,7 @@ def test_the_callers_randomness_is_left_alone_by_a_failure() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_workers_give_the_same_batches() -> None:
     images = noisy(10)
     order = [3, 1, 4, 9, 2, 6, 5]

@@ -10,6 +10,7 @@ from torch import nn
 
 from repvgg.models import FAMILY, Member, RepVGG
 from repvgg.paper import figure2
+from repvgg.paper.result import Settings
 from repvgg.reparam import reparameterize
 
 SMALL = Member((1, 2, 5, 1), 0.25, 0.25)
@@ -84,3 +85,10 @@ def test_leaves_the_models_as_they_were_and_saves_as_svg_and_png() -> None:
         file = io.BytesIO()
         figure.savefig(file, format=kind)
         assert file.getvalue()
+
+
+def test_run_draws_a_network_of_the_family_and_states_its_fold() -> None:
+    result = figure2.run(Settings())
+    assert result.data["parameters"] == {"training": 9_108_968, "deploy": 8_309_384}
+    assert 0 < result.data["max_rel_err"] < 1e-5
+    assert "9,108,968 parameters" in " ".join(words(result.figures["figure2"]))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from repvgg.algebra import ReparamError, add
 from repvgg.blocks import repvgg, with_bn
 from repvgg.paper import figure4
+from repvgg.paper.result import Settings
 from repvgg.reparam import Branches, as_linear
 
 
@@ -135,3 +136,10 @@ def test_numbers_fit_a_cell_and_are_right_to_their_last_digit(value: float) -> N
     assert len(text) <= 4
     assert abs(float(text.replace("−", "-")) - value) <= (0.5 if abs(value) > 9.9 else 0.0501 if abs(value) > 0.99 else 0.00501)
     assert (text == "0") == (value == 0)
+
+
+def test_run_draws_a_block_whose_norms_fold_to_something() -> None:
+    result = figure4.run(Settings())
+    assert 0 < result.data["max_rel_err"] < 1e-14
+    scales = [text for text, n in numbers_in(result.figures["figure4"]).items() if n and text not in ("0", "1.0")]
+    assert len(scales) > 20

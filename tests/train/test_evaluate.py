@@ -67,6 +67,7 @@ def digits_model(**options: Any) -> torch.nn.Module:
     return randomize(new_model("repvgg_micro", open_source("digits"), log=str, width=0.25, **options), (32, 1, 16, 16))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_a_model_on_a_source() -> None:
     model, source = digits_model(), open_source("digits")
     scans = Transformed(source.val, eval_transform(source.preprocessing))

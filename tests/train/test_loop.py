@@ -129,12 +129,29 @@ def test_both_forms_read_every_held_out_scan_alike(trained: tuple[Run, Path]) ->
 # ------------------------------------------------------------------------------------------------------------------ settings
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_a_seed_gives_the_same_model_to_the_last_bit(tmp_path: Path) -> None:
     first, again, other = (quick(tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert same(first, again)
     assert not same(first, other)
     # The augmentation of a worker process is that of the main one.
     assert same(first, quick(tmp_path / "d", seed=3, workers=2))
+
+
+def test_the_order_is_drawn_anew_each_epoch() -> None:
+    numbered = Decoded(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), list(range(10)))
+    images = Transformed(numbered, nn.Identity())
+    orders = {}
+    for seed in (0, 1):
+        for epoch in (0, 1):
+            seen = [y.tolist() for _, y in loop._epoch(images, epoch, seed, batch_size=4, steps=2, workers=0)]
+            assert [len(batch) for batch in seen] == [4, 4]  # the incomplete third one is left out
+            assert int(images.epoch) == epoch  # for the augmentation
+            orders[seed, epoch] = tuple(seen[0] + seen[1])
+            assert len(set(orders[seed, epoch])) == 8
+    assert len(set(orders.values())) == 4
+    again = loop._epoch(images, 1, 1, batch_size=4, steps=2, workers=0)
+    assert tuple(label for _, y in again for label in y.tolist()) == orders[1, 1]
 
 
 def test_a_set_smaller_than_the_batch_makes_one_smaller_batch(tmp_path: Path) -> None:
@@ -381,13 +398,16 @@ def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, 
     words = "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
     command = [sys.executable, *words.split(), str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        assert process.stderr is not None
-        while "epoch 2/" not in process.stderr.readline():
-            assert process.poll() is None
-        time.sleep(0.05)  # somewhere in an epoch
-        process.send_signal(sent)
-        rest = process.stderr.read()
-        assert process.wait(timeout=60) == code
+        try:
+            assert process.stderr is not None
+            while "epoch 2/" not in process.stderr.readline():
+                assert process.poll() is None
+            time.sleep(0.05)  # somewhere in an epoch
+            process.send_signal(sent)
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == code
     remarks = [line for line in rest.splitlines() if not line.startswith("epoch ")]
     assert remarks == (["repvgg: stopped; what was saved last is whole"] if sent == signal.SIGINT else [])
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -44,7 +44,7 @@ def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str 
                 width, height = image.size
                 if not 0 < width * height <= MAX_PIXELS:
                     raise ImageError(f"{name}: {width} x {height} pixels; between 1 and {MAX_PIXELS:,} can be decoded")
-                image.load()
+                image.load()  # what is truncated fails here
                 array = np.array(_convert(_upright(image), "L" if channels == 1 else "RGB"))
     except ImageError:
         raise

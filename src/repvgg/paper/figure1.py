@@ -5,12 +5,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from repvgg.paper.canvas import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import TABLE4, TABLE5, ModelSpeed
 from repvgg.paper.result import Result, Settings, Table
-from repvgg.paper.speeds import chosen, measure, significant
-from repvgg.paper.table4 import REFERENCE, candidate, protocol
+from repvgg.paper.speeds import chosen, significant
+from repvgg.paper.table4 import measure_models, protocol
 
 # Colour, marker and the short name's beginning, by the beginning of a model's printed name.
 KINDS = {
@@ -26,9 +27,7 @@ HEADROOM = 1.35  # to the right of the fastest
 
 def run(settings: Settings) -> Result:
     rows = chosen((*TABLE4, *TABLE5), settings)
-    models = list(dict.fromkeys(row.model for row in rows))
-    measured = measure([candidate(model, settings) for model in models], candidate(REFERENCE, settings), settings)
-    speeds = {speed.model: speed for speed in measured.values()}
+    speeds = measure_models(list(dict.fromkeys(row.model for row in rows)), settings)
     cells = [
         (
             row.printed,
@@ -42,8 +41,8 @@ def run(settings: Settings) -> Result:
     here = [speeds[row.model].images_per_second for row in rows]
     return Result(
         "Figure 1: accuracy against speed",
-        [Table("Figure 1's points", ("model", "epochs", "top-1, %", "examples/s, paper", "here"), cells)],
-        f"{protocol(speeds, settings)} Up and to the right is better. Left, the paper's speeds; right, this machine's, on a "
+        [Table("The points", ("model", "epochs", "top-1, %", "examples/s, paper", "here"), cells, folded=True)],
+        "Up and to the right is better. Left, the paper's speeds; right, this machine's, on a "
         "scale of its own: only the places of the points relative to each other can be compared. Hollow points are Table "
         "5's, trained for 200 epochs with stronger augmentation, so they stand higher for reasons other than their structure.",
         {
@@ -53,12 +52,13 @@ def run(settings: Settings) -> Result:
             ]
         },
         {"figure1": draw(rows, here)},
+        protocol(speeds, settings),
     )
 
 
 def draw(rows: Sequence[ModelSpeed], here: Sequence[float]) -> Figure:
     """Both scatter plots; `here` holds examples a second in the order of `rows`."""
-    figure, panels = plot(1080, 520, 2)
+    figure, panels = plot(1150, 520, 2)
     both = [float(row.speed) for row in rows], here
     for axes, title, speeds in zip(panels, ("paper: GTX 1080Ti", "this machine"), both, strict=True):
         _scatter(axes, rows, speeds)
@@ -79,8 +79,9 @@ def _scatter(axes: Axes, rows: Sequence[ModelSpeed], speeds: Sequence[float]) ->
     )
     axes.grid(color=RULE, linewidth=0.4, which="major")
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     for kind, (colour, marker, _) in KINDS.items():
         for table, fill, label in ((TABLE4, colour, kind.rstrip("-")), (TABLE5, "white", None)):
             points = [(s, row.top1) for s, row in zip(speeds, rows, strict=True) if row in table and row.printed.startswith(kind)]

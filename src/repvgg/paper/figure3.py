@@ -35,8 +35,8 @@ def run(settings: Settings) -> Result:
         "kept between operators, paper",
         "counted",
         "while one runs, counted",
-        f"{how}, measured",
-        "growth of a process",
+        f"measured: {how}",
+        "measured: growth of a process",
     )
     rows = [
         (

@@ -15,24 +15,23 @@ PAPER_GAIN = next(row.speed for row in TABLE4 if row.model == "repvgg_b0") / TAB
 
 def run(settings: Settings) -> Result:
     engine = settings.engine or "eager"
-    forms: dict[str, Speed] = {}
-    for model in _members(settings):
-        training, deploy = (Candidate(model, engine, settings.precision, form) for form in ("training", "deploy"))
-        forms[model] = measure([deploy], training, settings)[deploy.name]
+    members = _members(settings)
+    forms = [(Candidate(m, engine, settings.precision), Candidate(m, engine, settings.precision, "training")) for m in members]
     structures = [Candidate("repvgg_b0", engine, settings.precision, "training", row.block) for row in TABLE6]
-    speeds = list(measure(structures, structures[0], settings).values())
-    gains = [speed.ratio.value for speed in forms.values()]
+    found = measure([*forms, *((structure, structures[0]) for structure in structures)], settings)
+    folded, speeds = dict(zip(members, found, strict=False)), found[len(members) :]
+    gains = [speed.ratio.value for speed in folded.values()]
     return Result(
         "Training form and deploy form, and Table 6's speeds",
-        [_forms(forms), _structures(speeds)],
-        f"Folding makes {len(gains)} members {min(gains):.2f} to {max(gains):.2f} times as fast here; in the paper B0 becomes "
+        [_forms(folded), _structures(speeds)],
+        f"Folding makes the members timed here {min(gains):.2f} to {max(gains):.2f} times as fast; in the paper B0 becomes "
         f"{PAPER_GAIN:.2f} times as fast. The branches themselves cost little arithmetic (a 1x1 has a ninth of the "
         "multiply-adds of its 3x3); what folding takes away is mostly memory traffic: three batch norms, two additions and a "
         "second convolution, each of which reads and writes whole feature maps. So the gain depends on how much slower a "
         "machine is at moving data than at multiplying, and on whether an engine fuses such operators (torch.compile does). "
         "In Table 6 the 1x1 branch costs more than the identity, for the same reason.",
         {
-            "forms": {model: {**asdict(s), **interval(s.ratio)} for model, s in forms.items()},
+            "forms": {model: {**asdict(s), **interval(s.ratio)} for model, s in folded.items()},
             "structures": [{"block": row.block, **asdict(s), **interval(s.ratio)} for row, s in zip(TABLE6, speeds, strict=True)],
         },
     )

@@ -53,10 +53,9 @@ def paper(part: str, settings: Settings, as_json: bool = False) -> None:
             settings.log(f"{name} left out: {error}")
         else:
             show(name, results[name], settings, as_json)
-    minutes = (time.perf_counter() - started) / 60
-    html = as_page(results, settings, minutes)
+    html = as_page(results, settings)
     atomically(settings.out / "index.html", lambda path: path.write_text(html))
-    settings.log(f"all in {minutes:.1f} minutes: {settings.out / 'index.html'}")
+    settings.log(f"all in {(time.perf_counter() - started) / 60:.1f} minutes: {settings.out / 'index.html'}")
 
 
 def produce(part: str, settings: Settings) -> Result:
@@ -78,6 +77,7 @@ def as_json(result: Result, settings: Settings) -> dict[str, object]:
             {"title": marked(t.title, settings), "header": t.header, "rows": [[str(c or "") for c in row] for row in t.rows]}
             for t in result.tables
         ],
+        "how": result.how,
         "why": result.why,
         "data": result.data,
     }
@@ -91,12 +91,13 @@ def show(part: str, result: Result, settings: Settings, with_json: bool) -> None
     print(f"\n{result.title}")
     for t in result.tables:
         print_table(t.header, [["" if cell is None else cell for cell in row] for row in t.rows], marked(t.title, settings))
-    print(textwrap.fill(result.why, 120))
+    for text in filter(None, (result.how, result.why)):
+        print(textwrap.fill(text, 120))
     written = [f"{part}.json", *(f"{name}.{kind}" for name in result.figures for kind in ("png", "svg"))]
     settings.log(f"written: {', '.join(str(settings.out / name) for name in written)}")
 
 
-def as_page(results: dict[str, Result], settings: Settings, minutes: float) -> str:
+def as_page(results: dict[str, Result], settings: Settings) -> str:
     """One self-contained document."""
     sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
     about = record.machine()
@@ -105,20 +106,20 @@ def as_page(results: dict[str, Result], settings: Settings, minutes: float) -> s
     sections.append(("Measured on", page.table([*about.items(), ("versions", versions)], ("", ""))))
     lead = (
         "Every table and figure of “RepVGG: Making VGG-style ConvNets Great Again” about cost and speed, beside what "
-        f"{about.get('gpu') or about['processor']} measured in {minutes:.0f} minutes."
+        f"was measured on {about.get('gpu') or about['processor']}."
     )
     if settings.quick:
         lead += " This is a quick look: small batches, few rounds, a handful of models. Intervals are wide, and say so."
-    return page.page("RepVGG’s paper, measured here", sections, lead)  # noqa: RUF001
+    return page.page("The RepVGG paper, measured here", sections, lead)
 
 
 def _pieces(result: Result, settings: Settings) -> Iterable[str]:
-    yield page.paragraph(result.why)
+    yield from (page.paragraph(text) for text in (result.how, result.why) if text)
     for figure in result.figures.values():
         yield page.svg(figure)
     for t in result.tables:
-        yield page.heading(marked(t.title, settings))
-        yield page.table(t.rows, t.header)
+        title, table = marked(t.title, settings), page.table(t.rows, t.header)
+        yield page.folded(title, table) if t.folded else f"{page.heading(title)}\n{table}"
 
 
 def marked(title: str, settings: Settings) -> str:

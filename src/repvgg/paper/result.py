@@ -73,19 +73,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells that `str` makes readable; None is an empty one."""
+    """Rows of cells that `str` makes readable; None is an empty one. folded: on the page, behind a line that opens it."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
     """A table or figure of the paper beside our own.
 
-    why: a paragraph on why they differ where they do, and where they do not. figures: to draw, by file name without its ending.
-    data: everything behind the cells, for JSON.
+    how: a paragraph on how it was measured, and why: on why the two differ where they do, and where they do not. figures: to draw,
+    by file name without its ending. data: everything behind the cells, for JSON.
     """
 
     title: str
@@ -93,6 +94,7 @@ class Result:
     why: str
     data: dict[str, Any]
     figures: dict[str, "Figure"] = field(default_factory=dict)
+    how: str = ""
 
 
 def interval(r: "Ratio") -> dict[str, float]:

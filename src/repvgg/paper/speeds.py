@@ -1,7 +1,7 @@
 """Speeds of models that outlive an interruption: each pair is timed taking turns, and kept in a file as soon as it is done.
 
-    speeds = measure([Candidate("resnet18"), Candidate("repvgg_a0")], Candidate("resnet18"), settings)
-    print(speeds["repvgg_a0"].images_per_second, over(speeds["repvgg_a0"], speeds["resnet18"]))
+    a0, a1 = measure([(Candidate("repvgg_a0"), Candidate("resnet18")), (Candidate("repvgg_a1"), Candidate("resnet18"))], settings)
+    print(a0.images_per_second, a0.ratio, over(a0, a1))
 
 Tables 4 and 5, Figure 1 and the comparison of forms read from here.
 """
@@ -92,26 +92,28 @@ def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
     return found
 
 
-def measure(candidates: Sequence[Candidate], reference: Candidate, settings: Settings) -> dict[str, Speed]:
-    """Each candidate's speed by its name, taking turns with the reference.
+def measure(pairs: Sequence[tuple[Candidate, Candidate]], settings: Settings) -> list[Speed]:
+    """The speed of the first of each pair, taking turns with the second, its reference.
 
     What is in `settings.out / "speeds.json"` from the same machine under the same settings is not measured again.
     """
     shelf = Shelf(settings)
-    speeds: dict[str, Speed] = {}
+    speeds = []
     started = time.perf_counter()
-    for number, candidate in enumerate(candidates, 1):
-        where = f"[{number}/{len(candidates)}] {candidate.name}"
+    for number, (candidate, reference) in enumerate(pairs, 1):
+        where = f"[{number}/{len(pairs)}] {candidate.name}"
         speed = shelf.get(candidate, reference)
         if speed is None:
             settings.log(f"{where} ...")
             speed = _time(candidate, reference, settings)
             shelf.put(candidate, reference, speed)
             spent = f"{(time.perf_counter() - started) / 60:.1f} minutes so far"
-            settings.log(f"{where}: {significant(speed.images_per_second)} images/s, {speed.ratio} {reference.name}; {spent}")
+            settings.log(
+                f"{where}: {significant(speed.images_per_second)} images/s, {speed.ratio} relative to {reference.name}; {spent}"
+            )
         else:
             settings.log(f"{where}: {significant(speed.images_per_second)} images/s, from {shelf.path}")
-        speeds[candidate.name] = speed
+        speeds.append(speed)
     return speeds
 
 

@@ -106,7 +106,7 @@ def _table(size: str, macs: Sequence[int], times: Sequence[Times], rates: Sequen
         (
             f"{row.kernel_size}x{row.kernel_size}",
             f"{row.gflops:,.1f}",
-            f"{m / 1e9:,.1f}",
+            f"{m // 10**8 / 10:,.1f}",  # truncated, as the paper does
             f"{row.milliseconds:,.1f}",
             f"{t.median * 1e3:,.1f}",
             " to ".join(f"{q * 1e3:,.1f}" for q in t.quartiles),

@@ -1,0 +1,69 @@
+"""bench/memory.py: the stacks of Figure 3, counted, measured and seen by the operating system."""
+
+import sys
+
+import pytest
+import torch
+
+from repvgg.bench.memory import STACKS, fitting, held, is_out_of_memory, peak, resident_growth, stack
+from repvgg.cost import cost, measure_peak_activation
+from repvgg.paper.numbers import PEAK_ACTIVATION
+
+CHANNELS, SIZE = 64, 32
+MAP = CHANNELS * SIZE * SIZE * 4
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_peaks_are_those_of_the_paper(kind: str) -> None:
+    counted = cost(stack(kind, CHANNELS), (1, SIZE, SIZE))
+    image = SIZE * SIZE * 4
+    assert counted.peak_activation_bytes == PEAK_ACTIVATION[kind] * MAP
+    assert counted.peak_working_bytes == (PEAK_ACTIVATION[kind] + 1) * MAP
+    assert measure_peak_activation(stack(kind, CHANNELS), torch.randn(1, 1, SIZE, SIZE)) == counted.peak_working_bytes + image
+
+
+def test_stacks_do_the_same_work() -> None:
+    macs = {cost(stack(kind, 8), (1, 16, 16)).macs for kind in STACKS}
+    assert macs == {16 * 16 * 9 * (8 + 4 * 8 * 8)}
+    with pytest.raises(ValueError, match="no stack 'dense': there are residual, plain"):
+        stack("dense", 8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_a_process_grows_by_what_is_counted() -> None:
+    growth, counted = resident_growth("residual", 64, 256), cost(stack("residual", 64), (1, 256, 256)).peak_working_bytes
+    assert growth is not None
+    assert 0.8 * counted < growth < 1.5 * counted
+
+
+def test_held_and_peak_see_an_allocation() -> None:
+    before = held("cpu")
+    tensor = torch.ones(32 * 2**20 // 4)
+    assert 0.9 * tensor.nbytes < peak("cpu") - before < 2 * tensor.nbytes
+
+
+def test_fitting_halves_until_it_fits() -> None:
+    tried: list[int] = []
+    words: list[str] = []
+
+    def make(n: int) -> int:
+        tried.append(n)
+        if n > 3:
+            raise MemoryError
+        return n
+
+    assert fitting(make, 12, "it", words.append) == 3
+    assert tried == [12, 6, 3]
+    assert words == ["it: out of memory, trying batch 6", "it: out of memory, trying batch 3"]
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
+    assert is_out_of_memory(RuntimeError("Exception from CPU plugin: Failed to allocate memory"))
+    assert not is_out_of_memory(RuntimeError("size mismatch"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fitting(_mismatch, 4, "it", print)
+
+
+def _mismatch(batch_size: int) -> None:
+    raise RuntimeError("size mismatch")

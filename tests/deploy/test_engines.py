@@ -1,0 +1,105 @@
+"""Every engine gives what PyTorch gives in float64, on random batch norm statistics."""
+
+import copy
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import randomize, relative_error
+from torch import Tensor, nn
+
+from repvgg.deploy import engines
+from repvgg.deploy.engines import ENGINES, Options
+from repvgg.models import Member, RepVGG
+from repvgg.reparam import reparameterize
+
+SIZE = (3, 32, 32)
+# Relative error of the logits, of the largest: rounding of some ten layers.
+BOUND = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+FIXED_BATCH = ("openvino",)
+
+PAIRS = [(name, precision) for name, known in ENGINES.items() for precision in known.on_cpu]
+
+
+@pytest.fixture(scope="module")
+def folded() -> nn.Module:
+    return reparameterize(randomize(RepVGG(Member((1, 2, 1, 1), 0.25, 0.25, groups=2), 10)))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def installed(name: str) -> None:
+    for package in ENGINES[name].packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+@pytest.mark.parametrize(("name", "precision"), PAIRS, ids=str)
+def test_logits(name: str, precision: str, folded: nn.Module, images: Tensor) -> None:
+    installed(name)
+    if name == "compile" and precision != "fp32":
+        pytest.skip("minutes of compiling; eager covers the precision")
+    before = {key: (t.clone(), t.stride()) for key, t in folded.state_dict().items()}
+    with torch.no_grad():
+        wanted = copy.deepcopy(folded).double()(images.double())
+    engine = engines.build(name, folded, Options(SIZE, len(images), precision, threads=1))
+    logits = engine(images)
+    assert logits.dtype == torch.float32
+    assert logits.device.type == "cpu"
+    assert relative_error(logits, wanted) < BOUND[precision]
+    first = logits.clone()
+    assert not torch.equal(engine(-images), logits)
+    assert torch.equal(logits, first)  # a later run does not write into what an earlier one gave
+    if name in FIXED_BATCH:
+        with pytest.raises(ValueError, match="built for batches of 4, not 3"):
+            engine(images[:3])
+    elif name != "compile":  # it would compile again
+        assert relative_error(engine(images[:3]), wanted[:3]) < BOUND[precision]
+    assert all(torch.equal(t, before[key][0]) and t.stride() == before[key][1] for key, t in folded.state_dict().items())
+
+
+def test_contiguous_format(folded: nn.Module, images: Tensor) -> None:
+    both = [engines.build("eager", folded, Options(SIZE, 4, channels_last=flag)) for flag in (True, False)]
+    prepared = [engine.prepare(images) for engine in both]
+    assert [p.is_contiguous(memory_format=torch.channels_last) for p in prepared] == [True, False]
+    assert relative_error(both[1](images), both[0](images)) < 1e-5
+
+
+def test_models_of_one_class_beyond_the_compilers_usual_limit_are_all_compiled() -> None:
+    """torch.compile gives up on the ninth network of a class, with a warning in its log, and runs it uncompiled."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    x = torch.randn(1, 2)
+    for depth in range(1, 11):
+        network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth))).eval()
+        engine = engines.build("compile", network, Options(channels_last=False))
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), network(x))
+    assert counters["stats"]["unique_graphs"] == 10
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no engine 'onnx': there are eager, compile, onnxruntime, openvino"):
+        engines.check("onnx", "fp32")
+    with pytest.raises(ValueError, match=r"the engine onnxruntime has no fp32 on cuda$|pip install"):
+        engines.check("onnxruntime", "fp32", "cuda")
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    for name in ("onnxruntime", "openvino"):
+        with pytest.raises(ValueError, match=rf"the engine {name} needs onnx, onnxscript, {name}: pip install 'repvgg\[deploy\]'"):
+            engines.build(name, nn.Identity(), Options())
+    engines.check("eager", "fp32")
+
+
+@pytest.mark.skipif(find_spec("onnxscript") is None, reason="onnxscript is not installed")
+def test_a_model_that_cannot_be_exported() -> None:
+    class Peeks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(ValueError, match="Peeks cannot be exported to ONNX") as error:
+        engines.build("onnxruntime", Peeks().eval(), Options(SIZE))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,121 @@
+"""`repvgg paper`: what it prints and what it leaves behind."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from repvgg.cli import main
+from repvgg.paper import report
+from repvgg.paper.report import PARTS, paper
+from repvgg.paper.result import NothingChosenError, Result, Settings, Table
+
+
+def result(part: str) -> Result:
+    from repvgg.paper.canvas import canvas
+
+    figures = {part: canvas(40, 30)[0]} if part.startswith("figure") else {}
+    tables = [] if figures else [Table(f"rows of {part}", ("name", "number"), [("<b>", 1.5), (None, 2)])]
+    return Result(f"The {part}", tables, f"Why {part} & ours differ.", {"found": part}, figures)
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Parts are asked for, and are not run."""
+    asked: list[str] = []
+
+    class Module:
+        def __init__(self, name: str) -> None:
+            self.part = name.rpartition(".")[2]
+
+        def run(self, settings: Settings) -> Result:
+            asked.append(self.part)
+            if self.part == "table5":
+                raise NothingChosenError("nothing of it")
+            return result(self.part)
+
+    monkeypatch.setattr(report, "import_module", Module)
+    return asked
+
+
+def test_every_part_has_its_file_and_only_those() -> None:
+    files = {path.stem for path in Path(report.__file__).parent.glob("*.py")}
+    assert set(PARTS) == files - {"__init__", "canvas", "numbers", "report", "result", "speeds"}
+
+
+def test_one_part(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words: list[str] = []
+    paper("table1", Settings(out=tmp_path / "new", log=words.append))
+    out = capsys.readouterr().out
+    assert out.splitlines()[1] == "The table1"
+    assert "rows of table1" in out
+    assert "Why table1 & ours differ." in out
+    record = json.loads((tmp_path / "new" / "table1.json").read_text())
+    assert record["title"] == "The table1"
+    assert record["tables"] == [{"title": "rows of table1", "header": ["name", "number"], "rows": [["<b>", "1.5"], ["", "2"]]}]
+    assert (record["quick"], record["data"]) == (False, {"found": "table1"})
+    assert {"processor", "versions", "commit"} <= record["machine"].keys()
+    assert words == [f"written: {tmp_path / 'new' / 'table1.json'}"]
+
+
+def test_figures_are_written_as_png_and_svg(made_up: list[str], tmp_path: Path) -> None:
+    paper("figure3", Settings(out=tmp_path, log=lambda line: None))
+    with Image.open(tmp_path / "figure3.png") as image:
+        assert image.size == (80, 60)
+    assert (tmp_path / "figure3.svg").read_text().startswith("<?xml")
+
+
+def test_json(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paper("table1", Settings(out=tmp_path, log=lambda line: None), as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "table1.json").read_text())
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_all_and_its_page(quick: bool, made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words: list[str] = []
+    paper("all", Settings(out=tmp_path, quick=quick, log=words.append))
+    assert made_up == list(PARTS)
+    assert "table5 left out: nothing of it" in words
+    html = (tmp_path / "index.html").read_text()
+    for part in PARTS:
+        assert (f"The {part}" in html) == (f"Why {part} &amp; ours differ." in html) == (part != "table5")
+    assert html.count("<svg") == 4
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert not re.search(r"<script|https?://(?!www\.w3\.org)", html)
+    marks = len([part for part in PARTS if part != "table5"]) + len([part for part in PARTS if not part.startswith("figure")]) - 1
+    assert html.count("(quick)</h") == (marks if quick else 0)
+    assert ("quick look" in html) == quick
+    printed = capsys.readouterr().out
+    assert ("(quick)" in printed) == quick
+    assert json.loads((tmp_path / "table1.json").read_text())["quick"] == quick
+
+
+def test_unknown_part_and_model(made_up: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the paper has no 'tabel4' here: did you mean table4"):
+        paper("tabel4", Settings(out=tmp_path))
+    with pytest.raises(ValueError, match="no model 'resnet19': did you mean resnet1"):
+        paper("table4", Settings(out=tmp_path, models=("resnet19",)))
+    assert not made_up
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["paper", "table3", "--out", str(tmp_path), "--quick", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["title"] == "Table 3: the family (quick)"
+    assert record["data"]["equal"]
+    with pytest.raises(SystemExit) as stop:
+        main(["paper", "table4", "--out", str(tmp_path), "--models", "repvgg_a7"])
+    assert stop.value.code == 2
+    assert re.fullmatch(r"repvgg: no model 'repvgg_a7': did you mean [^\n]*\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_all_quick_for_real(tmp_path: Path) -> None:
+    models = "repvgg_a0,resnet18,repvgg_b2g4"
+    main(["paper", "all", "--quick", "--models", models, "--rounds", "1", "--batch-size", "1", "--out", str(tmp_path)])
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("(quick)</h2>") == len(PARTS)
+    assert {f"{part}.json" for part in PARTS} <= {path.name for path in tmp_path.iterdir()}

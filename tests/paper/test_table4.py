@@ -1,0 +1,111 @@
+"""Tables 4 and 5 on a machine that is as fast as the paper's: then ours must say what the paper says."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repvgg.baselines import create_baseline, input_size
+from repvgg.bench.models import Candidate
+from repvgg.cost import cost
+from repvgg.models import FAMILY, RepVGG
+from repvgg.paper import speeds, table4, table5
+from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5
+from repvgg.paper.result import Result, Settings
+from repvgg.paper.speeds import Speed
+from repvgg.paper.table4 import PRINTED, spearman
+
+CHEAP = ("repvgg_a0", "repvgg_a1", "repvgg_a2", "repvgg_b0", "resnet18", "resnet34", "resnet50", "efficientnet_b0", "repvgg_b3")
+
+
+def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
+    import torch
+
+    model, size = candidate.model, 224 if candidate.model in FAMILY else input_size(candidate.model)
+    with torch.device("meta"):
+        network = RepVGG(FAMILY[model], deploy=True) if model in FAMILY else create_baseline(model)
+    counted = cost(network, (3, size, size))
+    seconds = [[1 / PRINTED[c.model].speed] * 3 for c in (candidate, reference)]
+    return Speed(
+        model, 128, (3, size, size), seconds[0], reference.name, seconds[1], counted.params, counted.macs, counted.winograd_muls, ""
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Result]:
+    pytest.importorskip("timm")
+    wanted = Settings(models=(*CHEAP, "regnetx_120"), batch_size=128, out=tmp_path_factory.mktemp("paper"), log=lambda line: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speeds, "_time", on_the_papers_machine)
+        return table4.run(wanted), table5.run(wanted)
+
+
+def test_rows_say_what_the_paper_says(both: tuple[Result, Result]) -> None:
+    for result, printed in zip(both, (TABLE4, TABLE5), strict=True):
+        rows = {row.printed: row for row in printed if row.model in (*CHEAP, "regnetx_120")}
+        table = result.tables[0]
+        assert [cells[0] for cells in table.rows] == list(rows)
+        for name, top1, paper, here, quartiles, over, measured, _, flops, muls in table.rows:
+            row = rows[name]
+            assert top1 == f"{row.top1:.2f}"
+            assert paper == here == f"{row.speed:,}"
+            assert quartiles == f"{here} to {here}"
+            assert str(measured).startswith(over)
+            assert flops == f"{row.flops_b:.1f}"
+            if name == "RegNetX-12GF":
+                assert muls == "9.9 (paper 10.9)"
+            elif row.muls_b is not None:
+                assert muls == f"{row.muls_b:.1f}"
+
+
+def test_params_are_the_papers_where_there_are_no_batch_norms_to_fold(both: tuple[Result, Result]) -> None:
+    """(The comparators are counted unfolded here, to be quick; test_baselines folds them.)"""
+    shown = {cells[0]: cells[7] for result in both for cells in result.tables[0].rows}
+    for row in (*TABLE4, *TABLE5):
+        if row.model in FAMILY and row.printed in shown:
+            assert shown[row.printed] == f"{row.params_m:.2f}"
+
+
+def test_headlines(both: tuple[Result, Result]) -> None:
+    for result, models in zip(both, (CHEAP[:-1], ("repvgg_b3", "regnetx_120")), strict=True):
+        headlines = [h for h in HEADLINES if h.fast in models and h.slow in models]
+        rows = result.tables[1].rows
+        assert [row[0] for row in rows] == [f"{PRINTED[h.fast].printed} over {PRINTED[h.slow].printed}" for h in headlines]
+        for h, measured in zip(headlines, result.data["headlines"], strict=True):
+            assert measured["measured"]["ratio"] == pytest.approx(h.ratio, abs=0.01)
+    assert "4 of 4 hold, 4 by as much as in the paper" in both[0].why
+    assert "1 of 1 hold" in both[1].why
+
+
+def test_correlations(both: tuple[Result, Result]) -> None:
+    found = both[0].data["rank_correlation"]
+    assert found["models"] == 7  # EfficientNet has no count of MULs
+    for what in ("FLOPs", "Winograd MULs"):
+        assert found[what]["here"] == pytest.approx(found[what]["paper"])
+    assert found["Winograd MULs"]["paper"] <= found["FLOPs"]["paper"] < -0.9
+
+
+def test_states_the_protocol_and_what_was_lowered(both: tuple[Result, Result]) -> None:
+    for result in both:
+        assert "at batch 128: medians and quartiles of 10 rounds" in result.how
+    lowered = {"repvgg_a0": Speed("repvgg_a0", 4, (3, 224, 224), [1], "r", [1], 1, 1, 1, "")}
+    assert "at batch 8 (where memory ran out: repvgg_a0 4)" in table4.protocol(lowered, Settings(batch_size=8))
+
+
+numbers = st.lists(st.integers(0, 5), min_size=3, max_size=12)
+
+
+@given(numbers, st.randoms())
+def test_spearman_agrees_with_scipy(values: list[int], random: object) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    other = [v * 2 + (i % 3) for i, v in enumerate(values)]
+    ours = spearman(values, other)
+    if len(set(values)) == 1 or len(set(other)) == 1:
+        assert math.isnan(ours)
+    else:
+        assert ours == pytest.approx(stats.spearmanr(values, other).statistic)
+
+
+def test_spearman_of_one_value() -> None:
+    assert math.isnan(spearman([1], [2]))
