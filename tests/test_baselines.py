@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repvgg.baselines import BASELINES, create_baseline, input_size, list_baselines
-from repvgg.cost import cost
+from repvgg.costs import cost
 from repvgg.models import FAMILY
 from repvgg.paper.numbers import FRAGMENTS, HEADLINES, MULS_BY_RULE, TABLE1, TABLE4, TABLE5, Headline, ModelSpeed
 from repvgg.reparam import reparameterize

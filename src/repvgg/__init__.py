@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ReparamError": "algebra",
     "as_linear": "reparam",
+    "cost": "costs",
     "equivalent_kernel": "reparam",
     "reparameterize": "reparam",
     "verify": "reparam",
@@ -30,6 +31,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from repvgg.algebra import ReparamError as ReparamError
+    from repvgg.costs import cost as cost
     from repvgg.files import FileError as FileError
     from repvgg.reparam import as_linear as as_linear
     from repvgg.reparam import equivalent_kernel as equivalent_kernel

@@ -44,7 +44,7 @@ def _show_family(as_json: bool) -> None:
     import torch
 
     from repvgg import zoo
-    from repvgg.cost import cost
+    from repvgg.costs import cost
     from repvgg.models import FAMILY
 
     rows: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def _show_family(as_json: bool) -> None:
 
 def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
     from repvgg import zoo
-    from repvgg.cost import cost
+    from repvgg.costs import cost
 
     manifest = zoo.manifest_of(model)
     c = cost(model, manifest.preprocessing.input_size)

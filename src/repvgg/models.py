@@ -138,7 +138,7 @@ class RepVGG(nn.Module):
             features.append(x)
         if indices is None:
             return features
-        return features[-indices:] if isinstance(indices, int) else [features[i] for i in indices]
+        return features[len(features) - indices :] if isinstance(indices, int) else [features[i] for i in indices]
 
     def forward_head(self, features: Tensor) -> Tensor:
         return self.head(features.mean((2, 3)))  # type: ignore[no-any-return]

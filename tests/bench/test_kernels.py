@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from repvgg.bench.kernels import Convolution, time_convolutions
-from repvgg.cost import cost
+from repvgg.costs import cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 

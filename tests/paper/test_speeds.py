@@ -81,7 +81,7 @@ def test_another_machine_measures_anew(tmp_path: Path, timed: list[str], monkeyp
     measure([(MICRO, TRAINING)], settings(tmp_path))
     here = machine()
     for name, value in (("processor", "Z80"), ("versions", {**here["versions"], "torch": "9.9"})):
-        monkeypatch.setattr(speeds, "machine", lambda n=name, v=value: {**here, n: v})
+        monkeypatch.setattr("repvgg.record.machine", lambda n=name, v=value: {**here, n: v})
         measure([(MICRO, TRAINING)], settings(tmp_path))
     assert timed == [MICRO.name] * 3
 

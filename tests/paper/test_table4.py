@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from repvgg.baselines import create_baseline, input_size
 from repvgg.bench.models import Candidate
-from repvgg.cost import cost
+from repvgg.costs import cost
 from repvgg.models import FAMILY, RepVGG
 from repvgg.paper import speeds, table4, table5
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from repvgg.bench.kernels import Convolution
-from repvgg.cost import cost
+from repvgg.costs import cost
 from repvgg.deploy.engines import Options
 from repvgg.paper import winograd
 from repvgg.paper.result import Result, Settings

@@ -17,7 +17,7 @@ from torch import nn
 
 from repvgg import zoo
 from repvgg.bench.memory import fitting, held, peak
-from repvgg.cost import Cost, cost
+from repvgg.costs import Cost, cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.record import machine

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg import record
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -57,6 +59,14 @@ class Settings:
     def protocol(self) -> Protocol:
         usual = PROTOCOLS["cuda" if self.device.startswith("cuda") else "cpu", self.quick]
         return Protocol(self.batch_size or usual.batch_size, self.rounds or usual.rounds, usual.batches, usual.warmup)
+
+    @property
+    def where(self) -> str:
+        """The GPU, or the processor and how many threads."""
+        here = record.machine()
+        if self.device.startswith("cuda"):
+            return str(here["gpu"])
+        return f"{here['processor']}, {self.threads or here['threads']} threads"
 
     def options(self, batch_size: int) -> "Options":
         """For building an engine."""

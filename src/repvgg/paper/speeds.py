@@ -13,14 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from repvgg import zoo
+from repvgg import record, zoo
 from repvgg.bench.models import Candidate, bench
 from repvgg.files import atomically
 from repvgg.paper.numbers import ModelSpeed
 from repvgg.paper.result import NothingChosenError, Settings
-from repvgg.record import machine
 from repvgg.timing import Ratio, Times, ratio
 
 # What a quick look measures: both ends of the family, the groups, and those they are compared with in the paper's headlines.
@@ -142,7 +139,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
         params=last.cost.params,
         macs=last.cost.macs,
         winograd_muls=last.cost.winograd_muls,
-        date=machine()["date"],
+        date=record.machine()["date"],
     )
 
 
@@ -184,14 +181,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _conditions(settings: Settings) -> dict[str, Any]:
     """What a speed depends on beside the pair that is timed."""
-    here = machine()
-    threads = settings.threads or torch.get_num_threads()
     return {
         **asdict(settings.protocol),
         "channels_last": settings.channels_last,
-        "device": here["gpu"] if settings.device.startswith("cuda") else here["processor"],
-        "threads": threads,
-        "versions": {name: version for name, version in here["versions"].items() if name != "repvgg"},
+        "where": settings.where,
+        "versions": {name: version for name, version in record.machine()["versions"].items() if name != "repvgg"},
     }
 
 

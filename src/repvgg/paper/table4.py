@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from repvgg.bench.models import Candidate
-from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, ModelSpeed
+from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, Headline, ModelSpeed
 from repvgg.paper.result import Result, Settings, Table, interval
 from repvgg.paper.speeds import Speed, chosen, measure, over, significant
-from repvgg.record import machine
+from repvgg.timing import Ratio
 
 REFERENCE = "resnet18"
 ENOUGH = 6  # models, for a correlation to mean something
@@ -34,15 +34,17 @@ def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: 
     """The rows that were asked for, the headlines that compare two of them, and what speed goes with. Also of Table 5."""
     rows = chosen(printed, settings)
     speeds = measure_models([row.model for row in rows], settings)
-    tables = [_speeds(rows, speeds), *_headlines(speeds), *_correlations(rows, speeds)]
+    claims = _claims(speeds)
+    correlations = _correlations(rows, speeds)
+    tables = [_speeds(rows, speeds), *_headlines(claims), *_correlation_table(correlations)]
     return Result(
         title,
         tables,
-        f"{_agreement(speeds)}{why}",
+        f"{_agreement(claims)}{why}",
         {
             "speeds": [asdict(speed) for speed in speeds.values()],
-            "headlines": _headline_data(speeds),
-            **_correlation_data(rows, speeds),
+            "headlines": [{**asdict(h), "measured": interval(here)} for h, here in claims],
+            "rank_correlation": correlations,
         },
         how=protocol(speeds, settings),
     )
@@ -56,12 +58,11 @@ def measure_models(models: Sequence[str], settings: Settings) -> dict[str, Speed
 
 def protocol(speeds: dict[str, Speed], settings: Settings) -> str:
     """How the paper measured, and how we did."""
-    p, here = settings.protocol, machine()
-    device = here["gpu"] if settings.device.startswith("cuda") else f"{here['processor']}, {here['threads']} threads"
+    p = settings.protocol
     lowered = [f"{model} {speed.batch_size}" for model, speed in speeds.items() if speed.batch_size != p.batch_size]
     return (
         "The paper's speeds are those of one GTX 1080Ti in fp32 at batch 128, ours those of "
-        f"{settings.engine or 'eager'} in {settings.precision} on {device}, at batch {p.batch_size}"
+        f"{settings.engine or 'eager'} in {settings.precision} on {settings.where}, at batch {p.batch_size}"
         + (f" (where memory ran out: {', '.join(lowered)})" if lowered else "")
         + f": medians and quartiles of {p.rounds} rounds, in which each model took turns with ResNet-18. Every model was folded by "
         "the same reparameterize. Top-1 is the paper's; here the weights are random."
@@ -107,43 +108,27 @@ def _beside(ours: str, printed: str) -> str:
     return ours if ours == printed else f"{ours} (paper {printed})"
 
 
-def _headlines(speeds: dict[str, Speed]) -> list[Table]:
-    rows = [
-        (f"{PRINTED[h.fast].printed} over {PRINTED[h.slow].printed}", f"{h.ratio:.2f}x", over(speeds[h.fast], speeds[h.slow]))
-        for h in HEADLINES
-        if h.fast in speeds and h.slow in speeds
-    ]
+def _claims(speeds: dict[str, Speed]) -> list[tuple[Headline, Ratio]]:
+    """The paper's, where both models were timed, and what was found."""
+    return [(h, over(speeds[h.fast], speeds[h.slow])) for h in HEADLINES if h.fast in speeds and h.slow in speeds]
+
+
+def _headlines(claims: Sequence[tuple[Headline, Ratio]]) -> list[Table]:
+    rows = [(f"{PRINTED[h.fast].printed} over {PRINTED[h.slow].printed}", f"{h.ratio:.2f}x", here) for h, here in claims]
     return [Table("The paper's claims about speed", ("speed", "paper", "here (95% interval)"), rows)] if rows else []
 
 
-def _headline_data(speeds: dict[str, Speed]) -> list[dict[str, object]]:
-    return [
-        {**asdict(h), "measured": interval(over(speeds[h.fast], speeds[h.slow]))}
-        for h in HEADLINES
-        if h.fast in speeds and h.slow in speeds
-    ]
-
-
-def _agreement(speeds: dict[str, Speed]) -> str:
-    pairs = [(h.ratio, over(speeds[h.fast], speeds[h.slow]).value) for h in HEADLINES if h.fast in speeds and h.slow in speeds]
-    if not pairs:
+def _agreement(claims: Sequence[tuple[Headline, Ratio]]) -> str:
+    if not claims:
         return ""
-    faster, reached = sum(here > 1 for _, here in pairs), sum(here >= 0.95 * paper for paper, here in pairs)
+    faster, reached = sum(here.value > 1 for _, here in claims), sum(here.value >= 0.95 * h.ratio for h, here in claims)
     return (
         "Of the paper's claims that one model is faster than another, as far as both were timed here, "
-        f"{faster} of {len(pairs)} hold, {reached} by as much as in the paper. "
+        f"{faster} of {len(claims)} hold, {reached} by as much as in the paper. "
     )
 
 
-def _correlations(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> list[Table]:
-    found = _correlation_data(rows, speeds)["rank_correlation"]
-    title = f"Is it FLOPs or multiplications that speed goes with? Rank correlation over {found['models']} models"
-    header = ("Spearman's rank correlation of speed with", "paper", "here")
-    cells = [(what, *(f"{found[what][where]:.2f}" for where in ("paper", "here"))) for what in ("FLOPs", "Winograd MULs")]
-    return [Table(title, header, cells)] if found["models"] >= ENOUGH else []
-
-
-def _correlation_data(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> dict[str, Any]:
+def _correlations(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> dict[str, Any]:
     """Over the rows for which the paper counts MULs: the more of them, the slower, so -1 is perfect."""
     counted = [row for row in rows if row.muls_b is not None]
     paper = [row.speed for row in counted]
@@ -151,12 +136,17 @@ def _correlation_data(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> d
     flops = [speeds[row.model].macs for row in counted]
     muls = [row.muls_b or 0 for row in counted], [speeds[row.model].winograd_muls for row in counted]
     return {
-        "rank_correlation": {
-            "models": len(counted),
-            "FLOPs": {"paper": spearman(paper, flops), "here": spearman(here, flops)},
-            "Winograd MULs": {"paper": spearman(paper, muls[0]), "here": spearman(here, muls[1])},
-        }
+        "models": len(counted),
+        "FLOPs": {"paper": spearman(paper, flops), "here": spearman(here, flops)},
+        "Winograd MULs": {"paper": spearman(paper, muls[0]), "here": spearman(here, muls[1])},
     }
+
+
+def _correlation_table(found: dict[str, Any]) -> list[Table]:
+    title = f"Is it FLOPs or multiplications that speed goes with? Rank correlation over {found['models']} models"
+    header = ("Spearman's rank correlation of speed with", "paper", "here")
+    cells = [(what, *(f"{found[what][where]:.2f}" for where in ("paper", "here"))) for what in ("FLOPs", "Winograd MULs")]
+    return [Table(title, header, cells)] if found["models"] >= ENOUGH else []
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

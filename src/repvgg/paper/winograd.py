@@ -17,7 +17,6 @@ from repvgg.deploy import engines
 from repvgg.models import FAMILY
 from repvgg.paper.canvas import MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.result import Result, Settings, Table, interval
-from repvgg.record import machine
 from repvgg.timing import Ratio, Times, ratio
 
 # A smaller difference may be one of loops and caches. F(2x2, 3x3) at no cost of its own would give 2.25.
@@ -58,18 +57,17 @@ def run(settings: Settings) -> Result:
     conclusions = {
         engine: conclude([t.verdict for t in tests if t.engine == engine]) for engine in dict.fromkeys(t.engine for t in tests)
     }
-    device = machine()["gpu"] if settings.device.startswith("cuda") else machine()["processor"]
     found = "; ".join(f"{engine}: {conclusion}" for engine, conclusion in conclusions.items())
     return Result(
         "Footnote 3: is Winograd in use?",
         [_table(tests)],
-        f"On {device}, {settings.precision}: {found}. Each 3x3 convolution of stride 1 is timed against one of stride 2 that "
-        "does as many multiply-adds, on an input of twice the side. Winograd exists for stride 1 only, and makes it up to 2.25 "
-        "times as fast. Reading four times the input costs time too; how much is measured on depthwise convolutions of the "
-        f"same maps, which multiply next to nothing. What that leaves is held against {THRESHOLD}, since loops and caches differ "
-        "too: Winograd is in use where the whole 95% interval is above, not in use where it is below, and it is undecided where "
-        "the interval straddles. On the paper's GPU most 3x3 convolutions of stride 1 passed this test; those that did not are "
-        "why three rows of Tables 4 and 5 count more MULs than the rule gives.",
+        f"On {settings.where}, {settings.precision}: {found}. Each 3x3 convolution of stride 1 is timed against one of stride "
+        "2 that does as many multiply-adds, on an input of twice the side. Winograd exists for stride 1 only, and makes it "
+        "up to 2.25 times as fast. Reading four times the input costs time too; how much is measured on depthwise "
+        f"convolutions of the same maps, which multiply next to nothing. What that leaves is held against {THRESHOLD}, since "
+        "loops and caches differ too: Winograd is in use where the whole 95% interval is above, not in use where it is "
+        "below, and it is undecided where the interval straddles. On the paper's GPU most 3x3 convolutions of stride 1 "
+        "passed this test; those that did not are why three rows of Tables 4 and 5 count more MULs than the rule gives.",
         {
             "threshold": THRESHOLD,
             "precision": settings.precision,

@@ -1,4 +1,4 @@
-"""cost.py against the paper's printed numbers, torch.utils.flop_counter, sums of ones, and counts by hand."""
+"""costs.py against the paper's printed numbers, torch.utils.flop_counter, sums of ones, and counts by hand."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repvgg.algebra import ReparamError
-from repvgg.cost import cost, measure_peak_activation
+from repvgg.costs import cost, measure_peak_activation
 from repvgg.models import FAMILY, RepVGG
 from repvgg.paper.numbers import FRAGMENTS, PEAK_ACTIVATION, TABLE1, TABLE4, TABLE5, KernelSpeed, ModelSpeed
 from repvgg.reparam import reparameterize
