@@ -43,7 +43,44 @@ def startup(r: dict[str, Any]) -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"cifar10": cifar10, "demo": demo, "startup": startup}
+def speed(r: dict[str, Any]) -> str:
+    """A row for each pair, a column for each engine."""
+    engines = list(dict.fromkeys((p["fast"]["engine"], p["fast"]["precision"]) for p in r["pairs"]))
+    cells: dict[str, list[str]] = {}
+    for p in r["pairs"]:
+        value, low, high = (p["ratio"][key] for key in ("value", "low", "high"))
+        name = f"{_named(p['fast'])} over {_named(p['slow'])}"
+        cells.setdefault(name, [f"{p['paper']:.2f}" if p["paper"] else ""]).append(f"{value:.2f} ({low:.2f} to {high:.2f})")
+    header = ["speed", "paper", *(f"{engine}, {precision}" for engine, precision in engines)]
+    lines = [header, ["---"] * len(header), *([name, *row] for name, row in cells.items())]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    p = r["protocol"]
+    return (
+        f"**Speed**, batch {p['batch_size']}, everything folded: ratio with its 95% interval over {p['rounds']} rounds of "
+        f"{p['batches_a_round']} batches in which the two took turns.\n\n{table}"
+    )
+
+
+def _named(candidate: dict[str, str]) -> str:
+    return candidate["model"] + ("" if candidate["form"] == "deploy" else " in training form")
+
+
+def timing(r: dict[str, Any]) -> str:
+    found = {model: m["theirs_over_ours"] for model, m in r["models"].items()}
+    agreement = ", ".join(f"{model} {f['value']:.3f} ({f['low']:.3f} to {f['high']:.3f})" for model, f in found.items())
+    return (
+        "**Timing loop.** Seconds a batch by `torch.utils.benchmark` over ours, on the same models: "
+        f"{agreement} (medians and 95% intervals of {r['rounds']} alternating rounds)."
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cifar10": cifar10,
+    "demo": demo,
+    "startup": startup,
+    "speed": speed,
+    "timing": timing,
+}
 
 
 def measured() -> str:

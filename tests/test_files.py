@@ -17,7 +17,7 @@ import tempfile
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,13 @@ MANIFEST = Manifest(None, "deploy", ["cat", "dog"], SMALL, {"epochs": 1}, LAYERS
 def tensors() -> dict[str, Tensor]:
     torch.manual_seed(0)
     return PlainNet(LAYERS).state_dict()
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------------------------- manifests

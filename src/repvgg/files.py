@@ -100,6 +100,7 @@ class Manifest:
         outputs = arch.get("num_classes") or (self.layers[-1].get("out_features") if self.layers else None)
         if self.classes is not None and outputs not in (None, len(self.classes)):
             raise ValueError(f"{len(self.classes)} class names do not fit {outputs} outputs")
+        _refuse_misfits(self.layers or [], self.preprocessing.input_size)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -117,6 +118,33 @@ class Manifest:
             return cls(preprocessing=Preprocessing(**given), **raw)
         except Exception as error:  # JSON of a stranger: anything may be missing, or of another type
             raise FileError(f"its manifest cannot be used ({describe(error)})") from None
+
+
+def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:
+    """Follows channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
+    channels, sides = input_size[0], input_size[1:]
+    for i, spec in enumerate(layers):
+        op, before, pooled = spec["op"], channels, not sides
+        if op == "conv2d":
+            expects, channels = spec["in_channels"], spec["out_channels"]
+            geometry = (spec[name] for name in ("kernel_size", "stride", "padding", "dilation"))
+            sides = tuple(_side_after(*numbers) for numbers in zip(sides, *geometry, strict=True))
+        elif op == "linear":
+            expects, channels = spec["in_features"], spec["out_features"]
+        else:
+            expects = spec["channels"] if op == "squeeze_excite" else before
+            sides = () if op == "global_avg_pool" else sides
+        if expects != before or pooled != (op == "linear"):
+            raise ValueError(f"layer {i} of the list, {op}, does not fit the layer before it")
+
+
+def _side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Of a feature map, after a convolution that reaches no farther than the map and makes it no larger."""
+    numbers, reach = (kernel, stride, padding, dilation), dilation * (kernel - 1)
+    sensible = all(type(n) is int and n < 2**31 for n in numbers) and min(kernel, stride, dilation) > 0
+    if not (sensible and 0 <= 2 * padding <= reach < side + 2 * padding):
+        raise ValueError(f"the list of layers has a convolution that cannot be (kernel, stride, padding, dilation: {numbers})")
+    return (side + 2 * padding - reach - 1) // stride + 1
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | None]:

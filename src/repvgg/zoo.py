@@ -262,7 +262,6 @@ def _build(manifest: Manifest, numbers: int) -> nn.Module:
         if arch is None:
             if not manifest.layers:
                 raise ValueError("its manifest names neither an architecture nor layers")
-            _refuse_misfits(manifest.layers, manifest.preprocessing.input_size)
             return PlainNet(manifest.layers)
         if arch.get("pretrained"):
             raise ValueError("its manifest asks for other weights")
@@ -272,33 +271,6 @@ def _build(manifest: Manifest, numbers: int) -> nn.Module:
         if sum(tensor.numel() for tensor in create_model(**arch).state_dict().values()) > 2 * numbers:
             raise ValueError("its manifest describes a larger network than its tensors")
     return create_model(**arch, deploy=True)
-
-
-def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:
-    """Follows channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
-    channels, sides = input_size[0], input_size[1:]
-    for i, spec in enumerate(layers):
-        op, before, pooled = spec["op"], channels, not sides
-        if op == "conv2d":
-            expects, channels = spec["in_channels"], spec["out_channels"]
-            geometry = (spec[name] for name in ("kernel_size", "stride", "padding", "dilation"))
-            sides = tuple(_side_after(*numbers) for numbers in zip(sides, *geometry, strict=True))
-        elif op == "linear":
-            expects, channels = spec["in_features"], spec["out_features"]
-        else:
-            expects = spec["channels"] if op == "squeeze_excite" else before
-            sides = () if op == "global_avg_pool" else sides
-        if expects != before or pooled != (op == "linear"):
-            raise ValueError(f"layer {i} of its list, {op}, does not fit the layer before it")
-
-
-def _side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Of a feature map, after a convolution that reaches no farther than the map and makes it no larger."""
-    numbers, reach = (kernel, stride, padding, dilation), dilation * (kernel - 1)
-    sensible = all(type(n) is int and n < 2**31 for n in numbers) and min(kernel, stride, dilation) > 0
-    if not (sensible and 0 <= 2 * padding <= reach < side + 2 * padding):
-        raise ValueError(f"its list of layers has a convolution that cannot be (kernel, stride, padding, dilation: {numbers})")
-    return (side + 2 * padding - reach - 1) // stride + 1
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Every engine gives what PyTorch gives in float64, on random batch norm statistics."""
 
 import copy
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -103,3 +104,24 @@ def test_a_model_that_cannot_be_exported() -> None:
     with pytest.raises(ValueError, match="Peeks cannot be exported to ONNX") as error:
         engines.build("onnxruntime", Peeks().eval(), Options(SIZE))
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def _switches() -> Iterator[None]:
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, cublas.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, cublas.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_switches")
+def test_tf32_only_where_it_is_asked_for() -> None:
+    """The switches are global, and can be set without a GPU: engines that take turns each find their own."""
+    from repvgg.deploy.engines.eager import in_precision
+
+    def switches(images: Tensor) -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    runs = {name: in_precision(switches, Options(precision=name, device="cuda")) for name in ("tf32", "fp32", "bf16")}
+    for name in ("fp32", "tf32", "bf16", "tf32", "fp32"):
+        assert runs[name](torch.zeros(1)) == (name == "tf32",) * 2

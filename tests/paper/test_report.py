@@ -68,7 +68,7 @@ def test_figures_are_written_as_png_and_svg(made_up: list[str], tmp_path: Path) 
 
 
 def test_json(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paper("table1", Settings(out=tmp_path, log=lambda line: None), as_json=True)
+    paper("table1", Settings(out=tmp_path, log=lambda line: None), with_json=True)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "table1.json").read_text())
 
 
@@ -98,7 +98,17 @@ def test_unknown_part_and_model(made_up: list[str], tmp_path: Path) -> None:
         paper("tabel4", Settings(out=tmp_path))
     with pytest.raises(ValueError, match="no model 'resnet19': did you mean resnet1"):
         paper("table4", Settings(out=tmp_path, models=("resnet19",)))
+    with pytest.raises(ValueError, match="no engine 'tensorflow'"):
+        paper("table4", Settings(out=tmp_path, engine="tensorflow"))
+    with pytest.raises(ValueError, match="the engine eager has no tf32 on cpu: it has fp32, bf16, fp16"):
+        paper("table4", Settings(out=tmp_path, precision="tf32"))
     assert not made_up
+
+
+@pytest.mark.parametrize("name", ["batch_size", "rounds", "threads"])
+def test_sizes_below_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0: it is at least 1"):
+        Settings(**{name: 0})  # type: ignore[arg-type]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

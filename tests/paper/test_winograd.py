@@ -42,7 +42,7 @@ def test_a_library_that_uses_it_and_one_that_does_not(gain: float, answer: str, 
         assert t["left"]["ratio"] < gain * 1.01  # memory and transforms are not taken for Winograd
         assert t["plain"]["ratio"] > t["left"]["ratio"]
     words = "Winograd is in use" if answer == "yes" else "Winograd is not in use"
-    assert result.data["conclusions"] == {"eager": f"{words}, in all {len(tests)} shapes"}
+    assert result.data["conclusions"] == {"eager": f"{words}, in all of {len(tests)} shapes"}
     assert f"eager: {words}" in result.why
 
 
@@ -57,8 +57,8 @@ def test_undecided() -> None:
     assert verdict(Ratio(THRESHOLD, THRESHOLD - 0.1, THRESHOLD + 0.1)) == "undecided"
     assert verdict(Ratio(THRESHOLD + 0.1, THRESHOLD + 0.05, THRESHOLD + 0.2)) == "yes"
     assert verdict(Ratio(1, 0.9, THRESHOLD - 0.01)) == "no"
-    assert conclude(["undecided"]) == "undecided"
-    assert conclude(["yes", "yes"]) == "Winograd is in use, in all 2 shapes"
+    assert conclude(["undecided"]) == "Winograd is undecided, in all of 1 shapes"
+    assert conclude(["yes", "yes"]) == "Winograd is in use, in all of 2 shapes"
     assert conclude(["yes", "no", "yes", "undecided"]) == "of 4 shapes, Winograd is in use for 2, not in use for 1, undecided for 1"
 
 

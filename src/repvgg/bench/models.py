@@ -49,8 +49,8 @@ def candidates(
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> list[Candidate]:
-    """Every combination of models, engines, precisions and forms; pairs of engine and precision that do not exist are left out,
-    with a word. Raises ValueError where an engine is unknown or missing, or nothing is left of it."""
+    """Every combination of models, engines (`names`), precisions and forms; pairs of engine and precision that do not exist are
+    left out, with a word. Raises ValueError where an engine is unknown or missing, or nothing is left of it."""
     pairs = []
     for engine in names:
         has = engines.precisions(engine, device)
@@ -150,9 +150,11 @@ def bench(
 ) -> Report:
     """Time the candidates, taking turns; the first is the reference.
 
-    input_size: of all, or None for each model's own. Where memory runs out a candidate's batch is halved, with a word. progress:
-    told where the work stands; by default `log`, which is told what one must know. Raises
-    ValueError for unknown models and engines (before anything runs), and for a model that does not fold, unless allow_unfolded.
+    input_size: of all, or None for each model's own. Where memory runs out a candidate's batch is halved, with a word. log: told
+    what one must know; progress: told where the work stands, by default `log` too.
+
+    Raises ValueError for unknown models and engines (before anything runs), and for a model that does not fold, unless
+    allow_unfolded.
     """
     if min(batch_size, rounds, batches) < 1 or not candidates:
         raise ValueError("at least one model, one image a batch, one batch a round and one round are needed")

@@ -8,6 +8,7 @@ from functools import partial
 from importlib import import_module
 
 from repvgg import page, record
+from repvgg.deploy import engines
 from repvgg.files import atomically
 from repvgg.info import print_table
 from repvgg.paper.result import NothingChosenError, Result, Settings
@@ -29,7 +30,7 @@ PARTS = (
 )
 
 
-def paper(part: str, settings: Settings, as_json: bool = False) -> None:
+def paper(part: str, settings: Settings, with_json: bool = False) -> None:
     """One part, or "all" of them and a page, into the folder `settings.out`.
 
     Raises ValueError for an unknown part or model, and for what its engine lacks.
@@ -39,9 +40,10 @@ def paper(part: str, settings: Settings, as_json: bool = False) -> None:
         raise ValueError(f"the paper has no {part!r} here: did you mean {', '.join(close)}?")
     for model in settings.models:
         resolve_name(model)
+    engines.check(settings.engine or "eager", settings.precision, settings.device)
     settings.out.mkdir(parents=True, exist_ok=True)
     if part != "all":
-        show(part, produce(part, settings), settings, as_json)
+        show(part, produce(part, settings), settings, with_json)
         return
     started = time.perf_counter()
     results = {}
@@ -52,7 +54,7 @@ def paper(part: str, settings: Settings, as_json: bool = False) -> None:
         except NothingChosenError as error:
             settings.log(f"{name} left out: {error}")
         else:
-            show(name, results[name], settings, as_json)
+            show(name, results[name], settings, with_json)
     html = as_page(results, settings)
     atomically(settings.out / "index.html", lambda path: path.write_text(html))
     settings.log(f"all in {(time.perf_counter() - started) / 60:.1f} minutes: {settings.out / 'index.html'}")
@@ -61,20 +63,24 @@ def paper(part: str, settings: Settings, as_json: bool = False) -> None:
 def produce(part: str, settings: Settings) -> Result:
     """Run it, and write its JSON and figures."""
     result: Result = import_module(f"repvgg.paper.{part}").run(settings)
-    record.write(settings.out / f"{part}.json", as_json(result, settings))
+    record.write(settings.out / f"{part}.json", to_record(result, settings))
     for name, figure in result.figures.items():
         for kind in ("png", "svg"):
             atomically(settings.out / f"{name}.{kind}", partial(figure.savefig, format=kind, dpi=200))
     return result
 
 
-def as_json(result: Result, settings: Settings) -> dict[str, object]:
+def to_record(result: Result, settings: Settings) -> dict[str, object]:
     """What the part's file holds beside the machine."""
     return {
         "title": marked(result.title, settings),
         "quick": settings.quick,
         "tables": [
-            {"title": marked(t.title, settings), "header": t.header, "rows": [[str(c or "") for c in row] for row in t.rows]}
+            {
+                "title": marked(t.title, settings),
+                "header": t.header,
+                "rows": [["" if c is None else str(c) for c in row] for row in t.rows],
+            }
             for t in result.tables
         ],
         "how": result.how,

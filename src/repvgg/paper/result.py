@@ -55,6 +55,11 @@ class Settings:
     out: Path = Path("paper")
     log: Callable[[str], None] = field(default=print, compare=False)
 
+    def __post_init__(self) -> None:
+        for name, value in (("batch_size", self.batch_size), ("rounds", self.rounds), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it is at least 1")
+
     @property
     def protocol(self) -> Protocol:
         usual = PROTOCOLS["cuda" if self.device.startswith("cuda") else "cpu", self.quick]

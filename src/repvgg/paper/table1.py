@@ -117,7 +117,7 @@ def _table(size: str, macs: Sequence[int], times: Sequence[Times], rates: Sequen
         )
         for row, m, t, r in zip(TABLE1, macs, times, rates, strict=True)
     ]
-    return Table(f"Table 1, here with {size}", header, rows)
+    return Table(f"Here with {size}", header, rows)
 
 
 def _why(problem: Problem, size: str, rates: Sequence[Ratio]) -> str:

@@ -22,7 +22,7 @@ def run(settings: Settings) -> Result:
     header = ("stage", "output, paper", "here", "RepVGG-A, paper", "here", "RepVGG-B, paper", "here")
     return Result(
         "Table 2: the architecture",
-        [Table("Table 2: layers x channels of each stage", header, rows)],
+        [Table("Layers x channels of each stage", header, rows)],
         f"Nothing is measured here, and our networks are {same}. The output sizes are those of A0's and B0's feature maps for an "
         "image of 224 x 224; the layers are counted in them; how the channels follow from a and b was found by changing these.",
         {"equal": ours == TABLE2, "stages": [vars(stage) for stage in ours]},

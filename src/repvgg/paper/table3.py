@@ -21,7 +21,7 @@ def run(settings: Settings) -> Result:
     header = ("model", "layers of each stage, paper", "here", "a, paper", "here", "b, paper", "here", "channels of each stage")
     return Result(
         "Table 3: the family",
-        [Table("Table 3: layers and multipliers", header, rows)],
+        [Table("Layers and multipliers", header, rows)],
         f"Nothing is measured here, and our family data are {same}. The channels follow from Table 2. B1, B2 and B3 also "
         "exist with 2 or 4 groups in the 3rd, 5th, 7th, ... layer: g2 and g4.",
         {"equal": ours == TABLE3, "members": [vars(member) for member in ours]},

@@ -26,7 +26,7 @@ IMAGE = 224
 
 
 @dataclass(frozen=True)
-class Test:
+class Comparison:
     """One 3x3 convolution of the family in one engine. plain: stride 2 over stride 1; memory: what the doubled input explains of
     that; left: what it does not."""
 
@@ -50,7 +50,7 @@ def verdict(left: Ratio) -> str:
 
 def run(settings: Settings) -> Result:
     tests = [
-        _test(engine, convolution, settings)
+        _compare(engine, convolution, settings)
         for engine in _engines(settings)
         for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)
     ]
@@ -87,17 +87,11 @@ def run(settings: Settings) -> Result:
 
 def conclude(verdicts: Sequence[str]) -> str:
     """One sentence on an engine from the verdicts on its convolutions."""
-    counts = {kind: verdicts.count(kind) for kind in ("yes", "no", "undecided")}
-    n = len(verdicts)
-    for kind, words in (("yes", "Winograd is in use"), ("no", "Winograd is not in use"), ("undecided", "undecided")):
-        if counts[kind] == n:
-            return f"{words}, in all {n} shapes" if n > 1 else words
-    parts = [
-        f"{words} for {counts[kind]}"
-        for kind, words in (("yes", "in use"), ("no", "not in use"), ("undecided", "undecided"))
-        if counts[kind]
-    ]
-    return f"of {n} shapes, Winograd is " + ", ".join(parts)
+    words = {"yes": "in use", "no": "not in use", "undecided": "undecided"}
+    counts = {words[verdict]: verdicts.count(verdict) for verdict in words if verdict in verdicts}
+    if len(counts) == 1:
+        return f"Winograd is {next(iter(counts))}, in all of {len(verdicts)} shapes"
+    return f"of {len(verdicts)} shapes, Winograd is " + ", ".join(f"{word} for {n}" for word, n in counts.items())
 
 
 def shapes(members: Sequence[str]) -> list[Convolution]:
@@ -137,7 +131,7 @@ def _engines(settings: Settings) -> list[str]:
     return found
 
 
-def _test(engine: str, convolution: Convolution, settings: Settings) -> Test:
+def _compare(engine: str, convolution: Convolution, settings: Settings) -> Comparison:
     protocol = settings.protocol
     four = counterparts(convolution)
     batch, times = time_convolutions(
@@ -149,17 +143,17 @@ def _test(engine: str, convolution: Convolution, settings: Settings) -> Test:
         warmup=protocol.warmup,
         log=settings.log,
     )
-    test = judge(engine, convolution, batch, dict(zip(four, times, strict=True)))
-    settings.log(f"{engine}, {convolution}: {test.plain}, left {test.left}")
-    return test
+    found = judge(engine, convolution, batch, dict(zip(four, times, strict=True)))
+    settings.log(f"{engine}, {convolution}: {found.plain}, left {found.left}")
+    return found
 
 
-def judge(engine: str, convolution: Convolution, batch_size: int, times: dict[str, Times]) -> Test:
+def judge(engine: str, convolution: Convolution, batch_size: int, times: dict[str, Times]) -> Comparison:
     """From the times of the four counterparts."""
     by_round = {name: t.by_round for name, t in times.items()}
     extra = [max(0.0, b - a) for a, b in zip(by_round["depthwise stride 1"], by_round["depthwise stride 2"], strict=True)]
     explained = Times([[t + e] for t, e in zip(by_round["stride 1"], extra, strict=True)])
-    return Test(
+    return Comparison(
         engine,
         convolution,
         batch_size,
@@ -170,7 +164,7 @@ def judge(engine: str, convolution: Convolution, batch_size: int, times: dict[st
     )
 
 
-def _table(tests: Sequence[Test]) -> Table:
+def _table(tests: Sequence[Comparison]) -> Table:
     header = (
         "engine",
         "3x3 of stride 1",
@@ -200,7 +194,7 @@ def _table(tests: Sequence[Test]) -> Table:
     return Table("A 3x3 of stride 1 against its counterpart of stride 2", header, rows)
 
 
-def _draw(tests: Sequence[Test]) -> Any:
+def _draw(tests: Sequence[Comparison]) -> Any:
     figure, (axes,) = plot(900, 90 + 22 * len(tests))
     names = [f"{t.engine}: {t.convolution}" for t in tests]
     rows = range(len(tests))

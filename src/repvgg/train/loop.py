@@ -85,8 +85,6 @@ def train(
             for step, (x, y) in enumerate(_epoch(images, epoch, seed, batch_size, steps, workers), epoch * steps):
                 lr = recipe.lr_at(step / (recipe.epochs * steps))
                 x = normalise(x.to(device, non_blocking=True), source.preprocessing)
-                if epoch < recipe.small_epochs:
-                    x = F.interpolate(x, scale_factor=0.75, mode="bilinear", antialias=True)
                 loss, correct = _step(network, optimizer, recipe, lr, x, y.to(device), len(source.classes))
                 progress.step(epoch, loss, correct / len(y), lr)
                 if (step + 1) % LOG_EVERY == 0:

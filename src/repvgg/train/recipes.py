@@ -37,8 +37,6 @@ class Recipe:
     """A crop of random size and shape, or a shift by up to an eighth of the size."""
     flip: bool = True
     """Mirror half of the images."""
-    small_epochs: int = 0
-    """Epochs at the start on images of three quarters of the side (progressive resizing): faster, and early on as good."""
     auto_augment: bool = False
     """AutoAugment's ImageNet policy (Cubuk et al. 2019)."""
     mixup: float = 0.0
@@ -57,7 +55,7 @@ class Recipe:
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: from 0 to below 1")
-        for name in ("weight_decay", "warmup_epochs", "mixup", "small_epochs"):
+        for name in ("weight_decay", "warmup_epochs", "mixup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: not negative")
         if not 0 < self.lr < math.inf:
@@ -81,12 +79,12 @@ RECIPES = {
     "cifar": Recipe(
         epochs=20,
         batch_size=128,
-        lr=0.15,
+        lr=0.2,
         nesterov=True,
         weight_decay=5e-4,
         warmup_epochs=4,
+        decay="linear",
         label_smoothing=0.1,
-        small_epochs=10,
         crop="shift",
         precision="bf16",
     ),

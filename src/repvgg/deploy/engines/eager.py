@@ -30,15 +30,18 @@ def place(model: nn.Module, options: Options) -> tuple[nn.Module, Any]:
 
 def in_precision(network: Any, options: Options) -> Any:
     """`network` without gradients; on CUDA with TF32 products if and only if they are asked for, and with the fastest of cuDNN's
-    algorithms, found in the first runs. (These switches are global, so they are set at each call.)"""
-    products = "tf32" if options.precision == "tf32" else "ieee"
+    algorithms, found in the first runs.
+
+    These switches are global, so they are set at each call; and by their older names, because torch.compile reads those, and
+    they refuse to be read where the newer ones were set.
+    """
+    tf32 = options.precision == "tf32"
     on_cuda = torch.device(options.device).type == "cuda"
 
     def run(images: Tensor) -> Tensor:
         if on_cuda:
             torch.backends.cudnn.benchmark = True
-            torch.backends.cuda.matmul.fp32_precision = products
-            torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         with torch.inference_mode():
             logits: Tensor = network(images)
         return logits
