@@ -41,6 +41,7 @@ def main(run: Path, data: str) -> None:
         {
             "what": "CIFAR-10 test accuracy of the last model of one run, fp32 evaluation",
             "command": summary["command"],
+            "recipe": json.loads((run / "recipe.json").read_text()),
             "n": 1,
             "top1": top1,
             "images": len(source.val),

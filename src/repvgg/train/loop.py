@@ -75,7 +75,7 @@ def train(
     )
     out = _run_folder(Path(out))
     atomically(out / "recipe.json", lambda path: path.write_text(json.dumps(asdict(recipe), indent=2) + "\n"))
-    network: Any = torch.compile(model) if recipe.compile else model
+    network: Any = torch.compile(model, dynamic=False) if recipe.compile else model
     metrics = Metrics(out / "metrics.jsonl")
     (out / "summary.json").unlink(missing_ok=True)  # of an earlier run
     started, best, last = time.perf_counter(), None, None
