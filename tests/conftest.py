@@ -1,5 +1,9 @@
 """What the tests share: random networks that a fold can really break, and how far apart two outputs are."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 torch.set_num_threads(1)  # the same sums in the same order everywhere, and no waiting for a core that something else is using
 
 
@@ -58,3 +63,11 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def error_of_deviation(got: Tensor, wanted: Tensor) -> float:
     """max |got - wanted| as a fraction of how much the outputs differ from image to image: a constant output hides nothing."""
     return float((got.double() - wanted.double()).abs().max() / wanted.double().std(0).mean())
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `repvgg demo` leaves behind, run once as a user runs it."""
+    folder = tmp_path_factory.mktemp("demo")
+    subprocess.run([sys.executable, "-m", "repvgg", "demo", "--out", str(folder)], check=True, capture_output=True)
+    return folder

@@ -192,7 +192,7 @@ def test_channels_last_changes_rounding_alone(tmp_path: Path) -> None:
 def test_compiling_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
 
-    def compile(model: nn.Module) -> nn.Module:
+    def compile(model: nn.Module, dynamic: bool) -> nn.Module:
         compiled.append(model)
         return model
 
