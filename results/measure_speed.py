@@ -1,6 +1,6 @@
 """Time RepVGG against the ResNets of the paper's headlines, and both forms, in every engine; write results/speed.json.
 
-python results/measure_speed.py           # on a machine that does nothing else; some ten minutes on 2 cores
+python results/measure_speed.py [ENGINE ...]      # on a machine that does nothing else; by default all engines
 """
 
 import sys
@@ -19,7 +19,7 @@ PAIRS = (
     ("repvgg_a0", "deploy", "repvgg_a0", "training", None),
     ("repvgg_b0", "deploy", "repvgg_b0", "training", 1.71),
 )
-BATCH, ROUNDS, BATCHES, WARMUP = 8, 20, 2, 3
+BATCH, ROUNDS, BATCHES, WARMUP = 8, 10, 2, 3
 
 
 def measure(fast: Candidate, slow: Candidate, paper: float | None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    engines = [(c.engine, c.precision) for c in candidates(["repvgg_a0"], list(ENGINES), ["fp32", "bf16"], log=say)]
+    engines = [(c.engine, c.precision) for c in candidates(["repvgg_a0"], sys.argv[1:] or list(ENGINES), ["fp32"], log=say)]
     pairs = [
         measure(Candidate(fast, *engine, form), Candidate(slow, *engine, other), paper)
         for engine in engines
