@@ -19,7 +19,7 @@ PAIRS = (
     ("repvgg_a0", "deploy", "repvgg_a0", "training", None),
     ("repvgg_b0", "deploy", "repvgg_b0", "training", 1.71),
 )
-BATCH, ROUNDS, BATCHES, WARMUP = 8, 10, 2, 3
+BATCH, ROUNDS, BATCHES, WARMUP = 32, 10, 1, 2
 
 
 def measure(fast: Candidate, slow: Candidate, paper: float | None) -> dict[str, Any]:

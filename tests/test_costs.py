@@ -173,9 +173,9 @@ def test_fragmented_operators_per_block_as_in_section_3_1() -> None:
     for i in range(2):
         assert fewest <= cost(deploy).inside(f"stages.0.{i}")[0].fragment <= most
         assert sum(layer.fragment for layer in cost(deploy).inside(f"stages.0.{i}")) == fewest == most
-        assert [layer.operator for layer in cost(deploy).inside(f"stages.0.{i}")] == ["convolution", "relu"]
+        assert [layer.operator for layer in cost(deploy).inside(f"stages.0.{i}")] == ["convolution", "relu_"]
     block = [layer.operator for layer in cost(training).inside("stages.0.1")]
-    assert sorted(block) == sorted(["convolution", "native_batch_norm"] * 2 + ["native_batch_norm", "add", "add", "relu"])
+    assert sorted(block) == sorted(["convolution", "native_batch_norm"] * 2 + ["native_batch_norm", "add", "add", "relu_"])
     assert cost(ResidualBlock(4), (4, 6, 6)).fragments == FRAGMENTS["ResNet"][0]
 
 
@@ -199,7 +199,7 @@ def test_views_are_no_operators() -> None:
 def test_layers_name_their_module_operator_and_shape() -> None:
     first, second, *_, last = cost(on_meta("repvgg_a0", deploy=True)).layers
     assert (first.path, first.operator, first.output_shape) == ("stem.block", "convolution", (1, 48, 112, 112))
-    assert (second.path, second.operator, second.output_shape) == ("stem.act", "relu", (1, 48, 112, 112))
+    assert (second.path, second.operator, second.output_shape) == ("stem.act", "relu_", (1, 48, 112, 112))
     assert (last.path, last.operator, last.output_shape) == ("head", "addmm", (1, 1000))
     assert (first.params, first.macs) == (48 * 28, 48 * 27 * 112 * 112)
 
