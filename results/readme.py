@@ -74,6 +74,12 @@ def timing(r: dict[str, Any]) -> str:
     )
 
 
+PAPER = """**The paper's Figure 1**, left as printed, right on this machine (`repvgg paper all --out results/paper`; every table and figure is
+in `results/paper/index.html`). Without Winograd, which no library has in use here, A2 and B3 fall behind where
+the paper's GPU had them ahead.
+
+![accuracy against speed, the paper's and here](results/paper/figure1.png)"""
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cifar10": cifar10,
     "demo": demo,
@@ -88,6 +94,8 @@ def measured() -> str:
     figures = {name: json.loads(path.read_text()) for name in SECTIONS if (path := RESULTS / f"{name}.json").exists()}
     paragraphs = [SECTIONS[name](figure) for name, figure in figures.items()]
     machines = {_machine(figure["machine"]) for figure in figures.values()}
+    if (RESULTS / "paper" / "table4.json").exists():
+        paragraphs.append(PAPER)
     return (
         "\n\n".join([*paragraphs, f"Measured on {'; '.join(sorted(machines))}. Scripts and figures are in [results/](results)."])
         + "\n"

@@ -100,8 +100,9 @@ def page(title: str, sections: Sequence[Section], lead: str = "") -> str:
 
 
 def paragraph(text: str) -> str:
-    """Plain text."""
-    return f"<p>{escape(text)}</p>"
+    """Plain text; what stands in `backticks` is code."""
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+    return f"<p>{text}</p>"
 
 
 def heading(text: str) -> str:

@@ -59,7 +59,8 @@ def test_undecided() -> None:
     assert verdict(Ratio(1, 0.9, THRESHOLD - 0.01)) == "no"
     assert conclude(["undecided"]) == "Winograd is undecided, in all of 1 shapes"
     assert conclude(["yes", "yes"]) == "Winograd is in use, in all of 2 shapes"
-    assert conclude(["yes", "no", "yes", "undecided"]) == "of 4 shapes, Winograd is in use for 2, not in use for 1, undecided for 1"
+    assert conclude(["yes", "no", "no"]) == "Winograd is not in use (yes for 1, no for 2 shapes)"
+    assert conclude(["yes", "no", "yes", "undecided"]) == "Winograd is undecided (yes for 2, no for 1, undecided for 1 shapes)"
 
 
 def test_counterparts_do_the_same_work_on_the_same_maps() -> None:
