@@ -159,6 +159,7 @@ def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_machines_meet(undisturbed: Path, tmp_path: Path) -> None:
     """Two agents in network namespaces of their own, a cable between them, one c10d rendezvous."""
     names, out = ("repvgg-a", "repvgg-b"), tmp_path / "run"
+    agents: list[subprocess.Popen[str]] = []
 
     def ip(*words: str) -> int:
         return subprocess.run(["ip", *words], capture_output=True).returncode
@@ -171,15 +172,17 @@ def test_two_machines_meet(undisturbed: Path, tmp_path: Path) -> None:
             ip("-n", name, "address", "add", address, "dev", link)
             ip("-n", name, "link", "set", link, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        agents = []
         for name, link in zip(names, ("rv-a", "rv-b"), strict=True):
-            where = "--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29555 --rdzv-id t --local-addr"
-            own = "10.77.0.1" if link == "rv-a" else "10.77.0.2"
-            command = ["ip", "netns", "exec", name, *TORCHRUN, *where.split(), own, *WORDS.split(), str(out)]
+            own, host = ("10.77.0.1", 1) if link == "rv-a" else ("10.77.0.2", 0)
+            where = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29555 --rdzv-conf is_host={host}"
+            meet = [*TORCHRUN, *where.split(), "--rdzv-id", "t", "--local-addr", own]
+            command = ["ip", "netns", "exec", name, *meet, *WORDS.split(), str(out)]
             agents.append(subprocess.Popen(command, env={**ENV, "GLOO_SOCKET_IFNAME": link}, stderr=subprocess.PIPE, text=True))
-        said = [agent.communicate(timeout=300)[1] for agent in agents]
+        said = [agent.communicate(timeout=120)[1] for agent in agents]
         assert [agent.returncode for agent in agents] == [0, 0], said
     finally:
+        for agent in agents:
+            agent.kill()
         for name in names:
             ip("netns", "delete", name)
     a, b = weights(out), weights(undisturbed)
