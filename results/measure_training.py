@@ -61,11 +61,11 @@ def main() -> None:
     times = interleave({name: stepper(t) for name, t in trainers.items()}, rounds=ROUNDS, batches=1, warmup=2)
     rows = {}
     for name, t in times.items():
-        against = {other: asdict(ratio(times[other], t)) for other in (REFERENCE, name.replace("ours", "timm")) if other in times}
+        others = [other for other in (REFERENCE, name.replace("ours", "timm")) if other in times]
         rows[name] = {
             "img_per_s": BATCH / t.median,
             "quartiles": [BATCH / s for s in reversed(t.quartiles)],
-            "faster_than": against,
+            "faster_than": {other: asdict(ratio(times[other], t)) for other in others},
         }
         print(f"{name}: {BATCH / t.median:.1f} img/s, {ratio(times[REFERENCE], t)} times {REFERENCE}")
     protocol = {"batch_size": BATCH, "rounds": ROUNDS, "input": "224 x 224, loading left out"}
