@@ -1,6 +1,7 @@
 """data/folder.py: class folders, and what is said of those that cannot be used."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -74,7 +75,12 @@ def test_a_folder_of_many_is_listed_once_and_again_when_it_changes(tmp_path: Pat
     root = make(tmp_path / "set", "train/a/1.png", "train/a/2.png", "train/b/deep/3.png", "val/a/4.png")
     listings: list[Path] = []
     listing = data_folder._listing
-    monkeypatch.setattr(data_folder, "_listing", lambda root: listings.append(root) or listing(root))
+
+    def spy(root: Path) -> Any:
+        listings.append(root)
+        return listing(root)
+
+    monkeypatch.setattr(data_folder, "_listing", spy)
     first = data_folder.Folder(root / "train")
     again = data_folder.Folder(root / "train")
     assert listings == [root / "train"]
