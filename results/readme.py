@@ -88,7 +88,8 @@ def training(r: dict[str, Any]) -> str:
         f"{name} {s['img_per_s']:.1f} ({_interval(s['faster_than'][reference])})" for name, s in steps.items() if name in others
     ]
     return (
-        f"**A training step** of A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {p['rounds']} rounds taking turns: images a second, "
+        f"**A training step** of A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {p['rounds']} rounds taking turns: "
+        "images a second, "
         f"and how many times {reference}, {steps[reference]['img_per_s']:.1f}: {'; '.join(found)}. A saved state of A0 takes "
         f"{state['megabytes']:.0f} MB and {state['seconds_to_write']:.2f} s."
     )
