@@ -142,6 +142,17 @@ def test_another_run_in_the_folder_is_refused_unless_allowed_by_name(undisturbed
     assert json.loads((out / "summary.json").read_text())["last_top1"] == run.last.top1
 
 
+def test_what_no_run_can_change(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    with pytest.raises(ValueError, match="an epoch had 8 steps, now it has 4: a run cannot change that"):
+        quick(out, replace(QUICK, batch_size=32), keeping=Keeping(allow_change="batch_size"))
+    source = open_source("digits").limited(128)
+    with pytest.raises(FileError, match="the state in it is of another network"):
+        train("repvgg_micro", source, QUICK, out, width=0.5, log=str, keeping=Keeping(allow_change="width"))
+    assert same(out, undisturbed)
+
+
 def test_never_resume_starts_over(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)

@@ -203,7 +203,10 @@ class _Session:
         """Where the run in the folder is; its beginning if there is none. Raises ValueError if it is another run."""
         _make_folder(self.out)
         state = None if self.keeping.resume == "never" else self.store.latest()
-        self.world.wait()  # all have looked before the first one writes
+        step = state.step if state else 0
+        everywhere = self.world.total(torch.tensor([step], device=self.world.device))  # all have looked before the first one writes
+        if int(everywhere) != step * self.world.size:
+            raise ValueError(f"{self.out}: the processes find different states in it; it must be a folder that all of them share")
         if state is None:
             return self._begin()
         allowed = set(filter(None, self.keeping.allow_change.split(",")))
@@ -217,12 +220,19 @@ class _Session:
                     f"another --out, or --allow-change {name}, or --resume never"
                 )
         last, best = (_accuracy(state, name) for name in ("last", "best"))
-        self.trainer.load(state.tensors, state.facts["scaler"])
+        if state.facts["steps"] != self.feed.steps:
+            raise ValueError(
+                f"{self.out}: an epoch had {state.facts['steps']} steps, now it has {self.feed.steps}: a run cannot change that"
+            )
+        try:
+            self.trainer.load(state.tensors, state.facts["scaler"])
+        except (RuntimeError, KeyError):  # what was allowed to change has changed the network
+            raise FileError(f"{self.out}: the state in it is of another network: another --out, or --resume never") from None
         course = Course(state.step, state.facts["epochs"], state.facts["seconds"], last, best)
         if course.epochs >= self.recipe.epochs:
             self.log(f"{self.out}: has had its {course.epochs} epochs already")
         else:
-            self.log(f"{self.out}: goes on after step {state.step} of {self.recipe.epochs * self.feed.steps}")
+            self.log(f"{self.out}: goes on after step {course.step} of {self.recipe.epochs * self.feed.steps}")
             if self.world.main:
                 (self.out / "summary.json").unlink(missing_ok=True)  # of a shorter run
         return course
@@ -245,7 +255,13 @@ class _Session:
         course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started
         if not self.world.main:
             return
-        tensors, facts = self.trainer.tensors(), {"epochs": course.epochs, "seconds": course.seconds, "settings": self.settings}
+        facts: dict[str, Any] = {
+            "epochs": course.epochs,
+            "steps": self.feed.steps,
+            "seconds": course.seconds,
+            "settings": self.settings,
+        }
+        tensors = self.trainer.tensors()
         for name, accuracy in (("last", course.last), ("best", course.best)):
             if accuracy is not None:
                 tensors[f"{name}.confusion"] = accuracy.confusion.clone()
