@@ -76,7 +76,7 @@ def _train(default: Recipe) -> Callable[..., None]:
         settings: OmitArgPrefixes[Settings] = Settings(**asdict(default)),  # noqa: B008 - made anew with each default
         width: float = 1.0,
         small_input: bool | None = None,
-        block: str = "repvgg",
+        block: str = "",
         limit: int | None = None,
         seed: int = 0,
         device: str = "",
@@ -92,7 +92,7 @@ def _train(default: Recipe) -> Callable[..., None]:
             settings: the recipe's fields.
             width: scales the width multipliers a and b.
             small_input: stem and first stage at stride 1; by default for images of at most 64 pixels.
-            block: the block's structure in training form.
+            block: the structure of each layer in training form; by default the model's own. (An unknown one lists them all.)
             limit: at most this many images of each split, drawn with the seed.
             seed: of weights, order and augmentation.
             device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
@@ -101,7 +101,9 @@ def _train(default: Recipe) -> Callable[..., None]:
         from repvgg.data import open_source
         from repvgg.train.loop import train as run
 
-        options: dict[str, Any] = {"width": width, "block": block} if width != 1 or block != "repvgg" else {}
+        options: dict[str, Any] = {"block": block} if block else {}
+        if width != 1:
+            options["width"] = width
         if small_input is not None:
             options["small_input"] = small_input
         checked = Recipe(**asdict(settings))
