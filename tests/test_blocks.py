@@ -95,7 +95,8 @@ def geometries(draw: st.DrawFn) -> Geometry:
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     into = groups * draw(st.integers(1, 3))
     out = into if draw(st.booleans()) else groups * draw(st.integers(1, 3))
-    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
+    modes: list[PaddingMode] = ["zeros", "zeros", "reflect", "replicate", "circular"]
+    mode = draw(st.sampled_from(modes))
     return Geometry(into, out, draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 1, 2])), groups, mode)
 
 

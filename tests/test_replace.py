@@ -136,8 +136,8 @@ def test_the_branches_that_begin_silent_learn() -> None:
 def test_zero_weights_of_a_batch_norm_are_no_obstacle() -> None:
     """timm starts the last batch norm of each residual block at zero."""
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)).double().eval()
-    nn.init.zeros_(model[1].weight)
-    nn.init.normal_(model[1].bias)
+    nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+    nn.init.normal_(model[1].bias)  # type: ignore[arg-type]
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     for block in FOLDABLE:
         replaced = replace_conv(model, block)

@@ -16,7 +16,7 @@ Sources: RepVGG (CVPR 2021), equation 1, Tables 6 and 7; those beyond it name th
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from repvgg.algebra import LinearMap, PaddingMode, ReparamError
 from repvgg.reparam import Branches, Chain, as_linear, conv_map, register_convolution
 
+Block = TypeVar("Block", bound=nn.Module)
 BLOCKS: dict[str, Callable[..., nn.Module]] = {}
 UNFOLDABLE = ("relu_in_branch",)  # trains, and has no deploy form
 
@@ -59,7 +60,7 @@ class Geometry:
         return kind(self.in_channels, out_channels, 1, 1, self.dilation, 1, self.groups, False, self.padding_mode)
 
 
-def block(declare: Callable[[Geometry], nn.Module]) -> Callable[..., nn.Module]:
+def block(declare: Callable[[Geometry], Block]) -> Callable[..., Block]:
     """Decorator: enter a declaration in `BLOCKS` under its name. The block takes what `Geometry` does."""
 
     def make(
@@ -69,7 +70,7 @@ def block(declare: Callable[[Geometry], nn.Module]) -> Callable[..., nn.Module]:
         dilation: int = 1,
         groups: int = 1,
         padding_mode: PaddingMode = "zeros",
-    ) -> nn.Module:
+    ) -> Block:
         return declare(Geometry(in_channels, out_channels, stride, dilation, groups, padding_mode))
 
     make.__name__, make.__doc__ = declare.__name__, declare.__doc__
