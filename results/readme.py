@@ -74,9 +74,9 @@ def timing(r: dict[str, Any]) -> str:
     )
 
 
-PAPER = """**The paper's Figure 1**, left as printed, right on this machine (`repvgg paper all --out results/paper`; every table and figure is
-in `results/paper/index.html`). Without Winograd, which no library has in use here, A2 and B3 fall behind where
-the paper's GPU had them ahead.
+PAPER = """**The paper's Figure 1**, left as printed, right on this machine (`repvgg paper all --out results/paper`; every table and
+figure is in `results/paper/index.html`). Without Winograd, which no library has in use here, A2 and B3 fall behind where the
+paper's GPU had them ahead.
 
 ![accuracy against speed, the paper's and here](results/paper/figure1.png)"""
 

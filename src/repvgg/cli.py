@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from repvgg import __version__
-from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.recipes import Keeping, Recipe, get_recipe
 
 DESCRIPTION = f"repvgg {__version__}: train a multi-branch RepVGG, fold it exactly into plain 3x3 convolutions, use it."
 Keys = Literal["repvgg", "official", "timm", "mmpretrain"]
@@ -69,11 +69,13 @@ class Settings(Recipe):
 
 def _train(default: Recipe) -> Callable[..., None]:
     def train(
-        arch: str,
         data: str,
         out: Path,
+        arch: str = "",
+        init: str = "",
         recipe: str = "",
         settings: OmitArgPrefixes[Settings] = Settings(**asdict(default)),  # noqa: B008 - made anew with each default
+        keeping: OmitArgPrefixes[Keeping] = Keeping(),  # noqa: B008 - frozen
         width: float = 1.0,
         small_input: bool | None = None,
         block: str = "",
@@ -82,14 +84,16 @@ def _train(default: Recipe) -> Callable[..., None]:
         device: str = "",
         workers: int = 0,
     ) -> None:
-        """Train a model on images, evaluate it every epoch, keep the best and the last.
+        """Train a model on images, evaluate it every epoch, keep the best and the last; go on with a run that was stopped.
 
         Args:
-            arch: a model's name (see repvgg info).
-            data: digits, a folder with train/ and val/, cifar10[:ROOT] or hf:NAME_OR_PATH.
+            arch: a model's name (see repvgg info); not needed with --init.
+            init: a model file, or a name for its pretrained weights, to start from; the head is new if the classes are.
+            data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH or wds:SHARDS.
             out: run folder for models, recipe and metrics.
-            recipe: light, heavy, cifar or demo; empty: what suits the data. Its fields are flags too, shown with its values.
+            recipe: light, heavy, cifar, finetune or demo; empty: what suits the data. Its fields are flags, shown with its values.
             settings: the recipe's fields.
+            keeping: when state is saved, and what is done with a run that is there already.
             width: scales the width multipliers a and b.
             small_input: stem and first stage at stride 1; by default for images of at most 64 pixels.
             block: the structure of each layer in training form; by default the model's own. (An unknown one lists them all.)
@@ -99,6 +103,7 @@ def _train(default: Recipe) -> Callable[..., None]:
             workers: processes that load images; 0 loads in the main one.
         """
         from repvgg.data import open_source
+        from repvgg.train.distributed import local_device
         from repvgg.train.loop import train as run
 
         options: dict[str, Any] = {"block": block} if block else {}
@@ -106,10 +111,18 @@ def _train(default: Recipe) -> Callable[..., None]:
             options["width"] = width
         if small_input is not None:
             options["small_input"] = small_input
+        if not arch and not init:
+            raise ValueError(
+                "which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights"
+            )
         checked = Recipe(**asdict(settings))
+        where = local_device(_device(device))
         source = open_source(data).limited(limit, seed)
-        result = run(arch, source, checked, out, seed=seed, device=_device(device), workers=workers, log=_say, **options)
-        print(f"best val top-1 {result.best.top1:.2%}, last {result.last.top1:.2%}, in {result.seconds / 60:.1f} min: {out}")
+        result = run(
+            arch, source, checked, out, init=init, seed=seed, device=where, workers=workers, keeping=keeping, log=_say, **options
+        )
+        if _process() == "0":
+            print(f"best val top-1 {result.best.top1:.2%}, last {result.last.top1:.2%}, in {result.seconds / 60:.1f} min: {out}")
 
     return train
 
@@ -128,7 +141,7 @@ def evaluate(
 
     Args:
         model: a model file, or a name for its pretrained weights.
-        data: digits, a folder with train/ and val/, cifar10[:ROOT] or hf:NAME_OR_PATH.
+        data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH or wds:SHARDS.
         batch_size: images at a time.
         limit: at most this many images, drawn with the seed.
         seed: of the draw.
@@ -302,8 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _run(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()  # here, where a reader that has left is noticed
-    except KeyboardInterrupt:
-        _fail("stopped; what was saved last is whole", 130)
+    except KeyboardInterrupt as stopped:
+        _fail(str(stopped) or "stopped; what was saved last is whole", 128 + getattr(stopped, "signal", signal.SIGINT))
     except BrokenPipeError:  # the reader of our output has left: end quietly, as rich does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -311,7 +324,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("REPVGG_DEBUG"):
             raise
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        _fail(f"this needs {missing}: pip install 'repvgg[all]'" if missing else str(error), 2)
+        code = 1 if isinstance(error, ConnectionError) else 2  # another process of a distributed run is gone
+        _fail(f"this needs {missing}: pip install 'repvgg[all]'" if missing else str(error), code)
 
 
 def _run(words: list[str]) -> None:
@@ -339,12 +353,13 @@ def _default_recipe(words: list[str]) -> Recipe:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="")
     parser.add_argument("--data", default="")
+    parser.add_argument("--init", default="")
     try:
         named, _ = parser.parse_known_args(words[1:])
     except argparse.ArgumentError:  # tyro will say it better
         return Recipe()
-    if named.recipe or not named.data or "--help" in words or "-h" in words:
-        return get_recipe(named.recipe or "light")
+    if named.recipe or named.init or not named.data or "--help" in words or "-h" in words:
+        return get_recipe(named.recipe or ("finetune" if named.init else "light"))
     from repvgg.data import open_source
 
     name = open_source(named.data).recipe
@@ -363,13 +378,18 @@ def _device(name: str) -> str:
     return name or devices[0]
 
 
+def _process() -> str:
+    """Which one this is of those that torchrun started."""
+    return os.environ.get("RANK", "0")
+
+
 def _say(line: str) -> None:
     """Remarks go to stderr, so that stdout holds results alone."""
     print(line, file=sys.stderr, flush=True)
 
 
 def _fail(reason: str, code: int) -> None:
-    _say(f"repvgg: {reason}")
+    _say(f"repvgg{'' if _process() == '0' else f' (process {_process()})'}: {reason}")
     sys.exit(code)
 
 

@@ -27,7 +27,10 @@ def source(train: int = 100, val: int = 30) -> Source:
 def test_unknown_data_lists_what_there_is(spec: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(spec)
-    assert str(caught.value) == f"no data {spec!r}: digits, a folder with train/ and val/, cifar10[:ROOT] or hf:NAME_OR_PATH"
+    assert (
+        str(caught.value)
+        == f"no data {spec!r}: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME or wds:SHARDS"
+    )
 
 
 def test_a_source_is_opened_once() -> None:

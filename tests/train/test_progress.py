@@ -24,14 +24,21 @@ def test_averages_are_of_the_last_fifty_steps_and_speed_leaves_evaluation_out(mo
     with Progress(epochs=2, steps=60, batch_size=64, log=lines.append) as p:
         for step in range(60):
             clock.now += 0.25
-            p.step(0, float(step), step / 100, 0.1)
-        assert p.averages() == {"loss": 34.5, "top1": pytest.approx(0.345), "lr": 0.1, "img_per_s": 256.0}
+            p.step(0, float(step), step / 100, 0.1, waited=0.05, loader=900.0)
+        assert p.averages() == {
+            "loss": 34.5,
+            "top1": pytest.approx(0.345),
+            "lr": 0.1,
+            "img_per_s": 256.0,
+            "loader_img_per_s": 900.0,
+            "data_wait": 0.2,
+        }
         clock.now += 1000
         p.evaluated(0, ACCURACY)
         clock.now += 0.25
-        p.step(1, 0.0, 0.0, 0.05)
+        p.step(1, 0.0, 0.0, 0.05, 0.05, 900.0)
         assert p.averages()["img_per_s"] == 256
-    assert lines == ["epoch 1/2: loss 34.500, val top-1 90.00% (360 images), 256 img/s, lr 0.1000"]
+    assert lines == ["epoch 1/2: val top-1 90.00% (360 images), loss 34.500, 256 img/s (loader 900, data wait 20%), lr 0.1000"]
 
 
 def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,10 +46,10 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch)
     with Progress(epochs=3, steps=100, batch_size=10, log=lines.append) as p:
         for _ in range(100):
             clock.now += progress.PLAIN_EVERY / 40
-            p.step(0, 2.0, 0.5, 0.1)
+            p.step(0, 2.0, 0.5, 0.1, 0.0, 50.0)
     assert lines == [
-        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s  step 41/300  3.2 min left",
-        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s  step 82/300  2.7 min left",
+        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 41/300  3.2 min left",
+        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 82/300  2.7 min left",
     ]
 
 
@@ -56,9 +63,22 @@ def test_in_a_terminal_a_live_line_and_the_epochs(monkeypatch: pytest.MonkeyPatc
         p.step(0, 1.5, 0.25, 0.1)
         p.evaluated(0, ACCURACY)
     shown = capsys.readouterr()
-    assert "epoch 1/1: loss 1.500, val top-1 90.00% (360 images)" in shown.err
+    assert "epoch 1/1: val top-1 90.00% (360 images), loss 1.500" in shown.err
     assert "top-1 25.0%" in shown.err
     assert "2/2" in shown.err
     assert "\x1b[?25h" in shown.err  # the cursor is back
     assert shown.out == ""
     assert logged == []
+
+
+def test_a_resumed_run_counts_from_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = Clock(monkeypatch), list[str]()
+    with Progress(epochs=2, steps=100, batch_size=10, log=lines.append, before=150) as p:
+        p.evaluated(0, ACCURACY)  # of an epoch whose last step was an earlier process's
+        for _ in range(20):
+            clock.now += 3
+            p.step(1, 2.0, 0.5, 0.1)
+    assert lines == [
+        "epoch 1/2: val top-1 90.00% (360 images)",
+        "epoch 2/2  loss 2.000  top-1 50.0%  3 img/s (loader 0, data wait 0%)  lr 0.1000  step 161/200  1.9 min left",
+    ]

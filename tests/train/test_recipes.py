@@ -62,7 +62,14 @@ def test_an_unknown_recipe_lists_what_there_is(name: str) -> None:
         ("mixup", math.inf),
         ("decay", "step"),
         ("crop", "none"),
-        ("precision", "fp16"),
+        ("precision", "fp8"),
+        ("accumulate", 0),
+        ("ema", 1),
+        ("clip_norm", -1),
+        ("layer_decay", 0),
+        ("layer_decay", 1.1),
+        ("frozen_stages", -1),
+        ("lr_per", -1),
     ],
 )
 def test_settings_that_make_no_sense_are_named(setting: str, value: Any) -> None:
@@ -107,3 +114,21 @@ def test_a_warm_up_takes_half_of_a_short_run_at_most() -> None:
         recipe = Recipe(epochs=epochs, warmup_epochs=5)
         assert max(range(101), key=lambda percent: recipe.lr_at(percent / 100)) == 50
         assert recipe.lr_at(1) == pytest.approx(0)
+
+
+def test_every_step_of_the_light_recipe_against_a_table_from_the_paper() -> None:
+    """Section 4.1: initial learning rate 0.1, cosine annealing, no restart. Cosines written out by hand."""
+    light = get_recipe("light")
+    steps = 120 * (1_281_167 // 256)
+    table = {0: 0.1, 1 / 6: 0.0933012702, 1 / 4: 0.0853553391, 1 / 3: 0.075, 1 / 2: 0.05, 2 / 3: 0.025, 3 / 4: 0.0146446609, 1: 0.0}
+    for at, rate in table.items():
+        assert light.lr_at(round(at * steps) / steps) == pytest.approx(rate, abs=1e-8)
+    heavy = get_recipe("heavy")  # 5 of 200 epochs of warm-up
+    table = {0: 0.0, 1 / 200: 0.02, 3 / 200: 0.06, 5 / 200: 0.1, 102.5 / 200: 0.05, 1: 0.0}
+    assert [heavy.lr_at(at) for at in table] == pytest.approx(list(table.values()), abs=1e-12)
+
+
+def test_the_learning_rate_is_scaled_only_when_asked() -> None:
+    assert Recipe(lr=0.1, batch_size=64).lr_at(0) == 0.1
+    assert Recipe(lr=0.1, batch_size=64, lr_per=256).lr_at(0) == pytest.approx(0.025)
+    assert Recipe(lr=0.1, batch_size=2048, lr_per=256).lr_at(0.5) == pytest.approx(0.4)

@@ -4,6 +4,8 @@ digits                 1,797 scans of handwritten digits, embedded (see digits.p
 FOLDER                 train/<class>/*, val/<class>/*
 cifar10[:ROOT]         from the hub, or a local copy: parquet shards, or torchvision's cifar-10-batches-py
 hf:NAME_OR_PATH        a Hugging Face data set: its hub name, or a local folder of parquet
+hf-stream:NAME_OR_PATH the same, read from front to back without a copy on the disk
+wds:FOLDER             WebDataset shards, train-*.tar and val-*.tar; or wds:TRAIN;VAL, paths or URLs with {000..146} in them
 
 source = open_source("digits")
 image, label = source.train[0]             # uint8 [C, H, W], int
@@ -15,7 +17,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +30,11 @@ class DataError(ValueError):
 
 
 class Images(Protocol):
-    """A sequence of (uint8 image [C, H, W], label)."""
+    """A sequence of (uint8 image [C, H, W], label). Its keys are indices; those of a stream are the examples that it reads."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: Any) -> tuple[Tensor, int]: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,14 @@ class Source:
             return self
         if count < 1:
             raise DataError(f"--limit {count}: at least one image is needed")
-        return replace(self, train=Subset(self.train, count, seed), val=Subset(self.val, count, seed))
+        train, val = (drawn(images, count, seed) for images in (self.train, self.val))
+        return replace(self, train=train, val=val)
+
+
+def drawn(images: Images, count: int, seed: int) -> Images:
+    """`count` images drawn with the seed; what is read from front to back knows how itself."""
+    limited = getattr(images, "limited", None)
+    return limited(count, seed) if limited else Subset(images, count, seed)
 
 
 class Subset:
@@ -125,8 +134,17 @@ def open_source(spec: str) -> Source:
         from repvgg.data.hf import open_hf
 
         return open_hf(rest)
+    if kind == "hf-stream" and rest:
+        from repvgg.data.stream import open_stream
+
+        return open_stream(rest)
+    if kind == "wds" and rest:
+        from repvgg.data.stream import open_wds
+
+        return open_wds(rest)
     if spec and Path(spec).is_dir():
         from repvgg.data.folder import open_folder
 
         return open_folder(Path(spec))
-    raise DataError(f"no data {spec!r}: digits, a folder with train/ and val/, cifar10[:ROOT] or hf:NAME_OR_PATH")
+    known = "digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME or wds:SHARDS"
+    raise DataError(f"no data {spec!r}: {known}")

@@ -48,7 +48,7 @@ def open_hf(name: str) -> Source:
     held_out = next((s for s in VALIDATION_SPLITS if s in splits), None)
     if held_out is None:
         raise DataError(f"hf:{name}: has no {', '.join(VALIDATION_SPLITS)} split to evaluate on")
-    image, label, classes = _columns(name, splits["train"].features)
+    image, label, classes = columns(f"hf:{name}", splits["train"].features)
     train, val = (_images(f"hf:{name}, {s}", splits[s], image, label) for s in ("train", held_out))
     classes = classes or [str(i) for i in range(max(train[1]) + 1)]
     for split, labels in (("train", train[1]), (held_out, val[1])):
@@ -63,14 +63,15 @@ def open_hf(name: str) -> Source:
     return Source(f"hf:{name}", train[0], val[0], classes, preprocessing, "cifar" if small else "light")
 
 
-def _columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
+def columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
+    """Those of images and labels, and the names of the classes where they are known. Raises DataError where one is missing."""
     image = next((c for c, f in features.items() if isinstance(f, datasets.Image)), None)
     labels = {c: f for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
     integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith("int")]
-    label = next(iter(labels), next((c for c in integers if c in ("label", "labels", "class", "target")), None))
+    label = next(iter(labels), next((c for c in integers if c in ("label", "labels", "class", "target", "cls")), None))
     if image is None or label is None:
         there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
-        raise DataError(f"hf:{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
+        raise DataError(f"{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
     return image, label, labels[label].names if label in labels else None
 
 

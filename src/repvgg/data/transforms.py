@@ -1,6 +1,9 @@
 """Transforms: torchvision v2 on uint8 images, one by one; normalisation on whole batches, where it is cheap."""
 
-from collections.abc import Iterator, Sequence
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ from torchvision.transforms import InterpolationMode, v2
 from repvgg.data import Images
 from repvgg.data.images import ImageError
 from repvgg.files import Preprocessing
+
+MAX_WORKERS = 256
 
 
 def eval_transform(preprocessing: Preprocessing) -> nn.Module:
@@ -47,31 +52,80 @@ class Trim(nn.Module):
 class Transformed:
     """Images through a transform. Its randomness is a function of seed, epoch and index alone, whatever process runs it."""
 
-    def __init__(self, images: Images, transform: nn.Module, seed: int = 0) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None) -> None:
+        """bad: what to do about an image that cannot be read; by default its `ImageError` is raised."""
+        self.images, self.transform, self.seed, self.bad = images, transform, seed, bad
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by worker processes that live on
+        self.spent = torch.zeros(MAX_WORKERS, 2, dtype=torch.float64).share_memory_()  # by worker: seconds, images
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
+    def __getitem__(self, index: Any) -> tuple[Tensor, int]:
+        started = time.perf_counter()
+        image, label = self.bad.read(self.images, index) if self.bad else self.images[index]
         before = torch.get_rng_state()
-        torch.default_generator.manual_seed(hash((self.seed, int(self.epoch), index)) % 2**63)
+        number = index if isinstance(index, int) else index.position
+        torch.default_generator.manual_seed(hash((self.seed, int(self.epoch), number)) % 2**63)
         try:
             return self.transform(image), label
         finally:
             torch.set_rng_state(before)
+            worker = torch.utils.data.get_worker_info()
+            row = self.spent[worker.id % MAX_WORKERS if worker else 0]
+            row += torch.tensor([time.perf_counter() - started, 1.0])
+
+    @property
+    def images_per_second(self) -> float:
+        """That the workers can load, all together, if nothing keeps them waiting; 0 before any was loaded."""
+        used = self.spent[self.spent[:, 1] > 0]
+        return float((used[:, 1] / used[:, 0]).sum())
+
+
+class BadImages:
+    """Images that cannot be read are listed in a file, and in training the next one takes their place (in a stream, which has no
+    next one yet, a black image); in evaluation they do not count: their label is -1."""
+
+    def __init__(self, listing: Path, replace: bool) -> None:
+        self.listing, self.replace = listing, replace
+
+    def read(self, images: Images, index: Any) -> tuple[Tensor, int]:
+        indexed = isinstance(index, int)
+        for other in range(len(images) if self.replace and indexed else 1):
+            try:
+                return images[(index + other) % len(images) if indexed else index]
+            except ImageError as error:
+                with self.listing.open("a") as file:  # one short write: lines of several processes do not mix
+                    file.write(f"{error}\n")
+        if self.replace and indexed:
+            raise ImageError("none of the images can be read")
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), index.label if self.replace else -1
+
+    def listed(self) -> list[str]:
+        """Each once."""
+        return sorted(set(self.listing.read_text().splitlines())) if self.listing.exists() else []
 
 
 def load(
-    images: Transformed, batch_size: int, workers: int = 0, order: Sequence[int] | None = None
+    images: Transformed, batch_size: int, workers: int = 0, order: Iterable[Any] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of uint8 images [N, C, H, W] and labels [N], in `order`. Raises `ImageError` for an image that cannot be read."""
-    pin = torch.cuda.is_available()
-    loader: Any = torch.utils.data.DataLoader(images, batch_size, sampler=order, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(
+        images,  # type: ignore[arg-type]
+        batch_size,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_main_process if workers else None,
+    )
     try:
         yield from loader
     except ImageError as error:  # from a worker process it comes with the whole traceback in its message
         reason = str(error).strip().splitlines()[-1]
         raise ImageError(reason.removeprefix(f"{ImageError.__module__}.ImageError: ")) from None
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and the main one still wants the batches that are under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.data import Images, Source
-from repvgg.data.transforms import Transformed, eval_transform, load, normalise
+from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
 from repvgg.files import Preprocessing
+from repvgg.train.distributed import ALONE, World
 from repvgg.zoo import manifest_of
 
 Network = Callable[[Tensor], Tensor]
@@ -32,27 +33,45 @@ class Accuracy:
 
 
 def batches(
-    images: Images, preprocessing: Preprocessing, batch_size: int, workers: int = 0, device: str = "cpu"
+    images: Images,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    workers: int = 0,
+    device: str = "cpu",
+    bad: BadImages | None = None,
+    world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images [N, C, H, W] and labels [N], in order."""
-    for pixels, labels in load(Transformed(images, eval_transform(preprocessing)), batch_size, workers):
+    """Normalised images [N, C, H, W] and labels [N], in order; of several processes each has every n-th image."""
+    in_order = getattr(images, "in_order", None)  # of a stream
+    order = in_order(world.rank, world.size) if in_order else range(world.rank, len(images), world.size)
+    for pixels, labels in load(Transformed(images, eval_transform(preprocessing), bad=bad), batch_size, workers, order):
         yield normalise(pixels.to(device), preprocessing), labels.to(device)
 
 
 @torch.no_grad()
-def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Accuracy:
-    """Run a network in eval mode over batches of normalised images and labels. Raises ValueError if there are none."""
+def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classes: int, world: World = ALONE) -> Accuracy:
+    """Run a network in eval mode over batches of normalised images and labels; those labelled -1 do not count.
+
+    With several processes each brings its share of the images, and all get the whole. Raises ValueError if there are no images.
+    """
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
-    count, loss, top5 = 0, 0.0, 0
+    loss, top5 = 0.0, 0
     for images, labels in data:
+        if not (labels >= 0).all():
+            images, labels = images[labels >= 0], labels[labels >= 0]
+            if not len(labels):
+                continue
         logits = network(images).float()
         if logits.shape[1] != num_classes:
             raise ValueError(f"the model has {logits.shape[1]} classes, the data {num_classes}")
-        count += len(labels)
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
         pairs = labels * num_classes + logits.argmax(1)
         confusion += pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes).cpu()
+    sums = world.total(torch.tensor([loss, top5], dtype=torch.float64, device=world.device))
+    loss, top5 = float(sums[0]), int(sums[1])
+    confusion = world.total(confusion.to(world.device)).cpu()
+    count = int(confusion.sum())
     if not count:
         raise ValueError("there are no images to evaluate on")
     return Accuracy(count, loss / count, float(confusion.trace()) / count, top5 / count, confusion)

@@ -1,36 +1,43 @@
-"""The training loop: SGD on a recipe, evaluated every epoch, with the best and the last model kept.
+"""Training: SGD on a recipe, evaluated every epoch, with the best and the last model kept; it goes on where it was stopped.
 
     train("repvgg_a0", open_source("digits"), get_recipe("demo"), out="runs/digits")
 
-A run folder holds best.safetensors and last.safetensors (training form), recipe.json, and metrics.jsonl: a line every
-`LOG_EVERY` steps and one for each evaluation; and in the end summary.json, with the machine and the time.
+A run folder holds best.safetensors and last.safetensors (training form), recipe.json, metrics.jsonl (a line every `LOG_EVERY`
+steps and one for each evaluation), state/ (see state.py), TensorBoard's events; and in the end summary.json, with the
+machine and the time, and curve.png.
 """
 
 import json
-import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from repvgg import record, zoo
 from repvgg.data import Source
-from repvgg.data.transforms import Transformed, load, normalise
+from repvgg.data.transforms import BadImages, normalise
 from repvgg.files import FileError, atomically
-from repvgg.train.augment import train_transform
+from repvgg.train.distributed import joined
 from repvgg.train.evaluate import Accuracy, batches, evaluate
+from repvgg.train.feed import Feed
+from repvgg.train.finetune import started_from
+from repvgg.train.logs import Logs, NoLogs, draw_curve, read_lines
 from repvgg.train.progress import Progress
-from repvgg.train.recipes import Recipe
+from repvgg.train.recipes import Keeping, Recipe
+from repvgg.train.state import State, Store
+from repvgg.train.stop import StoppedError, StopRequests
+from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps
+KEEPING = Keeping()
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,70 +51,249 @@ class Run:
     history: list[dict[str, Any]]
 
 
+@dataclass
+class Course:
+    """How far a run has come."""
+
+    step: int = 0
+    epochs: int = 0
+    """Epochs that have ended in an evaluation."""
+    seconds: float = 0.0
+    last: Accuracy | None = None
+    best: Accuracy | None = None
+    saved: float = field(default_factory=time.perf_counter)
+
+
 def train(
     arch: str,
     source: Source,
     recipe: Recipe,
     out: str | Path,
     *,
+    init: str = "",
     seed: int = 0,
     device: str = "cpu",
     workers: int = 0,
-    log: Any = print,
+    keeping: Keeping = KEEPING,
+    log: Log = print,
     **model_options: Any,
 ) -> Run:
-    """Train a new model of `arch` on a source, into the folder `out`.
+    """Train a model of `arch` on a source, into the folder `out`; or go on with the run that is there.
 
-    model_options: further arguments of `create_model` (width, block, ...); `small_input` is on for inputs of at most 64 pixels
-    unless it is given. Raises ValueError before any work if the settings do not fit, FloatingPointError if the loss is no number.
+    init: a model file or a name, to start from its weights instead of new ones. model_options: further arguments of
+    `create_model` (width, block, ...); `small_input` is on for inputs of at most 64 pixels unless it is given. Under torchrun all
+    processes call this alike. Raises ValueError before any work if the settings do not fit, FloatingPointError if the loss is no
+    number, `StoppedError` when a signal asked for the end and the state is saved.
     """
     if len(source.classes) < 2:
         raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
-    torch.manual_seed(seed)
-    model = new_model(arch, source, log=log, **model_options).to(device)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = Transformed(source.train, train_transform(recipe, source.preprocessing), seed)
-    batch_size = min(recipe.batch_size, len(images))
-    steps = len(images) // batch_size
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
-    )
-    out = _run_folder(Path(out))
-    atomically(out / "recipe.json", lambda path: path.write_text(json.dumps(asdict(recipe), indent=2) + "\n"))
-    network: Any = torch.compile(model, dynamic=False) if recipe.compile else model
-    metrics = Metrics(out / "metrics.jsonl")
-    (out / "summary.json").unlink(missing_ok=True)  # of an earlier run
-    started, best, last = time.perf_counter(), None, None
-    with Progress(recipe.epochs, steps, batch_size, log) as progress:
-        for epoch in range(recipe.epochs):
-            model.train()
-            for step, (x, y) in enumerate(_epoch(images, epoch, seed, batch_size, steps, workers), epoch * steps):
-                lr = recipe.lr_at(step / (recipe.epochs * steps))
-                x = normalise(x.to(device, non_blocking=True), source.preprocessing)
-                loss, correct = _step(network, optimizer, recipe, lr, x, y.to(device), len(source.classes))
-                progress.step(epoch, loss, correct / len(y), lr)
-                if (step + 1) % LOG_EVERY == 0:
-                    metrics.write(step=step + 1, epoch=epoch, **progress.averages())
-            _check_state(model)
-            last = _evaluate(model, network, source, batch_size, workers, device, recipe)
-            progress.evaluated(epoch, last)
-            metrics.write(step=(epoch + 1) * steps, epoch=epoch, val_loss=last.loss, val_top1=last.top1, val_top5=last.top5)
-            remember = {"data": source.name, "epoch": epoch + 1, "val_top1": last.top1, "seed": seed, "recipe": asdict(recipe)}
-            if best is None or last.top1 > best.top1:
-                best = last
-                _save(model, out / "best.safetensors", source, remember)
-            _save(model, out / "last.safetensors", source, remember)
-    assert last is not None
-    assert best is not None
-    seconds = time.perf_counter() - started
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    summary = {"command": command, "seconds": seconds, "best_top1": best.top1, "last_top1": last.top1}
-    record.write(out / "summary.json", {**summary, "arch": arch, "data": source.name, "seed": seed})
-    return Run(model.eval(), last, best, seconds, metrics.lines)
+    with joined(device) as world:
+        log = log if world.main else _silent
+        torch.manual_seed(seed)
+        if init:
+            if model_options:
+                raise ValueError(f"--init: the model is what the file says; it takes no {', '.join(model_options)}")
+            model, source = started_from(init, arch, source, keeping.allow_deploy, log)
+        else:
+            model = new_model(arch, source, log=log, **model_options)
+        out = Path(out)
+        bad = out / "bad_images.txt" if keeping.on_bad_image == "skip" else None
+        feed = Feed(source, recipe, seed, workers, world, bad)
+        trainer = Trainer(model, recipe, len(source.classes), world=world, device=device, seed=seed)
+        settings = {
+            "arch": arch,
+            "data": source.name,
+            "images": len(source.train),
+            "classes": len(source.classes),
+            "seed": seed,
+            "init": init,
+            **model_options,
+            **asdict(recipe),
+        }
+        return _Session(trainer, feed, source, settings, out, keeping, log).run()
 
 
-def new_model(arch: str, source: Source, log: Any = print, **options: Any) -> nn.Module:
+class _Session:
+    """One process's work on a run, from where it was to its end."""
+
+    def __init__(
+        self, trainer: Trainer, feed: Feed, source: Source, settings: dict[str, Any], out: Path, keeping: Keeping, log: Log
+    ) -> None:
+        self.trainer, self.feed, self.source, self.out, self.keeping, self.log = trainer, feed, source, out, keeping, log
+        self.recipe, self.world = trainer.recipe, trainer.world
+        self.settings = settings
+        self.store = Store(out / "state", log)
+        if self.recipe.lr_per:
+            r = self.recipe
+            log(f"learning rate {r.lr:g} per {r.lr_per} images, {r.peak_lr:g} for {r.batch_size}")
+
+    def run(self) -> Run:
+        course = self._take_up()
+        self.started = time.perf_counter() - course.seconds
+        if course.epochs < self.recipe.epochs:
+            with (
+                StopRequests() as stop,
+                self._logs(course) as logs,
+                Progress(self.recipe.epochs, self.feed.steps, self.feed.batch_size, self.log, course.step) as progress,
+            ):
+                for epoch in range(course.epochs, self.recipe.epochs):
+                    self._train(epoch, course, stop, logs, progress)
+                    self._evaluate(epoch, course, logs, progress)
+                    self._leave_if_asked(stop, course)
+        lines = read_lines(self.out / "metrics.jsonl")
+        self._finish(course, lines)
+        assert course.last is not None
+        assert course.best is not None
+        self.trainer.model._compiled_call_impl = None
+        return Run(self.trainer.best_model.eval(), course.last, course.best, course.seconds, lines)
+
+    def _train(self, epoch: int, course: Course, stop: StopRequests, logs: Logs | NoLogs, progress: Progress) -> None:
+        """The steps of an epoch that are left."""
+        steps, images = self.feed.steps, self.feed.images
+        self.trainer.train()
+        for waited, parts in _in_parts(self.feed.epoch(epoch, course.step - epoch * steps), self.recipe.accumulate):
+            lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
+            inputs = [(self._normalised(x), y.to(self.trainer.device)) for x, y in parts]
+            loss, top1 = self.trainer.step(inputs, lr, course.step)
+            course.step += 1
+            progress.step(epoch, loss, top1, lr, waited, images.images_per_second * self.world.size)
+            if course.step % LOG_EVERY == 0:
+                logs.write(step=course.step, epoch=epoch, **progress.averages())
+            self._save_if_due(course)
+            self._leave_if_asked(stop, course)
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        return normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+
+    def _evaluate(self, epoch: int, course: Course, logs: Logs | NoLogs, progress: Progress) -> None:
+        """At the end of an epoch: the accuracy, the models, the state."""
+        self.trainer.settle()
+        world = self.world
+        bad = BadImages(self.out / "bad_images.txt", replace=False) if self.keeping.on_bad_image == "skip" else None
+        data = batches(
+            self.source.val, self.source.preprocessing, self.feed.part, self.feed.workers, str(self.trainer.device), bad, world
+        )
+        course.last = evaluate(self.trainer.predict, data, len(self.source.classes), world)
+        course.epochs += 1
+        better = course.best is None or course.last.top1 > course.best.top1
+        if better:
+            course.best = course.last
+        if world.main:
+            for name in ("best", "last") if better else ("last",):
+                self._save_model(name, course)
+        last = course.last
+        progress.evaluated(epoch, last)
+        logs.write(step=course.step, epoch=epoch, val_loss=last.loss, val_top1=last.top1, val_top5=last.top5)
+        self._save(course)
+
+    def _save_model(self, name: str, course: Course) -> None:
+        assert course.last is not None
+        training = {"data": self.source.name, "epoch": course.epochs, "val_top1": course.last.top1, "seed": self.settings["seed"]}
+        zoo.save(
+            self.trainer.best_model,
+            self.out / f"{name}.safetensors",
+            classes=self.source.classes,
+            preprocessing=self.source.preprocessing,
+            training={**training, "recipe": asdict(self.recipe)},
+        )
+
+    # ------------------------------------------------------------------------------------------------------- stop and go on
+
+    def _take_up(self) -> Course:
+        """Where the run in the folder is; its beginning if there is none. Raises ValueError if it is another run."""
+        _make_folder(self.out)
+        state = None if self.keeping.resume == "never" else self.store.latest()
+        self.world.wait()  # all have looked before the first one writes
+        if state is None:
+            return self._begin()
+        allowed = set(filter(None, self.keeping.allow_change.split(",")))
+        if unknown := sorted(allowed - self.settings.keys()):
+            raise ValueError(f"--allow-change {unknown[0]}: there are {', '.join(self.settings)}")
+        before = state.facts["settings"]
+        for name, value in self.settings.items():
+            if before.get(name) != value and name not in allowed:
+                raise ValueError(
+                    f"{self.out}: holds a run with {name} {before.get(name)!r}, not {value!r}: "
+                    f"another --out, or --allow-change {name}, or --resume never"
+                )
+        last, best = (_accuracy(state, name) for name in ("last", "best"))
+        self.trainer.load(state.tensors, state.facts["scaler"])
+        course = Course(state.step, state.facts["epochs"], state.facts["seconds"], last, best)
+        if course.epochs >= self.recipe.epochs:
+            self.log(f"{self.out}: has had its {course.epochs} epochs already")
+        else:
+            self.log(f"{self.out}: goes on after step {state.step} of {self.recipe.epochs * self.feed.steps}")
+            if self.world.main:
+                (self.out / "summary.json").unlink(missing_ok=True)  # of a shorter run
+        return course
+
+    def _begin(self) -> Course:
+        models = [name for name in ("best.safetensors", "last.safetensors") if (self.out / name).exists()]
+        killed_early = (self.out / "state").exists()
+        if models and not killed_early and self.keeping.resume == "auto":
+            raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
+        self.world.wait()
+        if self.world.main:
+            (self.out / "summary.json").unlink(missing_ok=True)  # of the run before
+            self.store.clear()
+            text = json.dumps(asdict(self.recipe), indent=2) + "\n"
+            atomically(self.out / "recipe.json", lambda path: path.write_text(text))
+            self.store.folder.mkdir(exist_ok=True)
+        return Course()
+
+    def _save(self, course: Course) -> None:
+        course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started
+        if not self.world.main:
+            return
+        tensors, facts = self.trainer.tensors(), {"epochs": course.epochs, "seconds": course.seconds, "settings": self.settings}
+        for name, accuracy in (("last", course.last), ("best", course.best)):
+            if accuracy is not None:
+                tensors[f"{name}.confusion"] = accuracy.confusion.clone()
+                facts[name] = {key: value for key, value in vars(accuracy).items() if key != "confusion"}
+        self.store.save(State(course.step, tensors, {**facts, "scaler": self.trainer.scaler.state_dict()}))
+
+    def _save_if_due(self, course: Course) -> None:
+        by_steps = self.keeping.save_steps and course.step % self.keeping.save_steps == 0
+        if by_steps or time.perf_counter() - course.saved > 60 * self.keeping.save_minutes:
+            self._save(course)
+
+    def _leave_if_asked(self, stop: StopRequests, course: Course) -> None:
+        """All processes at the same step, although a signal finds each at another."""
+        asked = (
+            int(self.world.total(torch.tensor([stop.signal], device=self.world.device)).max())
+            if self.world.size > 1
+            else stop.signal
+        )
+        if asked:
+            self._save(course)
+            self.world.wait()
+            raise StoppedError(f"stopped after step {course.step}, and saved: the same command goes on", stop.signal or 15)
+
+    def _logs(self, course: Course) -> Logs | NoLogs:
+        return Logs(self.out, course.step, self.keeping.wandb, self.settings) if self.world.main else NoLogs()
+
+    def _finish(self, course: Course, lines: list[dict[str, Any]]) -> None:
+        if not self.world.main or (self.out / "summary.json").exists():
+            return
+        assert course.last is not None
+        assert course.best is not None
+        bad = BadImages(self.out / "bad_images.txt", replace=False).listed() if self.keeping.on_bad_image == "skip" else []
+        if bad:
+            self.log(f"{len(bad)} images could not be read: {self.out / 'bad_images.txt'}")
+        summary = {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "seconds": course.seconds,
+            "best_top1": course.best.top1,
+            "last_top1": course.last.top1,
+            **{name: self.settings[name] for name in ("arch", "data", "seed")},
+            "processes": self.world.size,
+            "bad_images": len(bad),
+        }
+        draw_curve(lines, self.out / "curve.png")
+        record.write(self.out / "summary.json", summary)
+
+
+def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn.Module:
     """`create_model` for this source: its classes, its channels, and `small_input` for small images."""
     channels, height, width = source.preprocessing.input_size
     if "small_input" not in options and max(height, width) <= 64 and zoo.is_family(arch):
@@ -118,106 +304,27 @@ def new_model(arch: str, source: Source, log: Any = print, **options: Any) -> nn
     return model
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on kernels (more than one dimension) alone: not on biases, nor on batch norms' weights (section 4.1)."""
-    kernels = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def _in_parts(data: Iterator[Any], count: int) -> Iterator[tuple[float, Sequence[Any]]]:
+    """The parts of each step, and the seconds that they were waited for."""
+    while True:
+        started = time.perf_counter()
+        parts = list(islice(data, count))
+        if not parts:
+            return
+        yield time.perf_counter() - started, parts
 
 
-def _step(
-    network: Any, optimizer: torch.optim.Optimizer, recipe: Recipe, lr: float, x: Tensor, y: Tensor, num_classes: int
-) -> tuple[float, float]:
-    """One step of SGD; the loss, and how many images were recognised."""
-    target = y
-    if recipe.mixup:
-        from torchvision.transforms import v2
-
-        x, target = v2.MixUp(alpha=recipe.mixup, num_classes=num_classes)(x, y)
-    if recipe.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    with _autocast(recipe, x.device.type):
-        logits = network(x)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.label_smoothing)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise _diverged(f"the loss is {value}")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return value, float((logits.argmax(1) == y).sum())
+def _accuracy(state: State, name: str) -> Accuracy | None:
+    found = state.facts.get(name)
+    return Accuracy(**found, confusion=state.tensors.pop(f"{name}.confusion")) if found else None
 
 
-def _epoch(
-    images: Transformed, epoch: int, seed: int, batch_size: int, steps: int, workers: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches; the order is a function of seed and epoch. The last incomplete batch is left out."""
-    images.epoch.fill_(epoch)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
-    return load(images, batch_size, workers, order[: steps * batch_size])
-
-
-def _evaluate(
-    model: nn.Module, network: Any, source: Source, batch_size: int, workers: int, device: str, recipe: Recipe
-) -> Accuracy:
-    model.eval()
-
-    def forward(x: Tensor) -> Tensor:
-        if recipe.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with _autocast(recipe, x.device.type):
-            logits: Tensor = network(x)
-        return logits
-
-    data = batches(source.val, source.preprocessing, batch_size, workers, device)
-    return evaluate(forward, data, len(source.classes))
-
-
-def _autocast(recipe: Recipe, device: str) -> Any:
-    return torch.autocast(device, torch.bfloat16) if recipe.precision == "bf16" else nullcontext()
-
-
-def _diverged(how: str) -> FloatingPointError:
-    return FloatingPointError(f"{how}: training diverged, lower --lr. Models saved before are intact")
-
-
-def _check_state(model: nn.Module) -> None:
-    """No model is saved that could not be loaded. Raises FloatingPointError for numbers that are not finite.
-
-    A channel that has been constant for a thousand steps has a running variance of 0.9^1000, which is zero to the last bit, and
-    a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is added.
-    """
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise _diverged(f"{name} holds NaN or Inf")
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
-            module.running_var.clamp_(min=torch.finfo(module.running_var.dtype).tiny)
-
-
-def _run_folder(out: Path) -> Path:
+def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"{out}: cannot be a run folder ({error.strerror})") from None
-    return out
 
 
-def _save(model: nn.Module, path: Path, source: Source, remember: dict[str, Any]) -> None:
-    zoo.save(model, path, classes=source.classes, preprocessing=source.preprocessing, training=remember)
-
-
-class Metrics:
-    """metrics.jsonl, a line at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        path.write_text("")
-
-    def write(self, **values: Any) -> None:
-        self.lines.append(values)
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+def _silent(line: str) -> None:
+    pass

@@ -12,14 +12,17 @@ PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Loss and top-1 (means of the last steps), images a second, time left. Use as a context manager."""
+    """Loss and top-1 (means of the last steps), images a second, the share of time that data was waited for, time left.
 
-    def __init__(self, epochs: int, steps: int, batch_size: int, log: Any = print) -> None:
-        self.epochs, self.steps, self.batch_size, self.log = epochs, steps, batch_size, log
+    before: steps that an earlier process did. Use as a context manager.
+    """
+
+    def __init__(self, epochs: int, steps: int, batch_size: int, log: Any = print, before: int = 0) -> None:
+        self.epochs, self.steps, self.batch_size, self.log, self.before = epochs, steps, batch_size, log, before
         self.recent: deque[tuple[float, float]] = deque(maxlen=50)
-        self.done, self.lr = 0, 0.0
+        self.done, self.lr, self.loader = 0, 0.0, 0.0
         self.bar: Any = None
-        self.training_seconds, self.mark, self.spoke = 0.0, 0.0, 0.0
+        self.training_seconds, self.waited, self.mark, self.spoke = 0.0, 0.0, 0.0, 0.0
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
@@ -30,7 +33,7 @@ class Progress:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.epochs * self.steps)
+            self.task = self.bar.add_task("starting", total=self.epochs * self.steps, completed=self.before)
         self.mark = self.spoke = time.perf_counter()
         return self
 
@@ -38,30 +41,35 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def step(self, epoch: int, loss: float, top1: float, lr: float) -> None:
-        """After each training step."""
+    def step(self, epoch: int, loss: float, top1: float, lr: float, waited: float = 0.0, loader: float = 0.0) -> None:
+        """After each training step. waited: seconds for its images; loader: images a second that the workers could load."""
         now = time.perf_counter()
         self.training_seconds += now - self.mark
-        self.mark, self.lr = now, lr
+        self.waited += waited
+        self.mark, self.lr, self.loader = now, lr, loader
         self.done += 1
         self.recent.append((loss, top1))
         a = self.averages()
-        line = f"epoch {epoch + 1}/{self.epochs}  loss {a['loss']:.3f}  top-1 {a['top1']:.1%}  {a['img_per_s']:.0f} img/s"
+        line = (
+            f"epoch {epoch + 1}/{self.epochs}  loss {a['loss']:.3f}  top-1 {a['top1']:.1%}  {a['img_per_s']:.0f} img/s "
+            f"(loader {a['loader_img_per_s']:.0f}, data wait {a['data_wait']:.0%})  lr {lr:.4f}"
+        )
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, description=line)
+            self.bar.update(self.task, completed=self.before + self.done, description=line)
         elif now - self.spoke > PLAIN_EVERY:
             self.spoke = now
-            left = self.training_seconds / self.done * (self.epochs * self.steps - self.done)
-            self.log(f"{line}  step {self.done}/{self.epochs * self.steps}  {left / 60:.1f} min left")
+            total, step = self.epochs * self.steps, self.before + self.done
+            left = self.training_seconds / self.done * (total - step)
+            self.log(f"{line}  step {step}/{total}  {left / 60:.1f} min left")
 
     def evaluated(self, epoch: int, accuracy: Accuracy) -> None:
         """After each epoch's evaluation."""
         self.mark = self.spoke = time.perf_counter()
-        a = self.averages()
-        line = (
-            f"epoch {epoch + 1}/{self.epochs}: loss {a['loss']:.3f}, val top-1 {accuracy.top1:.2%} "
-            f"({accuracy.images} images), {a['img_per_s']:.0f} img/s, lr {self.lr:.4f}"
-        )
+        a = self.averages() if self.done else None
+        line = f"epoch {epoch + 1}/{self.epochs}: val top-1 {accuracy.top1:.2%} ({accuracy.images} images)"
+        if a is not None:
+            speed = f"{a['img_per_s']:.0f} img/s (loader {a['loader_img_per_s']:.0f}, data wait {a['data_wait']:.0%})"
+            line = f"{line}, loss {a['loss']:.3f}, {speed}, lr {self.lr:.4f}"
         if self.bar is not None:
             self.bar.console.print(line, highlight=False)
         else:
@@ -71,4 +79,11 @@ class Progress:
         """Of the last 50 steps; the speed is that of all training steps so far, loading included, evaluation not."""
         loss, top1 = (sum(values) / len(self.recent) for values in zip(*self.recent, strict=True))
         speed = self.done * self.batch_size / self.training_seconds
-        return {"loss": loss, "top1": top1, "lr": self.lr, "img_per_s": round(speed, 1)}
+        return {
+            "loss": loss,
+            "top1": top1,
+            "lr": self.lr,
+            "img_per_s": round(speed, 1),
+            "loader_img_per_s": round(self.loader, 1),
+            "data_wait": round(self.waited / self.training_seconds, 4),
+        }

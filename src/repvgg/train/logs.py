@@ -1,0 +1,105 @@
+"""What a run leaves in writing: metrics.jsonl, TensorBoard's events, Weights & Biases if asked for, and a curve to look at."""
+
+import io
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from repvgg.files import atomically
+
+
+class Logs:
+    """Lines of values by step. Use as a context manager."""
+
+    def __init__(self, out: Path, step: int = 0, wandb: str = "", settings: dict[str, Any] | None = None) -> None:
+        """Go on after `step`: what was written of later steps will come again. Raises ValueError if wandb is not installed."""
+        self.path = out / "metrics.jsonl"
+        kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        atomically(self.path, lambda path: path.write_text(text))
+        self.board, self.wandb = None, None
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise ValueError("--wandb needs wandb: pip install wandb") from None
+            self.wandb = client.init(project=wandb, name=out.name, dir=str(out), config=settings, id=out.name, resume="allow")
+        if step:
+            self.write(step=step, resumed_from=step)
+
+    def __enter__(self) -> "Logs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()  # type: ignore[no-untyped-call]
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line, and a point of every curve."""
+        line = {"step": step, **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        curves = {name: value for name, value in values.items() if name not in ("epoch", "resumed_from")}
+        if self.board is not None:
+            for name, value in curves.items():
+                self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        if self.wandb is not None:
+            self.wandb.log(curves, step=step)
+
+
+class NoLogs:
+    """Of the processes that do not write."""
+
+    def __enter__(self) -> "NoLogs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, step: int, **values: Any) -> None:
+        pass
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole: a process that was killed may have left half of one."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """Loss and top-1 by epoch, in training and evaluation, as PNG; nothing where matplotlib is not installed."""
+    if not lines or not find_spec("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+
+    per_epoch = max((line["step"] / (line["epoch"] + 1) for line in lines if "val_top1" in line), default=1)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, name, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1, %"), strict=True):
+        scale = 100 if name == "top1" else 1
+        for key, colour, what in ((name, "#8a99ad", "training"), (f"val_{name}", "#2b6cb0", "evaluation")):
+            points = [(line["step"] / per_epoch, scale * line[key]) for line in lines if key in line]
+            axes.plot(
+                *zip(*points, strict=True), color=colour, label=what, marker="." if len(points) < 30 else None
+            ) if points else None
+        axes.set_xlabel("epoch")
+        axes.set_title(label, loc="left", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    atomically(path, lambda temporary: temporary.write_bytes(image.getvalue()))

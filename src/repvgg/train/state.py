@@ -1,0 +1,107 @@
+"""What a run needs to go on, bit for bit: state/STEP.safetensors in its folder, the last two of them.
+
+store = Store(Path("runs/a0/state"))
+store.save(State(500, {"model.stem...": tensor}, {"seconds": 61.0}))
+state = store.latest()                    # the last one that is whole; None if there is none
+
+Each holds a SHA-256 of all that is in it, and is renamed into place once it is on the disk.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from repvgg.files import FileError, atomically
+
+FORMAT = 1
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """step: of the optimizer, since the start of the run. facts: what is not a tensor, as JSON."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Store:
+    """The states of one run."""
+
+    def __init__(self, folder: Path, log: Callable[[str], None] = print) -> None:
+        self.folder, self.log = folder, log
+
+    def save(self, state: State) -> None:
+        """Write it whole, then let go of all but the last two. Raises `FileError` if the disk is full; those before are intact."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        facts = json.dumps({"format": FORMAT, "step": state.step, **state.facts})
+        metadata = {"facts": facts, "sha256": _digest(tensors, facts)}
+        atomically(self.folder / f"{state.step:09d}.safetensors", lambda path: _write(tensors, path, metadata))
+        for old in self._files()[KEEP:]:
+            old.unlink(missing_ok=True)
+
+    def latest(self) -> State | None:
+        """The last state that is whole, with a word on those that are not.
+
+        Raises `FileError` if all are damaged, or of another version of this program.
+        """
+        files = self._files()
+        for path in files:
+            try:
+                return _read(path)
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, FileError):
+                    raise
+                self.log(f"{path}: damaged, it is left out ({(str(error).splitlines() or [type(error).__name__])[0][:120]})")
+        if files:
+            raise FileError(f"{self.folder}: every state in it is damaged; --resume never starts over")
+        return None
+
+    def clear(self) -> None:
+        """Forget all."""
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        """The latest first."""
+        return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # it wraps the system's own errors in words
+        full = "No space left" in str(error) or "os error 28" in str(error)
+        raise OSError(0, "no space left on the disk" if full else str(error)) from None
+
+
+def _read(path: Path) -> State:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    facts = metadata["facts"]
+    if _digest(tensors, facts) != metadata["sha256"]:
+        raise ValueError("its checksum is another")
+    found = json.loads(facts)
+    if found.pop("format") != FORMAT:
+        raise FileError(f"{path}: written by another version of repvgg; --resume never starts over")
+    return State(found.pop("step"), tensors, found)
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""One process's part in the training of one model: what a step does, and all that must be kept to go on from it."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from repvgg.train.distributed import ALONE, World
+from repvgg.train.optimizer import custom_l2, freeze, keep_still, sgd
+from repvgg.train.recipes import Recipe
+
+
+class Trainer:
+    """Steps of SGD on `model`, which is moved to the device and changed in place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        num_classes: int,
+        *,
+        world: World = ALONE,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        """Raises ValueError for what the recipe asks of this device or model and cannot get."""
+        self.recipe, self.num_classes, self.world, self.seed = recipe, num_classes, world, seed
+        self.device = torch.device(device)
+        self.model = self._placed(model)
+        freeze(self.model, recipe.frozen_stages)
+        self.ema = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
+        )
+        self.optimizer = sgd(self.model, recipe)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")  # type: ignore[attr-defined]
+        if recipe.compile:
+            self.model.compile(dynamic=False)
+        self.network: Any = nn.parallel.DistributedDataParallel(self.model) if world.size > 1 else self.model
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        if self.recipe.checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise ValueError(f"--checkpointing: {type(model).__name__} cannot do it")
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        if self.recipe.sync_bn:
+            if self.device.type != "cuda":
+                raise ValueError(f"--sync-bn needs GPUs: PyTorch has no synchronised batch norm on {self.device.type}")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.recipe.precision == "fp64":
+            model = model.double()
+        return model.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.recipe.channels_last else torch.preserve_format
+
+    @property
+    def best_model(self) -> nn.Module:
+        """What is evaluated and kept: the moving average, if there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def train(self) -> None:
+        """Before the steps of an epoch."""
+        self.model.train()
+        keep_still(self.model, self.recipe.frozen_stages, self.recipe.freeze_bn)
+
+    def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int) -> tuple[float, float]:
+        """One step of SGD. parts: this process's normalised images [N, C, H, W] and labels [N]; number: of the step in the run.
+
+        Returns the loss and the share of images recognised, over all processes. Raises FloatingPointError, before any weight
+        moves, if the loss is no number.
+        """
+        torch.manual_seed(hash((self.seed, number, self.world.rank)) % 2**63)  # of mixup and dropout: the same when resumed here
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        for i, (x, y) in enumerate(parts, 1):
+            with nullcontext() if i == len(parts) or self.world.size == 1 else self.network.no_sync():
+                loss, logits = self._loss(x, y)
+                self.scaler.scale(loss / len(parts)).backward()
+            sums += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()]).to(sums)
+        mean_loss, top1 = (self.world.total(sums) / (len(parts) * self.world.size)).tolist()
+        if not math.isfinite(mean_loss):
+            raise diverged(f"step {number}: the loss is {mean_loss}")
+        if self.recipe.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return mean_loss, top1
+
+    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        target = y
+        if self.recipe.mixup:
+            from torchvision.transforms import v2
+
+            x, target = v2.MixUp(alpha=self.recipe.mixup, num_classes=self.num_classes)(x, y)
+        logits = self._forward(self.network, x)
+        loss = F.cross_entropy(logits, target, label_smoothing=self.recipe.label_smoothing)
+        if self.recipe.custom_l2:
+            loss = loss + self.recipe.weight_decay * custom_l2(self.model)
+        return loss, logits
+
+    def _forward(self, network: Any, x: Tensor) -> Tensor:
+        """Logits, in fp32 at least."""
+        x = x.contiguous(memory_format=self._memory_format if self.recipe.channels_last else torch.contiguous_format)
+        if self.recipe.precision == "fp64":
+            return network(x.double())  # type: ignore[no-any-return]
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.precision)
+        with torch.autocast(self.device.type, half) if half else nullcontext():
+            logits: Tensor = network(x)
+        return logits.float()
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits of `best_model`, which must be in eval mode."""
+        return self._forward(self.best_model, x)
+
+    def settle(self) -> None:
+        """Before evaluating and saving: eval mode, the first process's statistics everywhere, and numbers that a file may hold.
+
+        A channel that has been constant for a thousand steps has a running variance of 0.9^1000, which is zero to the last bit,
+        and a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is
+        added. Raises FloatingPointError for numbers that are not finite.
+        """
+        for model in {self.model, self.best_model}:
+            model.eval()
+            self.world.copy_buffers(model)
+            for name, tensor in model.state_dict().items():
+                if not torch.isfinite(tensor).all():
+                    raise diverged(f"{name} holds NaN or Inf")
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+                    module.running_var.clamp_(min=torch.finfo(module.running_var.dtype).tiny)
+
+    # ------------------------------------------------------------------------------------------------------------ its state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, batch norms' statistics, momentum, and the moving average."""
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
+                found[f"momentum.{name}"] = momentum
+        if self.ema is not None:
+            found |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
+        return found
+
+    def load(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
+        """Go on from the `tensors()` and the `scaler.state_dict()` of an earlier trainer of the same model and recipe."""
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "ema": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            groups[kind][rest] = tensor
+        self.model.load_state_dict(groups["model"])
+        for name, parameter in self.model.named_parameters():
+            if name in groups["momentum"]:
+                # A copy of the gradient's own layout: a sum of the same numbers in another order would round otherwise.
+                momentum = torch.empty_like(parameter).copy_(groups["momentum"][name])
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        if self.ema is not None:
+            self.ema.load_state_dict(groups["ema"])
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+
+def diverged(how: str) -> FloatingPointError:
+    return FloatingPointError(f"{how}: training diverged, lower --lr. What was saved before is intact")

@@ -1,0 +1,69 @@
+"""train/logs.py: lines, events and a curve, of a run that goes on."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from repvgg.train.logs import Logs, draw_curve, read_lines
+
+
+def test_a_resumed_run_forgets_what_will_come_again(tmp_path: Path) -> None:
+    with Logs(tmp_path) as logs:
+        for step in (10, 20, 30):
+            logs.write(step=step, epoch=0, loss=1 / step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # killed in the middle of a line
+    with Logs(tmp_path, step=20) as logs:
+        logs.write(step=30, epoch=0, loss=0.5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line.get("resumed_from"), line.get("loss")) for line in lines] == [
+        (10, None, 0.1),
+        (20, None, 0.05),
+        (20, 20, None),
+        (30, None, 0.5),
+    ]
+    assert read_lines(tmp_path / "metrics.jsonl") == lines
+    with Logs(tmp_path):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == ""  # a new run
+
+
+def test_tensorboard_reads_its_events(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Logs(tmp_path) as logs:
+        logs.write(step=10, epoch=0, loss=0.5, top1=0.25)
+        logs.write(step=20, epoch=1, loss=0.25, top1=0.5)
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["loss", "top1"]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
+
+
+def test_weights_and_biases_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append(("finish",)))
+    client = SimpleNamespace(init=lambda **options: calls.append((options["project"], options["config"])) or run)
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    with Logs(tmp_path, wandb="birds", settings={"lr": 0.1}) as logs:
+        logs.write(step=10, epoch=0, loss=0.5)
+    assert calls == [("birds", {"lr": 0.1}), ({"loss": 0.5}, 10), ("finish",)]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb needs wandb: pip install wandb"):
+        Logs(tmp_path, wandb="birds")
+
+
+def test_the_curve_is_a_picture(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for epoch in range(3):
+        lines.append({"step": 20 * epoch + 10, "epoch": epoch, "loss": 2.0 - epoch / 2, "top1": epoch / 3})
+        lines.append({"step": 20 * (epoch + 1), "epoch": epoch, "val_loss": 2.1 - epoch / 2, "val_top1": epoch / 3})
+    draw_curve(lines, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.size[0] > 1000
+        assert len(image.convert("RGB").getcolors(100_000) or []) > 10
+    draw_curve([], tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()

@@ -1,0 +1,208 @@
+"""train/trainer.py: one step against its formulas, and every option against doing the same by hand."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize
+from torch import Tensor, nn
+
+from repvgg import zoo
+from repvgg.data import open_source
+from repvgg.models import RepVGG
+from repvgg.train.loop import new_model
+from repvgg.train.recipes import Recipe
+from repvgg.train.trainer import Trainer
+
+EXACT = Recipe(batch_size=16, weight_decay=5e-4, precision="fp64")
+
+
+def narrow(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return new_model("repvgg_micro", open_source("digits"), log=lambda line: None, width=0.25, **options)
+
+
+def batch(n: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 1, 16, 16, generator=random), torch.randint(10, (n,), generator=random)
+
+
+def stepped(recipe: Recipe, steps: int = 3, model: nn.Module | None = None, parts: int = 1) -> Trainer:
+    trainer = Trainer(model or narrow(), recipe, 10)
+    trainer.train()
+    for step in range(steps):
+        x, y = batch(16, step)
+        trainer.step(list(zip(x.chunk(parts), y.chunk(parts), strict=True)), 0.05, step)
+    return trainer
+
+
+def distance(a: Trainer, b: Trainer) -> float:
+    """Between the weights and statistics of two."""
+    pairs = zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
+    return max(float((x.double() - y.double()).abs().max()) for x, y in pairs)
+
+
+def test_one_step_against_its_formulas() -> None:
+    """The loss with label smoothing, and SGD with momentum and weight decay, by hand in float64."""
+    network = nn.Linear(6, 4).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    weight, bias = network.weight.detach().clone(), network.bias.detach().clone()
+    recipe = Recipe(label_smoothing=0.1, weight_decay=0.01, channels_last=False, precision="fp64")
+    trainer = Trainer(network, recipe, 4)
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for number, lr in enumerate((0.5, 0.25)):
+        logits = x @ weight.T + bias
+        log_p = logits - logits.exp().sum(1, keepdim=True).log()
+        target = F.one_hot(y, 4).double() * 0.9 + 0.1 / 4
+        loss, right = trainer.step([(x, y)], lr, number)
+        assert loss == pytest.approx(float(-(target * log_p).sum(1).mean()), rel=1e-12)
+        assert right == pytest.approx(int((logits.argmax(1) == y).sum()) / 5)
+        error = (log_p.exp() - target) / 5
+        gradients = [error.T @ x + 0.01 * weight, error.sum(0)]
+        velocity = [0.9 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        weight, bias = weight - lr * velocity[0], bias - lr * velocity[1]
+        assert torch.allclose(network.weight, weight, rtol=1e-12)
+        assert torch.allclose(network.bias, bias, rtol=1e-12)
+
+
+def test_channels_last_changes_rounding_alone() -> None:
+    a, b = (stepped(replace(EXACT, channels_last=flag)) for flag in (True, False))
+    assert a.model.get_parameter("stem.block.conv_kxk.conv.weight").is_contiguous(memory_format=torch.channels_last)
+    assert distance(a, Trainer(narrow(), EXACT, 10)) > 0
+    assert distance(a, b) <= 1e-10
+
+
+def test_parts_add_up_to_the_whole_where_batch_norms_do_not_look_at_the_batch() -> None:
+    still = replace(EXACT, freeze_bn=True)
+    whole, parts = (
+        stepped(still, model=randomize_digits()),
+        stepped(replace(still, accumulate=4), model=randomize_digits(), parts=4),
+    )
+    assert distance(whole, parts) <= 1e-13
+
+
+def randomize_digits() -> nn.Module:
+    return randomize(narrow(), (8, 1, 16, 16))
+
+
+def test_checkpointing_changes_nothing() -> None:
+    assert distance(stepped(EXACT), stepped(replace(EXACT, checkpointing=True))) == 0
+    with pytest.raises(ValueError, match="--checkpointing: Linear cannot do it"):
+        Trainer(nn.Linear(1, 1), Recipe(checkpointing=True), 1)
+
+
+def test_the_moving_average_by_hand() -> None:
+    trainer = Trainer(narrow(), replace(EXACT, ema=0.8), 10)
+    average: dict[str, Tensor] = {}
+    for step in range(4):
+        trainer.train()
+        trainer.step([batch(16, step)], 0.05, step)
+        now = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items() if tensor.is_floating_point()}
+        average = {name: 0.8 * average[name] + 0.2 * tensor if average else tensor for name, tensor in now.items()}
+    found = trainer.best_model.state_dict()
+    assert trainer.best_model is not trainer.model
+    for name, tensor in average.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-12, atol=1e-14), name
+    assert zoo.manifest_of(trainer.best_model) == zoo.manifest_of(trainer.model)
+
+
+def test_clipping_limits_the_gradient() -> None:
+    recipe = replace(EXACT, momentum=0.0, weight_decay=0.0, clip_norm=0.01)
+    trainer = Trainer(narrow(), recipe, 10)
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train()
+    trainer.step([batch()], 1.0, 0)
+    moved = sum(float((p - q).square().sum()) for p, q in zip(trainer.model.parameters(), before, strict=True)) ** 0.5
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_frozen_stages_and_batch_norms_stay() -> None:
+    model = randomize_digits()
+    before = copy.deepcopy(model.state_dict())
+    after = stepped(replace(EXACT, frozen_stages=3), model=model).model.state_dict()
+    for name, tensor in after.items():
+        frozen = name.startswith(("stem.", "stages.0.", "stages.1."))
+        assert torch.equal(tensor, before[name].to(tensor.dtype)) == frozen, name
+    model = randomize_digits()
+    before = copy.deepcopy(model.state_dict())
+    after = stepped(replace(EXACT, freeze_bn=True), model=model).model.state_dict()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name].to(tensor.dtype)) == ("running" in name or "num_batches" in name), name
+
+
+def test_half_precisions_keep_fp32_weights_and_come_near() -> None:
+    exact = stepped(EXACT)
+    for precision in ("bf16", "fp16"):
+        half = stepped(replace(EXACT, precision=precision))  # type: ignore[arg-type]
+        assert all(t.dtype == torch.float32 for t in half.model.state_dict().values() if t.is_floating_point())
+        assert 1e-6 < distance(half, exact) < 0.3
+    assert half.scaler.state_dict()["scale"] > 1  # what was last is fp16
+
+
+def test_compiling_is_asked_of_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(options))
+    Trainer(narrow(), replace(EXACT, compile=True), 10)
+    assert compiled == [{"dynamic": False}]
+
+
+def test_mixup_mixes_images_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    cross_entropy: Callable[..., Tensor] = F.cross_entropy
+
+    def spy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        seen.append(target)
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    mixed = stepped(replace(EXACT, mixup=1.0, label_smoothing=0.1))
+    for target in seen:
+        assert target.shape == (16, 10)
+        assert target.min() >= 0
+        assert torch.allclose(target.sum(1), torch.ones_like(target.sum(1)))
+        assert (target > 0).sum(1).max() <= 2
+    assert any(((target > 0.01) & (target < 0.99)).any() for target in seen)
+    assert len(seen) == 3
+    torch.manual_seed(123)  # whatever was drawn before: a step draws by its number alone
+    assert distance(mixed, stepped(replace(EXACT, mixup=1.0, label_smoothing=0.1))) == 0
+
+
+def test_state_goes_on_to_the_last_bit() -> None:
+    recipe = replace(EXACT, ema=0.9, mixup=0.5, precision="fp16")
+    first = stepped(recipe)
+    second = Trainer(narrow(seed=5), recipe, 10)
+    second.load(copy.deepcopy(first.tensors()), first.scaler.state_dict())
+    for trainer in (first, second):
+        trainer.train()
+        trainer.step([batch(16, 9)], 0.03, 3)
+    a, b = first.tensors(), second.tensors()
+    assert a.keys() == b.keys()
+    assert {name.partition(".")[0] for name in a} == {"model", "momentum", "ema"}
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert first.scaler.state_dict() == second.scaler.state_dict()
+
+
+def test_a_loss_that_is_no_number_stops_before_any_weight_moves() -> None:
+    trainer = Trainer(narrow(), EXACT, 10)
+    before = copy.deepcopy(dict(trainer.model.named_parameters()))
+    x, y = batch()
+    with pytest.raises(FloatingPointError, match="step 41: the loss is nan: training diverged, lower --lr"):
+        trainer.step([(x * float("nan"), y)], 0.1, 41)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_synchronised_batch_norm_is_refused_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match="--sync-bn needs GPUs"):
+        Trainer(narrow(), replace(EXACT, sync_bn=True), 10)
+
+
+def test_what_is_for_the_family_is_refused_elsewhere() -> None:
+    other = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    for setting in ({"frozen_stages": 1}, {"layer_decay": 0.5}):
+        with pytest.raises(ValueError, match=f"--{next(iter(setting)).replace('_', '-')}: the stages of Sequential are not known"):
+            Trainer(other, Recipe(**setting), 10)  # type: ignore[arg-type]
+    assert isinstance(narrow(), RepVGG)
