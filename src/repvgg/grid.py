@@ -11,6 +11,7 @@ lock is the operating system's, so it falls with the process that held it. What 
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -156,6 +157,8 @@ class Cell:
 def run(grid: Grid, log: Callable[[str], None] = print) -> list[Outcome]:
     """Work until every cell is finished, by this process or another. Raises ValueError, before any work, for settings that do not
     fit the data, or are not those that the folder was begun with."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("a grid is spread over processes by starting it several times, each alone: not under torchrun")
     source = open_source(grid.data).limited(grid.limit)
     _try_out(grid, source)
     _settle(grid)
@@ -174,14 +177,15 @@ def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_s
     except ReparamError as error:
         return {"refused": str(error)}
     networks = [m.to(device, memory_format=torch.channels_last) for m in (model, deploy)]  # type: ignore[call-overload]
-    images, equal, error, size = 0, 0, 0.0, 0.0
+    images, equal, off, size = 0, 0, 0.0, 0.0
     with torch.no_grad():
-        for x, _ in batches(source.val, source.preprocessing, batch_size, device=device):
+        for x, labels in batches(source.val, source.preprocessing, batch_size, device=device):
+            x = x[labels >= 0]  # the others could not be read
             wanted, got = (network(x) for network in networks)
             images += len(x)
             equal += int((wanted.argmax(1) == got.argmax(1)).sum())
-            error, size = max(error, float((got - wanted).abs().max())), max(size, float(wanted.abs().max()))
-    return {"images": images, "equal": equal, "max_rel_err": error / size if size else 0.0}
+            off, size = max(off, float((got - wanted).abs().max())), max(size, float(wanted.abs().max()))
+    return {"images": images, "equal": equal, "max_rel_err": off / size if size else 0.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------- one cell
@@ -314,7 +318,8 @@ class Board:
         cells = self.grid.cells
         done = [outcome for cell in cells if (outcome := cell.outcome)]
         times = [outcome.seconds for outcome in done if outcome.seconds]
-        each = f", {statistics.mean(times) / 60:.1f} minutes each" if times else ""
+        mean = statistics.mean(times) if times else 0.0
+        each = f", {mean / 60:.1f} minutes each" if mean >= 60 else f", {mean:.0f} s each" if mean else ""
         return f"{len(done)} of {len(cells)} cells done{each}"
 
     def _table(self) -> Any:
