@@ -324,13 +324,14 @@ class Board:
 
     def _table(self) -> Any:
         from rich import box
+        from rich.console import Group
         from rich.table import Table
 
         seeds = range(self.grid.seeds)
-        table = Table(title=f"{self.grid.out}: {self._summary()}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for header in ("", *(f"seed {seed}" for seed in seeds)):
             table.add_column(header)
         for variant in dict.fromkeys(self.grid.variants):
             row = [Cell(self.grid, variant, seed) for seed in seeds]
             table.add_row(variant, *(f"{'> ' if cell == self.mine else ''}{cell.state}" for cell in row))
-        return table
+        return Group(f"{self.grid.out}: {self._summary()}", table)
