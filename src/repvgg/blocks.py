@@ -162,7 +162,7 @@ class IdentityPlusConv(DerivedConv):
 class DiracConv(DerivedConv):
     """Kernel diag(a) I + diag(b) W_norm, where W_norm is W with each filter divided by its norm (DiracNet)."""
 
-    formula = "diag(a) I + diag(b) W / |W|"
+    formula = "aI + bW/|W|"
 
     def __init__(self, in_channels: int, out_channels: int, *geometry: Any) -> None:
         super().__init__(in_channels, out_channels, *geometry)

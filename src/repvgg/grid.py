@@ -256,7 +256,7 @@ def _settle(grid: Grid) -> None:
                 atomically(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=2) + "\n"))
     except OSError as error:
         raise FileError(f"{grid.out}: cannot hold a grid ({error.strerror})") from None
-    found = _read(path) or {}
+    found = {**asdict(Recipe()), **(_read(path) or {})}  # a recipe's fields may have been fewer then
     if other := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
         differences = ", ".join(f"{name} {found.get(name)} there and {wanted.get(name)} here" for name in other)
         raise ValueError(f"{grid.out} holds a grid with other settings ({differences}): name another --out")

@@ -86,7 +86,7 @@ def test_part_of_a_grid() -> None:
     assert [t.title for t in result.tables] == ["Table 7: other structures", "Beyond the paper"]
     (acb,), (dbb,) = (t.rows for t in result.tables)
     assert acb[5:7] == ("-1.56", None)  # there is no full one here to compare with
-    assert acb[8] is None  # nor a plain one
+    assert acb[8] is None  # neither in speed
     assert dbb[:4] == ("dbb", "dbb", None, "70.00 ± 0.00")
     assert "rank correlation" not in result.why
     resnets = ablation.table7(found("resnet50", "resnet50_repvgg"))

@@ -23,14 +23,14 @@ from repvgg.files import atomically
 from repvgg.grid import RESNETS, TABLES, Grid, Outcome, run
 from repvgg.paper.canvas import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
-from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
+from repvgg.paper.result import NothingChosenError, Result, Settings, Table
 from repvgg.paper.speeds import significant
 from repvgg.paper.table4 import spearman
 from repvgg.timing import Times, interleave, ratio, synchroniser
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import get_recipe
 
-REFERENCE, FULL = "plain", "repvgg"
+PLAIN, FULL = "plain", "repvgg"
 # The paper's name and top-1 of each variant that it has.
 PRINTED: dict[str, tuple[str, float]] = {
     "plain": ("Neither (plain)", TABLE6[0].top1),
@@ -146,7 +146,7 @@ def table6(found: Findings) -> Table | None:
             f"{row.top1:.2f}",
             *_top1(found, row.block),
             f"{row.speed:,}",
-            *_speed(found, row.block),
+            *_speed(found, row.block, PLAIN),
             _folded(found.outcomes[row.block]),
         )
         for row in TABLE6
@@ -185,13 +185,13 @@ def _structures(found: Findings, variants: Sequence[str], title: str) -> Table:
                 *_top1(found, variant),
                 None if top1 is None or variant == reference else f"{top1 - PRINTED[reference][1]:+.2f}",
                 None if variant == reference else _difference(found, variant, reference),
-                *_speed(found, variant),
+                *_speed(found, variant, reference),
                 _folded(found.outcomes[variant]),
             )
         )
     header = (
         *("structure", "variant", "top-1, %, paper", "here", "n", "over the full one, paper", "here"),
-        *("examples/s in training form", "relative to plain (95% interval)", "same predictions folded"),
+        *("examples/s in training form", "relative to the full one (95% interval)", "same predictions folded"),
     )
     return Table(title, header, rows)
 
@@ -215,9 +215,9 @@ def _difference(found: Findings, variant: str, reference: str) -> str | None:
     return f"{statistics.mean(pairs):+.2f}" + (f" ± {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else "")
 
 
-def _speed(found: Findings, variant: str) -> tuple[str, str | None]:
-    times, reference = found.speeds[variant], found.speeds.get(REFERENCE)
-    return significant(found.batch_size / times.median), None if reference is None else str(ratio(reference, times))
+def _speed(found: Findings, variant: str, reference: str) -> tuple[str, str | None]:
+    times, other = found.speeds[variant], found.speeds.get(reference)
+    return significant(found.batch_size / times.median), None if other is None else str(ratio(other, times))
 
 
 def _folded(outcomes: Sequence[Outcome]) -> str:
@@ -268,7 +268,7 @@ def _data(found: Findings) -> dict[str, Any]:
                 "deviation": statistics.stdev(values) if len(values) > 1 else None,
                 "cells": [asdict(outcome) for outcome in outcomes],
                 "training_form_examples_per_second": found.batch_size / found.speeds[name].median,
-                **({"speed": interval(ratio(found.speeds[REFERENCE], found.speeds[name]))} if REFERENCE in found.speeds else {}),
+                "seconds_per_batch_by_round": found.speeds[name].by_round,
             }
             for name, outcomes in found.outcomes.items()
         },
