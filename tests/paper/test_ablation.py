@@ -48,7 +48,7 @@ def test_where_the_papers_numbers_come_from() -> None:
 
 def test_says_what_the_paper_says() -> None:
     result = ablation.report(
-        "Both", found(*TABLES, spread=0.5), Settings(), (ablation.table6, ablation.table7, ablation.others), "x"
+        "Both", found(*TABLES, spread=0.5), Settings(), (ablation.table6, ablation.table7, ablation.beyond), "x"
     )
     six, seven = result.tables  # and no table of others
     for row, printed in zip(six.rows, TABLE6, strict=True):
@@ -82,16 +82,17 @@ def test_the_order_may_be_another() -> None:
 
 def test_part_of_a_grid() -> None:
     settings = Settings()
-    result = ablation.report("Part", found("dbb", "acb"), settings, (ablation.table6, ablation.table7, ablation.others), "x")
+    result = ablation.report("Part", found("dbb", "acb"), settings, (ablation.table6, ablation.table7, ablation.beyond), "x")
     assert [t.title for t in result.tables] == ["Table 7: other structures", "Beyond the paper"]
     (acb,), (dbb,) = (t.rows for t in result.tables)
     assert acb[5:7] == ("-1.56", None)  # there is no full one here to compare with
     assert acb[8] is None  # neither in speed
     assert dbb[:4] == ("dbb", "dbb", None, "70.00 ± 0.00")
     assert "rank correlation" not in result.why
-    resnets = ablation.table7(found("resnet50", "resnet50_repvgg"))
-    assert resnets is not None
-    assert [row[6] for row in resnets.rows] == [None, "+0.03 ± 0.00"]
+    (resnets,) = ablation.table7(found("resnet50", "resnet50_repvgg"))
+    assert resnets.title == "Table 7: RepVGG blocks in ResNet-50"
+    assert [row[5:7] for row in resnets.rows] == [(None, None), ("+0.03", "+0.03 ± 0.00")]
+    assert ablation.table7(found("repvgg", "plain")) == ablation.beyond(found("repvgg")) == ablation.table6(found("acb")) == []
 
 
 def test_those_that_diverged_are_told() -> None:

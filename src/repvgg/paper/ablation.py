@@ -61,10 +61,10 @@ class Findings:
 
 def ablate(grid: Grid, settings: Settings) -> Result:
     """Run the grid, then both tables of what is in it."""
-    return report("Tables 6 and 7", find(grid, settings), settings, (table6, table7, others), "ablation")
+    return report("Tables 6 and 7", find(grid, settings), settings, (table6, table7, beyond), "ablation")
 
 
-def part(title: str, variants: Sequence[str], table: Callable[[Findings], Table | None], name: str, settings: Settings) -> Result:
+def part(title: str, variants: Sequence[str], table: Callable[[Findings], list[Table]], name: str, settings: Settings) -> Result:
     """One of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`."""
     if not settings.data:
         raise NothingChosenError("it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders)")
@@ -123,12 +123,11 @@ def _time(grid: Grid, settings: Settings) -> dict[str, Times]:
 
 
 def report(
-    title: str, found: Findings, settings: Settings, tables: Sequence[Callable[[Findings], Table | None]], name: str
+    title: str, found: Findings, settings: Settings, tables: Sequence[Callable[[Findings], list[Table]]], name: str
 ) -> Result:
-    made = [table for make in tables if (table := make(found)) is not None]
     return Result(
         f"{title}: what the structure is worth",
-        made,
+        [table for make in tables for table in make(found)],
         f"{_agreement(found)}The paper's figures are of B0 on ImageNet, 120 epochs, one run each. Which structure trains best may "
         "depend on depth, data and schedule, and differences as small as the deviation between seeds say nothing.",
         _data(found),
@@ -137,7 +136,7 @@ def report(
     )
 
 
-def table6(found: Findings) -> Table | None:
+def table6(found: Findings) -> list[Table]:
     """B0's branches, taken away one by one."""
     rows = [
         (
@@ -156,44 +155,46 @@ def table6(found: Findings) -> Table | None:
         *("identity", "1x1", "top-1, %, paper", "here", "n", "examples/s in training form, paper", "here"),
         *("relative to neither (95% interval)", "same predictions folded"),
     )
-    return Table("Table 6: the branches", header, rows) if rows else None
+    return [Table("Table 6: the branches", header, rows)] if rows else []
 
 
-def table7(found: Findings) -> Table | None:
-    """Other structures beside the full one."""
-    variants = [name for name in (*TABLES[4:], *RESNETS) if name in found.outcomes]
-    ours = [FULL] if FULL in found.outcomes else []
-    return _structures(found, [*ours, *variants], "Table 7: other structures") if variants else None
+def table7(found: Findings) -> list[Table]:
+    """Other structures beside the full one; and ResNet-50's 3x3s."""
+    others = _structures(found, TABLES[4:], FULL, "Table 7: other structures")
+    return [*others, *_structures(found, list(RESNETS)[1:], "resnet50", "Table 7: RepVGG blocks in ResNet-50")]
 
 
-def others(found: Findings) -> Table | None:
+def beyond(found: Findings) -> list[Table]:
     """What the paper has not."""
-    variants = [name for name in found.outcomes if name not in PRINTED]
-    return _structures(found, variants, "Beyond the paper") if variants else None
+    return _structures(found, [name for name in found.outcomes if name not in PRINTED], FULL, "Beyond the paper")
 
 
-def _structures(found: Findings, variants: Sequence[str], title: str) -> Table:
+def _structures(found: Findings, variants: Sequence[str], reference: str, title: str) -> list[Table]:
+    """Those of `variants` that were trained, under the reference that they are compared with."""
+    shown = [name for name in (reference, *variants) if name in found.outcomes]
+    if shown in ([], [reference]):
+        return []
     rows = []
-    for variant in variants:
+    for variant in shown:
         printed, top1 = PRINTED.get(variant, (variant, None))
-        reference = "resnet50" if variant in RESNETS else FULL
+        other = variant != reference
         rows.append(
             (
                 printed,
                 variant,
                 None if top1 is None else f"{top1:.2f}",
                 *_top1(found, variant),
-                None if top1 is None or variant == reference else f"{top1 - PRINTED[reference][1]:+.2f}",
-                None if variant == reference else _difference(found, variant, reference),
+                f"{top1 - PRINTED[reference][1]:+.2f}" if other and top1 is not None else None,
+                _difference(found, variant, reference) if other else None,
                 *_speed(found, variant, reference),
                 _folded(found.outcomes[variant]),
             )
         )
     header = (
-        *("structure", "variant", "top-1, %, paper", "here", "n", "over the full one, paper", "here"),
-        *("examples/s in training form", "relative to the full one (95% interval)", "same predictions folded"),
+        *("structure", "variant", "top-1, %, paper", "here", "n", f"over {reference}, paper", "here"),
+        *("examples/s in training form", f"relative to {reference} (95% interval)", "same predictions folded"),
     )
-    return Table(title, header, rows)
+    return [Table(title, header, rows)]
 
 
 def _top1(found: Findings, variant: str) -> tuple[str | None, str]:
