@@ -292,7 +292,7 @@ def _fold_pairs(model: nn.Module, report: FoldReport) -> None:
             model.set_submodule(conv_path, as_conv(folded, like=_main_tensor(conv)))
         model.set_submodule(norm_path, activation)
         report.pairs.append((conv_path, norm_path))
-    refuse_lost_pairs(model, found)
+    refuse_lost_pairs(model, found, "folded")
     for path, module in model.named_modules():
         if _resembles_batch_norm(module):
             hidden = path in found.hidden
@@ -359,12 +359,10 @@ def find_pairs(model: nn.Module) -> Pairs:
     return found
 
 
-def refuse_lost_pairs(model: nn.Module, found: Pairs) -> None:
-    """Raise `ReparamError` naming a parent whose forward could be traced when `found` was, and no longer can."""
+def refuse_lost_pairs(model: nn.Module, found: Pairs, done: str) -> None:
+    """Raise `ReparamError` naming a parent whose forward could be traced when `found` was, and now, its parts `done`, cannot."""
     if broken := set(find_pairs(model).hidden.values()) - set(found.hidden.values()):
-        raise ReparamError(
-            "uses a folded or replaced conv or batch norm in another way than calling its own child of that name", min(broken)
-        )
+        raise ReparamError(f"uses a {done} conv or batch norm in another way than calling its own child of that name", min(broken))
 
 
 def _called_by(parent: nn.Module) -> Iterator[nn.Module]:

@@ -97,7 +97,7 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         if norm is not None:
             model.set_submodule(norm_paths[path], split_activation(norm)[1].train(norm.training))
             report.norms.append(norm_paths[path])
-    refuse_lost_pairs(model, found)
+    refuse_lost_pairs(model, found, "replaced")
     model.replace_report = report  # type: ignore[assignment]
     return model
 
