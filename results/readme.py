@@ -99,6 +99,25 @@ paper's GPU had them ahead.
 
 ![accuracy against speed, the paper's and here](results/paper/figure1.png)"""
 
+
+def training(r: dict[str, Any]) -> str:
+    steps, state, p = r["steps"], r["state"], r["protocol"]
+    reference, *others = steps
+    found = [
+        f"{name} {s['img_per_s']:.1f} ({_interval(s['faster_than'][reference])})" for name, s in steps.items() if name in others
+    ]
+    return (
+        f"**A training step** of A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {p['rounds']} rounds taking turns: "
+        "images a second, "
+        f"and how many times {reference}, {steps[reference]['img_per_s']:.1f}: {'; '.join(found)}. A saved state of A0 takes "
+        f"{state['megabytes']:.0f} MB and {state['seconds_to_write']:.2f} s."
+    )
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['value']:.2f}, {ratio['low']:.2f} to {ratio['high']:.2f}"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cifar10": cifar10,
     "demo": demo,
@@ -106,6 +125,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "speed": speed,
     "timing": timing,
     "ablation": ablation,
+    "training": training,
 }
 
 

@@ -1,11 +1,13 @@
 """data/folder.py: class folders, and what is said of those that cannot be used."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from repvgg.data import DataError, open_source
+from repvgg.data import folder as data_folder
 from repvgg.data.images import ImageError
 from repvgg.files import Preprocessing
 
@@ -65,3 +67,33 @@ def test_what_cannot_be_trained_on_is_said(paths: list[str], folders: list[str],
         open_source(str(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}/{complaint}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_many_is_listed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_folder, "MANY", 3)
+    root = make(tmp_path / "set", "train/a/1.png", "train/a/2.png", "train/b/deep/3.png", "val/a/4.png")
+    listings: list[Path] = []
+    listing = data_folder._listing
+
+    def spy(root: Path) -> Any:
+        listings.append(root)
+        return listing(root)
+
+    monkeypatch.setattr(data_folder, "_listing", spy)
+    first = data_folder.Folder(root / "train")
+    again = data_folder.Folder(root / "train")
+    assert listings == [root / "train"]
+    assert [first[i][1] for i in range(3)] == [again[i][1] for i in range(3)] == [0, 0, 1]
+    assert list(first.names) == list(again.names)
+    make(root, "train/b/deep/5.png")
+    assert len(data_folder.Folder(root / "train")) == 4
+    (root / "train/a/1.png").unlink()
+    assert len(data_folder.Folder(root / "train")) == 3
+    assert len(listings) == 3
+    for path in (tmp_path / "cache/repvgg").iterdir():
+        path.write_bytes(b"damaged")
+    assert len(data_folder.Folder(root / "train")) == 3
+    data_folder.Folder(root / "val")
+    data_folder.Folder(root / "val")  # of few images nothing is kept
+    assert len(listings) == 6

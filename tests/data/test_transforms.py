@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from repvgg.data import Decoded
 from repvgg.data.folder import Folder
 from repvgg.data.images import ImageError
-from repvgg.data.transforms import Transformed, eval_transform, load, normalise
+from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
 from repvgg.files import Preprocessing
 
 PILLOW = {"bilinear": (Image.Resampling.BILINEAR, 1), "bicubic": (Image.Resampling.BICUBIC, 2)}  # and how far rounding may go
@@ -130,3 +130,31 @@ def test_an_unreadable_image_is_one_line_from_any_process(workers: int, tmp_path
         list(load(images, 1, workers))
     assert str(caught.value).startswith(f"{path}: not an image")
     assert "\n" not in str(caught.value)
+
+
+def test_bad_images_are_replaced_in_training_and_do_not_count_in_evaluation(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / "c").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (10 * i, 0, 0)).save(tmp_path / f"c/{i}.png")
+    (tmp_path / "c/3.png").write_bytes(b"damaged")
+    images, listing = Folder(tmp_path), tmp_path / "bad.txt"
+    training = Transformed(images, v2.Resize((8, 8)), bad=BadImages(listing, replace=True))
+    assert [int(training[i][0][0, 0, 0]) for i in range(4)] == [0, 10, 20, 0]  # the next one, round the corner
+    evaluation = BadImages(listing, replace=False)
+    got = [Transformed(images, v2.Resize((8, 8)), bad=evaluation)[i] for i in range(4)]
+    assert [label for _, label in got] == [0, 0, 0, -1]
+    assert got[3][0].shape == (3, 8, 8)
+    assert len(evaluation.listed()) == 1
+    assert evaluation.listed()[0].startswith(f"{tmp_path / 'c/3.png'}: not an image")
+    for i in range(3):
+        (tmp_path / f"c/{i}.png").write_bytes(b"damaged")
+    with pytest.raises(ImageError, match="none of the images can be read"):
+        training[0]
+
+
+def test_the_loaders_speed_is_measured() -> None:
+    images = Transformed(Decoded(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), [0] * 8), nn.Identity())
+    assert images.images_per_second == 0
+    list(load(images, 4))
+    assert images.spent[0, 1] == 8
+    assert images.images_per_second > 0

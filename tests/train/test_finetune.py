@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from conftest import randomize
+
 from repvgg import zoo
 from repvgg.data import Decoded, Source, open_source
 from repvgg.files import Preprocessing
@@ -76,16 +76,20 @@ def test_a_deploy_form_is_trained_only_when_asked_for_by_name(trained: Path, tmp
     """Trap 12."""
     path = tmp_path / "deploy.safetensors"
     zoo.save(reparameterize(zoo.load(trained)), path)
-    with pytest.raises(ValueError, match="deploy.safetensors: is in deploy form, .*start from its training form, or say --allow-deploy"):
+    with pytest.raises(
+        ValueError, match=r"deploy\.safetensors: is in deploy form, .*start from its training form, or say --allow-deploy"
+    ):
         train("", odd_or_even(), FINETUNE, tmp_path / "run", init=str(path), log=lambda line: None)
     assert not (tmp_path / "run").exists()
     keeping = Keeping(allow_deploy=True)
-    run = train("", odd_or_even(), replace(FINETUNE, lr=0.001, layer_decay=1), tmp_path / "run", init=str(path), keeping=keeping, log=str)
+    run = train(
+        "", odd_or_even(), replace(FINETUNE, lr=0.001, layer_decay=1), tmp_path / "run", init=str(path), keeping=keeping, log=str
+    )
     assert zoo.manifest_of(run.model).form == "deploy"
 
 
 def test_what_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="digits.safetensors holds repvgg_micro, not repvgg_a0"):
+    with pytest.raises(ValueError, match=r"digits\.safetensors holds repvgg_micro, not repvgg_a0"):
         started_from(str(trained), "repvgg_a0", odd_or_even())
     colour = replace(odd_or_even(), preprocessing=Preprocessing((3, 16, 16), 16))
     with pytest.raises(ValueError, match="takes images of 1 channels, those of digits have 3"):

@@ -46,7 +46,12 @@ def test_tensorboard_reads_its_events(tmp_path: Path) -> None:
 def test_weights_and_biases_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     run = SimpleNamespace(log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append(("finish",)))
-    client = SimpleNamespace(init=lambda **options: calls.append((options["project"], options["config"])) or run)
+
+    def init(**options: Any) -> SimpleNamespace:
+        calls.append((options["project"], options["config"]))
+        return run
+
+    client = SimpleNamespace(init=init)
     monkeypatch.setitem(sys.modules, "wandb", client)
     with Logs(tmp_path, wandb="birds", settings={"lr": 0.1}) as logs:
         logs.write(step=10, epoch=0, loss=0.5)

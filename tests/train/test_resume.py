@@ -36,7 +36,9 @@ def quick(out: Path, recipe: Any = QUICK, said: list[str] | None = None, **optio
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": t for name in ("best", "last") for key, t in zoo.load(out / f"{name}.safetensors").state_dict().items()}
+    return {
+        f"{name}.{key}": t for name in ("best", "last") for key, t in zoo.load(out / f"{name}.safetensors").state_dict().items()
+    }
 
 
 def same(a: Path, b: Path) -> bool:
@@ -62,7 +64,9 @@ def test_a_run_killed_at_five_places_ends_with_the_same_weights(undisturbed: Pat
     command = [sys.executable, *WORDS.split(), str(tmp_path / "run")]
     for kill in range(5):
         after = 3 * (kill + 1)  # a state is saved every third step
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True
+        ) as process:
             while not any(int(p.stem) >= after for p in (tmp_path / "run" / "state").glob("[0-9]*.safetensors")):
                 assert process.poll() is None, "it ended before it was killed"
                 time.sleep(0.005)
@@ -79,7 +83,9 @@ def test_a_run_killed_at_five_places_ends_with_the_same_weights(undisturbed: Pat
     assert steps == [8, 16, 24]
 
 
-def test_an_end_between_the_last_step_and_its_evaluation(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_between_the_last_step_and_its_evaluation(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from repvgg.train import loop
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -148,7 +154,7 @@ def test_models_without_a_state_are_not_overwritten(undisturbed: Path, tmp_path:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / "state")
-    with pytest.raises(FileError, match="holds best.safetensors but no state to go on from: another --out, or --resume never"):
+    with pytest.raises(FileError, match=r"holds best\.safetensors but no state to go on from: another --out, or --resume never"):
         quick(out)
     assert same(out, undisturbed)
 
@@ -178,7 +184,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(undisturbed: Path, t
     assert same(tmp_path / "run", undisturbed)
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_state(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from repvgg.train.trainer import Trainer
 
     def poisoned(self: Trainer, parts: Any, lr: float, number: int) -> tuple[float, float]:

@@ -116,7 +116,7 @@ def test_clipping_limits_the_gradient() -> None:
     before = [p.clone() for p in trainer.model.parameters()]
     trainer.train()
     trainer.step([batch()], 1.0, 0)
-    moved = sum(float((p - q).square().sum()) for p, q in zip(trainer.model.parameters(), before, strict=True)) ** 0.5
+    moved = sum(float((p - q).detach().square().sum()) for p, q in zip(trainer.model.parameters(), before, strict=True)) ** 0.5
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 

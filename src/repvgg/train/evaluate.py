@@ -61,7 +61,8 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
             images, labels = images[labels >= 0], labels[labels >= 0]
             if not len(labels):
                 continue
-        logits = network(images).float()
+        logits = network(images)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         if logits.shape[1] != num_classes:
             raise ValueError(f"the model has {logits.shape[1]} classes, the data {num_classes}")
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))

@@ -12,7 +12,7 @@ from repvgg.data import Source
 
 
 def started_from(
-    init: str, arch: str, source: Source, allow_deploy: bool = False, log: Callable[[str], None] = print
+    init: str, arch: str, source: Source, allow_deploy: bool = False, log: Callable[[str], object] = print
 ) -> tuple[nn.Module, Source]:
     """The model of a file, or a member of the family with the paper's weights, for the classes of a source; and the source with the
     model's own input size, mean and deviation.

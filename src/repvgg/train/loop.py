@@ -37,7 +37,7 @@ from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps
 KEEPING = Keeping()
-Log = Callable[[str], None]
+Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)

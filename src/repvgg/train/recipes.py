@@ -105,7 +105,7 @@ class Recipe:
 class Keeping:
     """When state is saved (at the end of each epoch always), and what happens in a folder that holds a run already."""
 
-    save_minutes: float = 5.0
+    save_minutes: float = 2.0
     """Save the state this often."""
     save_steps: int = 0
     """And after this many steps; 0: by the clock alone."""

@@ -37,7 +37,7 @@ class State:
 class Store:
     """The states of one run."""
 
-    def __init__(self, folder: Path, log: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, log: Callable[[str], object] = print) -> None:
         self.folder, self.log = folder, log
 
     def save(self, state: State) -> None:

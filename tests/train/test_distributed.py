@@ -1,0 +1,189 @@
+"""train/distributed.py: processes that torchrun starts, on 127.0.0.1: equal to one, and restarted where one is killed."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from repvgg import zoo
+from repvgg.train.distributed import ALONE, local_device
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+WORDS = (
+    "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 127 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
+    "--warmup-epochs 0 --recipe demo --device cpu --save-steps 2 --out"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def torchrun(*words: str, processes: int = 2, restarts: int = 0) -> list[str]:
+    where = f"--nproc-per-node {processes} --max-restarts {restarts} --master-addr 127.0.0.1 --master-port {free_port()}"
+    return [*TORCHRUN, *where.split(), *words]
+
+
+def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, **options)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": t for name in ("best", "last") for key, t in zoo.load(out / f"{name}.safetensors").state_dict().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes, 21 steps."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(torchrun(*WORDS.split(), str(out)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best val top-1") == 1  # one process speaks
+    return out
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Float64, batch norms still, 20 steps of the same global batches; and an evaluation of 241 images, which two do not divide."""
+    script = str(Path(__file__).with_name("equality.py"))
+    for size in (1, 2):
+        done = run(torchrun(script, str(tmp_path), processes=size))
+        assert done.returncode == 0, done.stderr
+    alone, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("0-of-1", "0-of-2", "1-of-2"))
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert int(alone["confusion"].sum()) == 241
+    assert torch.equal(alone["confusion"], first["confusion"])
+    for name, tensor in alone.items():
+        assert float((tensor.double() - first[name].double()).abs().max()) <= 1e-10, name
+    moved = [name for name in alone if name.startswith("momentum.")]
+    assert len(moved) > 20
+
+
+def test_the_run_of_two_is_a_run(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["processes"] == 2
+    metrics = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "val_top1" in line] == [7, 14, 21]
+
+
+def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(*WORDS.split(), str(out), restarts=2)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV) as agent:
+        while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
+            assert agent.poll() is None
+            time.sleep(0.005)
+        workers = [p for p in psutil.Process(agent.pid).children() if "repvgg" in p.cmdline()]
+        assert len(workers) == 2
+        workers[-1].send_signal(signal.SIGKILL)
+        _, said = agent.communicate(timeout=300)
+    assert agent.returncode == 0, said
+    assert "goes on after step" in said
+    a, b = weights(out), weights(undisturbed)
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def test_two_processes_stop_at_the_same_step_when_asked(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(*WORDS.split(), str(out))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV) as agent:
+        while not list((out / "state").glob("[0-9]*.safetensors")):
+            assert agent.poll() is None
+            time.sleep(0.005)
+        agent.send_signal(signal.SIGTERM)
+        _, said = agent.communicate(timeout=300)
+    assert agent.returncode != 0
+    assert "repvgg: stopped after step" in said
+    done = run(torchrun(*WORDS.split(), str(out)))
+    assert done.returncode == 0, done.stderr
+    a, b = weights(out), weights(undisturbed)
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    done = run(torchrun(*WORDS.split(), str(tmp_path), "--batch-size", "15"))
+    assert done.returncode != 0
+    assert "repvgg: --batch-size 15 cannot be divided among 2 processes: 16 can\n" in done.stderr
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = {**ENV, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = [sys.executable, *WORDS.split(), str(tmp_path)]
+        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 2
+    complaint = [line for line in done.stderr.splitlines() if line.startswith("repvgg:")]
+    assert len(complaint) == 1
+    assert complaint[0].startswith(f"repvgg: cannot meet the other processes at 127.0.0.1:{port} (")
+    assert complaint[0].endswith("give torchrun another --master-port")
+    assert "Traceback" not in done.stderr
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    values = torch.tensor([1.0, 2.0])
+    assert ALONE.total(values) is values
+    ALONE.wait()
+    ALONE.copy_buffers(torch.nn.BatchNorm2d(2))
+    assert ALONE.main
+
+
+def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert local_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [local_device(d) for d in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="makes network namespaces")
+def test_two_machines_meet(undisturbed: Path, tmp_path: Path) -> None:
+    """Two agents in network namespaces of their own, a cable between them, one c10d rendezvous."""
+    names, out = ("repvgg-a", "repvgg-b"), tmp_path / "run"
+    agents: list[subprocess.Popen[str]] = []
+
+    def ip(*words: str) -> int:
+        return subprocess.run(["ip", *words], capture_output=True).returncode
+
+    try:
+        if any(ip("netns", "add", name) for name in names):
+            pytest.skip("no network namespaces here")
+        ip("link", "add", "rv-a", "netns", names[0], "type", "veth", "peer", "name", "rv-b", "netns", names[1])
+        for name, link, address in zip(names, ("rv-a", "rv-b"), ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
+            ip("-n", name, "address", "add", address, "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        for name, link in zip(names, ("rv-a", "rv-b"), strict=True):
+            own, host = ("10.77.0.1", 1) if link == "rv-a" else ("10.77.0.2", 0)
+            where = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29555 --rdzv-conf is_host={host}"
+            meet = [*TORCHRUN, *where.split(), "--rdzv-id", "t", "--local-addr", own]
+            command = ["ip", "netns", "exec", name, *meet, *WORDS.split(), str(out)]
+            agents.append(subprocess.Popen(command, env={**ENV, "GLOO_SOCKET_IFNAME": link}, stderr=subprocess.PIPE, text=True))
+        said = [agent.communicate(timeout=120)[1] for agent in agents]
+        assert [agent.returncode for agent in agents] == [0, 0], said
+    finally:
+        for agent in agents:
+            agent.kill()
+        for name in names:
+            ip("netns", "delete", name)
+    a, b = weights(out), weights(undisturbed)
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
