@@ -74,6 +74,25 @@ def timing(r: dict[str, Any]) -> str:
     )
 
 
+def ablation(r: dict[str, Any]) -> str:
+    """A row for each variant of Tables 6 and 7, the paper's best first."""
+    s, rank = r["settings"], r["rank_correlation"]
+    rows = sorted(r["variants"].items(), key=lambda item: -(item[1]["paper"] or 0))
+    lines = ["| variant | top-1, paper | here | n | same predictions folded |", "| --- | --- | --- | --- | --- |"]
+    for name, v in rows:
+        here = "diverged" if v["mean"] is None else f"{v['mean']:.2f}" + (f" ± {v['deviation']:.2f}" if v["deviation"] else "")
+        forms = [cell["forms"] for cell in v["cells"] if cell["forms"]]
+        equal, images = (sum(f.get(key, 0) for f in forms) for key in ("equal", "images"))
+        paper = "" if v["paper"] is None else f"{v['paper']:.2f}"
+        lines.append(f"| `{name}` | {paper} | {here} | {v['n']} | {f'{equal:,} of {images:,}' if images else 'cannot be folded'} |")
+    agreement = f"rank correlation with the paper's order {rank['spearman']:.2f}" if rank["spearman"] is not None else ""
+    return (
+        f"**Tables 6 and 7**, {s['arch']} at width {s['width']:g} on CIFAR-10"
+        f"{f' ({limit:,} images of each split)' if (limit := s['limit']) else ''}, {s['epochs']} epochs ("
+        f"[blocks](docs/blocks.md)); mean and deviation of top-1 over n seeds; {agreement}.\n\n" + "\n".join(lines)
+    )
+
+
 PAPER = """**The paper's Figure 1**, left as printed, right on this machine (`repvgg paper all --out results/paper`; every table and
 figure is in `results/paper/index.html`). Without Winograd, which no library has in use here, A2 and B3 fall behind where the
 paper's GPU had them ahead.
@@ -105,6 +124,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "startup": startup,
     "speed": speed,
     "timing": timing,
+    "ablation": ablation,
     "training": training,
 }
 

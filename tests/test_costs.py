@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import repvgg
 from repvgg.algebra import ReparamError
-from repvgg.costs import cost, measure_peak_activation
+from repvgg.blocks import BLOCKS
+from repvgg.costs import cost, measure_peak_activation, num_paths
 from repvgg.models import FAMILY, RepVGG
 from repvgg.paper.numbers import FRAGMENTS, PEAK_ACTIVATION, TABLE1, TABLE4, TABLE5, KernelSpeed, ModelSpeed
 from repvgg.reparam import reparameterize
@@ -357,3 +359,41 @@ def test_summary() -> None:
     text = str(cost(on_meta("repvgg_a0", deploy=True)))
     for figure in ("8.31 M", "1.36 G", "0.75 G", "62.55 MB", "2.41 MB", "46", "24 of them"):
         assert figure in text
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+def test_paths_of_the_paper() -> None:
+    """Section 4.2: 2 x 3^15 in stage 4 of B0 (its first layer has no identity), 2^8 in that of the residual reorganisation."""
+    b0, residual = (repvgg.create_model(name, width=0.125) for name in ("repvgg_b0", "repvgg_b0_residual"))
+    assert num_paths(b0.get_submodule("stages.2")) == 2 * 3**15
+    assert num_paths(residual.get_submodule("stages.2")) == 2**8
+    assert num_paths(b0) == 2 * (2 * 3**3) * (2 * 3**5) * (2 * 3**15) * 2
+    assert num_paths(residual) == 2**2 * 2**3 * 2**8
+    assert num_paths(reparameterize(b0.eval())) == 1
+
+
+@pytest.mark.parametrize(("block", "paths"), [("plain", 1), ("acb", 3), ("mobileone", 6), ("dbb", 4), ("post_bn", 3), ("dirac", 1)])
+def test_paths_of_blocks(block: str, paths: int) -> None:
+    assert num_paths(BLOCKS[block](4, 4)) == paths
+
+
+def test_paths_of_other_networks() -> None:
+    timm = pytest.importorskip("timm")
+    assert num_paths(timm.create_model("resnet50")) == 2**16
+    gate = repvgg.create_model("repvgg_d2se", width=0.125).get_submodule("stem")
+    assert num_paths(gate) == 2  # squeeze-excite is a gate, not a branch
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x + x + 1, x.add(x), x * 2]).sum()
+
+    assert num_paths(Twice()) == 5
+
+    class Fork(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match="Fork cannot be traced, so its paths cannot be counted"):
+        num_paths(Fork())

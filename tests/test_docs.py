@@ -60,6 +60,18 @@ def test_measured_figures_in_readme_come_from_results() -> None:
     assert done.returncode == 0, "run python results/readme.py"
 
 
+def test_every_block_is_described_and_drawn_as_it_is(tmp_path: Path) -> None:
+    from repvgg.blocks import BLOCKS
+
+    subprocess.run([sys.executable, ROOT / "docs" / "draw.py", tmp_path], check=True)
+    text = (ROOT / "docs" / "blocks.md").read_text()
+    for name in BLOCKS:
+        assert re.search(rf"^### .*`{name}`", text, re.MULTILINE), name
+        assert f"![{name}](blocks/{name}.svg)" in text
+        kept, drawn = ((folder / f"{name}.svg").read_text() for folder in (ROOT / "docs" / "blocks", tmp_path))
+        assert re.findall(r"<text.*>(.*)</text>", kept) == re.findall(r"<text.*>(.*)</text>", drawn), "run python docs/draw.py"
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

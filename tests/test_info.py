@@ -37,7 +37,7 @@ def test_the_family(capsys: Captured) -> None:
         assert f"{row['params'] / 1e6:.2f} M" in line
         assert f"{row['macs'] / 1e9:.2f} G" in line
     assert "repvgg_d2se +SE" in table
-    assert "Comparators: resnet18, " in table
+    assert "Comparators: repvgg_b0_residual, resnet18, " in table
 
 
 def test_a_member_layer_by_layer(capsys: Captured) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from conftest import error_of_deviation, randomize, relative_error
 from torch import Tensor, nn
 
 from repvgg.blocks import Conv1x1
-from repvgg.models import FAMILY, RepVGG, is_deploy_form
+from repvgg.models import FAMILY, NETWORKS, Layer, RepVGG, Residual, is_deploy_form, layer_list
 from repvgg.reparam import reparameterize
 
 PAPER = {name: member for name, member in FAMILY.items() if name != "repvgg_micro"}
@@ -391,3 +391,46 @@ def test_the_stem_s_1x1_branch_is_the_one_that_does_not_crash() -> None:
     strided = [m for m in small().modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)]
     assert len(strided) == 5
     assert {type(m) for m in strided} == {Conv1x1}
+
+
+# ------------------------------------------------------------------------------------------------- the residual reorganisation
+
+
+def test_the_residual_reorganisation_is_b0_with_shortcuts() -> None:
+    """Table 7: one layer first and last; 2, 3 and 8 blocks of two in stages 2 to 4; shortcuts as in ResNet-18."""
+    b0, residual = on_meta("repvgg_b0", block="plain"), RepVGG(NETWORKS["repvgg_b0_residual"], 10, width=0.125)
+    assert [len(stage) for stage in residual.stages] == [2, 3, 8, 1]  # type: ignore[arg-type]
+    assert [type(layer) for layer in residual.get_submodule("stages.3").children()] == [Layer]
+    blocks = [m for m in residual.modules() if isinstance(m, Residual)]
+    projections = [i for i, b in enumerate(blocks) if not isinstance(b.shortcut, nn.Identity)]
+    assert projections == [0, 2, 5]  # where a stage begins
+    kernels = [m for m in residual.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert [m.stride for m in kernels] == [m.stride for m in b0.modules() if isinstance(m, nn.Conv2d)]
+    whole = RepVGG(NETWORKS["repvgg_b0_residual"], deploy=True)
+    shortcuts = 64 * 64 + 64 + 64 * 128 + 128 + 128 * 256 + 256
+    assert count(whole) == count(on_meta("repvgg_b0", deploy=True)) + shortcuts
+
+
+def test_a_residual_block_is_its_formula() -> None:
+    model = randomize(RepVGG(NETWORKS["repvgg_b0_residual"], 10, width=0.125).double())
+    block = model.get_submodule("stages.1.0")
+    x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    wanted = torch.relu(block.block(torch.relu(block.layer.block(x))) + block.shortcut(x))  # type: ignore
+    assert torch.equal(outputs(block, x.clone()), wanted)
+    kept = x.clone()
+    outputs(block, x)
+    assert torch.equal(x, kept)  # the ReLUs in place touch nothing of the caller's
+
+
+@pytest.mark.parametrize("options", [{}, {"block": "repvgg"}, {"output_stride": 8}, {"small_input": True}])
+def test_the_residual_reorganisation_folds(options: dict[str, Any]) -> None:
+    member = replace(NETWORKS["repvgg_b0_residual"], depths=(2, 4, 2, 1))
+    model = randomize(RepVGG(member, 10, width=0.125, **options).double())
+    folded = reparameterize(model)
+    assert (is_deploy_form(model), is_deploy_form(folded)) == (False, True)
+    direct = RepVGG(member, 10, width=0.125, deploy=True, **options).double().eval()
+    direct.load_state_dict(folded.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert relative_error(outputs(folded, x), outputs(model, x)) <= 1e-12
+    assert torch.equal(outputs(direct, x), outputs(folded, x))
+    assert layer_list(folded) is None

@@ -93,7 +93,7 @@ def test_an_unknown_name_lists_the_close_ones() -> None:
         repvgg.create_model("???")
 
 
-@pytest.mark.parametrize("options", [{"width": 0.5}, {"small_input": True}, {"output_stride": 8}, {"block": "plain"}])
+@pytest.mark.parametrize("options", [{"width": 0.5}, {"small_input": True}, {"output_stride": 8}])
 def test_comparators_take_no_options_of_the_family(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"resnet18 takes no {next(iter(options))}"):
         repvgg.create_model("resnet18", **options)
@@ -117,6 +117,27 @@ def test_options_that_do_not_fit_are_named(options: dict[str, Any], reason: str,
     monkeypatch.setattr(zoo, "pretrained_file", lambda *_: pytest.fail("fetched before the options were looked at"))
     with pytest.raises(ValueError, match=reason):
         repvgg.create_model("repvgg_a0", **options)
+
+
+def test_the_residual_reorganisation_there_and_back(tmp_path: Path) -> None:
+    """Table 7's: its layers are plain unless other blocks are asked for, and it has no list of layers, being no stack of them."""
+    model = randomize(repvgg.create_model("repvgg_b0_residual", num_classes=5, width=0.125))
+    assert zoo.manifest_of(model).arch["block"] == "plain"  # type: ignore[index]
+    assert zoo.is_family("repvgg_b0_residual")
+    for form in (model, reparameterize(model)):
+        repvgg.save(form, tmp_path / "a.safetensors")
+        again = repvgg.load(tmp_path / "a.safetensors")
+        x = torch.randn(2, 3, 64, 64)
+        assert torch.equal(again(x), form(x))
+        assert zoo.manifest_of(again).layers is None
+        with pytest.raises(ValueError, match="timm keys exist for the RepVGG family only"):
+            repvgg.save(form, tmp_path / "b.safetensors", to_keys="timm")
+
+
+def test_foreign_keys_know_one_block() -> None:
+    model = repvgg.create_model("repvgg_micro", num_classes=5, width=0.25, block="acb").eval()
+    with pytest.raises(ValueError, match="timm has no block 'acb': fold the model first"):
+        repvgg.save(model, "nowhere.safetensors", to_keys="timm")
 
 
 def test_weights_that_were_never_released() -> None:
@@ -210,6 +231,9 @@ def test_dtypes_survive(form: str, dtype: torch.dtype, suffix: str, tmp_path: Pa
         {"block": "plain"},
         {"block": "no_identity"},
         {"block": "no_1x1"},
+        {"block": "post_bn"},
+        {"block": "dirac"},
+        {"block": "dbb"},
     ],
     ids=str,
 )

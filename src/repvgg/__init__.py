@@ -20,6 +20,8 @@ _HOME = {
     "as_linear": "reparam",
     "cost": "costs",
     "equivalent_kernel": "reparam",
+    "num_paths": "costs",
+    "replace_conv": "replace",
     "reparameterize": "reparam",
     "verify": "reparam",
     "FileError": "files",
@@ -32,11 +34,13 @@ _HOME = {
 if TYPE_CHECKING:
     from repvgg.algebra import ReparamError as ReparamError
     from repvgg.costs import cost as cost
+    from repvgg.costs import num_paths as num_paths
     from repvgg.files import FileError as FileError
     from repvgg.reparam import as_linear as as_linear
     from repvgg.reparam import equivalent_kernel as equivalent_kernel
     from repvgg.reparam import reparameterize as reparameterize
     from repvgg.reparam import verify as verify
+    from repvgg.replace import replace_conv as replace_conv
     from repvgg.zoo import create_model as create_model
     from repvgg.zoo import list_models as list_models
     from repvgg.zoo import load as load

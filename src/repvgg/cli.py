@@ -78,7 +78,7 @@ def _train(default: Recipe) -> Callable[..., None]:
         keeping: OmitArgPrefixes[Keeping] = Keeping(),  # noqa: B008 - frozen
         width: float = 1.0,
         small_input: bool | None = None,
-        block: str = "repvgg",
+        block: str = "",
         limit: int | None = None,
         seed: int = 0,
         device: str = "",
@@ -96,7 +96,7 @@ def _train(default: Recipe) -> Callable[..., None]:
             keeping: when state is saved, and what is done with a run that is there already.
             width: scales the width multipliers a and b.
             small_input: stem and first stage at stride 1; by default for images of at most 64 pixels.
-            block: the block's structure in training form.
+            block: the structure of each layer in training form; by default the model's own. (An unknown one lists them all.)
             limit: at most this many images of each split, drawn with the seed.
             seed: of weights, order and augmentation.
             device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
@@ -106,7 +106,9 @@ def _train(default: Recipe) -> Callable[..., None]:
         from repvgg.train.distributed import local_device
         from repvgg.train.loop import train as run
 
-        options: dict[str, Any] = {"width": width, "block": block} if width != 1 or block != "repvgg" else {}
+        options: dict[str, Any] = {"block": block} if block else {}
+        if width != 1:
+            options["width"] = width
         if small_input is not None:
             options["small_input"] = small_input
         if not arch and not init:
@@ -254,8 +256,72 @@ def bench(
     show_report(report, out, json)
 
 
+def _ablate(default: Recipe) -> Callable[..., None]:
+    def ablate(
+        data: str,
+        out: Path,
+        arch: str = "repvgg_b0",
+        variants: str = "",
+        seeds: int = 3,
+        recipe: str = "",
+        settings: OmitArgPrefixes[Settings] = Settings(**asdict(default)),  # noqa: B008 - made anew with each default
+        width: float = 1.0,
+        small_input: bool | None = None,
+        limit: int | None = None,
+        device: str = "",
+        workers: int = 0,
+        json: bool = False,
+    ) -> None:
+        """Tables 6 and 7 of the paper on any data: train every variant of a block with every seed, set them side by side.
+
+        What is finished is kept and what was begun goes on, so that it may be stopped and started at will. Start it several times
+        on one folder, on one machine or many that share it, and they divide the work.
+
+        Args:
+            data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH or wds:SHARDS.
+            out: folder for a run folder per cell, and for the tables.
+            arch: the member that the variants are of.
+            variants: several with commas; by default the eleven of Tables 6 and 7. (An unknown one lists them all.)
+            seeds: how many, from 0 on. More may follow later.
+            recipe: as for train; empty: what suits the data. Its fields are flags, shown with its values.
+            settings: the recipe's fields.
+            width: scales the width multipliers a and b.
+            small_input: stem and first stage at stride 1; by default for images of at most 64 pixels.
+            limit: at most this many images of each split, the same for all.
+            device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+            workers: processes that load images; 0 loads in the main one.
+            json: print the JSON instead of tables.
+        """
+        from repvgg.grid import Grid
+        from repvgg.paper.ablation import ablate as run
+        from repvgg.paper.report import keep, show
+        from repvgg.paper.result import Settings as How
+
+        device = _device(device)
+        grid = Grid(
+            out=out,
+            data=data,
+            recipe=Recipe(**asdict(settings)),
+            arch=arch,
+            width=width,
+            small_input=small_input,
+            limit=limit,
+            variants=tuple(variants.split(",")) if variants else (),
+            seeds=seeds,
+            device=device,
+            workers=workers,
+        )
+        how = How(data=data, device=device, out=out, log=_say)
+        result = run(grid, how)
+        keep("ablation", result, how)
+        show("ablation", result, how, json)
+
+    return ablate
+
+
 def paper(
     part: Positional[str],
+    data: str = "",
     quick: bool = False,
     models: str = "",
     engine: str = "",
@@ -265,6 +331,7 @@ def paper(
     threads: int | None = None,
     channels_last: bool = True,
     device: str = "",
+    workers: int = 0,
     out: Path = Path("paper"),
     json: bool = False,
 ) -> None:
@@ -273,7 +340,8 @@ def paper(
     Finished speeds are kept in OUT/speeds.json, so that an interrupted run goes on where it was.
 
     Args:
-        part: table1, ..., table5, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.
+        part: table1, ..., table7, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.
+        data: what tables 6 and 7 train on (as for train); without it, all leaves them out.
         quick: minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so.
         models: of tables 4 and 5, figure 1 and forms, several with commas; by default all.
         engine: eager, compile, onnxruntime or openvino; by default eager, for winograd all that are installed.
@@ -283,6 +351,7 @@ def paper(
         threads: of the CPU; by default PyTorch's own number.
         channels_last: memory format NHWC for the PyTorch engines.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        workers: processes that load images for tables 6 and 7; 0 loads in the main one.
         out: folder for JSON, PNG, SVG and, for all, index.html.
         json: print the JSON instead of tables.
     """
@@ -290,6 +359,8 @@ def paper(
     from repvgg.paper.result import Settings
 
     settings = Settings(
+        data=data,
+        workers=workers,
         models=tuple(models.split(",")) if models else (),
         engine=engine,
         precision=precision,
@@ -330,23 +401,25 @@ def _run(words: list[str]) -> None:
     if words in (["--version"], ["-V"]):
         print(f"repvgg {__version__}")
         return
+    default = _default_recipe(words)
     commands: dict[str, Callable[..., Any]] = {
         "demo": demo,
         "info": info,
         "recipe": recipe,
-        "train": _train(_default_recipe(words)),
+        "train": _train(default),
         "eval": evaluate,
         "convert": convert,
         "predict": predict,
         "bench": bench,
+        "ablate": _ablate(default),
         "paper": paper,
     }
     tyro.extras.subcommand_cli_from_dict(commands, prog="repvgg", description=DESCRIPTION, args=words, sort_subcommands=False)
 
 
 def _default_recipe(words: list[str]) -> Recipe:
-    """The recipe whose values the flags of `train` start from: the one named, else the one that suits the data."""
-    if words[:1] != ["train"]:
+    """The recipe whose values the flags of `train` and `ablate` start from: the one named, else the one that suits the data."""
+    if words[:1] not in (["train"], ["ablate"]):
         return Recipe()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="")

@@ -7,24 +7,27 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from repvgg.blocks import BLOCKS, SqueezeExcite, deploy_conv
+from repvgg.blocks import UNFOLDABLE, Conv1x1, SqueezeExcite, deploy_conv, find_block, with_bn
+from repvgg.reparam import Branches
 
 
 @dataclass(frozen=True)
 class Member:
-    """Depths of stages 2 to 5 (stage 1 is the stem), the width multipliers a and b, groups of every other layer."""
+    """Depths of stages 2 to 5 (stage 1 is the stem), the width multipliers a and b, groups of every other layer, structure."""
 
     depths: tuple[int, int, int, int]
     a: float
     b: float
     groups: int = 1
     squeeze_excite: bool = False
+    residual: bool = False  # two layers and a shortcut at a time, as in ResNet-18
+    block: str = "repvgg"  # unless another is asked for
 
     def widths(self, width: float = 1.0) -> tuple[int, ...]:
         """Channels of the five stages: min(64, 64a), 64a, 128a, 256a, 512b (Table 2), each a multiple of `groups`."""
@@ -52,6 +55,11 @@ FAMILY: dict[str, Member] = {
     # Beyond the paper: small enough to train on a CPU in minutes.
     "repvgg_micro": Member((2, 2, 4, 1), 0.5, 0.5),
 }
+# What is built from a member's numbers: the family; and Table 7's "residual reorganisation", which is no RepVGG.
+NETWORKS: dict[str, Member] = {
+    **FAMILY,
+    "repvgg_b0_residual": replace(FAMILY["repvgg_b0"], residual=True, block="plain"),
+}
 
 
 class Layer(nn.Module):
@@ -67,11 +75,25 @@ class Layer(nn.Module):
         return self.act(self.se(self.block(x)))  # type: ignore[no-any-return]
 
 
+class Residual(nn.Module):
+    """Two layers with a shortcut around them, as in ResNet-18: `act(block(layer(x)) + shortcut(x))`."""
+
+    def __init__(self, layer: Layer, block: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.block = block
+        self.shortcut = shortcut
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.block(self.layer(x)) + self.shortcut(x))  # type: ignore[no-any-return]
+
+
 class RepVGG(nn.Module):
     """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
 
     output_stride: 32, or 16 or 8, where the last one or two stages keep their resolution and dilate every 3x3 instead.
-    small_input: stem and first stage at stride 1, for images of some 32 pixels.
+    small_input: stem and first stage at stride 1, for images of some 32 pixels. block: a name in `BLOCKS`; None for the member's.
     """
 
     def __init__(
@@ -83,18 +105,20 @@ class RepVGG(nn.Module):
         output_stride: int = 32,
         width: float = 1.0,
         small_input: bool = False,
-        block: str = "repvgg",
+        block: str | None = None,
     ) -> None:
         super().__init__()
+        block = block or member.block
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is {output_stride}: choose 8, 16 or 32")
-        if block not in BLOCKS:
-            raise ValueError(f"no block {block!r}: there are {', '.join(BLOCKS)}")
+        make = find_block(block)
+        if deploy and block in UNFOLDABLE:
+            raise ValueError(f"the block {block} has no deploy form: it cannot be folded")
         if num_classes < 1 or in_chans < 1 or not 0 < width <= 16:
             raise ValueError("num_classes and in_chans are at least 1, width is above 0 and at most 16")
         widths = member.widths(width)
         strides, dilations = _strides_and_dilations(output_stride, small_input)
-        make = deploy_conv if deploy else BLOCKS[block]
+        make = deploy_conv if deploy else make
 
         def layer(in_channels: int, stage: int, first: bool, index: int) -> Layer:
             out = widths[stage]
@@ -109,12 +133,13 @@ class RepVGG(nn.Module):
         self.stem = layer(in_chans, 0, True, 1)
         stages, channels, index = [], widths[0], 1
         for stage, depth in enumerate(member.depths, 1):
-            layers = []
+            into, layers = channels, []
             for i in range(depth):
                 index += 1
                 layers.append(layer(channels, stage, i == 0, index))
                 channels = widths[stage]
-            stages.append(nn.Sequential(*layers))
+            in_pairs = member.residual and depth > 1
+            stages.append(nn.Sequential(*(_reorganise(layers, into, channels, strides[stage], deploy) if in_pairs else layers)))
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels, num_classes)
         self.num_features = channels
@@ -163,6 +188,17 @@ class RepVGG(nn.Module):
         return layer(x)  # type: ignore[no-any-return]
 
 
+def _reorganise(layers: list[Layer], into: int, channels: int, stride: int, deploy: bool) -> list[Residual]:
+    """Each two layers of a stage as a residual block; where the first changes the shape, a 1x1 with batch norm is the shortcut."""
+    found: list[Residual] = []
+    for i, (first, second) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+        shortcut: nn.Module = nn.Identity()
+        if i == 0 and (into != channels or stride != 1):
+            shortcut = nn.Conv2d(into, channels, 1, stride) if deploy else Branches(conv=with_bn(Conv1x1(into, channels, stride)))
+        found.append(Residual(first, second.block, shortcut))
+    return found
+
+
 @contextmanager
 def _restored_buffers(layer: nn.Module) -> Iterator[None]:
     """Puts running statistics back, so that batch norms count a batch once though checkpointing computes it twice."""
@@ -186,14 +222,14 @@ def _strides_and_dilations(output_stride: int, small_input: bool) -> tuple[list[
 
 def is_deploy_form(model: nn.Module) -> bool:
     """Whether every layer's block is one plain convolution."""
-    return all(type(m.block) is nn.Conv2d for m in model.modules() if isinstance(m, Layer))
+    return all(type(m.block) is nn.Conv2d for m in model.modules() if isinstance(m, (Layer, Residual)))
 
 
 def layer_list(model: nn.Module) -> list[dict[str, Any]] | None:
     """The operators of a deploy form in order, as model files list them (see files.py); None for any other model."""
     if isinstance(model, PlainNet):
         return model.layers
-    if not isinstance(model, RepVGG) or not is_deploy_form(model):
+    if not isinstance(model, RepVGG) or not is_deploy_form(model) or any(isinstance(m, Residual) for m in model.modules()):
         return None
     layers: list[dict[str, Any]] = []
     for path, layer in model.named_modules():

@@ -48,6 +48,10 @@ class Branches(nn.Module):
         return reduce(torch.add, outputs)
 
 
+class Chain(nn.Sequential):
+    """Its children one after the other, as one block: it folds whole or is refused. A plain Sequential folds part by part."""
+
+
 # ------------------------------------------------------------------------------------------------ modules as linear maps
 
 
@@ -87,20 +91,20 @@ class _AsLinear:
         """As `as_linear`, at the running statistics even in train mode."""
         reader = self.reader(module)
         if reader is None:
-            raise ReparamError(_why_unknown(module))
-        if reason := _altered(module):
+            raise ReparamError(why_unknown(module))
+        if reason := altered(module):
             raise ReparamError(reason)
         _refuse_damage(module)
         return reader(module, channels)
 
     def child(self, name: str, module: nn.Module, channels: int | None) -> LinearMap:
         """As `read`, for the part `name` of a larger module: errors say so."""
-        with _inside(name):
+        with inside(name):
             return self.read(module, channels)
 
 
 @contextmanager
-def _inside(path: str) -> Iterator[None]:
+def inside(path: str) -> Iterator[None]:
     """Errors raised here are about something within the module at `path`."""
     try:
         yield
@@ -113,6 +117,11 @@ as_linear = _AsLinear()
 
 @as_linear.register(nn.Conv2d)
 def _convolution(m: nn.Conv2d, channels: int | None) -> LinearMap:
+    return conv_map(m)
+
+
+def conv_map(m: nn.Conv2d) -> LinearMap:
+    """A convolution's parameters and geometry as a map."""
     bias = m.weight.new_zeros(m.out_channels) if m.bias is None else m.bias
     return LinearMap(
         m.weight.double(),
@@ -165,7 +174,7 @@ def _average_pool(m: nn.AvgPool2d, channels: int | None) -> LinearMap:
     return LinearMap(kernel, kernel.new_zeros(c), _two(m.stride), padding, groups=c)
 
 
-@as_linear.register(nn.Sequential)
+@as_linear.register(nn.Sequential, Chain)
 def _sequential(m: nn.Sequential, channels: int | None) -> LinearMap:
     channels = channels or _channels_into(m)
     maps: list[LinearMap] = []
@@ -180,13 +189,13 @@ def _branches(m: Branches, channels: int | None) -> LinearMap:
     return add(*_on_one_device([as_linear.child(name, child, channels) for name, child in _parts(m)]))
 
 
-_CONVOLUTIONS: set[type] = {nn.Conv2d}
+CONVOLUTIONS: set[type] = {nn.Conv2d}
 
 
 def register_convolution(cls: type[nn.Conv2d]) -> type[nn.Conv2d]:
     """Class decorator: this subclass computes what `nn.Conv2d` with the same parameters does, in another way."""
     as_linear.register(cls)(_convolution)
-    _CONVOLUTIONS.add(cls)
+    CONVOLUTIONS.add(cls)
     return cls
 
 
@@ -229,7 +238,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
     finite, a running variance is not positive, a folded kernel does not fit the parameters' dtype, or the model is compiled.
     """
     refuse_train_mode(model)
-    _refuse_uncopyable(model)
+    refuse_uncopyable(model)
     for name, parameter in model.named_parameters():
         _refuse_nonfinite(name, parameter)
     report = FoldReport()
@@ -242,7 +251,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
 
 def is_foldable(module: nn.Module) -> bool:
     """Whether `reparameterize` would replace this module as one block; a conv or a BN alone is already one operator."""
-    if as_linear.reader(module) is None or _is_batch_norm(module) or type(module) in (nn.Sequential, *_CONVOLUTIONS):
+    if as_linear.reader(module) is None or is_batch_norm(module) or type(module) in (nn.Sequential, *CONVOLUTIONS):
         return False
     return bool(_floats(module))  # an identity or a pool has nothing to fold
 
@@ -252,14 +261,14 @@ def _fold_blocks(module: nn.Module, path: str, report: FoldReport, done: dict[nn
     if module in done:  # one module in two places stays one
         return done[module]
     if is_foldable(module):
-        with _inside(path):
+        with inside(path):
             m = as_linear.read(module)
-            report.errors[path] = _check_part(module, m)
+            report.errors[path] = check_part(module, m)
             done[module] = as_conv(m, like=_main_tensor(module))
         report.blocks.append(path)
         return done[module]
     if isinstance(module, Branches):
-        report.left[path] = _why_unknown(module)
+        report.left[path] = why_unknown(module)
     done[module] = module
     for name, child in _parts(module):
         module._modules[name] = _fold_blocks(child, f"{path}.{name}" if path else name, report, done)
@@ -268,23 +277,22 @@ def _fold_blocks(module: nn.Module, path: str, report: FoldReport, done: dict[nn
 
 def _fold_pairs(model: nn.Module, report: FoldReport) -> None:
     """Conv+BN that are siblings in some module's forward: the BN's only input is that conv, and the conv has no other user."""
-    found = _find_pairs(model)
+    found = find_pairs(model)
     for conv_path, norm_path in found.pairs:
         conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
         if reason := _unfoldable(conv, found.uses[conv_path]) or _unfoldable(norm, found.uses[norm_path]):
             report.left[norm_path] = reason
             continue
-        affine, activation = _split_activation(norm)
-        with _inside(norm_path):
+        affine, activation = split_activation(norm)
+        with inside(norm_path):
             gain = as_linear.read(affine)
-        with _inside(conv_path):
+        with inside(conv_path):
             folded = compose(as_linear.read(conv), gain)
-            report.errors[conv_path] = _check_part(nn.Sequential(conv, affine), folded)
+            report.errors[conv_path] = check_part(nn.Sequential(conv, affine), folded)
             model.set_submodule(conv_path, as_conv(folded, like=_main_tensor(conv)))
         model.set_submodule(norm_path, activation)
         report.pairs.append((conv_path, norm_path))
-    if broken := set(_find_pairs(model).hidden.values()) - set(found.hidden.values()):
-        raise ReparamError("uses a folded conv or batch norm in another way than calling its own child of that name", min(broken))
+    refuse_lost_pairs(model, found, "folded")
     for path, module in model.named_modules():
         if _resembles_batch_norm(module):
             hidden = path in found.hidden
@@ -295,18 +303,18 @@ def _fold_pairs(model: nn.Module, report: FoldReport) -> None:
 def _unfoldable(module: nn.Module, uses: int) -> str | None:
     """Why this conv or batch norm cannot be half of a pair, if so."""
     cls = type(module).__name__
-    if reason := _altered(module):
+    if reason := altered(module):
         return f"its {cls} {reason}"
-    if type(module) not in _CONVOLUTIONS and not _is_batch_norm(module):
-        return f"its {_why_unknown(module)}"
+    if type(module) not in CONVOLUTIONS and not is_batch_norm(module):
+        return f"its {why_unknown(module)}"
     if isinstance(module, nn.Conv2d) and _pads_unevenly(module):
         return f"its {cls} {UNEVEN}"
-    if _is_batch_norm(module) and module.running_mean is None:
+    if is_batch_norm(module) and module.running_mean is None:
         return f"its {cls} {NO_STATISTICS}"
     return f"its {cls} is used in more than one place" if uses > 1 else None
 
 
-def _split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+def split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     """A batch norm as its affine part and what it does after that (timm's BatchNormAct2d has an activation inside)."""
     affine = copy.deepcopy(norm)
     for name, _ in _parts(affine):
@@ -315,7 +323,7 @@ def _split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 @dataclass
-class _Pairs:
+class Pairs:
     """Paths of every conv whose output goes to a batch norm and nowhere else, and of that batch norm."""
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
@@ -323,11 +331,11 @@ class _Pairs:
     hidden: dict[str, str] = field(default_factory=dict)  # modules called by a parent whose forward cannot be traced
 
 
-def _find_pairs(model: nn.Module) -> _Pairs:
+def find_pairs(model: nn.Module) -> Pairs:
     """Traces the forward of every module in the tree by itself, on a copy (a forward may store what it sees)."""
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     names = {module: path for path, module in model.named_modules()}
-    found = _Pairs()
+    found = Pairs()
     for parent, path in names.items():
         if _calls_nothing(parent):
             continue
@@ -349,6 +357,12 @@ def _find_pairs(model: nn.Module) -> _Pairs:
                         found.pairs.append((names[conv], names[module]))
     found.uses |= Counter(names[child] for parent in names for _, child in _parts(parent))
     return found
+
+
+def refuse_lost_pairs(model: nn.Module, found: Pairs, done: str) -> None:
+    """Raise `ReparamError` naming a parent whose forward could be traced when `found` was, and now, its parts `done`, cannot."""
+    if broken := set(find_pairs(model).hidden.values()) - set(found.hidden.values()):
+        raise ReparamError(f"uses a {done} conv or batch norm in another way than calling its own child of that name", min(broken))
 
 
 def _called_by(parent: nn.Module) -> Iterator[nn.Module]:
@@ -429,7 +443,7 @@ def verify(a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images:
         raise ValueError(f"images is {images}: the deviation across images needs at least 2")
     for model in (a, b):
         refuse_train_mode(model)
-    _refuse_uncopyable(a)
+    refuse_uncopyable(a)
     like = next(b.parameters())
     x = torch.randn(images, *input_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x.to(like.dtype).to(like.device)  # rounded first, so that all see the same images
@@ -459,8 +473,8 @@ def refuse_train_mode(model: nn.Module) -> None:
             )
 
 
-def _check_part(original: nn.Module, folded: LinearMap) -> float:
-    """Relative float64 error on noise just large enough to reach every tap, every border and a second stride step."""
+def check_part(original: nn.Module, folded: LinearMap) -> float:
+    """Relative float64 error of a module in eval mode, on noise just large enough for every tap, border and a second step."""
     geometry = zip(folded.kernel_size, folded.dilation, folded.stride, folded.padding, strict=True)
     size = [d * (k - 1) + 1 + 2 * s + p for k, d, s, p in geometry]
     noise = torch.Generator().manual_seed(folded.in_channels * 31 + folded.kernel_size[0])
@@ -525,13 +539,13 @@ def _two(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
+def is_batch_norm(module: nn.Module) -> bool:
     """Of a type whose affine part we know; a stranger's subclass is not."""
     return as_linear.reader(module) in (_batch_norm, _batch_norm_act)
 
 
 def _resembles_batch_norm(module: nn.Module) -> bool:
-    return _is_batch_norm(module) or isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    return is_batch_norm(module) or isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
 
 
 def _activation_of(norm: nn.Module) -> nn.Module | None:
@@ -540,7 +554,7 @@ def _activation_of(norm: nn.Module) -> nn.Module | None:
     return nn.Sequential(*after).eval() if len(after) > 1 else after[0] if after else None
 
 
-def _altered(module: nn.Module) -> str | None:
+def altered(module: nn.Module) -> str | None:
     """Why this object may do something else than its type says."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "carries forward hooks (old-style spectral_norm is one), which folding would lose: remove them first"
@@ -550,7 +564,7 @@ def _altered(module: nn.Module) -> str | None:
 REPLACED = "has a forward of its own in place of its class's (torch.compile does so): fold the plain module, then compile that"
 
 
-def _refuse_uncopyable(model: nn.Module) -> None:
+def refuse_uncopyable(model: nn.Module) -> None:
     """What a deep copy would tie to the original, or cannot copy at all."""
     for path, module in model.named_modules():
         if "forward" in vars(module):
@@ -579,7 +593,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def _why_unknown(module: nn.Module) -> str:
+def why_unknown(module: nn.Module) -> str:
     cls = type(module).__name__
     if hasattr(module, "parametrizations"):
         return f"{cls} is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -600,7 +614,7 @@ def _channels_into(module: nn.Module) -> int | None:
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             return m.in_channels
-        if _is_batch_norm(m):
+        if is_batch_norm(m):
             return int(m.running_mean.numel()) if m.running_mean is not None else None  # type: ignore[operator]
     return None
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from repvgg import baselines, files, keys
 from repvgg.files import FileError, Manifest, Preprocessing
-from repvgg.models import FAMILY, PlainNet, RepVGG, is_deploy_form, layer_list
+from repvgg.models import FAMILY, NETWORKS, PlainNet, RepVGG, is_deploy_form, layer_list
 from repvgg.reparam import reparameterize
+from repvgg.replace import replace_conv
 
 # The paper's weights as timm publishes them, in timm's keys.
 PRETRAINED = ("a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se")
@@ -24,7 +25,7 @@ HUB_REPO = "timm/{name}.rvgg_in1k"
 
 def list_models() -> list[str]:
     """Names that `create_model` knows: the family first, then the paper's comparators."""
-    return [*FAMILY, *baselines.list_baselines()]
+    return [*NETWORKS, *baselines.list_baselines()]
 
 
 def resolve_name(name: str) -> str:
@@ -37,8 +38,8 @@ def resolve_name(name: str) -> str:
 
 
 def is_family(name: str) -> bool:
-    """Whether a name is a RepVGG of ours, rather than a comparator."""
-    return resolve_name(name) in FAMILY
+    """Whether a name is a network of ours, which takes the family's options, rather than a comparator from elsewhere."""
+    return resolve_name(name) in NETWORKS
 
 
 def create_model(
@@ -51,22 +52,25 @@ def create_model(
     output_stride: int = 32,
     width: float = 1.0,
     small_input: bool = False,
-    block: str = "repvgg",
+    block: str | None = None,
 ) -> nn.Module:
     """A model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes].
+
+    block: the structure of each layer in training form, a name in `repvgg.blocks.BLOCKS`; by default the network's own ("repvgg",
+    in the residual one "plain"). In a comparator it takes the place of each 3x3 convolution (see `replace_conv`).
 
     pretrained: the paper's ImageNet weights from the hub; a string pins the hub repository's revision. With another number of
     classes the classifier starts anew. Raises ValueError for an unknown name or option, `FileError` if the hub cannot be reached.
     """
     name = resolve_name(name)
     arch: dict[str, Any] = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
-    options: dict[str, Any] = {"output_stride": output_stride, "width": width, "small_input": small_input, "block": block}
-    if name not in FAMILY:
-        return _create_baseline(arch, options, deploy, pretrained)
-    arch.update(options)
+    options: dict[str, Any] = {"output_stride": output_stride, "width": width, "small_input": small_input}
+    if name not in NETWORKS:
+        return _create_baseline(arch, options, block, deploy, pretrained)
+    arch.update(options, block=block or NETWORKS[name].block)
     if pretrained:
         return _create_pretrained(arch, deploy, "main" if pretrained is True else pretrained)
-    model = RepVGG(FAMILY[name], num_classes, in_chans, deploy, **options)
+    model = RepVGG(NETWORKS[name], num_classes, in_chans, deploy, **options, block=block)
     return remember(model, Manifest(arch, preprocessing=default_preprocessing(arch)))
 
 
@@ -109,8 +113,11 @@ def save(
     if to_keys != "repvgg":
         if to_keys not in keys.SCHEMES:
             raise ValueError(f"no key scheme {to_keys!r}: repvgg, {', '.join(keys.SCHEMES)}")
-        if not isinstance(model, RepVGG):
+        arch = manifest.arch or {}
+        if arch.get("name") not in FAMILY or not isinstance(model, RepVGG):
             raise ValueError(f"{to_keys} keys exist for the RepVGG family only")
+        if manifest.form == "training" and arch["block"] != "repvgg":
+            raise ValueError(f"{to_keys} has no block {arch['block']!r}: fold the model first")
         tensors = keys.to_foreign(tensors, to_keys)
         manifest = replace(manifest, layers=None)  # its tensor names would be wrong
     files.write(path, tensors, manifest)
@@ -167,13 +174,17 @@ def pretrained_file(name: str, revision: str = "main") -> Path:
 # ----------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _create_baseline(arch: dict[str, Any], options: dict[str, Any], deploy: bool, pretrained: bool | str) -> nn.Module:
-    family_only = {"output_stride": 32, "width": 1.0, "small_input": False, "block": "repvgg"}
+def _create_baseline(
+    arch: dict[str, Any], options: dict[str, Any], block: str | None, deploy: bool, pretrained: bool | str
+) -> nn.Module:
+    family_only = {"output_stride": 32, "width": 1.0, "small_input": False}
     if wrong := [name for name, default in family_only.items() if options[name] != default]:
         raise ValueError(f"{arch['name']} takes no {', '.join(wrong)}: these belong to the RepVGG family")
     if isinstance(pretrained, str):
         raise ValueError(f"{arch['name']} has timm's default weights or none: pretrained=True takes no revision")
     model = baselines.create_baseline(**arch, pretrained=pretrained)
+    if block is not None:
+        model, arch = replace_conv(model, block, fresh=not pretrained), {**arch, "block": block}
     manifest = Manifest(arch, preprocessing=default_preprocessing(arch))
     if pretrained and arch["in_chans"] == 3:
         manifest = replace(manifest, preprocessing=_timm_preprocessing(model))
@@ -268,7 +279,8 @@ def _build(manifest: Manifest, numbers: int) -> nn.Module:
         if not deploy or is_family(str(arch.get("name"))):
             return create_model(**arch, deploy=deploy)
         # A baseline's deploy form is known only by folding one, which takes memory; so does the manifest ask for too much?
-        if sum(tensor.numel() for tensor in create_model(**arch).state_dict().values()) > 2 * numbers:
+        plain = {key: value for key, value in arch.items() if key != "block"}
+        if sum(tensor.numel() for tensor in create_model(**plain).state_dict().values()) > 2 * numbers:
             raise ValueError("its manifest describes a larger network than its tensors")
     return create_model(**arch, deploy=True)
 
@@ -310,7 +322,7 @@ def _is_folded(model: nn.Module) -> bool:
 
 def default_preprocessing(arch: dict[str, Any]) -> Preprocessing:
     """What a model made with these arguments of `create_model` expects, before any data has said otherwise."""
-    if arch["name"] not in FAMILY:
+    if arch["name"] not in NETWORKS:
         size = baselines.input_size(arch["name"])
         return _preprocessing(arch["in_chans"], size, round(size / 0.875))
     if arch.get("small_input"):

@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from repvgg.blocks import BLOCKS
 from repvgg.models import FAMILY, Member, RepVGG
 from repvgg.paper import figure2
 from repvgg.paper.result import Settings
@@ -92,3 +93,43 @@ def test_run_draws_a_network_of_the_family_and_states_its_fold() -> None:
     assert result.data["parameters"] == {"training": 9_108_968, "deploy": 8_309_384}
     assert 0 < result.data["max_rel_err"] < 1e-5
     assert "9,108,968 parameters" in " ".join(words(result.figures["figure2"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "boxes"),
+    [
+        ("repvgg", ["3×3", "BN", "1×1", "BN", "identity", "BN", "folds into", "3×3"]),
+        ("plain", ["3×3", "BN", "folds into", "3×3"]),
+        ("qarepvgg", ["3×3", "BN", "1×1", "identity", "BN", "folds into", "3×3"]),
+        ("dirac", ["3×3", "aI + bW/|W|", "BN", "folds into", "3×3"]),
+        (
+            "relu_in_branch",
+            [
+                *["3×3", "BN", "ReLU", "1×1", "BN", "ReLU", "identity", "BN", "ReLU"],
+                "cannot be folded: ReLU is not known to be linear",
+            ],
+        ),
+        (
+            "dbb",
+            [
+                *["3×3", "BN", "1×1", "BN", "1×1", "I + W", "BN", "3×3", "BN", "1×1", "BN", "average", "3×3", "BN"],
+                "folds into",
+                "3×3",
+            ],
+        ),
+    ],
+)
+def test_one_block_alone(name: str, boxes: list[str]) -> None:
+    figure = figure2.draw_block(BLOCKS[name](4, 4))
+    assert sorted(words(figure)) == sorted(boxes)
+    width, height = figure.get_size_inches() * figure.dpi
+    for text in figure.axes[0].texts:
+        x, y = text.get_position()
+        assert 0 < x < width
+        assert 0 < y < height
+
+
+def test_what_a_block_folds_into_is_drawn_from_it() -> None:
+    found = words(figure2.draw_block(BLOCKS["acb"](4, 8, stride=2)))
+    assert found.count("stride 2") == 4
+    assert {"1×3", "3×1"} < set(found)

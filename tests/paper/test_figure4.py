@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from repvgg.algebra import ReparamError, add
-from repvgg.blocks import repvgg, with_bn
+from repvgg.blocks import no_1x1, plain, repvgg, with_bn
 from repvgg.paper import figure4
 from repvgg.paper.result import Settings
 from repvgg.reparam import Branches, as_linear
@@ -36,8 +36,8 @@ def acb() -> Branches:
 BLOCKS = {
     "two_channels": lambda: repvgg(2, 2),
     "stride": lambda: repvgg(2, 3, stride=2),
-    "only_3x3": lambda: repvgg(2, 2, with_1x1=False, with_identity=False),
-    "no_1x1": lambda: repvgg(1, 1, with_1x1=False),
+    "only_3x3": lambda: plain(2, 2),
+    "no_1x1": lambda: no_1x1(1, 1),
     "groups": lambda: repvgg(2, 2, groups=2),
     "dilation": lambda: repvgg(2, 2, dilation=2),
     "identity_without_bn": lambda: Branches(conv=with_bn(nn.Conv2d(2, 2, 3, padding=1)), identity=nn.Identity()),
@@ -88,7 +88,7 @@ def written(tensors: Iterable[Tensor]) -> Counter[str]:
 
 def test_the_picture_is_equation_3_number_by_number() -> None:
     """Against the equation written out in float64, for a 3x3 and an identity branch of two channels."""
-    block = trained(repvgg(2, 2, with_1x1=False))
+    block = trained(no_1x1(2, 2))
     state = {name: tensor.double() for name, tensor in block.state_dict().items()}
     identity = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1)
     shown: list[Tensor] = []

@@ -42,7 +42,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_part_has_its_file_and_only_those() -> None:
     files = {path.stem for path in Path(report.__file__).parent.glob("*.py")}
-    assert set(PARTS) == files - {"__init__", "canvas", "numbers", "report", "result", "speeds"}
+    assert set(PARTS) == files - {"__init__", "ablation", "canvas", "numbers", "report", "result", "speeds"}
 
 
 def test_one_part(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +125,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_all_quick_for_real(tmp_path: Path) -> None:
     models = "repvgg_a0,resnet18,repvgg_b2g4"
-    main(["paper", "all", "--quick", "--models", models, "--rounds", "1", "--batch-size", "1", "--out", str(tmp_path)])
+    words = ["--quick", "--models", models, "--data", "digits", "--rounds", "1", "--batch-size", "1", "--out", str(tmp_path)]
+    main(["paper", "all", *words])
     html = (tmp_path / "index.html").read_text()
     assert html.count("(quick)</h2>") == len(PARTS)
     assert {f"{part}.json" for part in PARTS} <= {path.name for path in tmp_path.iterdir()}

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from repvgg import zoo
+from repvgg.algebra import ReparamError
 from repvgg.bench.models import randomise_norms
+from repvgg.blocks import DerivedConv
 from repvgg.models import Layer, RepVGG
 from repvgg.paper.canvas import (
     IDENTITY,
@@ -27,13 +29,14 @@ from repvgg.paper.canvas import (
     write,
 )
 from repvgg.paper.result import Result, Settings
-from repvgg.reparam import Branches, reparameterize, verify
+from repvgg.reparam import Branches, Chain, as_conv, as_linear, reparameterize, verify
 
 MODEL = "repvgg_a0"
 LAYERS = 4  # as many as the paper shows
 MARGIN, STUB, GAP, PAD, SUM = 20, 30, 12, 14, 20
 HEADING = 640  # at least so wide, for the words
 LANE, CHIP = 52, 38  # heights: of a branch, of an operator in it
+FOLD_ROOM, REFUSAL_ROOM = 120, 360  # for the words beside one block
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,35 @@ def draw(model: RepVGG, deploy: RepVGG) -> Figure:
     return figure
 
 
+def draw_block(block: nn.Module) -> Figure:
+    """One block in training form, `Branches` or a `Chain` that begins with them, and what it folds into."""
+    body, after = (block[0], list(block)[1:]) if isinstance(block, Chain) else (block, [])
+    branches = [_branch(branch) for branch in body.children()]
+    chain = [operator for m in after for operator in _operators(m)]
+    panel = max(_length(lane) for lane in branches) + (4 * PAD + SUM if len(branches) > 1 else 2 * PAD)
+    height = len(branches) * LANE + 20
+    middle, x = MARGIN + height / 2, MARGIN + STUB
+    end = x + panel + (_length(chain) + 2 * GAP if chain else 0)  # of what folds
+    try:
+        folded = [_convolution(as_conv(as_linear.read(block), next(block.parameters())))]
+    except ReparamError as error:
+        folded, word = [], f"cannot be folded: {error.reason.partition(':')[0]}"
+    else:
+        word = "folds into"
+    room = FOLD_ROOM if folded else REFUSAL_ROOM
+    figure, axes = canvas(end + room + (_length(folded) + STUB if folded else 0) + MARGIN, height + 2 * MARGIN)
+    box(axes, (x + end) / 2, middle, end - x, height, (PANEL, PANEL), radius=10, zorder=1)
+    wire(axes, [(MARGIN, middle), (x, middle)])
+    _block(axes, x, middle, panel, branches)
+    if chain:
+        _chain(axes, x + panel, middle, end - x - panel, chain)
+    wire(axes, [(end, middle), (end + STUB - GAP, middle)], head=True)
+    write(axes, end + STUB + GAP if folded else end + STUB, middle, word, 12.5, MUTED, "left")
+    if folded:
+        _chain(axes, end + room, middle, _length(folded) + STUB, folded)
+    return figure
+
+
 def _layers(model: RepVGG, stage: int) -> list[Layer]:
     return list(model.stages[stage]) if stage < len(model.stages) else []  # type: ignore[call-overload]
 
@@ -137,6 +169,8 @@ def _operators(module: nn.Module) -> list[Operator]:
             found.append(_convolution(part))
         elif isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm):
             found.append(Operator("BN"))
+        elif isinstance(part, nn.AvgPool2d):
+            found.append(Operator("average", f"{part.kernel_size}×{part.kernel_size}", width=76))  # noqa: RUF001
         elif not isinstance(part, nn.Identity | nn.Sequential) and not any(True for _ in part.children()):
             found.append(Operator(type(part).__name__, width=50))
     return found
@@ -147,6 +181,8 @@ def _convolution(conv: nn.Conv2d) -> Operator:
     unusual = [
         f"{what} {n}" for what, n in (("stride", conv.stride[0]), ("dilation", conv.dilation[0]), ("groups", conv.groups)) if n > 1
     ]
+    if isinstance(conv, DerivedConv):
+        unusual.insert(0, conv.formula)
     note = unusual[0] if len(unusual) == 1 else " ".join(f"{word[0]}{word.split()[1]}" for word in unusual)
     return Operator(f"{rows}×{columns}", note, POINTWISE if (rows, columns) == (1, 1) else WIDEST, 76)  # noqa: RUF001
 
@@ -198,5 +234,5 @@ def _boxes(axes: Axes, centre: float, y: float, chain: Sequence[Operator]) -> No
         box(axes, middle, y, operator.width, CHIP, operator.colours)
         write(axes, middle, y - 7 if operator.note else y, operator.name, 13.5)
         if operator.note:
-            write(axes, middle, y + 9, operator.note, 11, operator.colours[1])
+            write(axes, middle, y + 9, operator.note, 11, MUTED if operator.colours is NEUTRAL else operator.colours[1])
         x += operator.width + GAP

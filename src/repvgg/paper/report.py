@@ -20,6 +20,8 @@ PARTS = (
     "table4",
     "table5",
     "forms",
+    "table6",
+    "table7",
     "figure2",
     "figure3",
     "figure4",
@@ -63,11 +65,16 @@ def paper(part: str, settings: Settings, with_json: bool = False) -> None:
 def produce(part: str, settings: Settings) -> Result:
     """Run it, and write its JSON and figures."""
     result: Result = import_module(f"repvgg.paper.{part}").run(settings)
+    keep(part, result, settings)
+    return result
+
+
+def keep(part: str, result: Result, settings: Settings) -> None:
+    """Write its JSON and figures."""
     record.write(settings.out / f"{part}.json", to_record(result, settings))
     for name, figure in result.figures.items():
         for kind in ("png", "svg"):
             atomically(settings.out / f"{name}.{kind}", partial(figure.savefig, format=kind, dpi=200))
-    return result
 
 
 def to_record(result: Result, settings: Settings) -> dict[str, object]:

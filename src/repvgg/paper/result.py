@@ -41,8 +41,10 @@ PROTOCOLS = {
 class Settings:
     """How to measure. models: names as create_model takes them, none for all; engine: "" for each part's own choice (eager, as a
     rule); batch_size, rounds: None for those of PROTOCOLS; quick: minutes instead of tens of minutes, and marked so; out: the
-    folder; log: told of progress."""
+    folder; log: told of progress. data, workers: what the ablations train on, and processes that load it."""
 
+    data: str = ""
+    workers: int = 0
     models: tuple[str, ...] = ()
     engine: str = ""
     precision: str = "fp32"

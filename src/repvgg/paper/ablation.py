@@ -1,0 +1,300 @@
+"""Tables 6 and 7 on any data: what the branches, and other ways to build them, are worth.
+
+The grid of trainings is grid.py's; here its outcomes are set beside the paper's, with the speed of each training form.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from repvgg.bench.models import randomise_norms
+from repvgg.data import open_source
+from repvgg.deploy import engines
+from repvgg.files import atomically
+from repvgg.grid import RESNETS, TABLES, Grid, Outcome, run
+from repvgg.paper.canvas import INK, MUTED, POINTWISE, RULE, WIDEST, plot
+from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
+from repvgg.paper.result import NothingChosenError, Result, Settings, Table
+from repvgg.paper.speeds import significant
+from repvgg.paper.table4 import spearman
+from repvgg.timing import Times, interleave, ratio, synchroniser
+from repvgg.train.loop import new_model
+from repvgg.train.recipes import get_recipe
+
+PLAIN, FULL = "plain", "repvgg"
+# The paper's name and top-1 of each variant that it has.
+PRINTED: dict[str, tuple[str, float]] = {
+    "plain": ("Neither (plain)", TABLE6[0].top1),
+    "no_1x1": ("Identity alone", TABLE6[1].top1),
+    "no_identity": ("1x1 alone", TABLE6[2].top1),
+    **{("residual" if v.model.endswith("residual") else v.block): (v.printed, v.top1) for v in TABLE7},
+    "resnet50": ("ResNet-50", RESNET50),
+    "resnet50_repvgg": ("ResNet-50 with RepVGG blocks", RESNET50_WITH_BLOCKS),
+}
+# A look at whether it works, in minutes; what a network of this size learns in two epochs says little.
+QUICK: dict[str, Any] = {"width": 0.125, "limit": 2000}
+QUICK_EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of one grid. outcomes: by variant, the finished cells. speeds: of the training forms, seconds a batch of `batch_size`."""
+
+    grid: Grid
+    outcomes: dict[str, list[Outcome]]
+    speeds: dict[str, Times]
+    batch_size: int
+
+    def top1(self, variant: str) -> list[float]:
+        """In percent, of the cells that did not diverge."""
+        return [100 * o.top1 for o in self.outcomes[variant] if o.top1 is not None]
+
+
+def ablate(grid: Grid, settings: Settings) -> Result:
+    """Run the grid, then both tables of what is in it."""
+    return report("Tables 6 and 7", find(grid, settings), settings, (table6, table7, beyond), "ablation")
+
+
+def part(title: str, variants: Sequence[str], table: Callable[[Findings], list[Table]], name: str, settings: Settings) -> Result:
+    """One of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`."""
+    if not settings.data:
+        raise NothingChosenError("it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders)")
+    grid = Grid(settings.out / "ablation", settings.data, get_recipe("light"), device=settings.device, workers=settings.workers)
+    if settings.quick:
+        recipe = replace(get_recipe(open_source(settings.data).recipe), epochs=QUICK_EPOCHS)
+        grid = replace(grid, out=settings.out / "ablation-quick", recipe=recipe, **QUICK)
+    return report(title, find(replace(grid, variants=tuple(variants)), settings), settings, (table,), name)
+
+
+def find(grid: Grid, settings: Settings) -> Findings:
+    """Train what is not trained yet, and time what is not timed yet."""
+    outcomes = run(grid, settings.log)
+    by_variant = {name: [o for o in outcomes if o.variant == name] for name in dict.fromkeys(grid.variants)}
+    return Findings(grid, by_variant, training_speeds(grid, settings), settings.protocol.batch_size)
+
+
+def training_speeds(grid: Grid, settings: Settings) -> dict[str, Times]:
+    """Every variant's training form in eval mode with random weights, eager, taking turns; kept in the grid's folder.
+
+    Of the processes that share a folder one measures, after all training is done.
+    """
+    protocol = settings.protocol
+    conditions = {**asdict(protocol), "where": settings.where, "torch": torch.__version__, "variants": list(grid.variants)}
+    key = json.dumps(conditions)
+    path = grid.out / "speeds.json"
+    with FileLock(grid.out / "speeds.lock"):
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if key not in kept:
+            settings.log("timing the training forms, which take turns")
+            kept[key] = {name: times.by_round for name, times in _time(grid, settings).items()}
+            atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1) + "\n"))
+    return {name: Times([[s] for s in seconds]) for name, seconds in kept[key].items()}
+
+
+def _time(grid: Grid, settings: Settings) -> dict[str, Times]:
+    source, protocol = open_source(grid.data), settings.protocol
+    size = source.preprocessing.input_size
+    options = replace(settings.options(protocol.batch_size), input_size=size)
+    calls = {}
+    for variant in dict.fromkeys(grid.variants):
+        arch, how = grid.network(variant)
+        model = randomise_norms(new_model(arch, source, log=lambda line: None, **how), (4, *size))
+        engine = engines.build("eager", model, options)
+        calls[variant] = partial(engine.run, engine.prepare(torch.randn(protocol.batch_size, *size)))
+    return interleave(
+        calls,
+        rounds=protocol.rounds,
+        batches=protocol.batches,
+        warmup=protocol.warmup,
+        synchronise=synchroniser(settings.device),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ tables
+
+
+def report(
+    title: str, found: Findings, settings: Settings, tables: Sequence[Callable[[Findings], list[Table]]], name: str
+) -> Result:
+    return Result(
+        f"{title}: what the structure is worth",
+        [table for make in tables for table in make(found)],
+        f"{_agreement(found)}The paper's figures are of B0 on ImageNet, 120 epochs, one run each. Which structure trains best may "
+        "depend on depth, data and schedule, and differences as small as the deviation between seeds say nothing.",
+        _data(found),
+        {name: draw(found)},
+        _how(found, settings),
+    )
+
+
+def table6(found: Findings) -> list[Table]:
+    """B0's branches, taken away one by one."""
+    rows = [
+        (
+            "yes" if row.identity else "no",
+            "yes" if row.pointwise else "no",
+            f"{row.top1:.2f}",
+            *_top1(found, row.block),
+            f"{row.speed:,}",
+            *_speed(found, row.block, PLAIN),
+            _folded(found.outcomes[row.block]),
+        )
+        for row in TABLE6
+        if row.block in found.outcomes
+    ]
+    header = (
+        *("identity", "1x1", "top-1, %, paper", "here", "n", "examples/s in training form, paper", "here"),
+        *("relative to neither (95% interval)", "same predictions folded"),
+    )
+    return [Table("Table 6: the branches", header, rows)] if rows else []
+
+
+def table7(found: Findings) -> list[Table]:
+    """Other structures beside the full one; and ResNet-50's 3x3s."""
+    others = _structures(found, TABLES[4:], FULL, "Table 7: other structures")
+    return [*others, *_structures(found, list(RESNETS)[1:], "resnet50", "Table 7: RepVGG blocks in ResNet-50")]
+
+
+def beyond(found: Findings) -> list[Table]:
+    """What the paper has not."""
+    return _structures(found, [name for name in found.outcomes if name not in PRINTED], FULL, "Beyond the paper")
+
+
+def _structures(found: Findings, variants: Sequence[str], reference: str, title: str) -> list[Table]:
+    """Those of `variants` that were trained, under the reference that they are compared with."""
+    shown = [name for name in (reference, *variants) if name in found.outcomes]
+    if shown in ([], [reference]):
+        return []
+    rows = []
+    for variant in shown:
+        printed, top1 = PRINTED.get(variant, (variant, None))
+        other = variant != reference
+        rows.append(
+            (
+                printed,
+                variant,
+                None if top1 is None else f"{top1:.2f}",
+                *_top1(found, variant),
+                f"{top1 - PRINTED[reference][1]:+.2f}" if other and top1 is not None else None,
+                _difference(found, variant, reference) if other else None,
+                *_speed(found, variant, reference),
+                _folded(found.outcomes[variant]),
+            )
+        )
+    header = (
+        *("structure", "variant", "top-1, %, paper", "here", "n", f"over {reference}, paper", "here"),
+        *("examples/s in training form", f"relative to {reference} (95% interval)", "same predictions folded"),
+    )
+    return [Table(title, header, rows)]
+
+
+def _top1(found: Findings, variant: str) -> tuple[str | None, str]:
+    """Mean and deviation, and of how many; those that diverged are told."""
+    values, cells = found.top1(variant), found.outcomes[variant]
+    lost = len(cells) - len(values)
+    count = f"{len(values)}" + (f" ({lost} diverged)" if lost else "")
+    if not values:
+        return None, count
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""), count
+
+
+def _difference(found: Findings, variant: str, reference: str) -> str | None:
+    """Mean over the seeds that both have: they share order and augmentation."""
+    by_seed = {o.seed: o.top1 for o in found.outcomes.get(reference, []) if o.top1 is not None}
+    pairs = [100 * (o.top1 - by_seed[o.seed]) for o in found.outcomes[variant] if o.top1 is not None and o.seed in by_seed]
+    if not pairs:
+        return None
+    return f"{statistics.mean(pairs):+.2f}" + (f" ± {statistics.stdev(pairs):.2f}" if len(pairs) > 1 else "")
+
+
+def _speed(found: Findings, variant: str, reference: str) -> tuple[str, str | None]:
+    times, other = found.speeds[variant], found.speeds.get(reference)
+    return significant(found.batch_size / times.median), None if other is None else str(ratio(other, times))
+
+
+def _folded(outcomes: Sequence[Outcome]) -> str:
+    """How many images got the same prediction in deploy form, of how many, over all seeds."""
+    forms = [o.forms for o in outcomes if o.forms]
+    if any("refused" in f for f in forms):
+        return "cannot be folded"
+    return f"{sum(f['equal'] for f in forms):,} of {sum(f['images'] for f in forms):,}" if forms else ""
+
+
+# ----------------------------------------------------------------------------------------------------------- what it says
+
+
+def correlation(found: Findings) -> tuple[int, float]:
+    """How many variants of Tables 6 and 7 there are, and the rank correlation of their mean top-1 with the paper's."""
+    both = [(PRINTED[name][1], statistics.mean(top1)) for name in TABLES if name in found.outcomes and (top1 := found.top1(name))]
+    return len(both), spearman([p for p, _ in both], [h for _, h in both])
+
+
+def _agreement(found: Findings) -> str:
+    count, rank = correlation(found)
+    if math.isnan(rank) or count < 3:
+        return ""
+    return f"The order of {count} variants has a rank correlation of {rank:.2f} with the paper's. "
+
+
+def _how(found: Findings, settings: Settings) -> str:
+    g = found.grid
+    limit = f", {g.limit:,} images of each split at most" if g.limit else ""
+    return (
+        f"Here: {g.arch}, width {g.width:g}, on {g.data}{limit}, {g.recipe.epochs} epochs of batch {g.recipe.batch_size}, learning "
+        f"rate {g.recipe.lr:g}; top-1 of the last epoch on the validation split, mean and standard deviation over n seeds. "
+        f"Speeds: batch {found.batch_size} on {settings.where}, eager, fp32, medians of {settings.protocol.rounds} rounds in which "
+        "all took turns. Predictions are compared in fp32 on every validation image."
+    )
+
+
+def _data(found: Findings) -> dict[str, Any]:
+    count, rank = correlation(found)
+    return {
+        "settings": found.grid.settings,
+        "rank_correlation": {"variants": count, "spearman": None if math.isnan(rank) else rank},
+        "variants": {
+            name: {
+                "paper": PRINTED[name][1] if name in PRINTED else None,
+                "n": len(values := found.top1(name)),
+                "mean": statistics.mean(values) if values else None,
+                "deviation": statistics.stdev(values) if len(values) > 1 else None,
+                "cells": [asdict(outcome) for outcome in outcomes],
+                "training_form_examples_per_second": found.batch_size / found.speeds[name].median,
+                "seconds_per_batch_by_round": found.speeds[name].by_round,
+            }
+            for name, outcomes in found.outcomes.items()
+        },
+    }
+
+
+def draw(found: Findings) -> Figure:
+    """Top-1 of the paper and of this grid side by side, the paper's best on top."""
+    names = sorted(found.outcomes, key=lambda name: -PRINTED[name][1] if name in PRINTED else 0.0)
+    figure, (left, right) = plot(1000, 90 + 30 * len(names), 2)
+    rows = range(len(names))
+    printed = [(PRINTED[name][1], row) for row, name in enumerate(names) if name in PRINTED]
+    if printed:
+        left.plot(*zip(*printed, strict=True), "o", color=POINTWISE[1], markersize=7)
+    for row, name in enumerate(names):
+        if values := found.top1(name):
+            right.plot(values, [row] * len(values), "o", color=WIDEST[1], markerfacecolor="white", markersize=5)
+            right.plot([statistics.mean(values)], [row], "|", color=WIDEST[1], markersize=16, markeredgewidth=2.5)
+    left.set_yticks(rows, [PRINTED.get(name, (name, 0))[0] for name in names], fontsize=9, color=INK)
+    right.set_yticks(rows, [""] * len(names))
+    titles = "paper: B0 on ImageNet", f"here: {found.grid.arch}, width {found.grid.width:g}, on {Path(found.grid.data).name}"
+    for axes, title in zip((left, right), titles, strict=True):
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(color=RULE, linewidth=0.4)
+        axes.set_axisbelow(True)
+        axes.set_title(title, fontsize=11, color=INK, loc="left")
+        axes.set_xlabel("top-1, %", fontsize=9, color=MUTED)
+    return figure

@@ -1,0 +1,9 @@
+"""Table 6: B0 without its identity, its 1x1, or both; trained and timed."""
+
+from repvgg.grid import TABLES
+from repvgg.paper import ablation
+from repvgg.paper.result import Result, Settings
+
+
+def run(settings: Settings) -> Result:
+    return ablation.part("Table 6", TABLES[:4], ablation.table6, "table6", settings)

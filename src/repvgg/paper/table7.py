@@ -1,0 +1,10 @@
+"""Table 7: B0's block against other structures; and RepVGG blocks in ResNet-50, when not in a hurry."""
+
+from repvgg.grid import RESNETS, TABLES
+from repvgg.paper import ablation
+from repvgg.paper.result import Result, Settings
+
+
+def run(settings: Settings) -> Result:
+    variants = (ablation.FULL, *TABLES[4:], *(() if settings.quick else RESNETS))
+    return ablation.part("Table 7", variants, ablation.table7, "table7", settings)
