@@ -11,7 +11,7 @@ demo: $(VENV)/demo.stamp
 setup: $(VENV)/all.stamp
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
