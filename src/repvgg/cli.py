@@ -255,7 +255,7 @@ def bench(
     rounds: int = 5,
     batches: int = 10,
     warmup: int = 5,
-    form: Literal["deploy", "training", "both"] = "deploy",
+    form: Literal["deploy", "training", "both", "space_to_batch"] = "deploy",
     threads: int | None = None,
     channels_last: bool = True,
     input_size: int | None = None,
@@ -274,7 +274,7 @@ def bench(
         rounds: in each, every candidate has its turn.
         batches: timed batches a turn. (The paper: 50.)
         warmup: batches before the first round. (The paper: 50.)
-        form: the deploy form, the training form, or both.
+        form: the deploy form, the training form, or both; or the deploy form with dilated convolutions run as plain ones.
         threads: of the CPU; by default PyTorch's own number.
         channels_last: memory format NHWC for the PyTorch engines.
         input_size: height and width; by default each model's own.
@@ -307,6 +307,7 @@ def bench(
 
 def paper(
     part: Positional[str],
+    data: str = "",
     quick: bool = False,
     models: str = "",
     engine: str = "",
@@ -316,6 +317,7 @@ def paper(
     threads: int | None = None,
     channels_last: bool = True,
     device: str = "",
+    workers: int = 0,
     out: Path = Path("paper"),
     json: bool = False,
 ) -> None:
@@ -324,9 +326,10 @@ def paper(
     Finished speeds are kept in OUT/speeds.json, so that an interrupted run goes on where it was.
 
     Args:
-        part: table1, ..., table5, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.
+        part: table1, ..., table5, table8, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.
+        data: photos with masks, camvid:ROOT or cityscapes:ROOT, that the models of table 8 are trained on; without it only timed.
         quick: minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so.
-        models: of tables 4 and 5, figure 1 and forms, several with commas; by default all.
+        models: of tables 4, 5 and 8, figure 1 and forms, several with commas; by default all.
         engine: eager, compile, onnxruntime or openvino; by default eager, for winograd all that are installed.
         precision: of weights and activations.
         batch_size: images a batch; by default 128 on CUDA (as in the paper) and 8 elsewhere.
@@ -334,6 +337,7 @@ def paper(
         threads: of the CPU; by default PyTorch's own number.
         channels_last: memory format NHWC for the PyTorch engines.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        workers: processes that load images to train on; 0 loads in the main one.
         out: folder for JSON, PNG, SVG and, for all, index.html.
         json: print the JSON instead of tables.
     """
@@ -341,6 +345,8 @@ def paper(
     from repvgg.paper.result import Settings
 
     settings = Settings(
+        data=data,
+        workers=workers,
         models=tuple(models.split(",")) if models else (),
         engine=engine,
         precision=precision,

@@ -254,7 +254,8 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
         return
     rows = [
         (
-            row.candidate.model + ("" if row.candidate.form == "deploy" else " (training form)"),
+            row.candidate.model
+            + {"training": " (training form)", "space_to_batch": " (space-to-batch)"}.get(row.candidate.form, ""),
             row.candidate.engine,
             row.candidate.precision,
             f"{row.batch_size} x {row.input_size[-1]} px",

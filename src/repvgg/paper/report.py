@@ -27,6 +27,7 @@ PARTS = (
     "winograd",
     "table2",
     "table3",
+    "table8",
 )
 
 

@@ -155,7 +155,7 @@ RECIPES = {
     "finetune": Recipe(epochs=15, batch_size=64, lr=0.02, nesterov=True, warmup_epochs=1, label_smoothing=0.1, layer_decay=0.7),
     "pspnet": Recipe(epochs=40, batch_size=16, lr=0.01, head_lr=10, decay="poly", crop="scale", crop_size=713, sync_bn=True),
     "camvid": Recipe(
-        epochs=100,
+        epochs=150,
         batch_size=8,
         lr=0.05,
         nesterov=True,
@@ -163,6 +163,7 @@ RECIPES = {
         warmup_epochs=3,
         decay="poly",
         crop="scale",
+        crop_size=288,
         jitter=0.3,
         precision="bf16",
     ),
