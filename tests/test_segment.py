@@ -18,7 +18,7 @@ from repvgg import zoo
 from repvgg.data.images import ImageError, decode, decode_mask
 from repvgg.data.masks import CAMVID
 from repvgg.data.transforms import normalise
-from repvgg.files import Preprocessing
+from repvgg.files import Manifest, Preprocessing
 from repvgg.segment import Views, colours, predict_masks, segment, starts, write_masks
 
 X = torch.randn(1, 3, 20, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def test_scales_that_make_no_sense(scales: tuple[float, ...]) -> None:
 def model() -> nn.Module:
     net = zoo.create_model("pspnet_repvgg_micro", num_classes=11, width=0.125)
     p = Preprocessing((3, 48, 64), 48)
-    zoo.remember(net, zoo.Manifest(zoo.manifest_of(net).arch, classes=CAMVID, preprocessing=p))
+    zoo.remember(net, Manifest(zoo.manifest_of(net).arch, classes=CAMVID, preprocessing=p))
     return randomize(net, (4, 3, 48, 64))
 
 

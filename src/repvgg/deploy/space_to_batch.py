@@ -24,7 +24,7 @@ class SpaceToBatch(nn.Module):
 
     def __init__(self, layers: nn.Sequential, dilation: int) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers: nn.Sequential = layers
         self.dilation = dilation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,12 +55,12 @@ def to_space(x: Tensor, d: int) -> Tensor:
 
 def _to_batch(x: Tensor, d: int, rows: int) -> Tensor:
     """`rows`, and columns after it: the axes of the image."""
-    phases = x.unflatten(rows + 1, (-1, d)).unflatten(rows, (-1, d)).movedim((rows + 1, rows + 3), (1, 2))
+    phases: Tensor = x.unflatten(rows + 1, (-1, d)).unflatten(rows, (-1, d)).movedim((rows + 1, rows + 3), (1, 2))
     return phases.flatten(0, 2)
 
 
 def _to_space(x: Tensor, d: int, rows: int) -> Tensor:
-    phases = x.unflatten(0, (-1, d, d)).movedim((1, 2), (rows + 1, rows + 3))
+    phases: Tensor = x.unflatten(0, (-1, d, d)).movedim((1, 2), (rows + 1, rows + 3))
     return phases.flatten(rows + 2, rows + 3).flatten(rows, rows + 1)
 
 
@@ -88,10 +88,10 @@ def _rebuilt(module: nn.Module) -> nn.Module:
 def _joined(layers: nn.Sequential) -> nn.Sequential:
     """Neighbours of one dilation make one stay in the batch."""
     found: list[nn.Module] = []
-    for layer in layers:
+    for layer in layers.children():
         last = found[-1] if found else None
         if isinstance(layer, SpaceToBatch) and isinstance(last, SpaceToBatch) and last.dilation == layer.dilation:
-            last.layers.extend(layer.layers)
+            last.layers = nn.Sequential(*last.layers.children(), *layer.layers.children())
         else:
             found.append(layer)
     return nn.Sequential(*found).train(layers.training) if len(found) < len(layers) else layers
@@ -109,6 +109,6 @@ def _dilation(module: nn.Module) -> int | None:
 
 
 def _undilated(module: Any) -> nn.Module:
-    conv = module.block if isinstance(module, Layer) else module
+    conv: Any = module.block if isinstance(module, Layer) else module
     conv.dilation, conv.padding = (1, 1), tuple((k - 1) // 2 for k in conv.kernel_size)
     return module  # type: ignore[no-any-return]
