@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,9 +89,11 @@ def _train(default: Recipe) -> Callable[..., None]:
         Args:
             arch: a model's name (see repvgg info); not needed with --init.
             init: a model file, or a name for its pretrained weights, to start from; the head is new if the classes are.
-            data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH or wds:SHARDS.
+            data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS; or
+                with masks, for a PSPNet, camvid:ROOT, cityscapes:ROOT.
             out: run folder for models, recipe and metrics.
-            recipe: light, heavy, cifar, finetune or demo; empty: what suits the data. Its fields are flags, shown with its values.
+            recipe: light, heavy, cifar, finetune, demo, pspnet or camvid; empty: what suits the data. Its fields are flags, shown
+                with its values.
             settings: the recipe's fields.
             keeping: when state is saved, and what is done with a run that is there already.
             width: scales the width multipliers a and b.
@@ -122,7 +124,9 @@ def _train(default: Recipe) -> Callable[..., None]:
             arch, source, checked, out, init=init, seed=seed, device=where, workers=workers, keeping=keeping, log=_say, **options
         )
         if _process() == "0":
-            print(f"best val top-1 {result.best.top1:.2%}, last {result.last.top1:.2%}, in {result.seconds / 60:.1f} min: {out}")
+            best, last = (f"{x.score:.2%}" for x in (result.best, result.last))
+            name = {"top1": "top-1", "mean_iou": "mean IoU"}[result.best.measure]
+            print(f"best val {name} {best}, last {last}, in {result.seconds / 60:.1f} min: {out}")
 
     return train
 
@@ -130,34 +134,65 @@ def _train(default: Recipe) -> Callable[..., None]:
 def evaluate(
     model: Positional[str],
     data: str,
+    split: Literal["val", "test"] = "val",
     batch_size: int = 64,
     limit: int | None = None,
     seed: int = 0,
+    slide: bool = False,
+    scales: str = "1",
+    flip: bool = False,
     device: str = "",
     workers: int = 0,
     json: bool = False,
 ) -> None:
-    """Top-1, top-5, accuracy of each class and the confusion matrix, on a validation split.
+    """Top-1, top-5, accuracy of each class and the confusion matrix; or of masks, intersection over union of each class.
 
     Args:
         model: a model file, or a name for its pretrained weights.
-        data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH or wds:SHARDS.
-        batch_size: images at a time.
+        data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS,
+            camvid:ROOT or cityscapes:ROOT.
+        split: the validation split, or the test split of data that has one.
+        batch_size: images at a time; masks are made one at a time.
         limit: at most this many images, drawn with the seed.
         seed: of the draw.
+        slide: of masks: in windows of the training crop's size, which overlap, instead of the whole image.
+        scales: of masks: of the image, several with commas, averaged: 0.75,1,1.25.
+        flip: of masks: average with the mirrored image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
         workers: processes that load images; 0 loads in the main one.
         json: print JSON instead of tables.
     """
     from repvgg.data import open_source
-    from repvgg.info import show_accuracy
+    from repvgg.info import show_accuracy, show_overlap
     from repvgg.train.evaluate import evaluate_model
     from repvgg.zoo import open_model
 
     network = open_model(model)
     source = open_source(data).limited(limit, seed)
-    accuracy = evaluate_model(network, source, batch_size, workers, _device(device))
-    show_accuracy(accuracy, source.classes, json)
+    if source.masks:
+        from repvgg.train.segmentation import Segmentation
+
+        overlap = Segmentation().evaluate_model(network, source, split, workers, _device(device), _views(slide, scales, flip))
+        show_overlap(overlap, source.classes, json)
+        return
+    if _asks_for_masks(None, slide, scales, flip):
+        raise ValueError(f"--slide, --scales and --flip are for masks, {source.name} has labels")
+    source = replace(source, val=source.split(split))
+    show_accuracy(evaluate_model(network, source, batch_size, workers, _device(device)), source.classes, json)
+
+
+def _views(slide: bool, scales: str, flip: bool) -> Any:
+    from repvgg.segment import Views
+
+    try:
+        sizes = tuple(float(scale) for scale in scales.split(","))
+    except ValueError:
+        raise ValueError(f"--scales {scales}: numbers with commas, as in 0.75,1,1.25") from None
+    return Views(slide, sizes, flip)
+
+
+def _asks_for_masks(out: Path | None, slide: bool, scales: str, flip: bool) -> bool:
+    return out is not None or slide or scales != "1" or flip
 
 
 def convert(source: Positional[Path], target: Positional[Path], to_keys: Keys | None = None) -> None:
@@ -178,24 +213,40 @@ def predict(
     images: Positional[tuple[str, ...]],
     batch_size: int = 32,
     top: int = 5,
+    out: Path | None = None,
+    slide: bool = False,
+    scales: str = "1",
+    flip: bool = False,
     device: str = "",
     json: bool = False,
 ) -> None:
-    """Labels and probabilities of images.
+    """Labels and probabilities of images; or of a PSPNet, masks.
 
     Args:
         model: a model file, or a name for its pretrained weights.
         images: files, folders and globs.
-        batch_size: images at a time.
+        batch_size: images at a time; masks are made one at a time.
         top: how many labels an image.
+        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json.
+        slide: of masks: in windows of the training crop's size, which overlap, instead of the whole image.
+        scales: of masks: of the image, several with commas, averaged: 0.75,1,1.25.
+        flip: of masks: average with the mirrored image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
         json: print one JSON object an image.
     """
-    from repvgg.info import show_predictions
+    from repvgg.info import show_masks, show_predictions
     from repvgg.predict import predict as run
+    from repvgg.pspnet import PSPNet
     from repvgg.zoo import open_model
 
-    show_predictions(run(open_model(model), images, batch_size, top, _device(device)), json)
+    network = open_model(model)
+    if not isinstance(network, PSPNet) and not _asks_for_masks(out, slide, scales, flip):
+        show_predictions(run(network, images, batch_size, top, _device(device)), json)
+        return
+    from repvgg.segment import class_names, predict_masks, write_masks
+
+    answers = predict_masks(network, images, _device(device), _views(slide, scales, flip))
+    show_masks(write_masks(answers, out, class_names(network)) if out else answers, json)
 
 
 def bench(
@@ -206,7 +257,7 @@ def bench(
     rounds: int = 5,
     batches: int = 10,
     warmup: int = 5,
-    form: Literal["deploy", "training", "both"] = "deploy",
+    form: Literal["deploy", "training", "both", "space_to_batch"] = "deploy",
     threads: int | None = None,
     channels_last: bool = True,
     input_size: int | None = None,
@@ -225,7 +276,7 @@ def bench(
         rounds: in each, every candidate has its turn.
         batches: timed batches a turn. (The paper: 50.)
         warmup: batches before the first round. (The paper: 50.)
-        form: the deploy form, the training form, or both.
+        form: the deploy form, the training form, or both; or the deploy form with dilated convolutions run as plain ones.
         threads: of the CPU; by default PyTorch's own number.
         channels_last: memory format NHWC for the PyTorch engines.
         input_size: height and width; by default each model's own.
@@ -340,10 +391,11 @@ def paper(
     Finished speeds are kept in OUT/speeds.json, so that an interrupted run goes on where it was.
 
     Args:
-        part: table1, ..., table7, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.
-        data: what tables 6 and 7 train on (as for train); without it, all leaves them out.
+        part: table1, ..., table8, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.
+        data: what tables 6 and 7 train on, as for train (without it, all leaves them out); or photos with masks for table 8
+            (without them its models are only timed).
         quick: minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so.
-        models: of tables 4 and 5, figure 1 and forms, several with commas; by default all.
+        models: of tables 4, 5 and 8, figure 1 and forms, several with commas; by default all.
         engine: eager, compile, onnxruntime or openvino; by default eager, for winograd all that are installed.
         precision: of weights and activations.
         batch_size: images a batch; by default 128 on CUDA (as in the paper) and 8 elsewhere.
@@ -351,7 +403,7 @@ def paper(
         threads: of the CPU; by default PyTorch's own number.
         channels_last: memory format NHWC for the PyTorch engines.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
-        workers: processes that load images for tables 6 and 7; 0 loads in the main one.
+        workers: processes that load images to train on; 0 loads in the main one.
         out: folder for JSON, PNG, SVG and, for all, index.html.
         json: print the JSON instead of tables.
     """
@@ -429,11 +481,14 @@ def _default_recipe(words: list[str]) -> Recipe:
         named, _ = parser.parse_known_args(words[1:])
     except argparse.ArgumentError:  # tyro will say it better
         return Recipe()
-    if named.recipe or named.init or not named.data or "--help" in words or "-h" in words:
+    if named.recipe or not named.data or "--help" in words or "-h" in words:
         return get_recipe(named.recipe or ("finetune" if named.init else "light"))
     from repvgg.data import open_source
 
-    name = open_source(named.data).recipe
+    source = open_source(named.data)
+    if named.init and not source.masks:
+        return get_recipe("finetune")
+    name = source.recipe
     _say(f"recipe: {name}")
     return get_recipe(name)
 

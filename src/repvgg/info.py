@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from repvgg.bench.models import Report
     from repvgg.predict import Prediction
+    from repvgg.segment import MaskPrediction
     from repvgg.train.evaluate import Accuracy
+    from repvgg.train.segmentation import Overlap
 
 
 def show(name_or_file: str, as_json: bool) -> None:
@@ -32,7 +34,7 @@ def show(name_or_file: str, as_json: bool) -> None:
         _show_model(name_or_file, zoo.load(name_or_file), as_json)
         return
     name = zoo.resolve_name(name_or_file)
-    if zoo.is_family(name):
+    if zoo.is_built_folded(name):
         with torch.device("meta"):  # shapes are enough
             model = zoo.create_model(name, deploy=True)
     else:
@@ -44,8 +46,10 @@ def _show_family(as_json: bool) -> None:
     import torch
 
     from repvgg import zoo
+    from repvgg.baselines import list_baselines
     from repvgg.costs import cost
     from repvgg.models import FAMILY
+    from repvgg.pspnet import PSPNETS
 
     rows: list[dict[str, Any]] = []
     for name, member in FAMILY.items():
@@ -85,7 +89,8 @@ def _show_family(as_json: bool) -> None:
         for r in rows
     ]
     print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
-    print("Comparators: " + ", ".join(name for name in zoo.list_models() if name not in FAMILY))
+    print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
+    print("Comparators: " + ", ".join(list_baselines()))
 
 
 def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
@@ -154,6 +159,25 @@ def show_recipe(name: str, as_json: bool) -> None:
     )
 
 
+def show_overlap(overlap: "Overlap", classes: Sequence[str], as_json: bool) -> None:
+    """Of masks: intersection over union of each class, their mean, and the share of pixels that are right."""
+    if as_json:
+        per_class = {name: None if math.isnan(x) else x for name, x in zip(classes, overlap.per_class, strict=True)}
+        figures = {"images": overlap.images, **overlap.figures, "per_class": per_class}
+        _print_json({**figures, "confusion": overlap.confusion.tolist()})
+        return
+    labelled = int(overlap.confusion.sum())
+    rows = [
+        (name, _share(iou), f"{pixels / labelled:.2%}", _share(right / pixels if pixels else math.nan))
+        for name, iou, pixels, right in zip(
+            classes, overlap.per_class, overlap.confusion.sum(1).tolist(), overlap.confusion.diag().tolist(), strict=True
+        )
+    ]
+    print_table(("class", "IoU", "of the pixels", "recognised"), rows, title="Intersection over union")
+    line = f"mean IoU {overlap.score:.2%}   pixel accuracy {overlap.pixel_accuracy:.2%}   loss {overlap.loss:.4f}"
+    print(f"{line}   {overlap.images:,} images")
+
+
 def show_accuracy(accuracy: "Accuracy", classes: Sequence[str], as_json: bool) -> None:
     if as_json:
         per_class = {name: None if math.isnan(a) else a for name, a in zip(classes, accuracy.per_class, strict=True)}
@@ -198,6 +222,26 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
         raise ValueError(f"{failed} of {count} images could not be read")
 
 
+def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
+    """The largest classes of each image, or one JSON object a line. Raises ValueError at the end if some could not be read."""
+    rows, count, failed = [], 0, 0
+    for answer in answers:
+        count += 1
+        if answer.error is not None:
+            failed += 1
+            print(f"repvgg: {answer.error}", file=sys.stderr)
+            continue
+        shares = answer.shares or {}
+        if as_json:
+            print(json.dumps({"path": answer.path, "shares": {name: round(share, 6) for name, share in shares.items()}}))
+        else:
+            rows.append((answer.path, ", ".join(f"{name} {share:.1%}" for name, share in list(shares.items())[:5])))
+    if rows:
+        print_table(("image", "share of the pixels"), rows)
+    if failed:
+        raise ValueError(f"{failed} of {count} images could not be read")
+
+
 def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
     """Figures of `repvgg bench`: a table or JSON, and a file."""
     figures = report.to_json()
@@ -210,7 +254,8 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
         return
     rows = [
         (
-            row.candidate.model + ("" if row.candidate.form == "deploy" else " (training form)"),
+            row.candidate.model
+            + {"training": " (training form)", "space_to_batch": " (space-to-batch)"}.get(row.candidate.form, ""),
             row.candidate.engine,
             row.candidate.precision,
             f"{row.batch_size} x {row.input_size[-1]} px",

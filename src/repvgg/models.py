@@ -92,7 +92,8 @@ class Residual(nn.Module):
 class RepVGG(nn.Module):
     """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
 
-    output_stride: 32, or 16 or 8, where the last one or two stages keep their resolution and dilate every 3x3 instead.
+    output_stride: 32, or 16 or 8, where the last one or two stages keep their resolution and dilate every 3x3 instead; of all the
+    network's layers only the last `dilated_layers`, if given.
     small_input: stem and first stage at stride 1, for images of some 32 pixels. block: a name in `BLOCKS`; None for the member's.
     """
 
@@ -106,6 +107,7 @@ class RepVGG(nn.Module):
         width: float = 1.0,
         small_input: bool = False,
         block: str | None = None,
+        dilated_layers: int | None = None,
     ) -> None:
         super().__init__()
         block = block or member.block
@@ -119,14 +121,16 @@ class RepVGG(nn.Module):
         widths = member.widths(width)
         strides, dilations = _strides_and_dilations(output_stride, small_input)
         make = deploy_conv if deploy else make
+        plain = 0 if dilated_layers is None else 1 + sum(member.depths) - dilated_layers  # first layers, which do not dilate
 
         def layer(in_channels: int, stage: int, first: bool, index: int) -> Layer:
             out = widths[stage]
             groups = member.groups if index % 2 else 1  # the 3rd, 5th, ... layer, counting the stem as the 1st
             groups = 1 if index == 1 else groups
             stride = strides[stage] if first else 1
+            dilation = dilations[stage] if index > plain else 1
             return Layer(
-                make(in_channels, out, stride, dilations[stage], groups),
+                make(in_channels, out, stride, dilation, groups),
                 SqueezeExcite(out) if member.squeeze_excite else nn.Identity(),
             )
 

@@ -232,7 +232,8 @@ def reparameterize(model: nn.Module) -> nn.Module:
     """A new module in deploy form: every foldable block and conv+BN pair of `model` is one convolution with bias.
 
     Works on any module tree; what cannot be folded stays as it is. `fold_report` of the result lists both. Each folded part
-    was compared with the original alone, in float64, on an input made for its channels and kernel. `model` is not changed.
+    was compared with the original alone, in float64, on an input made for its channels and kernel. Children that a module names in
+    its `training_only` (an auxiliary head) become None. `model` is not changed.
 
     Raises `ReparamError` if a module is in train mode, a block contains something that is not linear, a parameter is not
     finite, a running variance is not positive, a folded kernel does not fit the parameters' dtype, or the model is compiled.
@@ -242,7 +243,11 @@ def reparameterize(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         _refuse_nonfinite(name, parameter)
     report = FoldReport()
-    folded = _fold_blocks(copy.deepcopy(model), "", report, {})
+    deployed = copy.deepcopy(model)
+    for module in deployed.modules():
+        for name in getattr(module, "training_only", ()):
+            setattr(module, name, None)
+    folded = _fold_blocks(deployed, "", report, {})
     if any(_resembles_batch_norm(m) for m in folded.modules()):
         _fold_pairs(folded, report)
     folded.fold_report = report  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from repvgg import baselines, files, keys
 from repvgg.files import FileError, Manifest, Preprocessing
 from repvgg.models import FAMILY, NETWORKS, PlainNet, RepVGG, is_deploy_form, layer_list
+from repvgg.pspnet import PSPNETS, create_pspnet
 from repvgg.reparam import reparameterize
 from repvgg.replace import replace_conv
 
@@ -24,8 +25,8 @@ HUB_REPO = "timm/{name}.rvgg_in1k"
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows: the family first, then the paper's comparators."""
-    return [*NETWORKS, *baselines.list_baselines()]
+    """Names that `create_model` knows: the family first, then PSPNets, then the paper's comparators."""
+    return [*NETWORKS, *PSPNETS, *baselines.list_baselines()]
 
 
 def resolve_name(name: str) -> str:
@@ -42,6 +43,12 @@ def is_family(name: str) -> bool:
     return resolve_name(name) in NETWORKS
 
 
+def is_built_folded(name: str) -> bool:
+    """Whether the deploy form of this model is built as such; that of others comes of folding."""
+    name = resolve_name(name)
+    return name in NETWORKS or (name in PSPNETS and PSPNETS[name].backbone in FAMILY)
+
+
 def create_model(
     name: str,
     *,
@@ -54,17 +61,20 @@ def create_model(
     small_input: bool = False,
     block: str | None = None,
 ) -> nn.Module:
-    """A model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes].
+    """A model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes], of a PSPNet [N, num_classes, H, W].
 
     block: the structure of each layer in training form, a name in `repvgg.blocks.BLOCKS`; by default the network's own ("repvgg",
     in the residual one "plain"). In a comparator it takes the place of each 3x3 convolution (see `replace_conv`).
 
     pretrained: the paper's ImageNet weights from the hub; a string pins the hub repository's revision. With another number of
-    classes the classifier starts anew. Raises ValueError for an unknown name or option, `FileError` if the hub cannot be reached.
+    classes the classifier starts anew; in a PSPNet they are the backbone's, and the heads are new. Raises ValueError for an unknown
+    name or option, `FileError` if the hub cannot be reached.
     """
     name = resolve_name(name)
     arch: dict[str, Any] = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
     options: dict[str, Any] = {"output_stride": output_stride, "width": width, "small_input": small_input}
+    if name in PSPNETS:
+        return _create_pspnet(arch, options, block, deploy, pretrained)
     if name not in NETWORKS:
         return _create_baseline(arch, options, block, deploy, pretrained)
     arch.update(options, block=block or NETWORKS[name].block)
@@ -142,6 +152,8 @@ def open_model(name_or_path: str) -> nn.Module:
     """The model of a file, or by its name the paper's pretrained weights in deploy form; in eval mode."""
     if Path(name_or_path).exists() or Path(name_or_path).suffix in {".safetensors", *files.PICKLE_SUFFIXES}:
         return load(name_or_path)
+    if resolve_name(name_or_path) in PSPNETS:
+        raise ValueError(f"there are no weights of {name_or_path}, only of its backbone: train it, and name the file")
     return create_model(name_or_path, pretrained=True, deploy=True).eval()
 
 
@@ -174,12 +186,46 @@ def pretrained_file(name: str, revision: str = "main") -> Path:
 # ----------------------------------------------------------------------------------------------------------------- helpers
 
 
+def _refuse_options(name: str, options: dict[str, Any], *but: str) -> None:
+    """Those that differ from their defaults, `but` these."""
+    defaults = {"output_stride": 32, "width": 1.0, "small_input": False}
+    if wrong := [option for option, default in defaults.items() if option not in but and options[option] != default]:
+        raise ValueError(f"{name} takes no {', '.join(wrong)}: these belong to the RepVGG family")
+
+
+def _create_pspnet(
+    arch: dict[str, Any], options: dict[str, Any], block: str | None, deploy: bool, pretrained: bool | str
+) -> nn.Module:
+    name, backbone = arch["name"], PSPNETS[arch["name"]].backbone
+    if arch["num_classes"] < 1 or arch["in_chans"] < 1:
+        raise ValueError("num_classes and in_chans are at least 1")
+    if backbone not in FAMILY:
+        _refuse_options(name, options)
+        if block is not None:
+            raise ValueError(f"{name} takes no block: it belongs to the RepVGG family")
+        if isinstance(pretrained, str):
+            raise ValueError(f"{name} has timm's default weights or none: pretrained=True takes no revision")
+        model = create_pspnet(**arch, pretrained=pretrained)
+        remember(model, Manifest(arch, preprocessing=default_preprocessing(arch)))
+        return _folded(model) if deploy else model
+    _refuse_options(name, options, "width")
+    arch.update(width=options["width"], block=block or FAMILY[backbone].block)
+    model = create_pspnet(**arch, deploy=deploy and not pretrained)
+    manifest = Manifest(arch, preprocessing=default_preprocessing(arch))
+    if pretrained:
+        classifier = create_model(
+            backbone, in_chans=arch["in_chans"], width=arch["width"], block=arch["block"], pretrained=pretrained
+        )
+        report = model.load_backbone(classifier.state_dict())
+        manifest = replace(manifest, training={**manifest_of(classifier).training, "backbone": report})
+    remember(model, manifest)
+    return _folded(model) if deploy and pretrained else model
+
+
 def _create_baseline(
     arch: dict[str, Any], options: dict[str, Any], block: str | None, deploy: bool, pretrained: bool | str
 ) -> nn.Module:
-    family_only = {"output_stride": 32, "width": 1.0, "small_input": False}
-    if wrong := [name for name, default in family_only.items() if options[name] != default]:
-        raise ValueError(f"{arch['name']} takes no {', '.join(wrong)}: these belong to the RepVGG family")
+    _refuse_options(arch["name"], options)
     if isinstance(pretrained, str):
         raise ValueError(f"{arch['name']} has timm's default weights or none: pretrained=True takes no revision")
     model = baselines.create_baseline(**arch, pretrained=pretrained)
@@ -276,9 +322,9 @@ def _build(manifest: Manifest, numbers: int) -> nn.Module:
             return PlainNet(manifest.layers)
         if arch.get("pretrained"):
             raise ValueError("its manifest asks for other weights")
-        if not deploy or is_family(str(arch.get("name"))):
+        if not deploy or is_built_folded(str(arch.get("name"))):
             return create_model(**arch, deploy=deploy)
-        # A baseline's deploy form is known only by folding one, which takes memory; so does the manifest ask for too much?
+        # The deploy form of others is known only by folding one, which takes memory; so does the manifest ask for too much?
         plain = {key: value for key, value in arch.items() if key != "block"}
         if sum(tensor.numel() for tensor in create_model(**plain).state_dict().values()) > 2 * numbers:
             raise ValueError("its manifest describes a larger network than its tensors")
@@ -322,6 +368,8 @@ def _is_folded(model: nn.Module) -> bool:
 
 def default_preprocessing(arch: dict[str, Any]) -> Preprocessing:
     """What a model made with these arguments of `create_model` expects, before any data has said otherwise."""
+    if arch["name"] in PSPNETS:
+        return _preprocessing(arch["in_chans"], 713, 713)  # Table 8
     if arch["name"] not in NETWORKS:
         size = baselines.input_size(arch["name"])
         return _preprocessing(arch["in_chans"], size, round(size / 0.875))

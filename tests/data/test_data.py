@@ -27,9 +27,9 @@ def source(train: int = 100, val: int = 30) -> Source:
 def test_unknown_data_lists_what_there_is(spec: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(spec)
-    assert (
-        str(caught.value)
-        == f"no data {spec!r}: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME or wds:SHARDS"
+    folders = "digits, a folder with train/ and val/, cifar10[:ROOT]"
+    assert str(caught.value) == (
+        f"no data {spec!r}: {folders}, hf:NAME, hf-stream:NAME, wds:SHARDS, camvid:ROOT or cityscapes:ROOT"
     )
 
 

@@ -20,6 +20,7 @@ from repvgg.bench.memory import fitting, held, peak
 from repvgg.costs import Cost, cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.record import machine
 from repvgg.reparam import reparameterize
 from repvgg.timing import Ratio, Times, interleave, ratio, synchroniser
@@ -27,7 +28,8 @@ from repvgg.timing import Ratio, Times, interleave, ratio, synchroniser
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is timed. form: "deploy" (folded) or "training" (as it trains; marked as such); block: as `create_model` takes it."""
+    """What is timed. form: "deploy" (folded), "space_to_batch" (folded, dilated convolutions run as plain ones) or "training" (as
+    it trains); the last two are marked as such. block: as `create_model` takes it."""
 
     model: str
     engine: str = "eager"
@@ -37,7 +39,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        unusual = [f"{self.block} blocks"] * (self.block != "repvgg") + ["training form"] * (self.form == "training")
+        unusual = [f"{self.block} blocks"] * (self.block != "repvgg")
+        unusual += {"training": ["training form"], "space_to_batch": ["by space-to-batch"]}.get(self.form, [])
         return " ".join((self.model, self.engine, self.precision, *unusual))
 
 
@@ -209,7 +212,7 @@ def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Modu
     left = len(folded.fold_report.left)  # type: ignore[union-attr, arg-type]
     if left and not allow_unfolded:
         raise ValueError(f"{candidate.model}: {left} batch norms cannot be folded; --allow-unfolded times it so, and marks it")
-    return folded, left
+    return space_to_batch(folded) if candidate.form == "space_to_batch" else folded, left
 
 
 @torch.no_grad()

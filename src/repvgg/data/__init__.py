@@ -6,9 +6,11 @@ cifar10[:ROOT]         from the hub, or a local copy: parquet shards, or torchvi
 hf:NAME_OR_PATH        a Hugging Face data set: its hub name, or a local folder of parquet
 hf-stream:NAME_OR_PATH the same, read from front to back without a copy on the disk
 wds:FOLDER             WebDataset shards, train-*.tar and val-*.tar; or wds:TRAIN;VAL, paths or URLs with {000..146} in them
+camvid:ROOT            photos and masks: train/*, trainannot/*, the same for val and test (see masks.py)
+cityscapes:ROOT        photos and masks: leftImg8bit/, gtFine/ (see masks.py)
 
 source = open_source("digits")
-image, label = source.train[0]             # uint8 [C, H, W], int
+image, label = source.train[0]             # uint8 [C, H, W], int; or a mask, uint8 [H, W]
 """
 
 import functools
@@ -30,16 +32,20 @@ class DataError(ValueError):
 
 
 class Images(Protocol):
-    """A sequence of (uint8 image [C, H, W], label). Its keys are indices; those of a stream are the examples that it reads."""
+    """A sequence of (uint8 image [C, H, W], label), or with a mask (torchvision's `Mask`, uint8 [H, W]) for a label. Its keys are
+    indices; those of a stream are the examples that it reads."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Any) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: Any) -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """Two splits, the names of the classes, how images are prepared for a model, and the recipe that suits them."""
+    """Two splits, the names of the classes, how images are prepared for a model, and the recipe that suits them.
+
+    masks: a class for each pixel instead of each image. test: images that have no part in training, where the data has them.
+    """
 
     name: str
     train: Images
@@ -47,6 +53,8 @@ class Source:
     classes: list[str]
     preprocessing: Preprocessing
     recipe: str = "light"
+    masks: bool = False
+    test: Images | None = None
 
     def limited(self, count: int | None, seed: int = 0) -> "Source":
         """At most `count` images of each split, drawn with the seed."""
@@ -55,7 +63,14 @@ class Source:
         if count < 1:
             raise DataError(f"--limit {count}: at least one image is needed")
         train, val = (drawn(images, count, seed) for images in (self.train, self.val))
-        return replace(self, train=train, val=val)
+        return replace(self, train=train, val=val, test=self.test and drawn(self.test, count, seed))
+
+    def split(self, name: str) -> Images:
+        """ "train", "val" or "test". Raises `DataError` for one that is not there."""
+        images: Images | None = {"train": self.train, "val": self.val, "test": self.test}.get(name)
+        if images is None:
+            raise DataError(f"{self.name}: has no split called {name}")
+        return images
 
 
 def drawn(images: Images, count: int, seed: int) -> Images:
@@ -75,7 +90,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.images[self.indices[index]]
 
 
@@ -142,9 +157,15 @@ def open_source(spec: str) -> Source:
         from repvgg.data.stream import open_wds
 
         return open_wds(rest)
+    if kind in ("camvid", "cityscapes") and rest:
+        from repvgg.data.masks import open_camvid, open_cityscapes
+
+        return (open_camvid if kind == "camvid" else open_cityscapes)(Path(rest))
     if spec and Path(spec).is_dir():
         from repvgg.data.folder import open_folder
 
         return open_folder(Path(spec))
-    known = "digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME or wds:SHARDS"
+    known = (
+        "digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME, wds:SHARDS, camvid:ROOT or cityscapes:ROOT"
+    )
     raise DataError(f"no data {spec!r}: {known}")

@@ -1,4 +1,4 @@
-"""Decode one image of a stranger's, safely.
+"""Decode one image of a stranger's, or a mask of class ids, safely.
 
 Odd but valid images work: 16 bits, floats, palette, CMYK, grey, alpha (on white), animated (the first frame), EXIF-rotated.
 Whatever is truncated, hostile or no image becomes one `ImageError`.
@@ -7,6 +7,7 @@ Whatever is truncated, hostile or no image becomes one `ImageError`.
 import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: some 300 MB once decoded
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+ORIENTATION = 0x0112  # EXIF's tag
 # Pillow's names of these. It reads more, for one EPS, which it hands to Ghostscript: a program for a stranger to run.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
 
@@ -34,6 +36,41 @@ def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str 
     """uint8 tensor [channels, H, W] (1: grey, 3: RGB) of a file or of encoded bytes, as a viewer would show it."""
     if channels not in (1, 3):
         raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {channels}")
+    mode = "L" if channels == 1 else "RGB"
+    array = _read(source, name, lambda image: np.array(_convert(_upright(image), mode)))
+    tensor = torch.from_numpy(array)
+    return tensor.unsqueeze(0) if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+
+
+def decode_mask(source: str | os.PathLike[str]) -> Tensor:
+    """uint8 tensor [H, W] of the class ids of a grey or palette image; raises `ImageError` for one of colours."""
+
+    def ids(image: Image.Image) -> Any:
+        if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+            raise ImageError(f"{source}: is a picture in {image.mode}, a mask has one class id a pixel (grey or palette)")
+        array = np.array(image)
+        if array.max() > 255 or array.min() < 0:
+            raise ImageError(f"{source}: class id {array.max() if array.max() > 255 else array.min()}; ids are from 0 to 255")
+        return array.astype(np.uint8)
+
+    return torch.from_numpy(_read(source, None, ids))
+
+
+def size_of(source: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width, as a viewer would show it, from the file's header alone."""
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        return image.size if turned else (image.height, image.width)
+
+    found: tuple[int, int] = _read(source, None, size, load=False)
+    return found
+
+
+def _read(
+    source: str | os.PathLike[str] | bytes, name: str | None, convert: Callable[[Image.Image], Any], load: bool = True
+) -> Any:
+    """What `convert` makes of an image. Raises `ImageError` and nothing else."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():  # opening a pipe would wait for ever
@@ -44,8 +81,9 @@ def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str 
                 width, height = image.size
                 if not 0 < width * height <= MAX_PIXELS:
                     raise ImageError(f"{name}: {width} x {height} pixels; between 1 and {MAX_PIXELS:,} can be decoded")
-                image.load()  # what is truncated fails here
-                array = np.array(_convert(_upright(image), "L" if channels == 1 else "RGB"))
+                if load:
+                    image.load()  # what is truncated fails here
+                return convert(image)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -55,8 +93,6 @@ def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str 
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ImageError(f"{name}: not an image, or a damaged one ({reason})") from None
-    tensor = torch.from_numpy(array)
-    return tensor.unsqueeze(0) if channels == 1 else tensor.permute(2, 0, 1).contiguous()
 
 
 def _upright(image: Image.Image) -> Image.Image:

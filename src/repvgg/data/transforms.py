@@ -50,7 +50,8 @@ class Trim(nn.Module):
 
 
 class Transformed:
-    """Images through a transform. Its randomness is a function of seed, epoch and index alone, whatever process runs it."""
+    """Images through a transform, masks with their photos. Its randomness is a function of seed, epoch and index alone, whatever
+    process runs it."""
 
     def __init__(self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None) -> None:
         """bad: what to do about an image that cannot be read; by default its `ImageError` is raised."""
@@ -61,14 +62,14 @@ class Transformed:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: Any) -> tuple[Tensor, int]:
+    def __getitem__(self, index: Any) -> tuple[Tensor, Any]:
         started = time.perf_counter()
         image, label = self.bad.read(self.images, index) if self.bad else self.images[index]
         before = torch.get_rng_state()
         number = index if isinstance(index, int) else index.position
         torch.default_generator.manual_seed(hash((self.seed, int(self.epoch), number)) % 2**63)
         try:
-            return self.transform(image), label
+            return (self.transform(image), label) if isinstance(label, int) else self.transform(image, label)
         finally:
             torch.set_rng_state(before)
             worker = torch.utils.data.get_worker_info()
@@ -89,7 +90,7 @@ class BadImages:
     def __init__(self, listing: Path, replace: bool) -> None:
         self.listing, self.replace = listing, replace
 
-    def read(self, images: Images, index: Any) -> tuple[Tensor, int]:
+    def read(self, images: Images, index: Any) -> tuple[Tensor, Any]:
         indexed = isinstance(index, int)
         for other in range(len(images) if self.replace and indexed else 1):
             try:

@@ -29,6 +29,7 @@ PARTS = (
     "winograd",
     "table2",
     "table3",
+    "table8",
 )
 
 

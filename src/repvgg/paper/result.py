@@ -41,7 +41,8 @@ PROTOCOLS = {
 class Settings:
     """How to measure. models: names as create_model takes them, none for all; engine: "" for each part's own choice (eager, as a
     rule); batch_size, rounds: None for those of PROTOCOLS; quick: minutes instead of tens of minutes, and marked so; out: the
-    folder; log: told of progress. data, workers: what the ablations train on, and processes that load it."""
+    folder; log: told of progress. data, workers: what models are trained on, and processes that load it; input_size: pixels a
+    side, None for each model's own."""
 
     data: str = ""
     workers: int = 0
@@ -49,6 +50,7 @@ class Settings:
     engine: str = ""
     precision: str = "fp32"
     batch_size: int | None = None
+    input_size: int | None = None
     rounds: int | None = None
     threads: int | None = None
     channels_last: bool = True

@@ -125,6 +125,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
         threads=settings.threads,
         channels_last=settings.channels_last,
         device=settings.device,
+        input_size=(3, settings.input_size, settings.input_size) if settings.input_size else None,
         log=settings.log,
         progress=lambda line: None,
     )
@@ -183,6 +184,7 @@ def _conditions(settings: Settings) -> dict[str, Any]:
     """What a speed depends on beside the pair that is timed."""
     return {
         **asdict(settings.protocol),
+        **({"input_size": settings.input_size} if settings.input_size else {}),
         "channels_last": settings.channels_last,
         "where": settings.where,
         "versions": {name: version for name, version in record.machine()["versions"].items() if name != "repvgg"},

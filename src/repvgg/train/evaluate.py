@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ Network = Callable[[Tensor], Tensor]
 class Accuracy:
     """Of `images` images. confusion: [classes, classes], rows the true class, columns the predicted one."""
 
+    measure: ClassVar[str] = "top1"
+
     images: int
     loss: float
     top1: float
@@ -30,6 +33,19 @@ class Accuracy:
     def per_class(self) -> list[float]:
         """Share of each class's images that were recognised (NaN where there are none)."""
         return (self.confusion.diag() / self.confusion.sum(dim=1)).tolist()
+
+    @property
+    def score(self) -> float:
+        """What the best model is chosen by."""
+        return self.top1
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For the log."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2%} ({self.images} images)"
 
 
 def batches(

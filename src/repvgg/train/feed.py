@@ -8,9 +8,9 @@ from torch import Tensor
 
 from repvgg.data import Source
 from repvgg.data.transforms import BadImages, Transformed, load
-from repvgg.train.augment import train_transform
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
+from repvgg.train.tasks import task_of
 
 
 class Feed:
@@ -30,7 +30,8 @@ class Feed:
     ) -> None:
         """bad: list unreadable images there instead of stopping. Raises ValueError for a batch that cannot be divided."""
         listing = BadImages(bad, replace=True) if bad else None
-        self.images = Transformed(source.train, train_transform(recipe, source.preprocessing), seed, listing)
+        transform = task_of(source).train_transform(recipe, source.preprocessing)
+        self.images = Transformed(source.train, transform, seed, listing)
         self.seed, self.workers, self.world = seed, workers, world
         parts = world.size * recipe.accumulate
         if recipe.batch_size % parts:
@@ -44,7 +45,8 @@ class Feed:
         self.steps = len(self.images) // self.batch_size
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images [part, C, H, W] and labels [part], from the epoch's step `first` on, `accumulate` of them a step."""
+        """uint8 images [part, C, H, W] and labels [part] or masks [part, H, W], from the epoch's step `first` on, `accumulate` of
+        them a step."""
         self.images.epoch.fill_(epoch)
         seed, (rank, size) = self.seed * 100_003 + epoch, (self.world.rank, self.world.size)
         if hasattr(self.images.images, "order"):  # a stream

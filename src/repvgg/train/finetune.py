@@ -9,23 +9,27 @@ from torch import nn
 
 from repvgg import zoo
 from repvgg.data import Source
+from repvgg.models import RepVGG
+from repvgg.pspnet import PSPNETS, PSPNet
 
 
 def started_from(
     init: str, arch: str, source: Source, allow_deploy: bool = False, log: Callable[[str], object] = print
 ) -> tuple[nn.Module, Source]:
     """The model of a file, or a member of the family with the paper's weights, for the classes of a source; and the source with the
-    model's own input size, mean and deviation.
+    model's own input size, mean and deviation (of one with masks, its mean and deviation).
 
-    The classifier starts anew unless the classes are the same. Raises ValueError for a model that is not an `arch` (if one is
-    named), takes other channels, or is in deploy form: that is a plain VGG without batch norms, which trains badly, so it has to be
-    asked for (`allow_deploy`).
+    The classifier starts anew unless the classes are the same. A classifier can be the backbone of the PSPNet that `arch` names.
+    Raises ValueError for a model that is not an `arch` (if one is named), takes other channels, or is in deploy form: that is a
+    plain VGG without batch norms, which trains badly, so it has to be asked for (`allow_deploy`).
     """
     is_file = Path(init).exists() or Path(init).suffix in {".safetensors", ".pth", ".pt"}
     model = zoo.load(init) if is_file else zoo.create_model(init, pretrained=True)
     manifest = zoo.manifest_of(model)
     name = manifest.arch["name"] if manifest.arch else "a network without a name"
-    if arch and (manifest.arch is None or zoo.resolve_name(arch) != name):
+    plan = PSPNETS.get(zoo.resolve_name(arch)) if arch else None
+    is_backbone = isinstance(model, RepVGG) and plan is not None and plan.backbone == name
+    if arch and not is_backbone and (manifest.arch is None or zoo.resolve_name(arch) != name):
         raise ValueError(f"{init} holds {name}, not {arch}")
     if manifest.form == "deploy" and not allow_deploy:
         raise ValueError(
@@ -37,11 +41,28 @@ def started_from(
         raise ValueError(
             f"{init} takes images of {channels} channels, those of {source.name} have {source.preprocessing.input_size[0]}"
         )
-    if manifest.classes != source.classes:
+    if is_backbone:
+        model, report = _on_backbone(model, arch, source)
+        log(f"{init}: {report}")
+    elif manifest.classes != source.classes:
         head: Any = getattr(model, "reset_classifier", None)
         if head is None:
             raise ValueError(f"{init}: this network's classifier cannot be replaced")
         log(f"new head: {len(source.classes)} classes" + (f" instead of {len(manifest.classes)}" if manifest.classes else ""))
         head(len(source.classes))
-    zoo.remember(model, replace(zoo.manifest_of(model), classes=source.classes))
-    return model.train(), replace(source, preprocessing=manifest.preprocessing)
+    preprocessing = manifest.preprocessing
+    if source.masks:
+        sizes = {name: getattr(source.preprocessing, name) for name in ("input_size", "resize")}
+        preprocessing = replace(preprocessing, **sizes)
+    zoo.remember(model, replace(zoo.manifest_of(model), classes=source.classes, preprocessing=preprocessing))
+    return model.train(), replace(source, preprocessing=preprocessing)
+
+
+def _on_backbone(classifier: nn.Module, arch: str, source: Source) -> tuple[nn.Module, str]:
+    """A new PSPNet with this classifier for a backbone, and what was taken of it."""
+    options = zoo.manifest_of(classifier).arch or {}
+    model = zoo.create_model(
+        arch, num_classes=len(source.classes), in_chans=options["in_chans"], width=options["width"], block=options["block"]
+    )
+    assert isinstance(model, PSPNet)
+    return model, model.load_backbone(classifier.state_dict())

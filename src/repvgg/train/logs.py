@@ -80,23 +80,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+TITLES = {"loss": "loss", "top1": "top-1, %", "pixel_accuracy": "pixel accuracy, %", "mean_iou": "mean IoU, %"}
+
+
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss and top-1 by epoch, in training and evaluation, as PNG; nothing where matplotlib is not installed."""
+    """Loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG; nothing where matplotlib is not
+    installed."""
     if not lines or not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
 
-    per_epoch = max((line["step"] / (line["epoch"] + 1) for line in lines if "val_top1" in line), default=1)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axes, name, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1, %"), strict=True):
-        scale = 100 if name == "top1" else 1
+    per_epoch = max((line["step"] / (line["epoch"] + 1) for line in lines if "val_loss" in line), default=1)
+    shown = [name for name in TITLES if name == "loss" or any(name in line or f"val_{name}" in line for line in lines)]
+    figure = Figure(figsize=(4.5 * len(shown), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        scale = 1 if name == "loss" else 100
         for key, colour, what in ((name, "#8a99ad", "training"), (f"val_{name}", "#2b6cb0", "evaluation")):
             points = [(line["step"] / per_epoch, scale * line[key]) for line in lines if key in line]
             axes.plot(
                 *zip(*points, strict=True), color=colour, label=what, marker="." if len(points) < 30 else None
             ) if points else None
         axes.set_xlabel("epoch")
-        axes.set_title(label, loc="left", fontsize=10)
+        axes.set_title(TITLES[name], loc="left", fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)

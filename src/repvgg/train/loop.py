@@ -25,7 +25,6 @@ from repvgg.data import Source
 from repvgg.data.transforms import BadImages, normalise
 from repvgg.files import FileError, atomically
 from repvgg.train.distributed import joined
-from repvgg.train.evaluate import Accuracy, batches, evaluate
 from repvgg.train.feed import Feed
 from repvgg.train.finetune import started_from
 from repvgg.train.logs import Logs, NoLogs, draw_curve, read_lines
@@ -33,6 +32,7 @@ from repvgg.train.progress import Progress
 from repvgg.train.recipes import Keeping, Recipe
 from repvgg.train.state import State, Store
 from repvgg.train.stop import StoppedError, StopRequests
+from repvgg.train.tasks import Evaluation, Task, task_of
 from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps
@@ -42,11 +42,11 @@ Log = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run leaves: the model in training form, eval mode; its last and its best accuracy; and the time it took."""
+    """What a finished run leaves: the model in training form, eval mode; its last and its best evaluation; and the time it took."""
 
     model: nn.Module
-    last: Accuracy
-    best: Accuracy
+    last: Any
+    best: Any
     seconds: float
     history: list[dict[str, Any]]
 
@@ -59,8 +59,8 @@ class Course:
     epochs: int = 0
     """Epochs that have ended in an evaluation."""
     seconds: float = 0.0
-    last: Accuracy | None = None
-    best: Accuracy | None = None
+    last: Evaluation | None = None
+    best: Evaluation | None = None
     saved: float = field(default_factory=time.perf_counter)
 
 
@@ -89,6 +89,8 @@ def train(
         raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
     with joined(device) as world:
         log = log if world.main else _silent
+        task = task_of(source)
+        source = task.prepared(source, recipe)
         torch.manual_seed(seed)
         if init:
             if model_options:
@@ -96,10 +98,11 @@ def train(
             model, source = started_from(init, arch, source, keeping.allow_deploy, log)
         else:
             model = new_model(arch, source, log=log, **model_options)
+        task.check(model, source)
         out = Path(out)
         bad = out / "bad_images.txt" if keeping.on_bad_image == "skip" else None
         feed = Feed(source, recipe, seed, workers, world, bad)
-        trainer = Trainer(model, recipe, len(source.classes), world=world, device=device, seed=seed)
+        trainer = Trainer(model, recipe, len(source.classes), task=task, world=world, device=device, seed=seed)
         settings = {
             "arch": arch,
             "data": source.name,
@@ -120,7 +123,7 @@ class _Session:
         self, trainer: Trainer, feed: Feed, source: Source, settings: dict[str, Any], out: Path, keeping: Keeping, log: Log
     ) -> None:
         self.trainer, self.feed, self.source, self.out, self.keeping, self.log = trainer, feed, source, out, keeping, log
-        self.recipe, self.world = trainer.recipe, trainer.world
+        self.recipe, self.task, self.world = trainer.recipe, trainer.task, trainer.world
         self.settings = settings
         self.store = Store(out / "state", log)
         if self.recipe.lr_per:
@@ -134,7 +137,7 @@ class _Session:
             with (
                 StopRequests() as stop,
                 self._logs(course) as logs,
-                Progress(self.recipe.epochs, self.feed.steps, self.feed.batch_size, self.log, course.step) as progress,
+                self._progress(course) as progress,
             ):
                 for epoch in range(course.epochs, self.recipe.epochs):
                     self._train(epoch, course, stop, logs, progress)
@@ -154,9 +157,9 @@ class _Session:
         for waited, parts in _in_parts(self.feed.epoch(epoch, course.step - epoch * steps), self.recipe.accumulate):
             lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
             inputs = [(self._normalised(x), y.to(self.trainer.device)) for x, y in parts]
-            loss, top1 = self.trainer.step(inputs, lr, course.step)
+            loss, share = self.trainer.step(inputs, lr, course.step)
             course.step += 1
-            progress.step(epoch, loss, top1, lr, waited, images.images_per_second * self.world.size)
+            progress.step(epoch, loss, share, lr, waited, images.images_per_second * self.world.size)
             if course.step % LOG_EVERY == 0:
                 logs.write(step=course.step, epoch=epoch, **progress.averages())
             self._save_if_due(course)
@@ -166,16 +169,16 @@ class _Session:
         return normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
 
     def _evaluate(self, epoch: int, course: Course, logs: Logs | NoLogs, progress: Progress) -> None:
-        """At the end of an epoch: the accuracy, the models, the state."""
+        """At the end of an epoch: the figures, the models, the state."""
         self.trainer.settle()
         world = self.world
         bad = BadImages(self.out / "bad_images.txt", replace=False) if self.keeping.on_bad_image == "skip" else None
-        data = batches(
+        data = self.task.batches(
             self.source.val, self.source.preprocessing, self.feed.part, self.feed.workers, str(self.trainer.device), bad, world
         )
-        course.last = evaluate(self.trainer.predict, data, len(self.source.classes), world)
+        course.last = self.task.evaluate(self.trainer.predict, data, len(self.source.classes), world)
         course.epochs += 1
-        better = course.best is None or course.last.top1 > course.best.top1
+        better = course.best is None or course.last.score > course.best.score
         if better:
             course.best = course.last
         if world.main:
@@ -183,12 +186,13 @@ class _Session:
                 self._save_model(name, course)
         last = course.last
         progress.evaluated(epoch, last)
-        logs.write(step=course.step, epoch=epoch, val_loss=last.loss, val_top1=last.top1, val_top5=last.top5)
+        logs.write(step=course.step, epoch=epoch, **{f"val_{name}": value for name, value in last.figures.items()})
         self._save(course)
 
     def _save_model(self, name: str, course: Course) -> None:
         assert course.last is not None
-        training = {"data": self.source.name, "epoch": course.epochs, "val_top1": course.last.top1, "seed": self.settings["seed"]}
+        score = {f"val_{course.last.measure}": course.last.score}
+        training = {"data": self.source.name, "epoch": course.epochs, **score, "seed": self.settings["seed"]}
         zoo.save(
             self.trainer.best_model,
             self.out / f"{name}.safetensors",
@@ -219,7 +223,7 @@ class _Session:
                     f"{self.out}: holds a run with {name} {before.get(name)!r}, not {value!r}: "
                     f"another --out, or --allow-change {name}, or --resume never"
                 )
-        last, best = (_accuracy(state, name) for name in ("last", "best"))
+        last, best = (_evaluation(self.task, state, name) for name in ("last", "best"))
         if state.facts["steps"] != self.feed.steps:
             raise ValueError(
                 f"{self.out}: an epoch had {state.facts['steps']} steps, now it has {self.feed.steps}: a run cannot change that"
@@ -262,10 +266,10 @@ class _Session:
             "settings": self.settings,
         }
         tensors = self.trainer.tensors()
-        for name, accuracy in (("last", course.last), ("best", course.best)):
-            if accuracy is not None:
-                tensors[f"{name}.confusion"] = accuracy.confusion.clone()
-                facts[name] = {key: value for key, value in vars(accuracy).items() if key != "confusion"}
+        for name, evaluation in (("last", course.last), ("best", course.best)):
+            if evaluation is not None:
+                tensors[f"{name}.confusion"] = evaluation.confusion.clone()
+                facts[name] = {key: value for key, value in vars(evaluation).items() if key != "confusion"}
         self.store.save(State(course.step, tensors, {**facts, "scaler": self.trainer.scaler.state_dict()}))
 
     def _save_if_due(self, course: Course) -> None:
@@ -285,6 +289,9 @@ class _Session:
             self.world.wait()
             raise StoppedError(f"stopped after step {course.step}, and saved: the same command goes on", stop.signal or 15)
 
+    def _progress(self, course: Course) -> Progress:
+        return Progress(self.recipe.epochs, self.feed.steps, self.feed.batch_size, self.log, course.step, self.task.share)
+
     def _logs(self, course: Course) -> Logs | NoLogs:
         return Logs(self.out, course.step, self.keeping.wandb, self.settings) if self.world.main else NoLogs()
 
@@ -299,8 +306,8 @@ class _Session:
         summary = {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "seconds": course.seconds,
-            "best_top1": course.best.top1,
-            "last_top1": course.last.top1,
+            f"best_{course.best.measure}": course.best.score,
+            f"last_{course.last.measure}": course.last.score,
             **{name: self.settings[name] for name in ("arch", "data", "seed")},
             "processes": self.world.size,
             "bad_images": len(bad),
@@ -330,9 +337,9 @@ def _in_parts(data: Iterator[Any], count: int) -> Iterator[tuple[float, Sequence
         yield time.perf_counter() - started, parts
 
 
-def _accuracy(state: State, name: str) -> Accuracy | None:
+def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:
     found = state.facts.get(name)
-    return Accuracy(**found, confusion=state.tensors.pop(f"{name}.confusion")) if found else None
+    return task.restored(**found, confusion=state.tensors.pop(f"{name}.confusion")) if found else None
 
 
 def _make_folder(out: Path) -> None:

@@ -7,26 +7,31 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.models import RepVGG
+from repvgg.pspnet import PSPNet
 from repvgg.reparam import Branches
 from repvgg.train.recipes import Recipe
 
 STAGES = 5  # the stem is the first; the head comes after the last
+BACKBONE = ("stem.", "stages.", "backbone.")
 
 
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     """Of the parameters that are not frozen."""
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.custom_l2)
+    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.custom_l2, recipe.head_lr)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, custom_l2: bool = False
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, custom_l2: bool = False, head_lr: float = 1.0
 ) -> list[dict[str, Any]]:
     """Weight decay on kernels (more than one dimension) alone: not on biases, nor on batch norms' weights (section 4.1).
 
-    layer_decay: each stage's share of the next one's learning rate, the head's being 1; `lr_scale` of each group holds it. With
-    custom_l2 the kernels that it regularises are spared. Raises ValueError where stages are not known: outside the family.
+    layer_decay: each stage's share of the next one's learning rate, the head's being 1; `lr_scale` of each group holds it. head_lr:
+    a factor for all that comes after the backbone. With custom_l2 the kernels that it regularises are spared. Raises ValueError
+    where stages are not known (outside the family), or the backbone is not.
     """
+    if head_lr != 1 and not isinstance(model, (RepVGG, PSPNet)):
+        raise ValueError(f"--head-lr: which part of {type(model).__name__} is its head is not known here")
     if layer_decay != 1 and not isinstance(model, RepVGG):
         raise ValueError(f"--layer-decay: the stages of {type(model).__name__} are not known here; it is for the RepVGG family")
     spared = {p for block in _two_branches(model) for p in _kernels(block)} if custom_l2 else set()
@@ -34,6 +39,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (STAGES - _stage(name)) if layer_decay != 1 else 1.0
+            if not name.startswith(BACKBONE):
+                scale *= head_lr
             groups.setdefault((scale, parameter.dim() > 1 and parameter not in spared), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}

@@ -3,6 +3,8 @@
 light, heavy    the paper's (section 4.1), for ImageNet
 cifar           small images, on a CPU or one GPU
 finetune        on from trained weights
+pspnet          masks: the paper's (Table 8), for Cityscapes
+camvid          masks: a small set, on a CPU or one GPU, from scratch
 demo            the embedded digits, in a minute
 """
 
@@ -36,6 +38,8 @@ class Recipe:
     """Decay the kernels that blocks fold to, as the official code does, instead of those of their branches."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0: any."""
+    head_lr: float = 1.0
+    """Learning rate of what comes after the backbone, as a multiple of the backbone's."""
     layer_decay: float = 1.0
     """Learning rate of a stage as a share of the next one's; the head has all of it."""
     frozen_stages: int = 0
@@ -46,12 +50,20 @@ class Recipe:
     """Decay of a moving average of the weights, which is what is evaluated and kept; 0: none."""
     warmup_epochs: float = 0.0
     """Linear rise of the learning rate from zero; at most half of the run."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """Its fall to zero."""
+    decay: Literal["cosine", "linear", "poly"] = "cosine"
+    """Its fall to zero; poly: what is left of the run, to the power of 0.9."""
     label_smoothing: float = 0.0
     """Share of each target spread over all classes."""
-    crop: Literal["random_resized", "shift"] = "random_resized"
-    """A crop of random size and shape, or a shift by up to an eighth of the size."""
+    crop: Literal["random_resized", "shift", "scale"] = "random_resized"
+    """A crop of random size and shape; a shift by up to an eighth of the size; of masks, a scale from 0.5 to 2 and then a crop."""
+    crop_size: int = 0
+    """Side of the crop of masks, or that of the image if it is shorter; 0: the whole image."""
+    resize: int = 0
+    """Short side that photos with masks are resized to; 0: as they are."""
+    jitter: float = 0.0
+    """Strength of random changes of brightness, contrast and saturation, in photos with masks."""
+    auxiliary: float = 0.4
+    """Weight of the loss of a PSPNet's auxiliary head."""
     flip: bool = True
     """Mirror half of the images."""
     auto_augment: bool = False
@@ -76,11 +88,13 @@ class Recipe:
         for name in ("momentum", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: from 0 to below 1")
-        for name in ("weight_decay", "warmup_epochs", "mixup", "clip_norm", "lr_per", "frozen_stages"):
+        never_negative = ("weight_decay", "warmup_epochs", "mixup", "clip_norm", "lr_per", "frozen_stages", "auxiliary")
+        for name in (*never_negative, "crop_size", "resize", "jitter"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: not negative")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}: above 0")
+        for name in ("lr", "head_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: above 0")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}: above 0, at most 1")
         for name, kind in get_type_hints(Recipe).items():
@@ -98,6 +112,8 @@ class Recipe:
         if progress < warmup:
             return self.peak_lr * progress / warmup
         left = (1 - progress) / (1 - warmup)
+        if self.decay == "poly":
+            return self.peak_lr * math.pow(max(0.0, left), 0.9)
         return self.peak_lr * (left if self.decay == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
@@ -137,6 +153,20 @@ RECIPES = {
         precision="bf16",
     ),
     "finetune": Recipe(epochs=15, batch_size=64, lr=0.02, nesterov=True, warmup_epochs=1, label_smoothing=0.1, layer_decay=0.7),
+    "pspnet": Recipe(epochs=40, batch_size=16, lr=0.01, head_lr=10, decay="poly", crop="scale", crop_size=713, sync_bn=True),
+    "camvid": Recipe(
+        epochs=150,
+        batch_size=8,
+        lr=0.05,
+        nesterov=True,
+        weight_decay=5e-4,
+        warmup_epochs=3,
+        decay="poly",
+        crop="scale",
+        crop_size=288,
+        jitter=0.3,
+        precision="bf16",
+    ),
     "demo": Recipe(epochs=8, batch_size=64, lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=1, crop="shift", flip=False),
 }
 

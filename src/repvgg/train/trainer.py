@@ -6,13 +6,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.optimizer import custom_l2, freeze, keep_still, sgd
 from repvgg.train.recipes import Recipe
+from repvgg.train.tasks import CLASSIFICATION, Task
 
 
 class Trainer:
@@ -24,12 +24,13 @@ class Trainer:
         recipe: Recipe,
         num_classes: int,
         *,
+        task: Task = CLASSIFICATION,
         world: World = ALONE,
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
         """Raises ValueError for what the recipe asks of this device or model and cannot get."""
-        self.recipe, self.num_classes, self.world, self.seed = recipe, num_classes, world, seed
+        self.recipe, self.num_classes, self.task, self.world, self.seed = recipe, num_classes, task, world, seed
         self.device = torch.device(device)
         self.model = self._placed(model)
         freeze(self.model, recipe.frozen_stages)
@@ -49,7 +50,9 @@ class Trainer:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if self.recipe.sync_bn:
             if self.device.type != "cuda":
-                raise ValueError(f"--sync-bn needs GPUs: PyTorch has no synchronised batch norm on {self.device.type}")
+                raise ValueError(
+                    f"--sync-bn needs GPUs: PyTorch has no synchronised batch norm on {self.device.type}; say --no-sync-bn"
+                )
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.recipe.precision == "fp64":
             model = model.double()
@@ -70,10 +73,11 @@ class Trainer:
         keep_still(self.model, self.recipe.frozen_stages, self.recipe.freeze_bn)
 
     def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int) -> tuple[float, float]:
-        """One step of SGD. parts: this process's normalised images [N, C, H, W] and labels [N]; number: of the step in the run.
+        """One step of SGD. parts: this process's normalised images [N, C, H, W] and labels [N] or masks [N, H, W]; number: of the
+        step in the run.
 
-        Returns the loss and the share of images recognised, over all processes. Raises FloatingPointError, before any weight
-        moves, if the loss is no number.
+        Returns the loss and the share of images (of masks, pixels) recognised, over all processes. Raises FloatingPointError,
+        before any weight moves, if the loss is no number.
         """
         torch.manual_seed(hash((self.seed, number, self.world.rank)) % 2**63)  # of mixup and dropout: the same when resumed here
         for group in self.optimizer.param_groups:
@@ -82,10 +86,10 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
         for i, (x, y) in enumerate(parts, 1):
             with nullcontext() if i == len(parts) or self.world.size == 1 else self.network.no_sync():
-                loss, logits = self._loss(x, y)
+                loss, right = self._loss(x, y)
                 self.scaler.scale(loss / len(parts)).backward()
-            sums += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()]).to(sums)
-        mean_loss, top1 = (self.world.total(sums) / (len(parts) * self.world.size)).tolist()
+            sums += torch.stack([loss.detach(), right]).to(sums)
+        mean_loss, share = (self.world.total(sums) / (len(parts) * self.world.size)).tolist()
         if not math.isfinite(mean_loss):
             raise diverged(f"step {number}: the loss is {mean_loss}")
         if self.recipe.clip_norm:
@@ -95,7 +99,7 @@ class Trainer:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        return mean_loss, top1
+        return mean_loss, share
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         target = y
@@ -103,25 +107,26 @@ class Trainer:
             from torchvision.transforms import v2
 
             x, target = v2.MixUp(alpha=self.recipe.mixup, num_classes=self.num_classes)(x, y)
-        logits = self._forward(self.network, x)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.recipe.label_smoothing)
+        outputs = self._forward(self.network, x)
+        loss = self.task.loss(outputs, target, self.recipe)
         if self.recipe.custom_l2:
             loss = loss + self.recipe.weight_decay * custom_l2(self.model)
-        return loss, logits
+        with torch.no_grad():
+            return loss, self.task.right(outputs, y)
 
-    def _forward(self, network: Any, x: Tensor) -> Tensor:
-        """Logits, in fp32 at least."""
+    def _forward(self, network: Any, x: Tensor) -> Any:
+        """What the network returns, in fp32 at least."""
         x = x.contiguous(memory_format=self._memory_format if self.recipe.channels_last else torch.contiguous_format)
         if self.recipe.precision == "fp64":
-            return network(x.double())  # type: ignore[no-any-return]
+            return network(x.double())
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.precision)
         with torch.autocast(self.device.type, half) if half else nullcontext():
-            logits: Tensor = network(x)
-        return logits.float()
+            outputs = network(x)
+        return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits of `best_model`, which must be in eval mode."""
-        return self._forward(self.best_model, x)
+        return self._forward(self.best_model, x)  # type: ignore[no-any-return]
 
     def settle(self) -> None:
         """Before evaluating and saving: eval mode, the first process's statistics everywhere, and numbers that a file may hold.

@@ -1,0 +1,260 @@
+"""Masks of images: whole or in overlapping windows, at one scale or several, as they are or mirrored too.
+
+    for answer in predict_masks(model, ["street/*.jpg"], views=Views(slide=True, scales=(0.75, 1.0, 1.25), flip=True)):
+        print(answer.path, answer.shares)
+
+What an image is shown as is a `Views`; the class probabilities of all views are averaged. One view is not averaged with anything.
+"""
+
+import colorsys
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from repvgg.data.images import ImageError, decode
+from repvgg.data.masks import LONGEST
+from repvgg.data.transforms import normalise
+from repvgg.files import Preprocessing, atomically
+from repvgg.predict import expand
+from repvgg.pspnet import PSPNet
+from repvgg.zoo import manifest_of
+
+STEP = 2 / 3  # of a window, between one and the next, as in the original PSPNet
+LARGEST_SCALE = 8
+
+# The usual colours of Cityscapes; CamVid's names are here as well. Other classes get colours of their own.
+COLOURS = {
+    "road": (128, 64, 128),
+    "sidewalk": (244, 35, 232),
+    "pavement": (244, 35, 232),
+    "building": (70, 70, 70),
+    "wall": (102, 102, 156),
+    "fence": (190, 153, 153),
+    "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30),
+    "traffic sign": (220, 220, 0),
+    "sign": (220, 220, 0),
+    "vegetation": (107, 142, 35),
+    "tree": (107, 142, 35),
+    "terrain": (152, 251, 152),
+    "sky": (70, 130, 180),
+    "person": (220, 20, 60),
+    "pedestrian": (220, 20, 60),
+    "rider": (255, 0, 0),
+    "car": (0, 0, 142),
+    "truck": (0, 0, 70),
+    "bus": (0, 60, 100),
+    "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230),
+    "bicycle": (119, 11, 32),
+    "bicyclist": (119, 11, 32),
+}
+
+
+@dataclass(frozen=True)
+class Views:
+    """slide: windows of the size that the model was trained with, which overlap by a third, instead of the whole image. scales: of
+    the image's size. flip: mirrored too."""
+
+    slide: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < scale <= LARGEST_SCALE for scale in self.scales):
+            raise ValueError(f"scales are above 0 and at most {LARGEST_SCALE}, not {self.scales}")
+
+    @property
+    def one(self) -> bool:
+        return not self.slide and not self.flip and self.scales == (1.0,)
+
+
+WHOLE = Views()
+
+
+def segment(
+    network: Callable[[Tensor], Tensor], images: Tensor, size: tuple[int, int], window: Sequence[int], views: Views = WHOLE
+) -> Tensor:
+    """Scores [N, classes, *size] of normalised images [N, C, H, W]: logits of one view, log-probabilities of several.
+
+    window: height and width, for `views.slide`.
+    """
+    if views.one:
+        return _to_size(network(images), size)
+    total: Tensor | None = None
+    for scale in views.scales:
+        scaled = _to_size(images, (max(1, round(images.shape[2] * scale)), max(1, round(images.shape[3] * scale))))
+        for mirrored in (False, True) if views.flip else (False,):
+            shown = scaled.flip(3) if mirrored else scaled
+            seen = _through_windows(network, shown, window) if views.slide else network(shown).softmax(1)
+            probabilities = _to_size(seen.flip(3) if mirrored else seen, size)
+            total = probabilities if total is None else total.add_(probabilities)
+    assert total is not None
+    mean = total.div_(len(views.scales) * (2 if views.flip else 1))
+    return mean.clamp_(min=torch.finfo(mean.dtype).tiny).log_()
+
+
+def _through_windows(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int]) -> Tensor:
+    """Probabilities, averaged where windows overlap."""
+    height, width = (min(w, n) for w, n in zip(window, x.shape[2:], strict=True))
+    total: Tensor | None = None
+    count = x.new_zeros(x.shape[2:])
+    for top in starts(x.shape[2], height):
+        for left in starts(x.shape[3], width):
+            there = (..., slice(top, top + height), slice(left, left + width))
+            seen = network(x[there]).softmax(1)
+            total = seen.new_zeros(*seen.shape[:2], *x.shape[2:]) if total is None else total
+            total[there] += seen
+            count[there] += 1
+    assert total is not None
+    return total.div_(count)
+
+
+def starts(length: int, window: int) -> list[int]:
+    """Where windows begin, so that they cover all and overlap by a third at least."""
+    step = math.ceil(window * STEP)
+    number = math.ceil(max(0, length - window) / step) + 1
+    return [min(i * step, length - window) for i in range(number)]
+
+
+def _to_size(x: Tensor, size: Sequence[int]) -> Tensor:
+    return x if x.shape[2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def placed(model: nn.Module, device: str) -> Callable[[Tensor], Tensor]:
+    """The model on a device, in eval mode: normalised images in, scores in float32 at least."""
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    dtype = next(model.parameters()).dtype
+
+    def network(x: Tensor) -> Tensor:
+        scores: Tensor = model(x.to(dtype, memory_format=torch.channels_last))
+        return scores if dtype == torch.float64 else scores.float()
+
+    return network
+
+
+class ToNetwork(nn.Module):
+    """A photo at the size that the network sees it in, whole; its mask, if there is one, as it is."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.resize = v2.Resize(preprocessing.resize, InterpolationMode(preprocessing.interpolation), antialias=True)
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Any:
+        if max(image.shape[-2:]) > LONGEST * min(image.shape[-2:]):
+            raise ImageError(f"is more than {LONGEST} times as long as wide")
+        image = self.resize(image)
+        return image if mask is None else (image, mask.as_subclass(Tensor))
+
+
+# ------------------------------------------------------------------------------------------------------------ image files
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """What was seen in one image, or why it could not be read. image: uint8 [3, H, W]; mask: class ids, uint8 [H, W]; shares: of
+    the pixels, by class, the largest first."""
+
+    path: str
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    shares: dict[str, float] | None = None
+    error: str | None = None
+
+
+def predict_masks(model: nn.Module, patterns: Sequence[str], device: str = "cpu", views: Views = WHOLE) -> Iterator[MaskPrediction]:
+    """Masks for files, folders (all images below them) and globs, in order, at each image's own size.
+
+    An image that cannot be read yields a MaskPrediction with an error; the others go on. Raises `ImageError` where a pattern fits
+    nothing, ValueError for a model that gives no masks or more classes than a mask can hold.
+    """
+    if not patterns:
+        raise ValueError("no images: name files, folders or globs")
+    manifest = manifest_of(model)
+    if not isinstance(model, PSPNet):
+        raise ValueError("this model gives labels, not masks: --out, --slide, --scales and --flip are for a PSPNet")
+    if model.num_classes > 255:
+        raise ValueError(f"{model.num_classes} classes: a mask holds 255")
+    p = manifest.preprocessing
+    to_network, network = ToNetwork(p), placed(model, device)
+    names = class_names(model)
+    for path in expand(patterns):
+        try:
+            image = decode(path, p.input_size[0])
+            small = to_network(image)
+        except ImageError as error:
+            yield MaskPrediction(path, error=str(error) if str(error).startswith(path) else f"{path}: {error}")
+            continue
+        with torch.inference_mode():
+            x = normalise(small.unsqueeze(0).to(device), p)
+            mask = segment(network, x, (image.shape[1], image.shape[2]), p.input_size[1:], views)[0].argmax(0).to(torch.uint8).cpu()
+        yield MaskPrediction(path, image.expand(3, -1, -1), mask, _shares(mask, names))
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Those it carries, or numbers."""
+    return manifest_of(model).classes or [str(i) for i in range(int(model.num_classes))]  # type: ignore[arg-type]
+
+
+def _shares(mask: Tensor, names: Sequence[str]) -> dict[str, float]:
+    counts = mask.flatten().bincount(minlength=len(names)).tolist()
+    order = sorted(range(len(names)), key=lambda i: -counts[i])
+    return {names[i]: counts[i] / mask.numel() for i in order if counts[i]}
+
+
+def write_masks(answers: Iterable[MaskPrediction], out: Path, names: Sequence[str]) -> Iterator[MaskPrediction]:
+    """Writes NAME.png (class ids, with colours for viewers) and NAME_overlay.jpg of each into a folder; at the end masks.json.
+
+    Yields what it has written. Raises ValueError for two images of one name.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    palette, found = colours(names), dict[str, dict[str, Any]]()
+    for answer in answers:
+        if answer.image is not None and answer.mask is not None:
+            name = Path(answer.path).stem
+            if name in found:
+                raise ValueError(f"{answer.path}: {found[name]['path']} has the same name: give each folder an --out of its own")
+            _save(_indexed(answer.mask, palette), out / f"{name}.png", format="PNG")
+            _save(overlay(answer.image, answer.mask, palette), out / f"{name}_overlay.jpg", format="JPEG", quality=90)
+            found[name] = {"path": answer.path, "mask": f"{name}.png", "overlay": f"{name}_overlay.jpg", "shares": answer.shares}
+        yield answer
+    text = json.dumps({"classes": list(names), "images": list(found.values())}, indent=1) + "\n"
+    atomically(out / "masks.json", lambda path: path.write_text(text))
+
+
+def colours(names: Sequence[str]) -> Any:
+    """uint8 [classes, 3]: the usual ones of what is in a street, for other classes hues as far from their neighbours' as can be."""
+    rows = [
+        COLOURS.get(name.lower()) or tuple(round(255 * x) for x in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.75, 0.9))
+        for i, name in enumerate(names)
+    ]
+    return np.array(rows, dtype=np.uint8)
+
+
+def overlay(image: Tensor, mask: Tensor, palette: Any) -> Image.Image:
+    """The photo, half covered by its mask's colours."""
+    photo = image.permute(1, 2, 0).numpy().astype(np.uint16)
+    return Image.fromarray(((photo + palette[mask.numpy()]) // 2).astype(np.uint8))
+
+
+def _indexed(mask: Tensor, palette: Any) -> Image.Image:
+    image = Image.fromarray(mask.numpy())
+    image.putpalette(palette.tobytes())
+    return image
+
+
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
+    data = io.BytesIO()
+    image.save(data, **options)
+    atomically(path, lambda temporary: temporary.write_bytes(data.getvalue()))

@@ -1,0 +1,191 @@
+"""Masks as a task: photo and mask transformed together, cross-entropy over pixels, intersection over union."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.tv_tensors import Mask
+
+from repvgg.data import Images, Source
+from repvgg.data.masks import IGNORED
+from repvgg.data.transforms import BadImages, Transformed, load, normalise
+from repvgg.files import Preprocessing
+from repvgg.pspnet import PSPNet
+from repvgg.segment import WHOLE, ToNetwork, Views, placed, segment
+from repvgg.train.distributed import ALONE, World
+from repvgg.train.recipes import Recipe
+from repvgg.zoo import manifest_of
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How well masks agree, over `images` images. confusion: [classes, classes], in pixels, rows the true class, columns the
+    predicted one; pixels without a label do not count. loss: mean over pixels."""
+
+    measure: ClassVar[str] = "mean_iou"
+
+    images: int
+    loss: float
+    confusion: Tensor
+
+    @property
+    def per_class(self) -> list[float]:
+        """Intersection over union of each class; NaN where it is neither there nor predicted."""
+        confusion = self.confusion.double()  # exact: counts are far below 2^53
+        right = confusion.diag()
+        return (right / (confusion.sum(0) + confusion.sum(1) - right)).tolist()
+
+    @property
+    def score(self) -> float:
+        """Mean intersection over union, of the classes that are there or predicted."""
+        return float(torch.tensor(self.per_class, dtype=torch.float64).nanmean())
+
+    @property
+    def pixel_accuracy(self) -> float:
+        return float(self.confusion.trace()) / int(self.confusion.sum())
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"loss": self.loss, "mean_iou": self.score, "pixel_accuracy": self.pixel_accuracy}
+
+    def __str__(self) -> str:
+        return f"mean IoU {self.score:.2%}, pixel accuracy {self.pixel_accuracy:.2%} ({self.images} images)"
+
+
+class Segmentation:
+    """See `Task`."""
+
+    share = "pixel_accuracy"
+
+    def prepared(self, source: Source, recipe: Recipe) -> Source:
+        """The photos' size as the recipe says; a model's input is the crop."""
+        if recipe.crop != "scale":
+            raise ValueError(f"--crop {recipe.crop} is for labels, {source.name} has masks: --recipe pspnet or camvid")
+        for name in ("auto_augment", "mixup"):
+            if getattr(recipe, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for labels, {source.name} has masks")
+        p = source.preprocessing
+        short = recipe.resize or p.resize
+        sides = [round(n * short / p.resize) for n in p.input_size[1:]]
+        height, width = (min(recipe.crop_size or n, n) for n in sides)
+        return replace(source, preprocessing=replace(p, input_size=(p.input_size[0], height, width), resize=short))
+
+    def check(self, model: nn.Module, source: Source) -> None:
+        """Raises ValueError for a network that gives no masks."""
+        if not isinstance(model, PSPNet):
+            raise ValueError(f"{source.name} has masks, which {type(model).__name__} does not give: --arch pspnet_repvgg_a0, say")
+
+    def train_transform(self, recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
+        """uint8 photo [C, H, W] and mask [H, W] -> those of the crop; what is outside the photo is of mean colour and no class."""
+        short, mean = preprocessing.resize, tuple(round(255 * x) for x in preprocessing.mean)
+        mode = InterpolationMode(preprocessing.interpolation)
+        steps: list[nn.Module] = [
+            v2.RandomResize(short // 2 or 1, 2 * short + 1, interpolation=mode, antialias=True),
+            v2.RandomCrop(preprocessing.input_size[1:], pad_if_needed=True, fill={Tensor: mean, Mask: IGNORED}),
+        ]
+        if recipe.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if recipe.jitter:
+            steps.append(v2.ColorJitter(*[recipe.jitter] * 3))
+        transform: nn.Module = v2.Compose([*steps, v2.ToPureTensor()])
+        return transform
+
+    def loss(self, outputs: Any, target: Tensor, recipe: Recipe) -> Tensor:
+        """Mean over the pixels that have a label, zero if there are none; with the auxiliary head's, weighted."""
+        if isinstance(outputs, tuple):
+            logits, auxiliary = outputs
+            return self.loss(logits, target, recipe) + recipe.auxiliary * self.loss(auxiliary, target, recipe)
+        y = target.long()
+        total = F.cross_entropy(outputs, y, ignore_index=IGNORED, reduction="sum", label_smoothing=recipe.label_smoothing)
+        return total / (y != IGNORED).sum().clamp(min=1)
+
+    def right(self, outputs: Any, target: Tensor) -> Tensor:
+        """Share of the labelled pixels that are recognised."""
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        labelled = target != IGNORED
+        share: Tensor = (logits.argmax(1) == target)[labelled].sum() / labelled.sum().clamp(min=1)
+        return share
+
+    def batches(
+        self,
+        images: Images,
+        preprocessing: Preprocessing,
+        batch_size: int = 1,
+        workers: int = 0,
+        device: str = "cpu",
+        bad: BadImages | None = None,
+        world: World = ALONE,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Whole photos one by one, as they may differ in size, normalised [1, C, H, W]; and masks [1, H', W'], as they are."""
+        order = range(world.rank, len(images), world.size)
+        for pixels, masks in load(Transformed(images, ToNetwork(preprocessing), bad=bad), 1, workers, order):
+            if masks.dim() == 3:  # else it is the label -1, of a photo that cannot be read
+                yield normalise(pixels.to(device), preprocessing), masks.to(device)
+
+    def evaluate(
+        self,
+        network: Callable[[Tensor], Tensor],
+        data: Iterable[tuple[Tensor, Tensor]],
+        num_classes: int,
+        world: World = ALONE,
+        views: Views = WHOLE,
+        window: Sequence[int] = (),
+    ) -> Overlap:
+        """Run a network in eval mode over photos and masks; scores are upsampled to the masks' own sizes.
+
+        With several processes each brings its share of the photos, and all get the whole. Raises ValueError if there is nothing to
+        evaluate on.
+        """
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        # torchmetrics counts; its ratios are in float32, ours are not.
+        counter = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False).to(world.device)
+        loss, images = 0.0, 0
+        with torch.no_grad():
+            for photos, masks in data:
+                masks = masks.long()
+                scores = segment(network, photos, (masks.shape[1], masks.shape[2]), window, views)
+                if scores.shape[1] != num_classes:
+                    raise ValueError(f"the model has {scores.shape[1]} classes, the data {num_classes}")
+                loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
+                counter.update(scores.argmax(1).to(world.device), masks.to(world.device))
+                images += len(masks)
+        sums = world.total(torch.tensor([loss, images], dtype=torch.float64, device=world.device))
+        confusion = world.total(counter.confmat).cpu()
+        pixels = int(confusion.sum())
+        if not pixels:
+            raise ValueError("there are no images to evaluate on, or no pixel of them has a label")
+        return Overlap(int(sums[1]), float(sums[0]) / pixels, confusion)
+
+    def restored(self, confusion: Tensor, **facts: Any) -> Overlap:
+        return Overlap(**facts, confusion=confusion)
+
+    def evaluate_model(
+        self,
+        model: nn.Module,
+        source: Source,
+        split: str = "val",
+        workers: int = 0,
+        device: str = "cpu",
+        views: Views = WHOLE,
+    ) -> Overlap:
+        """A PSPNet of ours on a split of a source, with the preprocessing that the model carries.
+
+        Raises ValueError if they differ in the number of classes or channels.
+        """
+        self.check(model, source)
+        manifest = manifest_of(model)
+        if manifest.preprocessing.input_size[0] != source.preprocessing.input_size[0]:
+            raise ValueError(
+                f"the model takes images of {manifest.preprocessing.input_size[0]} channels, not those of {source.name}"
+            )
+        if manifest.classes is not None and len(manifest.classes) != len(source.classes):
+            raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")
+        p = manifest.preprocessing
+        data = self.batches(source.split(split), p, workers=workers, device=device)
+        world = replace(ALONE, device=device)
+        return self.evaluate(placed(model, device), data, len(source.classes), world, views, p.input_size[1:])
