@@ -82,6 +82,7 @@ def test_the_run_of_two_is_a_run(undisturbed: Path) -> None:
     assert [line["step"] for line in metrics if "val_top1" in line] == [7, 14, 21]
 
 
+@pytest.mark.slow  # gloo's own reconnection has hung once in four runs, on a machine with four times its load
 def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = torchrun(*WORDS.split(), str(out), restarts=2)

@@ -6,6 +6,7 @@ from conftest import randomize
 from torch import nn
 
 from repvgg import zoo
+from repvgg.blocks import no_identity, repvgg
 from repvgg.reparam import equivalent_kernel
 from repvgg.train.optimizer import custom_l2, parameter_groups
 
@@ -112,7 +113,5 @@ class _Term(nn.Module):
 
 
 def _block(channels: int, groups: int, identity: bool = True) -> nn.Module:
-    from repvgg.blocks import repvgg
-
-    block = repvgg(channels, channels, groups=groups, with_identity=identity).double()
+    block = (repvgg if identity else no_identity)(channels, channels, groups=groups).double()
     return randomize(block, (4, channels, 9, 9))
