@@ -180,7 +180,7 @@ def test_the_recipe_named_gives_the_defaults_and_flags_change_them(tmp_path: Pat
         ("--recipe lihgt", "no recipe 'lihgt': "),
         (
             "--data nowhere",
-            "no data 'nowhere': digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME or wds:SHARDS",
+            "no data 'nowhere': digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME, wds:SHARDS, ",
         ),
         ("--data hf:./nowhere", "no such folder"),
         ("--device tpu", "no device 'tpu' here: "),
@@ -231,7 +231,7 @@ def test_eval_convert_predict_and_info_refuse(run: Path, scans: Path, tmp_path: 
         (["predict", tmp_path, scans], "is a folder, not a model file"),
         (["info", tmp_path / "zero.safetensors"], "is empty"),
         (["info", "vgg61"], "no model 'vgg61'"),
-        (["recipe", "nope"], "no recipe 'nope': light, heavy, cifar, finetune, demo"),
+        (["recipe", "nope"], "no recipe 'nope': light, heavy, cifar, finetune, pspnet, camvid, demo"),
     ]
     for words, complaint in cases:
         assert complaint in refused(capsys, *words), words

@@ -46,7 +46,6 @@ def _show_family(as_json: bool) -> None:
     import torch
 
     from repvgg import zoo
-    from repvgg.baselines import list_baselines
     from repvgg.costs import cost
     from repvgg.models import FAMILY
     from repvgg.pspnet import PSPNETS
@@ -90,7 +89,7 @@ def _show_family(as_json: bool) -> None:
     ]
     print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
     print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
-    print("Comparators: " + ", ".join(list_baselines()))
+    print("Comparators: " + ", ".join(name for name in zoo.list_models() if name not in FAMILY and name not in PSPNETS))
 
 
 def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:

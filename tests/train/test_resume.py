@@ -92,7 +92,7 @@ def test_an_end_between_the_last_step_and_its_evaluation(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(loop._Session, "_evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quick(tmp_path, keeping=Keeping(save_steps=1))
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["000000007.safetensors", "000000008.safetensors"]
