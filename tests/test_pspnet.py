@@ -250,3 +250,16 @@ def test_checkpointing_changes_nothing() -> None:
         (logits.square().mean() + auxiliary.square().mean()).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
+
+
+def test_synchronised_batch_norms_are_of_the_training_form(tmp_path: Path) -> None:
+    """What the paper's recipe leaves: a file that folds."""
+    model = narrow("pspnet_repvgg_micro")
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert zoo.manifest_of(synchronised).form == "training"
+    repvgg.save(synchronised, tmp_path / "a.safetensors")
+    x = torch.randn(1, 3, 33, 33)
+    assert torch.equal(repvgg.load(tmp_path / "a.safetensors")(x), model(x))
+    deploy = reparameterize(synchronised)
+    assert zoo.manifest_of(deploy).form == "deploy"
+    assert relative_error(deploy(x), model(x)) < 1e-5

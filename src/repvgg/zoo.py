@@ -363,7 +363,7 @@ def _num_classes(model: nn.Module) -> Any:
 def _is_folded(model: nn.Module) -> bool:
     if isinstance(model, RepVGG):
         return is_deploy_form(model)
-    return not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    return not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())  # synchronised ones too
 
 
 def default_preprocessing(arch: dict[str, Any]) -> Preprocessing:

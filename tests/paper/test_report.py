@@ -124,7 +124,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_all_quick_for_real(tmp_path: Path) -> None:
-    models = "repvgg_a0,resnet18,repvgg_b2g4"
+    models = "repvgg_a0,resnet18,repvgg_b2g4,pspnet_repvgg_micro_fast"
     words = ["--quick", "--models", models, "--data", "digits", "--rounds", "1", "--batch-size", "1", "--out", str(tmp_path)]
     main(["paper", "all", *words])
     html = (tmp_path / "index.html").read_text()
