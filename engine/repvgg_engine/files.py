@@ -4,7 +4,6 @@ Files of strangers are hostile: every length is checked against the file's befor
 `EngineError` that names the file.
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -37,12 +36,11 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Model:
-    """fingerprint: tells models apart, by their header and samples of their weights."""
+    """What a file holds."""
 
     layers: list[Layer]
     preprocessing: Preprocessing
     classes: list[str] | None
-    fingerprint: str
 
 
 def read(path: Path) -> Model:
@@ -73,8 +71,6 @@ class _Reader:
         self.header = json.loads(header)
         if not isinstance(self.header, dict):
             raise EngineError("has a header that is no dictionary")
-        samples = self.data[:: 1 + len(self.data) // 65536].tobytes()
-        self.fingerprint = hashlib.sha256(header + samples).hexdigest()[:32]
 
     def model(self) -> Model:
         metadata = self.header.pop("__metadata__", {})
@@ -104,7 +100,7 @@ class _Reader:
         classes = manifest.get("classes")
         if classes is not None and (not all(isinstance(c, str) for c in classes) or len(classes) != channels):
             raise EngineError("has class names that do not fit its outputs")
-        return Model(layers, preprocessing, classes, self.fingerprint)
+        return Model(layers, preprocessing, classes)
 
     def _layer(self, spec: dict[str, Any], channels: int, sides: tuple[int, ...]) -> tuple[Layer, int, tuple[int, ...]]:
         """The layer, and the channels and sides of what it gives for a map of so many channels and those sides."""

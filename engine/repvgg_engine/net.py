@@ -19,7 +19,6 @@ from repvgg_engine.files import Preprocessing, read
 from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite, in_channels
 from repvgg_engine.library import (
     CONV,
-    LARGE_BATCH,
     LIBRARY,
     POOL,
     SQUEEZE_EXCITE,
@@ -50,6 +49,8 @@ class Net:
         """Every convolution is direct at first; see `choose`. Raises `EngineError`."""
         if precision not in PRECISIONS:
             raise EngineError(f"no precision {precision!r}: {', '.join(PRECISIONS)}")
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}: it is at least 1")
         self.layers = list(layers)
         self.precision, self.preprocessing, self.classes = precision, preprocessing, classes
         self.threads = available_threads() if threads is None else threads
@@ -63,6 +64,12 @@ class Net:
 
     def __call__(self, images: NDArray[Any]) -> Array:
         """Logits [N, classes], or, of a net that ends before its pool, the feature map [N, C, H, W]. Raises `EngineError`."""
+        if self.tuning:
+            self.tuning.ensure(self)
+        return self.run(images)
+
+    def run(self, images: NDArray[Any]) -> Array:
+        """The same, by the algorithms that are chosen now."""
         images = np.asarray(images)
         channels, as_bytes = in_channels(self.layers), images.dtype == np.uint8
         order = "[N, H, W, C]" if as_bytes else "[N, C, H, W]"
@@ -74,8 +81,6 @@ class Net:
             raise EngineError("this net has no mean and std: give float32 images")
         if max(images.shape) >= 2**31:
             raise EngineError(f"images of shape {list(images.shape)} are too many or too large")
-        if self.tuning:
-            self.tuning.ensure(self, len(images) >= LARGE_BATCH)
         images = np.ascontiguousarray(images)
         height, width = images.shape[1:3] if as_bytes else images.shape[2:]
         shape = (ctypes.c_int32 * 3)()
@@ -97,7 +102,7 @@ class Net:
         return names
 
     def choose(self, layer: int, algorithm: str, large_batch: bool | None = None) -> None:
-        """How a layer is computed, for calls of many images, of few, or (None) for all. Not while another thread runs the net."""
+        """How a layer is computed, for calls of many images, of few, or (None) for all."""
         for batch in (0, 1) if large_batch is None else (int(large_batch),):
             message = Message()
             message.check(LIBRARY.repvgg_choose(self._net, batch, layer, algorithm.encode(), *message.room))
@@ -135,18 +140,31 @@ def load(
     each layer is measured at the first call and kept on disk. threads: that compute, by default as many as this process may use
     processors. features: the last feature map instead of logits. memory_limit: bytes for weights. Raises `EngineError`.
     """
+    model = read(Path(path))
+    layers = model.layers
+    if features:
+        layers = layers[: next((i for i, layer in enumerate(layers) if isinstance(layer, Pool)), len(layers))]
+    return build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit)
+
+
+def build(
+    layers: Sequence[Layer],
+    preprocessing: Preprocessing,
+    classes: list[str] | None = None,
+    precision: str = "fp32",
+    accuracy: str = "high",
+    threads: int | None = None,
+    pin: bool = False,
+    memory_limit: int | None = None,
+) -> Net:
+    """As `load`, of layers that are at hand."""
     if accuracy not in ACCURACIES:
         raise EngineError(f"no accuracy {accuracy!r}: {', '.join(ACCURACIES)}")
     if memory_limit is not None and memory_limit < 1:
         raise EngineError(f"memory_limit is {memory_limit}: it is a number of bytes")
-    model = read(Path(path))
-    layers = model.layers
-    if features:
-        pooled = next((i for i, layer in enumerate(layers) if isinstance(layer, Pool)), len(layers))
-        layers = layers[:pooled]
-    net = Net(layers, precision=precision, threads=threads, pin=pin, preprocessing=model.preprocessing, classes=model.classes)
+    net = Net(layers, precision=precision, threads=threads, pin=pin, preprocessing=preprocessing, classes=classes)
     if accuracy != "exact":
-        net.tuning = tune.Tuning(accuracy, model.fingerprint, memory_limit)
+        net.tuning = tune.Tuning(accuracy, memory_limit)
     return net
 
 

@@ -22,7 +22,7 @@ struct Tile {
     int rows, columns;
 };
 
-/// Where a block's numbers lie in scratch memory. Tiles are taken in groups of at most ROWS, about equally many in each.
+/// Where a block's numbers lie in scratch memory. Tiles are taken in groups of at most c.rows, about equally many in each.
 struct Block {
     long tiles, groups, depth;      // depth: of a tile in V, in floats
     long v_product, m_product;      // from one product to the next; not a power of two, or they would all meet in one set of the cache
@@ -30,7 +30,7 @@ struct Block {
     float *v, *m;
 
     Block(const Conv &c, long tiles, int pack, bool one_sum, float *scratch) : tiles(tiles) {
-        groups = ceil_div(tiles, ROWS);
+        groups = ceil_div(tiles, c.rows);
         depth = ceil_div(c.k, WIDTH * pack) * WIDTH;
         v_product = tiles * depth + LINE;
         m_product = one_sum ? 0 : tiles * MAX_PANEL * WIDTH + LINE;
@@ -57,12 +57,13 @@ struct Direct {
     static constexpr bool one_sum = true;
 
     template <class Element>
-    static void input(const Conv &c, const Tile &tile, const Target<Element> &target) {
+    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &, Target<Element> target) {
         const int columns = c.joined ? 1 : c.kernel[1], vectors = static_cast<int>(ceil_div(c.k, WIDTH));
-        for (int p = 0; p < c.products; p++) {
-            const float *in = tile.in + p / columns * c.dilation[0] * c.in.row + p % columns * c.dilation[1] * c.in.pixel;
-            for (int v = 0; v < vectors; v++) target.put(p, v, load(in + v * WIDTH));
-        }
+        for (int y = 0, p = 0; y < c.kernel[0]; y++)
+            for (int x = 0; x < columns; x++, p++) {
+                const float *in = tile.in + y * c.dilation[0] * c.in.row + x * c.dilation[1] * c.in.pixel;
+                for (int v = 0; v < vectors; v++) target.put(p, v, load(in + v * WIDTH));
+            }
     }
 
     template <class Finish>
@@ -90,13 +91,17 @@ struct Tiled {
     static constexpr bool one_sum = false;
 
     template <class Element>
-    static void input(const Conv &c, const Tile &tile, const Target<Element> &target) {
+    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &next, Target<Element> target) {
         const long row = c.dilation[0] * c.in.row, column = c.dilation[1] * c.in.pixel;
         const int vectors = static_cast<int>(ceil_div(c.in_channels, WIDTH));
         for (int v = 0; v < vectors; v++) {
             Vec across[samples][products], line[samples], out[products];
+            const float *in = tile.in + v * WIDTH, *ahead = v + 1 < vectors ? in + WIDTH : next.in;
             for (int i = 0; i < samples; i++) {
-                each<samples>([&](auto j) REPVGG_INLINE_LAMBDA { line[j.value] = load(tile.in + i * row + j.value * column + v * WIDTH); });
+                each<samples>([&](auto j) REPVGG_INLINE_LAMBDA {
+                    line[j.value] = load(in + i * row + j.value * column);
+                    prefetch(ahead + i * row + j.value * column);
+                });
                 Line::input(line, across[i]);
             }
             for (int j = 0; j < products; j++) {
@@ -197,7 +202,7 @@ void run(const Conv &c, const Piece &piece) {
         const long first = block.first(g), rows = block.first(g + 1) - first;
         for (long r = 0; r < rows; r++) {
             const Target<Element> target{block.v + first * block.depth + r * WIDTH, block.v_product, rows * WIDTH};
-            Algorithm::template input<Element>(c, block.tile[first + r], target);
+            Algorithm::template input<Element>(c, block.tile[first + r], block.tile[first + r + (first + r + 1 < block.tiles)], target);
         }
     }
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
@@ -205,18 +210,19 @@ void run(const Conv &c, const Piece &piece) {
     for (int panel = piece.first_panel; panel < piece.last_panel; panel++) {
         const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
         multiply_panel<Algorithm, Element>(c, block, c.weights + (static_cast<long>(piece.group) * vectors + start) * vector_weights, width);
-        for (int v = 0; v < width; v++) {
-            const Vec bias = load(c.bias + (static_cast<long>(piece.group) * vectors + start + v) * WIDTH);
-            const int channel = (start + v) * WIDTH, lanes = c.out_channels - channel;
-            const bool whole = lanes >= WIDTH || c.groups == 1;  // a group's last lanes would be the next group's first
-            const auto finish = [&](float *pixel, Vec sum) REPVGG_INLINE_LAMBDA {
-                const Vec y = c.relu ? relu(sum + bias) : sum + bias;
-                if (whole) store(pixel + channel, y);
-                else store(pixel + channel, y, lanes);
-            };
-            for (long t = 0; t < block.tiles; t++)
+        const float *bias = c.bias + (static_cast<long>(piece.group) * vectors + start) * WIDTH;
+        for (long t = 0; t < block.tiles; t++)
+            for (int v = 0; v < width; v++) {
+                const int channel = (start + v) * WIDTH, lanes = c.out_channels - channel;
+                const bool whole = lanes >= WIDTH || c.groups == 1;  // a group's last lanes would be the next group's first
+                const Vec shift = load(bias + v * WIDTH);
+                const auto finish = [&](float *pixel, Vec sum) REPVGG_INLINE_LAMBDA {
+                    const Vec y = c.relu ? relu(sum + shift) : sum + shift;
+                    if (whole) store(pixel + channel, y);
+                    else store(pixel + channel, y, lanes);
+                };
                 Algorithm::output(c, block.tile[t], block.m + (t * width + v) * WIDTH, block.m_product, finish);
-        }
+            }
     }
 }
 

@@ -1,15 +1,17 @@
-// The one micro-kernel: up to ROWS rows (tiles or pixels) times a panel of output channels, with all sums in registers.
+// The one micro-kernel: a few rows (tiles or pixels) times a panel of output channels, with all sums in registers.
 #pragma once
 
 #include "vector.h"
 
 namespace repvgg::REPVGG_ISA {
 
-constexpr int ROWS = 6;
-/// Vectors in a panel: ROWS x MAX_PANEL sums, one row of weights and one input fit the registers.
+constexpr int ROWS = 8;
+/// Vectors in a panel, at most.
 constexpr int MAX_PANEL = REGISTERS == 32 ? 4 : 2;
+/// Rows for a panel of so many vectors: rows x vectors sums, one row of weights and one input fit the registers.
+constexpr int rows_for(int vectors) { return vectors < MAX_PANEL ? ROWS : 6; }
 /// A sum over more than so many products is made of parts, so that rounding errors grow with the parts' length, not with the whole.
-constexpr int CHUNK = 96;
+constexpr int CHUNK = 192;
 
 /// What 32 bits of the transformed inputs and weights hold: one float, or two neighbouring channels in bfloat16.
 struct Float32 {
@@ -78,7 +80,7 @@ using Multiply = void (*)(const float *, const float *, float *, int, bool, cons
 
 template <class Element, int... I>
 constexpr Multiply pick(int rows, int vectors, std::integer_sequence<int, I...>) {
-    constexpr Multiply all[] = {multiply<Element, I / MAX_PANEL + 1, I % MAX_PANEL + 1>...};
+    constexpr Multiply all[] = {multiply<Element, (I / MAX_PANEL < rows_for(I % MAX_PANEL + 1) ? I / MAX_PANEL + 1 : 1), I % MAX_PANEL + 1>...};
     return all[(rows - 1) * MAX_PANEL + vectors - 1];
 }
 

@@ -108,7 +108,7 @@ namespace repvgg {
 const Kernels *REPVGG_JOIN(kernels_, REPVGG_ISA)() {
     using namespace REPVGG_ISA;
     static constexpr Kernels kernels = {
-        REPVGG_TEXT(REPVGG_ISA), WIDTH, MAX_PANEL, Element::pack, algorithms, sizeof algorithms / sizeof *algorithms,
+        REPVGG_TEXT(REPVGG_ISA), WIDTH, MAX_PANEL, Element::pack, [](int vectors) { return rows_for(vectors); }, algorithms, sizeof algorithms / sizeof *algorithms,
         read_floats, read_bytes, write, REPVGG_ISA::pool, REPVGG_ISA::excite,
     };
     return &kernels;

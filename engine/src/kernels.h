@@ -21,6 +21,7 @@ struct Conv {
     int products;  // matrix products that a block of tiles takes
     int k;         // channels that each of them sums over
     int panels;    // the output channels of a group are cut into so many panels
+    int rows;      // tiles that are multiplied at a time
     Map in, out;
     int size[2];                        // rows and columns of the output
     const int *origins[2];              // first output row of each row of tiles, first output column of each column of tiles
@@ -60,6 +61,7 @@ struct Kernels {
     int width;       // floats in a vector
     int max_panel;   // vectors in a panel of output channels, at most
     int pack;        // channels in 32 bits: 1, or 2 for bfloat16
+    int (*rows)(int vectors);  // for panels of so many vectors
     const Algorithm *algorithms;
     int count;
     /// Rows of an NCHW or NHWC image to a map, a map to an NCHW image, a map's means; `size`: rows and columns.

@@ -125,6 +125,7 @@ void Net::add(const repvgg_layer &spec) {
         const int width = kernels_->width, vectors = static_cast<int>(ceil_div(c.out_channels, width));
         const int panels = static_cast<int>(ceil_div(vectors, kernels_->max_panel));
         c.panels = std::min(vectors, panels > 1 ? panels + panels % 2 : 1);  // even, for two threads to share
+        c.rows = kernels_->rows(static_cast<int>(ceil_div(vectors, c.panels)));
         layer->bias.resize(static_cast<size_t>(c.groups) * vectors * width);
         for (int i = 0; i < spec.out_channels; i++)
             layer->bias[static_cast<size_t>(i / c.out_channels) * vectors * width + i % c.out_channels] = spec.bias[i];
@@ -164,6 +165,7 @@ void Net::choose(int batch, int layer, const char *name) {
     Layer &l = *layers_[layer];
     l.choice[batch] = algorithm;
     shared.idle.clear();
+    choices_++;
     auto &all = weights_[layer];
     const auto unused = [&](const Weights &w) { return w.algorithm != l.choice[0] && w.algorithm != l.choice[1]; };
     all.erase(std::remove_if(all.begin(), all.end(), unused), all.end());
@@ -196,8 +198,9 @@ Net::Runtime &Net::runtime() {
     return *current;
 }
 
-std::unique_ptr<Plan> Net::take_plan(Runtime &runtime, int n, const int size[2]) {
+std::unique_ptr<Plan> Net::take_plan(Runtime &runtime, int n, const int size[2], int &choice) {
     std::lock_guard<std::mutex> lock(runtime.mutex);
+    choice = choices_;
     for (auto plan = runtime.idle.begin(); plan != runtime.idle.end(); ++plan)
         if ((*plan)->fits(n, size[0], size[1])) {
             auto found = std::move(*plan);
@@ -238,9 +241,11 @@ void Net::run(const repvgg_images &images, float *output) {
         repvgg_images some = images;
         some.n = n;
         some.data = static_cast<const char *>(images.data) + first * image_bytes;
-        auto plan = take_plan(shared, n, size);
+        int choice;
+        auto plan = take_plan(shared, n, size, choice);
         plan->run(shared.pool, some, output + first * floats);
         std::lock_guard<std::mutex> lock(shared.mutex);
+        if (choice != choices_) continue;
         shared.idle.push_back(std::move(plan));
         if (shared.idle.size() > MOST_IDLE) shared.idle.erase(shared.idle.begin());
     }

@@ -32,13 +32,14 @@ class Net {
         Runtime(int threads, bool pin, int forks) : pool(threads, pin), forks(forks) {}
         Pool pool;
         const int forks;
-        std::mutex mutex;  // of `idle` and of the net's weights
+        std::mutex mutex;  // of `idle`, and of the net's choices and weights
         std::vector<std::unique_ptr<Plan>> idle;
     };
 
     Runtime &runtime();
     void add(const repvgg_layer &layer);
-    std::unique_ptr<Plan> take_plan(Runtime &runtime, int n, const int size[2]);
+    /// A plan for n images of that size, and which choice of algorithms it follows.
+    std::unique_ptr<Plan> take_plan(Runtime &runtime, int n, const int size[2], int &choice);
     std::shared_ptr<Memory> packed(Runtime &runtime, int layer, const Algorithm &algorithm);
 
     const Kernels *kernels_;
@@ -46,6 +47,7 @@ class Net {
     const bool pin_;
     std::vector<std::unique_ptr<Layer>> layers_;
     std::vector<std::vector<Weights>> weights_;  // of each layer, by algorithm
+    int choices_ = 0;  // made so far: plans of earlier ones are not used again
     std::atomic<Runtime *> runtime_{nullptr};
 };
 

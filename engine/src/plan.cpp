@@ -10,9 +10,11 @@ namespace repvgg {
 namespace {
 
 /// Transformed tiles and their products should stay in a core's second-level cache.
-constexpr long BLOCK_BYTES = 768 << 10;
+constexpr long BLOCK_BYTES = 640 << 10;
+/// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
+constexpr long BLOCKS_OF_WEIGHTS = 16;
 /// Fewer rows than this for each thread, and threads share out output channels rather than tiles: each weight is then read once.
-constexpr long FEW_TILES = 12;
+constexpr long FEW_TILES = 8;
 constexpr long ALIGNMENT = 1024;
 constexpr long MOST_FLOATS = 1L << 36;
 
@@ -150,7 +152,7 @@ void Plan::place(int threads) {
     for (Step &step : steps_) {
         if (layers_[step.layer]->spec.op == REPVGG_CONV) {
             cut(step, threads);
-            scratch = std::max(scratch, step.algorithm->scratch(step.conv, ceil_div(step.tiles, step.blocks)));
+            scratch = std::max(scratch, step.algorithm->scratch(step.conv, step.block));
         } else {
             scratch = std::max(scratch, 4L * layers_[step.layer]->spec.in_channels + 4 * kernels_.width + layers_[step.layer]->spec.out_channels);
         }
@@ -171,14 +173,17 @@ void Plan::cut(Step &step, int threads) {
     const long tile_bytes = (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<long>(sizeof(float));
     const int wanted = local ? 1 : static_cast<int>(ceil_div(threads, c.groups));
     step.splits = 1;
-    long blocks = ceil_div(step.tiles, std::max(FEW_TILES, BLOCK_BYTES / tile_bytes));
+    const long weight_bytes = static_cast<long>(c.groups) * c.products * c.k * c.out_channels * static_cast<long>(sizeof(float)) / kernels_.pack;
+    long blocks = ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
     if (blocks < wanted) {
         if (step.tiles < FEW_TILES * wanted) step.splits = std::min<int>(wanted, c.panels);
         else blocks = wanted;
     } else {
         blocks = round_up(blocks, wanted);
     }
-    step.blocks = static_cast<int>(std::min(blocks, step.tiles));
+    step.block = ceil_div(step.tiles, blocks);
+    if (step.block > c.rows) step.block = round_up(step.block, c.rows);  // whole groups
+    step.blocks = static_cast<int>(ceil_div(step.tiles, step.block));
 }
 
 int Plan::items(const Step &step) const {
@@ -208,7 +213,7 @@ void Plan::run_item(const Step &step, int item, int slot, int image) {
         piece.in = corner(in, slot, image), piece.out = inside(out, slot, image), piece.scratch = scratch;
         piece.group = item / step.blocks / step.splits;
         piece.first_panel = panel_start(step.conv.panels, step.splits, split), piece.last_panel = panel_start(step.conv.panels, step.splits, split + 1);
-        piece.first = step.tiles * block / step.blocks, piece.last = step.tiles * (block + 1) / step.blocks;
+        piece.first = block * step.block, piece.last = std::min(step.tiles, piece.first + step.block);
         step.algorithm->run(step.conv, piece);
     } else if (layer.spec.op == REPVGG_POOL) {
         kernels_.pool(inside(in, slot, image + item), in.map, in.channels, in.size, inside(out, slot, image + item));

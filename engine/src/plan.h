@@ -57,8 +57,8 @@ class Plan {
         Conv conv;
         const Algorithm *algorithm;
         std::vector<int> origins[2];
-        long tiles;          // of all images that it takes at once
-        int blocks, splits;  // of the tiles, and of the panels
+        long tiles, block;   // of all images that it takes at once, and of a piece
+        int blocks, splits;  // how many pieces of the tiles, and of the panels
     };
 
     void add_step(int index, int in, const Weights &weights);

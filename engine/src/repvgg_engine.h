@@ -5,7 +5,7 @@
  *   repvgg_destroy(net);
  *
  * Functions that can fail return 0 (or a net) on success, and otherwise -1 (or NULL) with one line in `error`. One net may be used by
- * several threads at once, except for repvgg_choose and repvgg_destroy. Weights are not copied: they must outlive the net.
+ * several threads at once. Weights are not copied: they must outlive the net.
  */
 #ifndef REPVGG_ENGINE_H
 #define REPVGG_ENGINE_H
