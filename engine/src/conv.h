@@ -13,8 +13,6 @@
 
 namespace repvgg::REPVGG_ISA {
 
-constexpr int LINE = 16;  // floats in a cache line
-
 /// Where a tile reads and writes, and how many of its outputs exist.
 struct Tile {
     const float *in;
@@ -67,7 +65,8 @@ struct Direct {
     }
 
     template <class Finish>
-    static REPVGG_INLINE void output(const Conv &, const Tile &tile, const float *m, long, const Finish &finish) {
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, long, int channel, const Finish &finish) {
+        prefetch_to_write(tile.out + 8 * c.out.pixel + channel);
         finish(tile.out, load(m));
     }
 
@@ -113,9 +112,11 @@ struct Tiled {
     }
 
     template <class Finish>
-    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, long product, const Finish &finish) {
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, long product, int channel, const Finish &finish) {
         const long row = c.dilation[0] * c.out.row, column = c.dilation[1] * c.out.pixel;
         Vec down[outputs][products], line[products], out[outputs];
+        for (int i = 0; i < outputs; i++)
+            each<outputs>([&](auto j) REPVGG_INLINE_LAMBDA { prefetch_to_write(tile.out + i * row + j.value * column + channel); });
         for (int j = 0; j < products; j++) {
             each<products>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = load(m + (i.value * products + j) * product); });
             Line::output(line, out);
@@ -175,7 +176,10 @@ void find_tiles(const Conv &c, const Piece &piece, Tile *tile) {
 /// Multiplies the block's V by one panel's weights.
 template <class Algorithm, class Element>
 void multiply_panel(const Conv &c, const Block &block, const float *weights, int vectors) {
-    const long k = ceil_div(c.k, Element::pack), lines = vectors * WIDTH / LINE;
+    const long k = ceil_div(c.k, Element::pack);
+    // The weights of the next product, this many cache lines for each k: each group of tiles fetches its share.
+    const long lines = ceil_div(vectors * WIDTH, LINE);
+    const int share = static_cast<int>(ceil_div(lines, block.groups));
     for (int p = 0; p < c.products; p++) {
         for (long start = 0; start < k; start += CHUNK) {
             const long length = k - start < CHUNK ? k - start : CHUNK;
@@ -185,9 +189,8 @@ void multiply_panel(const Conv &c, const Block &block, const float *weights, int
                 const float *v = block.v + p * block.v_product + first * block.depth + start * rows;
                 float *m = block.m + p * block.m_product + first * vectors * WIDTH;
                 const bool add = start > 0 || (Algorithm::one_sum && p > 0);
-                // Each group fetches its share of what comes next: one line for each k.
-                const float *ahead = next + (g < lines ? g : 0) * length * LINE;
-                multiply_for<Element>(static_cast<int>(rows), vectors)(v, weights, m, static_cast<int>(length), add, ahead);
+                const float *ahead = next + (g * share < lines ? g * share : 0) * length * LINE;
+                multiply_for<Element>(static_cast<int>(rows), vectors)(v, weights, m, static_cast<int>(length), add, ahead, share);
             }
             weights = next;
         }
@@ -221,7 +224,7 @@ void run(const Conv &c, const Piece &piece) {
                     if (whole) store(pixel + channel, y);
                     else store(pixel + channel, y, lanes);
                 };
-                Algorithm::output(c, block.tile[t], block.m + (t * width + v) * WIDTH, block.m_product, finish);
+                Algorithm::output(c, block.tile[t], block.m + (t * width + v) * WIDTH, block.m_product, channel, finish);
             }
     }
 }

@@ -6,6 +6,7 @@
 namespace repvgg::REPVGG_ISA {
 
 constexpr int ROWS = 8;
+constexpr int LINE = 16;  // floats in a cache line
 /// Vectors in a panel, at most.
 constexpr int MAX_PANEL = REGISTERS == 32 ? 4 : 2;
 /// Rows for a panel of so many vectors: rows x vectors sums, one row of weights and one input fit the registers.
@@ -26,7 +27,8 @@ struct Float32 {
 struct BFloat16 {
     static constexpr int pack = 2;
     static REPVGG_INLINE void put(float *at, int half, Vec v) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(at) + half, (__m256i)_mm512_cvtneps_pbh(v));
+        typedef float Half __attribute__((vector_size(32), aligned(sizeof(float))));
+        reinterpret_cast<Half *>(at + half * WIDTH / 2)[0] = (Half)_mm512_cvtneps_pbh(v);
     }
     static REPVGG_INLINE void weight(float *at, int half, float w) {
         uint32_t bits;
@@ -44,9 +46,10 @@ struct BFloat16 {
 #endif
 
 /// sums[r][n] = sum over k of v[k][r] * u[k][n], or added to what is there. v: blocks of WIDTH k, in each R rows of WIDTH numbers;
-/// u: k rows of N vectors; sums: R rows of N vectors. `ahead`: weights that will be needed next, fetched by the way.
+/// u: k rows of N vectors; sums: R rows of N vectors. `ahead`: weights that will be needed next, fetched by the way, so many lines of
+/// the cache for each k.
 template <class Element, int R, int N>
-void multiply(const float *v, const float *u, float *sums, int k, bool add, const float *ahead) {
+void multiply(const float *v, const float *u, float *sums, int k, bool add, const float *ahead, int lines) {
     Vec sum[R][N] = {};
     const auto step = [&](const float *x, const float *w) REPVGG_INLINE_LAMBDA {
         Vec weights[N];
@@ -61,11 +64,12 @@ void multiply(const float *v, const float *u, float *sums, int k, bool add, cons
     for (; k >= WIDTH; k -= WIDTH) {
         each<WIDTH>([&](auto lane) REPVGG_INLINE_LAMBDA {
             step(v + lane.value, u + lane.value * N * WIDTH);
-            prefetch(ahead + lane.value * 16);
+            prefetch(ahead + lane.value * LINE);
         });
+        for (int line = WIDTH; line < lines * WIDTH; line++) prefetch(ahead + line * LINE);
         v += R * WIDTH;
         u += WIDTH * N * WIDTH;
-        ahead += WIDTH * 16;
+        ahead += lines * WIDTH * LINE;
     }
     for (; k > 0; k--, v++, u += N * WIDTH) step(v, u);
     each<R>([&](auto r) REPVGG_INLINE_LAMBDA {
@@ -76,7 +80,7 @@ void multiply(const float *v, const float *u, float *sums, int k, bool add, cons
     });
 }
 
-using Multiply = void (*)(const float *, const float *, float *, int, bool, const float *);
+using Multiply = void (*)(const float *, const float *, float *, int, bool, const float *, int);
 
 template <class Element, int... I>
 constexpr Multiply pick(int rows, int vectors, std::integer_sequence<int, I...>) {

@@ -24,18 +24,23 @@ constexpr Algorithm algorithm(const char *name) {
 }
 
 constexpr Algorithm algorithms[] = {
-    algorithm<Direct>("direct"),      algorithm<Tiled<2, 1>>("F2"), algorithm<Tiled<4, 1>>("F4"), algorithm<Tiled<5, 1>>("F5"),
-    algorithm<Tiled<6, 1>>("F6"),     algorithm<Tiled<7, 1>>("F7"), algorithm<Tiled<2, 2>>("F2"), algorithm<Tiled<4, 2>>("F4"),
+    algorithm<Direct>("direct"),      algorithm<Tiled<2, 1>>("F2"), algorithm<Tiled<4, 1>>("F4"),
+    algorithm<Tiled<5, 1>>("F5"),     algorithm<Tiled<6, 1>>("F6"), algorithm<Tiled<7, 1>>("F7"),
+    algorithm<Tiled<2, 2>>("F2"),     algorithm<Tiled<4, 2>>("F4"), algorithm<Tiled<7, 2>>("F7"),
 };
+
+/// Planes to pixels. CHANNELS: how many, where the compiler should know.
+template <int CHANNELS>
+void interleave(const float *row, long plane, int channels, long width, long pixel, float *out) {
+    const int count = CHANNELS ? CHANNELS : channels;
+    for (long x = 0; x < width; x++)
+        for (long c = 0; c < count; c++) out[x * pixel + c] = row[c * plane + x];
+}
 
 void read_floats(const float *image, int channels, const int size[2], int first_row, int last_row, const Map &map, float *out) {
     const long plane = static_cast<long>(size[0]) * size[1];
-    for (long y = first_row; y < last_row; y++)
-        for (long c = 0; c < channels; c++) {
-            const float *from = image + c * plane + y * size[1];
-            float *to = out + y * map.row + c;
-            for (long x = 0; x < size[1]; x++) to[x * map.pixel] = from[x];
-        }
+    const auto read_row = channels == 3 && map.pixel == 3 ? interleave<3> : interleave<0>;
+    for (long y = first_row; y < last_row; y++) read_row(image + y * size[1], plane, channels, size[1], map.pixel, out + y * map.row);
 }
 
 void read_bytes(const uint8_t *image, int channels, const int size[2], int first_row, int last_row, const float *scale,

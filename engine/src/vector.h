@@ -25,7 +25,7 @@ constexpr int WIDTH = 4, REGISTERS = 16;
 #define REPVGG_INLINE_LAMBDA __attribute__((always_inline))
 
 typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef float Unaligned __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef float Unaligned __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float))));  // a vector may alias its floats
 
 REPVGG_INLINE Vec load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 REPVGG_INLINE void store(float *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
@@ -42,6 +42,7 @@ REPVGG_INLINE void store(float *p, Vec v, int n) {
 }
 
 REPVGG_INLINE void prefetch(const float *p) { __builtin_prefetch(p, 0, 2); }
+REPVGG_INLINE void prefetch_to_write(const float *p) { __builtin_prefetch(p, 1, 3); }
 
 template <int N>
 struct Index {

@@ -74,6 +74,8 @@ template <>
 constexpr Points<2> points<2, 2> = {{.625, -.625}};
 template <>
 constexpr Points<4> points<4, 2> = {{.375, -.375, 1.25, -1.25}};
+template <>
+constexpr Points<7> points<7, 2> = {{0, .5, -.5, 1, -1, 2, -2}};
 
 /// Sum of coefficient times number over columns `first`, `first + step`, ... of a row; zeros cost nothing and ones an addition.
 template <class M, int row, int first, int step>
