@@ -1,8 +1,8 @@
 """The fastest way to run a RepVGG in deploy form on a CPU; no PyTorch.
 
-    import repvgg_engine
-    net = repvgg_engine.load("a0.safetensors")
-    logits = net(images)                      # float32 [N, 3, H, W] -> float32 [N, classes]
+import repvgg_engine
+net = repvgg_engine.load("a0.safetensors")
+logits = net(images)                      # float32 [N, 3, H, W] -> float32 [N, classes]
 """
 
 from repvgg_engine.library import EngineError as EngineError

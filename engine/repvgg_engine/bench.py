@@ -50,12 +50,13 @@ def bench(nets: Mapping[str, Net], against: Sequence[str], batch_size: int, roun
     calls: dict[str, Callable[[], Any]] = {name: _call(net, batch) for name, net in nets.items()}
     for name in against:
         calls[name] = rivals.rival(name, first.layers, batch, first.precision, first.threads)
-    errors = {}
-    for name, call in calls.items():
-        got = call()
-        if wanted is not None and name in nets and batch_size < judged:
+    errors = {name: float("nan") for name in calls}
+    for name, call in calls.items() if wanted is not None else []:
+        if name in nets:
             got = np.concatenate([nets[name](images[i : i + batch_size]) for i in range(0, judged, batch_size)])
-        errors[name] = reference.error(got[:judged], wanted) if wanted is not None and len(got) >= judged else float("nan")
+        else:
+            got = call() if batch_size >= judged else rivals.rival(name, first.layers, images[:judged], first.precision, first.threads)()
+        errors[name] = reference.error(got[:judged], wanted)
     speeds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds):

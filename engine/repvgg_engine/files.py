@@ -78,7 +78,9 @@ class _Reader:
             raise EngineError("has no list of layers: write it with repvgg convert")
         manifest = json.loads(metadata["repvgg"])
         if manifest["format_version"] != FORMAT_VERSION:
-            raise EngineError(f"is of format version {manifest['format_version']!r}, this engine reads {FORMAT_VERSION}: upgrade it")
+            raise EngineError(
+                f"is of format version {manifest['format_version']!r}, this engine reads {FORMAT_VERSION}: upgrade it"
+            )
         if manifest["form"] != "deploy":
             raise EngineError("is in training form: run repvgg convert on it first")
         if not isinstance(manifest["layers"], list) or not manifest["layers"]:

@@ -32,7 +32,10 @@ class Conv:
 
 @dataclass(frozen=True)
 class SqueezeExcite:
-    """Channels times sigmoid(expand(relu(reduce(their means)))); then perhaps a ReLU. reduce: [hidden, channels]; expand: [channels, hidden]."""
+    """Channels times sigmoid(expand(relu(reduce(their means)))); then perhaps a ReLU.
+
+    reduce: float32 [hidden, channels]; expand: float32 [channels, hidden].
+    """
 
     reduce: Array
     reduce_bias: Array

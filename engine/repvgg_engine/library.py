@@ -3,6 +3,7 @@
 import ctypes
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import Any
 
 CONV, SQUEEZE_EXCITE, POOL = 0, 1, 2
 LARGE_BATCH = 4
@@ -52,7 +53,7 @@ def _open() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"repvgg_engine is not built here: pip install ./engine ({error})") from None
-    failing = [c_char_p, c_size_t]
+    failing: list[Any] = [c_char_p, c_size_t]
     library.repvgg_create.argtypes = [POINTER(LayerStruct), c_int32, POINTER(OptionsStruct), *failing]
     library.repvgg_create.restype = c_void_p
     library.repvgg_destroy.argtypes = [c_void_p]

@@ -1,7 +1,7 @@
 """A net that is ready to run.
 
-    net = repvgg_engine.load("a0.safetensors")
-    logits = net(images)                  # float32 [N, C, H, W], or uint8 [N, H, W, C] with the file's own mean and std applied
+net = repvgg_engine.load("a0.safetensors")
+logits = net(images)                  # float32 [N, C, H, W], or uint8 [N, H, W, C] with the file's own mean and std applied
 """
 
 import ctypes
@@ -95,8 +95,8 @@ class Net:
         return output.reshape(len(images), -1) if any(isinstance(layer, Pool) for layer in self.layers) else output
 
     def algorithms(self, layer: int) -> list[str]:
-        """Those that fit a layer: "direct", and Winograd's with tiles of m x m outputs, "F2", "F4", ...; none but for a convolution."""
-        names = []
+        """Those that fit a layer: "direct", and Winograd's with m x m outputs a tile, "F2", "F4", ...; [] for no convolution."""
+        names: list[str] = []
         while name := LIBRARY.repvgg_algorithm(self._net, layer, len(names)):
             names.append(name.decode())
         return names
@@ -188,7 +188,9 @@ def _struct(layer: Layer) -> LayerStruct:
         struct.weight, struct.bias, struct.weight2, struct.bias2 = arrays
         return struct
     assert isinstance(layer, Conv)
-    struct = LayerStruct(op=CONV, in_channels=layer.in_channels, out_channels=layer.out_channels, groups=layer.groups, relu=layer.relu)
+    struct = LayerStruct(
+        op=CONV, in_channels=layer.in_channels, out_channels=layer.out_channels, groups=layer.groups, relu=layer.relu
+    )
     struct.kernel[:], struct.stride[:], struct.padding[:] = layer.weight.shape[2:], layer.stride, layer.padding
     struct.dilation[:] = layer.dilation
     struct.weight, struct.bias = address(layer.weight), address(layer.bias)

@@ -25,7 +25,9 @@ def rival(name: str, layers: Sequence[Layer], images: Array, precision: str, thr
         raise EngineError(f"comparing with {name} needs {', '.join(missing)}: pip install {' '.join(missing).lower()}")
     if precision != "fp32" and name != "openvino":
         raise EngineError(f"{name} is compared in fp32 only")
-    return {"openvino": _openvino, "onnxruntime": _onnxruntime, "ncnn": _ncnn, "mnn": _mnn}[name](layers, images, precision, threads)
+    return {"openvino": _openvino, "onnxruntime": _onnxruntime, "ncnn": _ncnn, "mnn": _mnn}[name](
+        layers, images, precision, threads
+    )
 
 
 def to_onnx(layers: Sequence[Layer]) -> bytes:
@@ -139,8 +141,18 @@ def _mnn(layers: Sequence[Layer], images: Array, precision: str, threads: int) -
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "net.onnx", Path(folder) / "net.mnn"
         source.write_bytes(to_onnx(layers))
-        convert = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target)]
-        subprocess.run([*convert, "--bizCode", "repvgg"], check=True, capture_output=True)
+        convert = [
+            sys.executable,
+            "-m",
+            "MNN.tools.mnnconvert",
+            "-f",
+            "ONNX",
+            "--modelFile",
+            str(source),
+            "--MNNModel",
+            str(target),
+        ]
+        subprocess.run([*convert, "--bizCode", "repvgg"], check=True, capture_output=True)  # noqa: S603 - our own words
         net = MNN.nn.create_runtime_manager(({"backend": "CPU", "precision": "high", "numThread": threads},))
         module = MNN.nn.load_module_from_file(str(target), ["images"], [_output_of(layers)], runtime_manager=net)
     given = MNN.expr.convert(MNN.expr.const(images, list(images.shape), MNN.expr.NCHW), MNN.expr.NC4HW4)

@@ -5,8 +5,8 @@
     3. Choose the fastest combination whose errors, added as squares, stay within the budget (and whose weights within the limit).
     4. Check that on the whole net; if the errors add up to more, tighten the budget and choose again.
 
-The budget is a multiple of the error that remains where every convolution is direct, so that a deep or ill-conditioned net is judged
-by its own measure; for "fast" it is at least a number. It holds for smooth images and for noise.
+The budget is a multiple of the error that remains where every convolution is direct, so that a deep or ill-conditioned net is
+judged by its own measure; for "fast" it is at least a number. It holds for smooth images and for noise.
 """
 
 import hashlib
@@ -78,7 +78,10 @@ class Tuning:
         machine = [_processor(), instruction_sets(), os.environ.get("REPVGG_ENGINE_ISA"), net.threads]
         asked = [self.accuracy, net.precision, self.memory_limit]
         key = hashlib.sha256(json.dumps([VERSION, machine, asked]).encode() + _fingerprint(net)).hexdigest()[:32]
-        folder = os.environ.get("REPVGG_ENGINE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
+        folder = (
+            os.environ.get("REPVGG_ENGINE_CACHE")
+            or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
+        )
         return Path(folder) / f"{key}.json"
 
 
@@ -144,8 +147,8 @@ class _Errors:
 
 
 def calibration_images(net: "Net") -> Array:
-    """Of the input size, with mean 0 and deviation 1: first smooth patterns, rather like photographs, then as many of pure noise, on
-    which errors of the early layers weigh more."""
+    """Of the input size, with mean 0 and deviation 1: first smooth patterns, rather like photographs, then as many of pure noise,
+    on which errors of the early layers weigh more."""
     size = (net.preprocessing.height, net.preprocessing.width) if net.preprocessing else (224, 224)
     random = np.random.default_rng(0)
     coarse = random.standard_normal((CALIBRATION_IMAGES, in_channels(net.layers), 7, 7))
@@ -233,7 +236,8 @@ def _read(path: Path, net: "Net") -> list[list[str]] | None:
     try:
         choices = json.loads(path.read_text())["choices"]
         fits = len(choices) == 2 and all(
-            len(names) == len(net.layers) and all(name in (net.algorithms(i) or [""]) for i, name in enumerate(names)) for names in choices
+            len(names) == len(net.layers) and all(name in (net.algorithms(i) or [""]) for i, name in enumerate(names))
+            for names in choices
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite
 
@@ -23,13 +22,13 @@ def plain_net(seed: int = 0, classes: int = 10) -> list[Layer]:
     """Every operator once: strides, groups, dilation, squeeze-excite, pool, linear."""
     random = np.random.default_rng(seed)
     same: dict[str, Any] = {"padding": (1, 1), "relu": True}
-    excite = [random.standard_normal(shape).astype(np.float32) * 0.3 for shape in ((3, 48), (3,), (48, 3), (48,))]
+    excite = [(random.standard_normal(shape) * 0.3).astype(np.float32) for shape in ((3, 48), (3,), (48, 3), (48,))]
     return [
         conv(random, 3, 24, stride=(2, 2), **same),
         conv(random, 24, 40, **same),
         conv(random, 40, 40, groups=2, **same),
         conv(random, 40, 48, stride=(2, 2), padding=(1, 1)),
-        SqueezeExcite(*excite, relu=True),
+        SqueezeExcite(excite[0], excite[1], excite[2], excite[3], relu=True),
         conv(random, 48, 48, padding=(2, 2), dilation=(2, 2), relu=True),
         Pool(48),
         conv(random, 48, classes, kernel=1),
@@ -66,7 +65,13 @@ def model_file(path: Path, layers: list[Layer], **changes: Any) -> Path:
                 spec |= {"dilation": layer.dilation, "groups": layer.groups}
         specs.append(spec)
     p = PREPROCESSING
-    preprocessing = {"input_size": [3, p.height, p.width], "resize": p.resize, "interpolation": p.interpolation, "mean": p.mean, "std": p.std}
+    preprocessing = {
+        "input_size": [3, p.height, p.width],
+        "resize": p.resize,
+        "interpolation": p.interpolation,
+        "mean": p.mean,
+        "std": p.std,
+    }
     manifest = {"format_version": 1, "form": "deploy", "layers": specs, "preprocessing": preprocessing, "classes": None, **changes}
     write(path, tensors, manifest)
     return path

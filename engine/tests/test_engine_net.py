@@ -12,9 +12,10 @@ import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
+import repvgg_engine
 from nets import PREPROCESSING, conv, images, model_file, plain_net
 from repvgg_engine import EngineError, Net, instruction_sets, load, reference
-from repvgg_engine.layers import Pool
+from repvgg_engine.layers import Layer, Pool
 
 
 def relative(got: np.ndarray, wanted: np.ndarray) -> float:
@@ -83,9 +84,10 @@ def test_choices_change_while_threads_run() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_runs_it_too() -> None:
-    script = """
+    folders = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.parent)]
+    script = f"""
 import os, sys
-sys.path[:0] = %r
+sys.path[:0] = {folders}
 import numpy as np
 from nets import images, plain_net
 from repvgg_engine import Net
@@ -96,7 +98,7 @@ if child == 0:
     os._exit(0 if np.array_equal(net(x), wanted) else 1)
 assert os.waitpid(child, 0)[1] == 0
 assert np.array_equal(net(x), wanted)
-""" % ([str(Path(__file__).parent), str(Path(sys.modules["repvgg_engine"].__file__ or "").parent.parent)],)
+"""
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
@@ -143,12 +145,13 @@ def test_images_that_do_not_fit() -> None:
 
 def test_nets_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
-    for layers, reason in [
+    bad: list[tuple[list[Layer], str]] = [
         ([], "at least one layer"),
         ([conv(random, 3, 4), conv(random, 5, 4)], "layer 1 does not fit"),
         ([conv(random, 3, 4), Pool(3)], "layer 1 does not fit"),
         ([conv(random, 3, 4, stride=(0, 1))], "layer 0 is a convolution that cannot be"),
-    ]:
+    ]
+    for layers, reason in bad:
         with pytest.raises(EngineError, match=reason):
             Net(layers)
     with pytest.raises(EngineError, match="threads is 0"):

@@ -21,7 +21,6 @@ BOUND = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 FIXED_BATCH = ("openvino",)
 
 
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path))
@@ -108,7 +107,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("onnxruntime", "openvino"):
         with pytest.raises(ValueError, match=rf"the engine {name} needs onnx, onnxscript, {name}: pip install 'repvgg\[deploy\]'"):
             engines.build(name, nn.Identity(), Options())
-    with pytest.raises(ValueError, match="the engine native needs repvgg_engine: pip install ./engine, with a C"):
+    with pytest.raises(ValueError, match=r"the engine native needs repvgg_engine: pip install \./engine, with a C"):
         engines.build("native", nn.Identity(), Options())
     engines.check("eager", "fp32")
 
