@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from repvgg_engine import reference, rivals
-from repvgg_engine.layers import in_channels
 from repvgg_engine.library import EngineError
 from repvgg_engine.net import Net
 
@@ -44,7 +43,7 @@ def bench(nets: Mapping[str, Net], against: Sequence[str], batch_size: int, roun
         raise EngineError("batch size and rounds are at least 1")
     first = next(iter(nets.values()))
     size = (first.preprocessing.height, first.preprocessing.width) if first.preprocessing else (224, 224)
-    images = np.random.default_rng(0).standard_normal((max(batch_size, judged), in_channels(first.layers), *size), np.float32)
+    images = np.random.default_rng(0).standard_normal((max(batch_size, judged), first.channels, *size), np.float32)
     wanted = reference.run(first.layers, images[:judged]) if judged else None
     batch = images[:batch_size]
     calls: dict[str, Callable[[], Any]] = {name: _call(net, batch) for name, net in nets.items()}

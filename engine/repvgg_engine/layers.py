@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from repvgg_engine.library import EngineError
+
 Array = NDArray[np.float32]
 
 
@@ -56,6 +58,6 @@ Layer = Conv | SqueezeExcite | Pool
 
 def in_channels(layers: Sequence[Layer]) -> int:
     """Of the images that the net takes."""
-    first = layers[0]
-    assert isinstance(first, Conv)
-    return first.in_channels
+    if not layers or not isinstance(layers[0], Conv):
+        raise EngineError("a net has layers, and the first is a convolution")
+    return layers[0].in_channels

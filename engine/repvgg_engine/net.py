@@ -52,6 +52,7 @@ class Net:
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}: it is at least 1")
         self.layers = list(layers)
+        self.channels = in_channels(self.layers)
         self.precision, self.preprocessing, self.classes = precision, preprocessing, classes
         self.threads = available_threads() if threads is None else threads
         self.tuning: tune.Tuning | None = None
@@ -71,7 +72,7 @@ class Net:
     def run(self, images: NDArray[Any]) -> Array:
         """The same, by the algorithms that are chosen now."""
         images = np.asarray(images)
-        channels, as_bytes = in_channels(self.layers), images.dtype == np.uint8
+        channels, as_bytes = self.channels, images.dtype == np.uint8
         order = "[N, H, W, C]" if as_bytes else "[N, C, H, W]"
         if images.ndim != 4 or images.shape[3 if as_bytes else 1] != channels or 0 in images.shape:
             raise EngineError(f"images are {order} with {channels} channels, not of shape {list(images.shape)}")

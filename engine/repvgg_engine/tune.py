@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg_engine import reference
-from repvgg_engine.layers import Array, Conv, in_channels
+from repvgg_engine.layers import Array, Conv
 from repvgg_engine.library import LARGE_BATCH, instruction_sets
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def calibration_images(net: "Net") -> Array:
     on which errors of the early layers weigh more."""
     size = (net.preprocessing.height, net.preprocessing.width) if net.preprocessing else (224, 224)
     random = np.random.default_rng(0)
-    coarse = random.standard_normal((CALIBRATION_IMAGES, in_channels(net.layers), 7, 7))
+    coarse = random.standard_normal((CALIBRATION_IMAGES, net.channels, 7, 7))
     at = [np.linspace(0, 6, n) for n in size]
     weights = [np.maximum(0, 1 - np.abs(a[:, None] - np.arange(7))) for a in at]  # linear interpolation
     smooth = np.einsum("yi,ncij,xj->ncyx", weights[0], coarse, weights[1])

@@ -100,7 +100,9 @@ void Net::add(const repvgg_layer &spec) {
         channels(spec.out_channels);
         if (!spec.weight || !spec.bias || (spec.op == REPVGG_SQUEEZE_EXCITE && !(spec.weight2 && spec.bias2))) refuse(where + " has no weights");
     }
-    if (!layers_.empty()) {
+    if (layers_.empty()) {
+        if (spec.op != REPVGG_CONV) refuse("the first layer is no convolution");
+    } else {
         const repvgg_layer &last = layers_.back()->spec;
         if (spec.in_channels != (last.op == REPVGG_CONV ? last.out_channels : last.in_channels)) refuse(where + " does not fit the one before it");
     }

@@ -146,7 +146,8 @@ def test_images_that_do_not_fit() -> None:
 def test_nets_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     bad: list[tuple[list[Layer], str]] = [
-        ([], "at least one layer"),
+        ([], "a net has layers"),
+        ([Pool(3)], "the first is a convolution"),
         ([conv(random, 3, 4), conv(random, 5, 4)], "layer 1 does not fit"),
         ([conv(random, 3, 4), Pool(3)], "layer 1 does not fit"),
         ([conv(random, 3, 4, stride=(0, 1))], "layer 0 is a convolution that cannot be"),
