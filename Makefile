@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test test-slow check wheel clean
+.PHONY: setup demo test test-slow check wheel sanitize clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/repvgg demo --out demo
 
-setup: $(VENV)/all.stamp
+setup: $(VENV)/all.stamp $(VENV)/engine.stamp
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -23,9 +23,14 @@ check: setup
 
 wheel: $(VENV)/pip.stamp
 	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .
+	$(BIN)/pip wheel -q --no-deps --wheel-dir dist ./engine
+
+# The native engine's tests in builds that watch memory, undefined behaviour and races.
+sanitize: setup
+	engine/tests/sanitize.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo dist build engine/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/pip.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "repvgg needs Python 3.11 or later: make PYTHON=python3.12 ..." >&2; exit 2; }
@@ -39,3 +44,8 @@ $(VENV)/demo.stamp: pyproject.toml | $(VENV)/pip.stamp
 $(VENV)/all.stamp: pyproject.toml | $(VENV)/pip.stamp
 	$(BIN)/pip install -q -e '.[all]'
 	@touch $@ $(VENV)/demo.stamp
+
+# The native engine, where there is a C++ compiler; everything else works without it.
+$(VENV)/engine.stamp: engine/pyproject.toml engine/CMakeLists.txt $(wildcard engine/src/* engine/repvgg_engine/*.py) | $(VENV)/all.stamp
+	@if command -v "$${CXX:-c++}" >/dev/null; then $(BIN)/pip install -q --force-reinstall --no-deps ./engine && touch $@; \
+	else echo "no C++ compiler ($${CXX:-c++}): the native engine is left out, everything else works (install g++ or clang++, then make setup)" >&2; fi

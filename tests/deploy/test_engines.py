@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ SIZE = (3, 32, 32)
 # Relative error of the logits, of the largest: rounding of some ten layers.
 BOUND = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 FIXED_BATCH = ("openvino",)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path))
+
 
 PAIRS = [(name, precision) for name, known in ENGINES.items() for precision in known.on_cpu]
 
@@ -38,11 +45,19 @@ def installed(name: str) -> None:
             pytest.skip(f"{package} is not installed")
 
 
+def native_has(precision: str) -> bool:
+    from repvgg_engine import instruction_sets
+
+    return precision == "fp32" or precision in instruction_sets()
+
+
 @pytest.mark.parametrize(("name", "precision"), PAIRS, ids=str)
 def test_logits(name: str, precision: str, folded: nn.Module, images: Tensor) -> None:
     installed(name)
     if name == "compile" and precision != "fp32":
         pytest.skip("minutes of compiling; eager covers the precision")
+    if name == "native" and not native_has(precision):
+        pytest.skip(f"this processor has no {precision}")
     before = {key: (t.clone(), t.stride()) for key, t in folded.state_dict().items()}
     with torch.no_grad():
         wanted = copy.deepcopy(folded).double()(images.double())
@@ -84,7 +99,7 @@ def test_models_of_one_class_beyond_the_compilers_usual_limit_are_all_compiled()
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="no engine 'onnx': there are eager, compile, onnxruntime, openvino"):
+    with pytest.raises(ValueError, match="no engine 'onnx': there are eager, compile, onnxruntime, openvino, native"):
         engines.check("onnx", "fp32")
     with pytest.raises(ValueError, match=r"the engine onnxruntime has no fp32 on cuda$|pip install"):
         engines.check("onnxruntime", "fp32", "cuda")
@@ -92,6 +107,8 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("onnxruntime", "openvino"):
         with pytest.raises(ValueError, match=rf"the engine {name} needs onnx, onnxscript, {name}: pip install 'repvgg\[deploy\]'"):
             engines.build(name, nn.Identity(), Options())
+    with pytest.raises(ValueError, match=r"the engine native needs repvgg_engine: pip install \./engine, with a C"):
+        engines.build("native", nn.Identity(), Options())
     engines.check("eager", "fp32")
 
 

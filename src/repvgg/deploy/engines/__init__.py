@@ -51,12 +51,13 @@ class Engine:
 
 @dataclass(frozen=True)
 class Known:
-    """An engine's file, what it needs beside PyTorch, and its precisions on the CPU and on CUDA."""
+    """An engine's file, what it needs beside PyTorch and how to get it, and its precisions on the CPU and on CUDA."""
 
     module: str
     packages: tuple[str, ...]
     on_cpu: tuple[str, ...]
     on_cuda: tuple[str, ...]
+    remedy: str = "pip install 'repvgg[deploy]'"
 
 
 ENGINES = {
@@ -64,6 +65,7 @@ ENGINES = {
     "compile": Known("compiled", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
     "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ()),
     "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),
+    "native": Known("native", ("repvgg_engine",), ("fp32", "bf16"), (), "pip install ./engine, with a C++ compiler"),
 }
 
 
@@ -79,7 +81,7 @@ def check(name: str, precision: str, device: str = "cpu") -> None:
     """Raises ValueError where `build` would: unknown, not installed (with the line that installs it), or without that precision."""
     has = precisions(name, device)
     if missing := [package for package in ENGINES[name].packages if find_spec(package) is None]:
-        raise ValueError(f"the engine {name} needs {', '.join(missing)}: pip install 'repvgg[deploy]'")
+        raise ValueError(f"the engine {name} needs {', '.join(missing)}: {ENGINES[name].remedy}")
     if precision not in has:
         raise ValueError(f"the engine {name} has no {precision} on {device}" + (f": it has {', '.join(has)}" if has else ""))
 

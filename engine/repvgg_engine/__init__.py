@@ -1,0 +1,14 @@
+"""The fastest way to run a RepVGG in deploy form on a CPU; no PyTorch.
+
+import repvgg_engine
+net = repvgg_engine.load("a0.safetensors")
+logits = net(images)                      # float32 [N, 3, H, W] -> float32 [N, classes]
+"""
+
+from repvgg_engine.library import EngineError as EngineError
+from repvgg_engine.library import instruction_sets as instruction_sets
+from repvgg_engine.net import Net as Net
+from repvgg_engine.net import load as load
+
+__version__ = "0.1.0"
+__all__ = ["EngineError", "Net", "instruction_sets", "load"]

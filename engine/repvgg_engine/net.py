@@ -1,0 +1,198 @@
+"""A net that is ready to run.
+
+net = repvgg_engine.load("a0.safetensors")
+logits = net(images)                  # float32 [N, C, H, W], or uint8 [N, H, W, C] with the file's own mean and std applied
+"""
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repvgg_engine import tune
+from repvgg_engine.files import Preprocessing, read
+from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite, in_channels
+from repvgg_engine.library import (
+    CONV,
+    LIBRARY,
+    POOL,
+    SQUEEZE_EXCITE,
+    EngineError,
+    ImagesStruct,
+    LayerStruct,
+    Message,
+    OptionsStruct,
+)
+
+PRECISIONS = ("fp32", "bf16")
+ACCURACIES = ("exact", "high", "fast")
+
+
+class Net:
+    """A stack of layers. Calls may come from several threads at once; the GIL is free while they compute."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        precision: str = "fp32",
+        threads: int | None = None,
+        pin: bool = False,
+        preprocessing: Preprocessing | None = None,
+        classes: list[str] | None = None,
+    ) -> None:
+        """Every convolution is direct at first; see `choose`. Raises `EngineError`."""
+        if precision not in PRECISIONS:
+            raise EngineError(f"no precision {precision!r}: {', '.join(PRECISIONS)}")
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}: it is at least 1")
+        self.layers = list(layers)
+        self.channels = in_channels(self.layers)
+        self.precision, self.preprocessing, self.classes = precision, preprocessing, classes
+        self.threads = available_threads() if threads is None else threads
+        self.tuning: tune.Tuning | None = None
+        structs = (LayerStruct * len(self.layers))(*[_struct(layer) for layer in self.layers])
+        options = OptionsStruct(self.threads, pin, precision == "bf16", None)
+        message = Message()
+        self._net = LIBRARY.repvgg_create(structs, len(structs), options, *message.room)
+        message.check(self._net)
+        self._finalizer = weakref.finalize(self, LIBRARY.repvgg_destroy, self._net)
+
+    def __call__(self, images: NDArray[Any]) -> Array:
+        """Logits [N, classes], or, of a net that ends before its pool, the feature map [N, C, H, W]. Raises `EngineError`."""
+        if self.tuning:
+            self.tuning.ensure(self)
+        return self.run(images)
+
+    def run(self, images: NDArray[Any]) -> Array:
+        """The same, by the algorithms that are chosen now."""
+        images = np.asarray(images)
+        channels, as_bytes = self.channels, images.dtype == np.uint8
+        order = "[N, H, W, C]" if as_bytes else "[N, C, H, W]"
+        if images.ndim != 4 or images.shape[3 if as_bytes else 1] != channels or 0 in images.shape:
+            raise EngineError(f"images are {order} with {channels} channels, not of shape {list(images.shape)}")
+        if not as_bytes and images.dtype != np.float32:
+            raise EngineError(f"images are float32 [N, C, H, W] or uint8 [N, H, W, C], not {images.dtype}")
+        if as_bytes and self.preprocessing is None:
+            raise EngineError("this net has no mean and std: give float32 images")
+        if max(images.shape) >= 2**31:
+            raise EngineError(f"images of shape {list(images.shape)} are too many or too large")
+        images = np.ascontiguousarray(images)
+        height, width = images.shape[1:3] if as_bytes else images.shape[2:]
+        shape = (ctypes.c_int32 * 3)()
+        message = Message()
+        message.check(LIBRARY.repvgg_output_shape(self._net, height, width, shape, *message.room))
+        output = np.empty((len(images), *shape), np.float32)
+        given = ImagesStruct(images.ctypes.data, as_bytes, len(images), height, width)
+        if as_bytes:
+            scale, shift = self._scale_and_shift()
+            given.scale, given.shift = (a.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for a in (scale, shift))
+        message.check(LIBRARY.repvgg_run(self._net, given, output.ctypes.data, *message.room))
+        return output.reshape(len(images), -1) if any(isinstance(layer, Pool) for layer in self.layers) else output
+
+    def algorithms(self, layer: int) -> list[str]:
+        """Those that fit a layer: "direct", and Winograd's with m x m outputs a tile, "F2", "F4", ...; [] for no convolution."""
+        names: list[str] = []
+        while name := LIBRARY.repvgg_algorithm(self._net, layer, len(names)):
+            names.append(name.decode())
+        return names
+
+    def choose(self, layer: int, algorithm: str, large_batch: bool | None = None) -> None:
+        """How a layer is computed, for calls of many images, of few, or (None) for all."""
+        for batch in (0, 1) if large_batch is None else (int(large_batch),):
+            message = Message()
+            message.check(LIBRARY.repvgg_choose(self._net, batch, layer, algorithm.encode(), *message.room))
+
+    def weight_bytes(self, layer: int, algorithm: str) -> int:
+        """Of a layer's weights as that algorithm wants them."""
+        return int(LIBRARY.repvgg_weight_bytes(self._net, layer, algorithm.encode()))
+
+    def profile(self) -> list[float]:
+        """Seconds that threads have spent in each layer since the last call of this function."""
+        seconds = (ctypes.c_double * len(self.layers))()
+        LIBRARY.repvgg_profile(self._net, seconds)
+        return list(seconds)
+
+    def _scale_and_shift(self) -> tuple[Array, Array]:
+        assert self.preprocessing is not None
+        mean, std = (np.array(v, np.float64) for v in (self.preprocessing.mean, self.preprocessing.std))
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    accuracy: str = "high",
+    threads: int | None = None,
+    pin: bool = False,
+    features: bool = False,
+    memory_limit: int | None = None,
+) -> Net:
+    """The net of a model file in deploy form.
+
+    precision: fp32, or bf16, whose products are of bfloat16 (AVX512-BF16). accuracy: "exact" computes every convolution directly;
+    "high" and "fast" let Winograd's algorithms in, as long as the output's error stays within what tune.py says; which is best for
+    each layer is measured at the first call and kept on disk. threads: that compute, by default as many as this process may use
+    processors. features: the last feature map instead of logits. memory_limit: bytes for weights. Raises `EngineError`.
+    """
+    model = read(Path(path))
+    layers = model.layers
+    if features:
+        layers = layers[: next((i for i, layer in enumerate(layers) if isinstance(layer, Pool)), len(layers))]
+    return build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit)
+
+
+def build(
+    layers: Sequence[Layer],
+    preprocessing: Preprocessing,
+    classes: list[str] | None = None,
+    precision: str = "fp32",
+    accuracy: str = "high",
+    threads: int | None = None,
+    pin: bool = False,
+    memory_limit: int | None = None,
+) -> Net:
+    """As `load`, of layers that are at hand."""
+    if accuracy not in ACCURACIES:
+        raise EngineError(f"no accuracy {accuracy!r}: {', '.join(ACCURACIES)}")
+    if memory_limit is not None and memory_limit < 1:
+        raise EngineError(f"memory_limit is {memory_limit}: it is a number of bytes")
+    net = Net(layers, precision=precision, threads=threads, pin=pin, preprocessing=preprocessing, classes=classes)
+    if accuracy != "exact":
+        net.tuning = tune.Tuning(accuracy, memory_limit)
+    return net
+
+
+def available_threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _struct(layer: Layer) -> LayerStruct:
+    def address(array: Array) -> int:
+        if array.dtype != np.float32 or not array.flags.c_contiguous:
+            raise EngineError("weights are contiguous float32")
+        return array.ctypes.data
+
+    if isinstance(layer, Pool):
+        return LayerStruct(op=POOL, in_channels=layer.channels)
+    if isinstance(layer, SqueezeExcite):
+        hidden, channels = layer.reduce.shape
+        arrays = [address(a) for a in (layer.reduce, layer.reduce_bias, layer.expand, layer.expand_bias)]
+        struct = LayerStruct(op=SQUEEZE_EXCITE, in_channels=channels, out_channels=hidden, relu=layer.relu)
+        struct.weight, struct.bias, struct.weight2, struct.bias2 = arrays
+        return struct
+    assert isinstance(layer, Conv)
+    struct = LayerStruct(
+        op=CONV, in_channels=layer.in_channels, out_channels=layer.out_channels, groups=layer.groups, relu=layer.relu
+    )
+    struct.kernel[:], struct.stride[:], struct.padding[:] = layer.weight.shape[2:], layer.stride, layer.padding
+    struct.dilation[:] = layer.dilation
+    struct.weight, struct.bias = address(layer.weight), address(layer.bias)
+    return struct

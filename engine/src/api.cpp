@@ -1,0 +1,67 @@
+// The C interface: every exception becomes one line of text.
+#include <cstdio>
+#include <exception>
+#include <new>
+
+#include "net.h"
+
+struct repvgg_net {
+    repvgg::Net net;
+};
+
+namespace {
+
+template <class Work>
+int guarded(char *error, size_t size, const Work &work) {
+    const auto say = [&](const char *text) {
+        if (error && size) std::snprintf(error, size, "%s", text);
+        return -1;
+    };
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return say("there is not enough memory for images of that size and number");
+    } catch (const std::exception &caught) {
+        return say(caught.what());
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error, size_t size) {
+    repvgg_net *net = nullptr;
+    guarded(error, size, [&] { net = new repvgg_net{{layers, count, *options}}; });
+    return net;
+}
+
+void repvgg_destroy(repvgg_net *net) { delete net; }
+
+int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_t width, int32_t shape[3], char *error, size_t size) {
+    return guarded(error, size, [&] { net->net.output_shape(height, width, shape); });
+}
+
+int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size) {
+    return guarded(error, size, [&] { net->net.run(*images, output); });
+}
+
+int repvgg_choose(repvgg_net *net, int32_t batch, int32_t layer, const char *algorithm, char *error, size_t size) {
+    return guarded(error, size, [&] { net->net.choose(batch, layer, algorithm); });
+}
+
+const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i) {
+    const repvgg::Algorithm *algorithm = net->net.fitting(layer, i);
+    return algorithm ? algorithm->name : nullptr;
+}
+
+int64_t repvgg_weight_bytes(const repvgg_net *net, int32_t layer, const char *name) {
+    const repvgg::Algorithm *algorithm = net->net.find(layer, name);
+    return algorithm ? net->net.weight_floats(layer, *algorithm) * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
+void repvgg_profile(repvgg_net *net, double *seconds) { net->net.profile(seconds); }
+
+const char *repvgg_instruction_sets(void) { return repvgg::instruction_sets(); }
+}

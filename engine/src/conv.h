@@ -1,0 +1,250 @@
+// A convolution block by block: for a block of tiles that fits the cache, transform the inputs once; then for each panel of output
+// channels multiply, transform back, add the bias, apply the ReLU, store.
+//
+//     input maps --input()--> V [product][tile][channel] --multiply--> M [product][tile][output channel] --output()--> output maps
+//
+// Winograd's algorithms and the direct one differ in `input` and `output` alone. For the direct one a tile is a pixel, its products are
+// the taps of the kernel (or whole rows of taps), and they all add into one M.
+#pragma once
+
+#include "gemm.h"
+#include "kernels.h"
+#include "winograd.h"
+
+namespace repvgg::REPVGG_ISA {
+
+/// Where a tile reads and writes, and how many of its outputs exist.
+struct Tile {
+    const float *in;
+    float *out;
+    int rows, columns;
+};
+
+/// Where a block's numbers lie in scratch memory. Tiles are taken in groups of at most c.rows, about equally many in each.
+struct Block {
+    long tiles, groups, depth;      // depth: of a tile in V, in floats
+    long v_product, m_product;      // from one product to the next; not a power of two, or they would all meet in one set of the cache
+    Tile *tile;
+    float *v, *m;
+
+    Block(const Conv &c, long tiles, int pack, bool one_sum, float *scratch) : tiles(tiles) {
+        groups = ceil_div(tiles, c.rows);
+        depth = ceil_div(c.k, WIDTH * pack) * WIDTH;
+        v_product = tiles * depth + LINE;
+        m_product = one_sum ? 0 : tiles * MAX_PANEL * WIDTH + LINE;
+        tile = reinterpret_cast<Tile *>(scratch);
+        v = scratch + ceil_div(tiles * static_cast<long>(sizeof(Tile) / sizeof(float)), LINE) * LINE;
+        m = v + c.products * v_product;
+    }
+    long first(long group) const { return tiles * group / groups; }
+    long floats(const Conv &c) const { return m + c.products * m_product + tiles * MAX_PANEL * WIDTH - reinterpret_cast<float *>(tile); }
+};
+
+/// Where one tile of V lies: the vector `index` of its channels, of product p.
+template <class Element>
+struct Target {
+    float *at;
+    long product, block;
+    REPVGG_INLINE void put(int p, int index, Vec v) const {
+        Element::put(at + p * product + index / Element::pack * block, index % Element::pack, v);
+    }
+};
+
+struct Direct {
+    static constexpr int outputs = 1, samples = 1, products = 0, stride = 0;
+    static constexpr bool one_sum = true;
+
+    template <class Element>
+    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &, Target<Element> target) {
+        const int columns = c.joined ? 1 : c.kernel[1], vectors = static_cast<int>(ceil_div(c.k, WIDTH));
+        for (int y = 0, p = 0; y < c.kernel[0]; y++)
+            for (int x = 0; x < columns; x++, p++) {
+                const float *in = tile.in + y * c.dilation[0] * c.in.row + x * c.dilation[1] * c.in.pixel;
+                for (int v = 0; v < vectors; v++) target.put(p, v, load(in + v * WIDTH));
+            }
+    }
+
+    template <class Finish>
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, long, int channel, const Finish &finish) {
+        prefetch_to_write(tile.out + 8 * c.out.pixel + channel);
+        finish(tile.out, load(m));
+    }
+
+    /// For lanes of output channels from `weights` on, and the k-th number of each product: sink(product, numbers of the lanes).
+    template <class Sink>
+    static void weights(const Conv &c, const float *weights, int lanes, int k, const Sink &sink) {
+        const int taps = c.kernel[0] * c.kernel[1], columns = c.joined ? 1 : c.kernel[1];
+        for (int p = 0; p < c.products; p++) {
+            const int tap = p / columns * c.kernel[1] + (c.joined ? k / c.in_channels : p % columns), channel = k % c.in_channels;
+            double numbers[WIDTH] = {};
+            for (int lane = 0; lane < lanes; lane++) numbers[lane] = weights[(static_cast<long>(lane) * c.in_channels + channel) * taps + tap];
+            sink(p, numbers);
+        }
+    }
+};
+
+template <int OUTPUTS, int STRIDE>
+struct Tiled {
+    using Line = Winograd<OUTPUTS, STRIDE>;
+    static constexpr int outputs = OUTPUTS, samples = Line::samples, products = Line::products, stride = STRIDE;
+    static constexpr bool one_sum = false;
+
+    template <class Element>
+    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &next, Target<Element> target) {
+        const long row = c.dilation[0] * c.in.row, column = c.dilation[1] * c.in.pixel;
+        const int vectors = static_cast<int>(ceil_div(c.in_channels, WIDTH));
+        for (int v = 0; v < vectors; v++) {
+            Vec across[samples][products], line[samples], out[products];
+            const float *in = tile.in + v * WIDTH, *ahead = v + 1 < vectors ? in + WIDTH : next.in;
+            for (int i = 0; i < samples; i++) {
+                each<samples>([&](auto j) REPVGG_INLINE_LAMBDA {
+                    line[j.value] = load(in + i * row + j.value * column);
+                    prefetch(ahead + i * row + j.value * column);
+                });
+                Line::input(line, across[i]);
+            }
+            for (int j = 0; j < products; j++) {
+                each<samples>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = across[i.value][j]; });
+                Line::input(line, out);
+                each<products>([&](auto i) REPVGG_INLINE_LAMBDA { target.put(i.value * products + j, v, out[i.value]); });
+            }
+        }
+    }
+
+    template <class Finish>
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, long product, int channel, const Finish &finish) {
+        const long row = c.dilation[0] * c.out.row, column = c.dilation[1] * c.out.pixel;
+        Vec down[outputs][products], line[products], out[outputs];
+        for (int i = 0; i < outputs; i++)
+            each<outputs>([&](auto j) REPVGG_INLINE_LAMBDA { prefetch_to_write(tile.out + i * row + j.value * column + channel); });
+        for (int j = 0; j < products; j++) {
+            each<products>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = load(m + (i.value * products + j) * product); });
+            Line::output(line, out);
+            each<outputs>([&](auto i) REPVGG_INLINE_LAMBDA { down[i.value][j] = out[i.value]; });
+        }
+        for (int i = 0; i < tile.rows; i++) {
+            Line::output(down[i], out);
+            each<outputs>([&](auto j) REPVGG_INLINE_LAMBDA {
+                if (j.value < tile.columns) finish(tile.out + i * row + j.value * column, out[j.value]);
+            });
+        }
+    }
+
+    /// As in Direct. In double, so that it adds no error but one rounding.
+    template <class Sink>
+    static void weights(const Conv &c, const float *weights, int lanes, int k, const Sink &sink) {
+        double taps[3][3][WIDTH] = {}, across[3][products][WIDTH] = {};
+        for (int lane = 0; lane < lanes; lane++)
+            for (int t = 0; t < 9; t++) taps[t / 3][t % 3][lane] = weights[(static_cast<long>(lane) * c.in_channels + k) * 9 + t];
+        for (int row = 0; row < 3; row++)
+            for (int j = 0; j < products; j++)
+                for (int t = 0; t < 3; t++)
+                    for (int lane = 0; lane < WIDTH; lane++) across[row][j][lane] += Line::weights.at[j][t] * taps[row][t][lane];
+        for (int i = 0; i < products; i++)
+            for (int j = 0; j < products; j++) {
+                double numbers[WIDTH] = {};
+                for (int t = 0; t < 3; t++)
+                    for (int lane = 0; lane < WIDTH; lane++) numbers[lane] += Line::weights.at[i][t] * across[t][j][lane];
+                sink(i * products + j, numbers);
+            }
+    }
+};
+
+template <class Algorithm>
+void find_tiles(const Conv &c, const Piece &piece, Tile *tile) {
+    const long rows = c.tiles[0], columns = c.tiles[1];
+    long image = piece.first / (rows * columns), y = piece.first / columns % rows, x = piece.first % columns;
+    const float *in = piece.in + piece.group * c.in_channels;
+    float *out = piece.out + piece.group * c.out_channels;
+    const auto exist = [&](int axis, long first) {
+        const long left = ceil_div(c.size[axis] - first, Algorithm::one_sum ? 1 : c.dilation[axis]);
+        return static_cast<int>(left < Algorithm::outputs ? left : Algorithm::outputs);
+    };
+    for (long t = piece.first; t < piece.last; t++, tile++) {
+        const long row = c.origins[0][y], column = c.origins[1][x];
+        tile->in = in + image * c.in.image + row * c.stride[0] * c.in.row + column * c.stride[1] * c.in.pixel;
+        tile->out = out + image * c.out.image + row * c.out.row + column * c.out.pixel;
+        tile->rows = exist(0, row);
+        tile->columns = exist(1, column);
+        if (++x == columns) {
+            x = 0;
+            if (++y == rows) y = 0, image++;
+        }
+    }
+}
+
+/// Multiplies the block's V by one panel's weights.
+template <class Algorithm, class Element>
+void multiply_panel(const Conv &c, const Block &block, const float *weights, int vectors) {
+    const long k = ceil_div(c.k, Element::pack);
+    // The weights of the next product, this many cache lines for each k: each group of tiles fetches its share.
+    const long lines = ceil_div(vectors * WIDTH, LINE);
+    const int share = static_cast<int>(ceil_div(lines, block.groups));
+    for (int p = 0; p < c.products; p++) {
+        for (long start = 0; start < k; start += CHUNK) {
+            const long length = k - start < CHUNK ? k - start : CHUNK;
+            const float *next = weights + length * vectors * WIDTH;
+            for (long g = 0; g < block.groups; g++) {
+                const long first = block.first(g), rows = block.first(g + 1) - first;
+                const float *v = block.v + p * block.v_product + first * block.depth + start * rows;
+                float *m = block.m + p * block.m_product + first * vectors * WIDTH;
+                const bool add = start > 0 || (Algorithm::one_sum && p > 0);
+                const float *ahead = next + (g * share < lines ? g * share : 0) * length * LINE;
+                multiply_for<Element>(static_cast<int>(rows), vectors)(v, weights, m, static_cast<int>(length), add, ahead, share);
+            }
+            weights = next;
+        }
+    }
+}
+
+template <class Algorithm, class Element>
+void run(const Conv &c, const Piece &piece) {
+    const Block block(c, piece.last - piece.first, Element::pack, Algorithm::one_sum, piece.scratch);
+    find_tiles<Algorithm>(c, piece, block.tile);
+    for (long g = 0; g < block.groups; g++) {
+        const long first = block.first(g), rows = block.first(g + 1) - first;
+        for (long r = 0; r < rows; r++) {
+            const Target<Element> target{block.v + first * block.depth + r * WIDTH, block.v_product, rows * WIDTH};
+            Algorithm::template input<Element>(c, block.tile[first + r], block.tile[first + r + (first + r + 1 < block.tiles)], target);
+        }
+    }
+    const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
+    const long vector_weights = c.products * ceil_div(c.k, Element::pack) * WIDTH;
+    for (int panel = piece.first_panel; panel < piece.last_panel; panel++) {
+        const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
+        multiply_panel<Algorithm, Element>(c, block, c.weights + (static_cast<long>(piece.group) * vectors + start) * vector_weights, width);
+        const float *bias = c.bias + (static_cast<long>(piece.group) * vectors + start) * WIDTH;
+        for (long t = 0; t < block.tiles; t++)
+            for (int v = 0; v < width; v++) {
+                const int channel = (start + v) * WIDTH, lanes = c.out_channels - channel;
+                const bool whole = lanes >= WIDTH || c.groups == 1;  // a group's last lanes would be the next group's first
+                const Vec shift = load(bias + v * WIDTH);
+                const auto finish = [&](float *pixel, Vec sum) REPVGG_INLINE_LAMBDA {
+                    const Vec y = c.relu ? relu(sum + shift) : sum + shift;
+                    if (whole) store(pixel + channel, y);
+                    else store(pixel + channel, y, lanes);
+                };
+                Algorithm::output(c, block.tile[t], block.m + (t * width + v) * WIDTH, block.m_product, channel, finish);
+            }
+    }
+}
+
+/// Packs the weights of a panel: [product][k][vector][lane].
+template <class Algorithm, class Element>
+void pack(const Conv &c, const float *weights, int group, int panel, float *packed) {
+    const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
+    const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
+    const long k = ceil_div(c.k, Element::pack), filter = static_cast<long>(c.in_channels) * c.kernel[0] * c.kernel[1];
+    packed += (static_cast<long>(group) * vectors + start) * c.products * k * WIDTH;
+    for (int v = 0; v < width; v++) {
+        const int channel = (start + v) * WIDTH, left = c.out_channels - channel, lanes = left < WIDTH ? left : WIDTH;
+        const float *of_lanes = weights + (static_cast<long>(group) * c.out_channels + channel) * filter;
+        for (int i = 0; i < c.k; i++)
+            Algorithm::weights(c, of_lanes, lanes, i, [&](int p, const double *numbers) {
+                float *to = packed + ((p * k + i / Element::pack) * width + v) * WIDTH;
+                for (int lane = 0; lane < WIDTH; lane++) Element::weight(to + lane, i % Element::pack, static_cast<float>(numbers[lane]));
+            });
+    }
+}
+
+}  // namespace repvgg::REPVGG_ISA

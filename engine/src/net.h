@@ -1,0 +1,59 @@
+// A net: its layers, their packed weights, its threads, and a plan for each size of input that is in use.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "plan.h"
+
+namespace repvgg {
+
+class Net {
+  public:
+    /// Throws std::invalid_argument for layers that cannot be.
+    Net(const repvgg_layer *layers, int count, const repvgg_options &options);
+    ~Net();
+
+    void output_shape(int height, int width, int shape[3]) const;
+    void run(const repvgg_images &images, float *output);
+    void choose(int batch, int layer, const char *algorithm);
+    /// The algorithm of that name, if it is one and fits the layer; otherwise null.
+    const Algorithm *find(int layer, const char *name) const;
+    const Algorithm *fitting(int layer, int i) const;
+    long weight_floats(int layer, const Algorithm &algorithm) const;
+    void profile(double *seconds);
+
+  private:
+    /// Threads, and what they share. A forked process has none of its parent's threads, and its locks may be held by them; so it
+    /// makes a runtime of its own, and leaves the old one where it is.
+    struct Runtime {
+        Runtime(int threads, bool pin, int forks) : pool(threads, pin), forks(forks) {}
+        Pool pool;
+        const int forks;
+        std::mutex mutex;  // of `idle`, and of the net's choices and weights
+        std::vector<std::unique_ptr<Plan>> idle;
+    };
+
+    Runtime &runtime();
+    void add(const repvgg_layer &layer);
+    /// A plan for n images of that size, and which choice of algorithms it follows.
+    std::unique_ptr<Plan> take_plan(Runtime &runtime, int n, const int size[2], int &choice);
+    std::shared_ptr<Memory> packed(Runtime &runtime, int layer, const Algorithm &algorithm);
+
+    const Kernels *kernels_;
+    const int threads_;
+    const bool pin_;
+    std::vector<std::unique_ptr<Layer>> layers_;
+    std::vector<std::vector<Weights>> weights_;  // of each layer, by algorithm
+    int choices_ = 0;  // made so far: plans of earlier ones are not used again
+    std::atomic<Runtime *> runtime_{nullptr};
+};
+
+/// The best kernels of those names that this processor has. Throws std::invalid_argument where there are none.
+const Kernels *find_kernels(const char *isa, bool bf16);
+/// Names of the instruction sets, best first.
+const char *instruction_sets();
+
+}  // namespace repvgg

@@ -1,0 +1,259 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
+namespace repvgg {
+
+namespace {
+
+/// Transformed tiles and their products should stay in a core's second-level cache.
+constexpr long BLOCK_BYTES = 640 << 10;
+/// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
+constexpr long BLOCKS_OF_WEIGHTS = 16;
+/// Fewer rows than this for each thread, and threads share out output channels rather than tiles: each weight is then read once.
+constexpr long FEW_TILES = 8;
+constexpr long ALIGNMENT = 1024;
+constexpr long MOST_FLOATS = 1L << 36;
+
+/// First outputs of the tiles along an axis. A convolution of dilation d is d interleaved plain ones.
+std::vector<int> tile_origins(int size, int dilation, int outputs) {
+    std::vector<int> origins;
+    for (int phase = 0; phase < std::min(dilation, size); phase++)
+        for (int first = phase; first < size; first += outputs * dilation) origins.push_back(first);
+    return origins;
+}
+
+long round_up(long n, long to) { return ceil_div(n, to) * to; }
+
+}  // namespace
+
+Conv with_algorithm(Conv c, const Algorithm &algorithm) {
+    c.products = algorithm.products ? algorithm.products * algorithm.products : c.joined ? c.kernel[0] : c.kernel[0] * c.kernel[1];
+    c.k = algorithm.products || !c.joined ? c.in_channels : c.kernel[1] * c.in_channels;
+    return c;
+}
+
+void output_size(const Layer &layer, int index, const int size[2], int out[2]) {
+    const repvgg_layer &spec = layer.spec;
+    for (int axis = 0; axis < 2; axis++) {
+        out[axis] = spec.op == REPVGG_POOL ? 1 : size[axis];
+        if (spec.op != REPVGG_CONV) continue;
+        const long reach = static_cast<long>(spec.dilation[axis]) * (spec.kernel[axis] - 1), padded = size[axis] + 2L * spec.padding[axis];
+        if (padded <= reach || padded > 1 << 20)
+            throw std::invalid_argument("images of that size do not fit layer " + std::to_string(index) + ": its input would be " +
+                                        std::to_string(size[0]) + " x " + std::to_string(size[1]));
+        out[axis] = static_cast<int>((padded - reach - 1) / spec.stride[axis] + 1);
+    }
+}
+
+Plan::Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<Weights> weights, int n, const int size[2],
+           int threads)
+    : kernels_(kernels), layers_(layers), weights_(std::move(weights)), n_(n) {
+    tensors_.emplace_back(layers[0]->spec.in_channels, size);
+    int current = 0;
+    for (int i = 0; i < static_cast<int>(layers.size()); i++) {
+        add_step(i, current, weights_[i]);
+        current = steps_.back().out;
+    }
+    choose_local(threads);
+    place(threads);
+}
+
+void Plan::add_step(int index, int in, const Weights &weights) {
+    const Layer &layer = *layers_[index];
+    Step step{};
+    step.layer = index, step.in = in, step.algorithm = weights.algorithm;
+    step.out = layer.spec.op == REPVGG_SQUEEZE_EXCITE ? in : in + 1;
+    if (step.out != in) {
+        int size[2];
+        output_size(layer, index, tensors_[in].size, size);
+        tensors_.emplace_back(layer.spec.op == REPVGG_POOL ? layer.spec.in_channels : layer.spec.out_channels, size);
+    }
+    if (layer.spec.op == REPVGG_CONV) {
+        Tensor &from = tensors_[in];
+        step.conv = with_algorithm(layer.conv, *step.algorithm);
+        for (int axis = 0; axis < 2; axis++) {
+            const int dilation = step.algorithm->products ? layer.spec.dilation[axis] : 1;
+            step.conv.size[axis] = tensors_[step.out].size[axis];
+            step.origins[axis] = tile_origins(step.conv.size[axis], dilation, step.algorithm->outputs);
+            step.conv.tiles[axis] = static_cast<int>(step.origins[axis].size());
+            const int last = *std::max_element(step.origins[axis].begin(), step.origins[axis].end());
+            from.border[axis] = layer.spec.padding[axis];
+            from.extent[axis] = std::max(from.size[axis] + 2 * from.border[axis],
+                                         last * layer.spec.stride[axis] + (step.algorithm->samples - 1) * dilation + 1);
+        }
+    }
+    steps_.push_back(std::move(step));
+}
+
+/// Early layers, whose maps are larger than their weights, run image by image, so that maps stay in the cache; the others layer by
+/// layer, so that weights do.
+void Plan::choose_local(int threads) {
+    if (n_ == 1 || (n_ % threads != 0 && n_ < 4 * threads)) return;
+    for (const Step &step : steps_) {
+        const repvgg_layer &spec = layers_[step.layer]->spec;
+        const Tensor &in = tensors_[step.in], &out = tensors_[step.out];
+        const long maps = static_cast<long>(in.size[0]) * in.size[1] * in.channels + static_cast<long>(out.size[0]) * out.size[1] * out.channels;
+        const long weights = static_cast<long>(spec.out_channels) * step.conv.in_channels * spec.kernel[0] * spec.kernel[1];
+        if (spec.op == REPVGG_POOL || (spec.op == REPVGG_CONV && maps < weights)) break;
+        local_steps_++;
+    }
+    for (int i = 0; i < local_steps_; i++) tensors_[steps_[i].in].local = true;
+    if (local_steps_ > 0) tensors_[steps_[local_steps_ - 1].out].local = false;
+}
+
+/// Gives each tensor its place, tensors that are alike the same two in turn: their borders are zero from the start and stay so.
+long Plan::layout(bool local) {
+    struct Buffer {
+        int like, last;  // tensors: the first and the last that it was given to
+    };
+    std::vector<Buffer> buffers;
+    long end = 0;
+    const int count = static_cast<int>(tensors_.size());
+    for (int i = 0; i < count; i++) {
+        Tensor &t = tensors_[i];
+        if (t.local != local) continue;
+        const auto alike = [&](const Buffer &buffer) {
+            const Tensor &b = tensors_[buffer.like];
+            return buffer.last != i - 1 && b.channels == t.channels && b.map.pixel == t.map.pixel && std::equal(b.size, b.size + 2, t.size) &&
+                   std::equal(b.extent, b.extent + 2, t.extent) && std::equal(b.border, b.border + 2, t.border);
+        };
+        const auto found = std::find_if(buffers.begin(), buffers.end(), alike);
+        if (found != buffers.end()) {
+            found->last = i;
+            t.offset = tensors_[found->like].offset;
+            continue;
+        }
+        buffers.push_back({i, i});
+        t.offset = end;
+        end += round_up((local ? 1 : n_) * t.map.image + 2 * kernels_.width, ALIGNMENT);
+        if (end > MOST_FLOATS) throw std::bad_alloc();
+    }
+    return end;
+}
+
+void Plan::place(int threads) {
+    for (Tensor &a : tensors_)  // tensors that differ in what a layer's tiles read beyond them take the larger extent, and so are alike
+        for (Tensor &b : tensors_)
+            if (a.channels == b.channels && a.local == b.local && std::equal(a.size, a.size + 2, b.size) && std::equal(a.border, a.border + 2, b.border))
+                for (int axis = 0; axis < 2; axis++) a.extent[axis] = b.extent[axis] = std::max(a.extent[axis], b.extent[axis]);
+    for (Tensor &t : tensors_) {
+        t.map.pixel = &t == &tensors_[0] ? t.channels : round_up(t.channels, kernels_.width);
+        t.map.row = t.extent[1] * t.map.pixel;
+        t.map.image = t.extent[0] * t.map.row;
+        if (t.map.image > MOST_FLOATS) throw std::bad_alloc();
+    }
+    slot_offset_ = layout(false);
+    scratch_offset_ = layout(true);
+    long scratch = 0;
+    for (Step &step : steps_) {
+        if (layers_[step.layer]->spec.op == REPVGG_CONV) {
+            cut(step, threads);
+            scratch = std::max(scratch, step.algorithm->scratch(step.conv, step.block));
+        } else {
+            scratch = std::max(scratch, 4L * layers_[step.layer]->spec.in_channels + 4 * kernels_.width + layers_[step.layer]->spec.out_channels);
+        }
+    }
+    slot_floats_ = scratch_offset_ + round_up(scratch, ALIGNMENT);
+    memory_ = std::make_unique<Memory>(slot_offset_ + threads * slot_floats_);
+}
+
+/// Cuts a convolution into pieces: as few as fit the cache, but no fewer than there are threads.
+void Plan::cut(Step &step, int threads) {
+    Conv &c = step.conv;
+    const Weights &weights = weights_[step.layer];
+    c.in = tensors_[step.in].map, c.out = tensors_[step.out].map;
+    c.origins[0] = step.origins[0].data(), c.origins[1] = step.origins[1].data();
+    c.weights = weights.packed->floats(), c.bias = layers_[step.layer]->bias.data();
+    const bool local = &step - steps_.data() < local_steps_;
+    step.tiles = static_cast<long>(c.tiles[0]) * c.tiles[1] * (local ? 1 : n_);
+    const long tile_bytes = (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<long>(sizeof(float));
+    const int wanted = local ? 1 : static_cast<int>(ceil_div(threads, c.groups));
+    step.splits = 1;
+    const long weight_bytes = static_cast<long>(c.groups) * c.products * c.k * c.out_channels * static_cast<long>(sizeof(float)) / kernels_.pack;
+    long blocks = ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
+    if (blocks < wanted) {
+        if (step.tiles < FEW_TILES * wanted) step.splits = std::min<int>(wanted, c.panels);
+        else blocks = wanted;
+    } else {
+        blocks = round_up(blocks, wanted);
+    }
+    step.block = ceil_div(step.tiles, blocks);
+    if (step.block > c.rows) step.block = round_up(step.block, c.rows);  // whole groups
+    step.blocks = static_cast<int>(ceil_div(step.tiles, step.block));
+}
+
+int Plan::items(const Step &step) const {
+    if (layers_[step.layer]->spec.op == REPVGG_CONV) return step.conv.groups * step.splits * step.blocks;
+    return &step - steps_.data() < local_steps_ ? 1 : n_;
+}
+
+float *Plan::corner(const Tensor &tensor, int slot, int image) const {
+    float *base = memory_->floats() + tensor.offset;
+    return tensor.local ? base + slot_offset_ + slot * slot_floats_ : base + image * tensor.map.image;
+}
+
+float *Plan::inside(const Tensor &tensor, int slot, int image) const {
+    return corner(tensor, slot, image) + tensor.border[0] * tensor.map.row + tensor.border[1] * tensor.map.pixel;
+}
+
+/// image: the one at hand where the step is local, otherwise 0.
+void Plan::run_item(const Step &step, int item, int slot, int image) {
+    const auto start = std::chrono::steady_clock::now();
+    Layer &layer = *layers_[step.layer];
+    const Tensor &in = tensors_[step.in], &out = tensors_[step.out];
+    float *scratch = memory_->floats() + slot_offset_ + slot * slot_floats_ + scratch_offset_;
+    if (layer.spec.op == REPVGG_CONV) {
+        // Blocks change fastest, so that threads work with the same weights.
+        const int block = item % step.blocks, split = item / step.blocks % step.splits;
+        Piece piece;
+        piece.in = corner(in, slot, image), piece.out = inside(out, slot, image), piece.scratch = scratch;
+        piece.group = item / step.blocks / step.splits;
+        piece.first_panel = panel_start(step.conv.panels, step.splits, split), piece.last_panel = panel_start(step.conv.panels, step.splits, split + 1);
+        piece.first = block * step.block, piece.last = std::min(step.tiles, piece.first + step.block);
+        step.algorithm->run(step.conv, piece);
+    } else if (layer.spec.op == REPVGG_POOL) {
+        kernels_.pool(inside(in, slot, image + item), in.map, in.channels, in.size, inside(out, slot, image + item));
+    } else {
+        const repvgg_layer &s = layer.spec;
+        const Excite excite{s.in_channels, s.out_channels, s.relu != 0, s.weight, s.bias, s.weight2, s.bias2};
+        kernels_.excite(excite, inside(in, slot, image + item), in.map, in.size, scratch);
+    }
+    layer.nanoseconds += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+}
+
+void Plan::read(const repvgg_images &images, int image, int band, int bands, int slot) {
+    const Tensor &t = tensors_[0];
+    const long offset = static_cast<long>(image) * t.channels * t.size[0] * t.size[1];
+    const int first = panel_start(t.size[0], bands, band), last = panel_start(t.size[0], bands, band + 1);
+    float *to = inside(t, slot, image);
+    if (images.bytes)
+        kernels_.read_bytes(static_cast<const uint8_t *>(images.data) + offset, t.channels, t.size, first, last, images.scale, images.shift, t.map, to);
+    else
+        kernels_.read_floats(static_cast<const float *>(images.data) + offset, t.channels, t.size, first, last, t.map, to);
+}
+
+void Plan::run(Pool &pool, const repvgg_images &images, float *output) {
+    const int bands = std::min(8, tensors_[0].size[0]);
+    if (local_steps_ > 0)
+        pool.run(n_, [&](int image, int slot) {
+            read(images, image, 0, 1, slot);
+            for (int s = 0; s < local_steps_; s++)
+                for (int item = 0; item < items(steps_[s]); item++) run_item(steps_[s], item, slot, image);
+        });
+    else
+        pool.run(n_ * bands, [&](int item, int slot) { read(images, item / bands, item % bands, bands, slot); });
+    for (size_t s = local_steps_; s < steps_.size(); s++)
+        pool.run(items(steps_[s]), [&](int item, int slot) { run_item(steps_[s], item, slot, 0); });
+    const Tensor &last = tensors_.back();
+    const long floats = static_cast<long>(last.channels) * last.size[0] * last.size[1];
+    pool.run(floats * n_ > 1 << 16 ? n_ : 1, [&](int item, int slot) {
+        const int end = floats * n_ > 1 << 16 ? item + 1 : n_;
+        for (int image = item; image < end; image++) kernels_.write(inside(last, slot, image), last.map, last.channels, last.size, output + image * floats);
+    });
+}
+
+}  // namespace repvgg

@@ -1,0 +1,85 @@
+// How a net runs on n images of one size: where each feature map lies, how each layer is cut into pieces, in which order.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "pool.h"
+#include "repvgg_engine.h"
+
+namespace repvgg {
+
+/// An operator of the net, with what holds for images of any size.
+struct Layer {
+    repvgg_layer spec;
+    Conv conv;                     // a convolution's channels, kernel and panels; the rest is the plan's
+    std::vector<float> bias;       // a number for each lane of each vector of each group
+    const Algorithm *choice[2];    // for few images, for many
+    std::atomic<int64_t> nanoseconds{0};
+};
+
+struct Weights {
+    const Algorithm *algorithm;
+    std::shared_ptr<Memory> packed;
+};
+
+/// The convolution's share of a plan that its algorithm decides: how many products, over how many channels.
+Conv with_algorithm(Conv conv, const Algorithm &algorithm);
+
+/// Rows and columns of what a layer makes of a map of that size. Throws std::invalid_argument where it cannot be.
+void output_size(const Layer &layer, int index, const int size[2], int out[2]);
+
+class Plan {
+  public:
+    /// weights: one for each layer, empty for those that are no convolutions.
+    Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<Weights> weights, int n, const int size[2], int threads);
+
+    /// Not by two threads at once.
+    void run(Pool &pool, const repvgg_images &images, float *output);
+
+    bool fits(int n, int height, int width) const { return n == n_ && height == tensors_[0].size[0] && width == tensors_[0].size[1]; }
+
+  private:
+    /// A feature map of each image, with the zero border that the layer that reads it wants.
+    struct Tensor {
+        int channels, size[2], border[2], extent[2];
+        bool local;  // one image at a time, in each thread's own memory
+        Map map;
+        long offset;  // of the padded map of the first image, in floats
+        Tensor(int channels, const int size[2])
+            : channels(channels), size{size[0], size[1]}, border{0, 0}, extent{size[0], size[1]}, local(false), map{}, offset(0) {}
+    };
+    struct Step {
+        int layer, in, out;  // tensors
+        Conv conv;
+        const Algorithm *algorithm;
+        std::vector<int> origins[2];
+        long tiles, block;   // of all images that it takes at once, and of a piece
+        int blocks, splits;  // how many pieces of the tiles, and of the panels
+    };
+
+    void add_step(int index, int in, const Weights &weights);
+    void choose_local(int threads);
+    void place(int threads);
+    void cut(Step &step, int threads);
+    long layout(bool local);
+    int items(const Step &step) const;
+    void run_item(const Step &step, int item, int slot, int image);
+    void read(const repvgg_images &images, int image, int band, int bands, int slot);
+    float *corner(const Tensor &tensor, int slot, int image) const;
+    float *inside(const Tensor &tensor, int slot, int image) const;
+
+    const Kernels &kernels_;
+    std::vector<std::unique_ptr<Layer>> &layers_;
+    std::vector<Weights> weights_;
+    int n_, local_steps_ = 0;
+    std::vector<Tensor> tensors_;
+    std::vector<Step> steps_;
+    long slot_offset_, slot_floats_, scratch_offset_;
+    std::unique_ptr<Memory> memory_;
+};
+
+}  // namespace repvgg

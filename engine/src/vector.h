@@ -1,0 +1,63 @@
+// One vector of floats, as wide as the instruction set's registers: compiler extensions of GCC and Clang, so the same source becomes
+// AVX-512, AVX2, SSE2 or NEON. Everything is in the instruction set's own namespace.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace repvgg::REPVGG_ISA {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4, REGISTERS = 32;
+#else
+constexpr int WIDTH = 4, REGISTERS = 16;
+#endif
+
+#define REPVGG_INLINE inline __attribute__((always_inline))
+#define REPVGG_INLINE_LAMBDA __attribute__((always_inline))
+
+typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef float Unaligned __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float))));  // a vector may alias its floats
+
+REPVGG_INLINE Vec load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
+REPVGG_INLINE void store(float *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
+REPVGG_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x; x + 0 would not be, for x = -0
+REPVGG_INLINE Vec relu(Vec v) { return v < 0 ? Vec{} : v; }  // NaN stays NaN
+
+/// The first n lanes only.
+REPVGG_INLINE void store(float *p, Vec v, int n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#else
+    for (int lane = 0; lane < n; lane++) p[lane] = v[lane];
+#endif
+}
+
+REPVGG_INLINE void prefetch(const float *p) { __builtin_prefetch(p, 0, 2); }
+REPVGG_INLINE void prefetch_to_write(const float *p) { __builtin_prefetch(p, 1, 3); }
+
+template <int N>
+struct Index {
+    static constexpr int value = N;
+};
+
+template <class F, int... I>
+REPVGG_INLINE void each(F &&f, std::integer_sequence<int, I...>) {
+    (f(Index<I>{}), ...);
+}
+
+/// f(Index<0>{}), f(Index<1>{}), ..., f(Index<N - 1>{}): a loop that is certainly unrolled.
+template <int N, class F>
+REPVGG_INLINE void each(F &&f) {
+    each(f, std::make_integer_sequence<int, N>{});
+}
+
+}  // namespace repvgg::REPVGG_ISA

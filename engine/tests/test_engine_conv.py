@@ -1,0 +1,122 @@
+"""Every geometry, by every algorithm, on every instruction set, against float64."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+
+from nets import conv
+from repvgg_engine import EngineError, Net, instruction_sets, reference
+
+# Root mean square error, relative to what the sum of so many products usually is: some times what is seen on many outputs, for a
+# geometry may have one output alone.
+BOUND = {"direct": 1e-6, "F2": 2e-6, "F4": 8e-6, "F5": 1.5e-5, "F6": 3e-5, "F7": 1e-4}
+BF16_BOUND = {"direct": 4e-2, "F2": 8e-2, "F4": 0.2, "F5": 0.4, "F6": 0.8, "F7": 2.0}
+SETS = [name for name in instruction_sets() if name != "bf16"]
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> dict[str, Any]:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 4]))
+    kernel = draw(st.sampled_from([3, 3, 3, 3, 1, 2, 5]))
+    dilation = (draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([1, 1, 2, 4])))
+    padding = tuple(draw(st.integers(0, d * (kernel - 1) // 2 + 1)) for d in dilation)
+    stride = draw(st.sampled_from([1, 1, 2]))
+    return {
+        "groups": groups,
+        "channels": (draw(st.integers(1, 40)) * groups, draw(st.integers(1, 70)) * groups),
+        "kernel": kernel,
+        "stride": (stride, draw(st.sampled_from([stride, stride, 3]))),
+        "padding": padding,
+        "dilation": dilation,
+        "relu": draw(st.booleans()),
+        "size": tuple(draw(st.integers(max(1, d * (kernel - 1) + 1 - 2 * p), 34)) for d, p in zip(dilation, padding, strict=True)),
+        "n": draw(st.integers(1, 6)),
+        "threads": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+
+
+def check(geometry: dict[str, Any], precision: str = "fp32") -> None:
+    g = dict(geometry)
+    random = np.random.default_rng(g.pop("seed"))
+    (into, out), size, n, threads = g.pop("channels"), g.pop("size"), g.pop("n"), g.pop("threads")
+    layer = conv(random, into, out, **g)
+    images = random.standard_normal((n, into, *size)).astype(np.float32)
+    wanted = reference.run([layer], images)
+    net = Net([layer], threads=threads, precision=precision)
+    bound = BOUND if precision == "fp32" else BF16_BOUND
+    scale = np.sqrt(np.mean(np.sum(layer.weight.astype(np.float64) ** 2, (1, 2, 3))) * np.mean(images.astype(np.float64) ** 2))
+    for algorithm in net.algorithms(0):
+        net.choose(0, algorithm)
+        got = net(images)
+        assert got.shape == wanted.shape
+        error = np.sqrt(np.mean((got - wanted) ** 2)) / scale
+        assert error < bound[algorithm], f"{algorithm}: {error:.1e}"
+        assert np.array_equal(net(images), got)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(geometry=geometries())
+def test_against_float64(isa: str, geometry: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPVGG_ENGINE_ISA", isa)
+        check(geometry)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", SETS)
+@settings(max_examples=2000, deadline=None)
+@given(geometry=geometries())
+def test_thousands_against_float64(isa: str, geometry: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPVGG_ENGINE_ISA", isa)
+        check(geometry)
+
+
+@pytest.mark.skipif("bf16" not in instruction_sets(), reason="no AVX512-BF16 here")
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(geometry=geometries())
+def test_bf16_against_float64(geometry: dict[str, Any]) -> None:
+    check(geometry, "bf16")
+
+
+def test_reference_against_the_definition() -> None:
+    """The float64 reference is an oracle; so it is checked itself, number by number."""
+    random = np.random.default_rng(0)
+    layer = conv(random, 4, 6, stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2)
+    x = random.standard_normal((4, 9, 8))
+    y = reference.conv(layer, x)
+    padded = np.pad(x, ((0, 0), (2, 2), (1, 1)))
+    for o, i, j in np.ndindex(*y.shape):
+        total = float(layer.bias[o])
+        for c, u, v in np.ndindex(2, 3, 3):
+            total += float(layer.weight[o, c, u, v]) * padded[o // 3 * 2 + c, 2 * i + u, j + 2 * v]
+        assert y[o, i, j] == pytest.approx(total, abs=1e-12)
+
+
+def test_which_algorithms_fit() -> None:
+    random = np.random.default_rng(0)
+
+    def names(**geometry: Any) -> list[str]:
+        return Net([conv(random, 4, 4, **geometry)]).algorithms(0)
+
+    assert names() == names(dilation=(2, 3)) == ["direct", "F2", "F4", "F5", "F6", "F7"]
+    assert names(stride=(2, 2)) == ["direct", "F2", "F4", "F7"]
+    assert names(kernel=1) == names(kernel=5) == names(stride=(1, 2)) == names(stride=(2, 2), dilation=(2, 2)) == ["direct"]
+    with pytest.raises(EngineError, match="layer 0 cannot be computed by F3"):
+        Net([conv(random, 4, 4)]).choose(0, "F3")
+
+
+def test_infinities_and_nans_stay() -> None:
+    random = np.random.default_rng(0)
+    images = random.standard_normal((1, 3, 8, 8)).astype(np.float32)
+    images[0, 1, 4, 4] = np.nan
+    got = Net([conv(random, 3, 5, padding=(1, 1), relu=True)])(images)
+    assert np.isnan(got[0, :, 3:6, 3:6]).all()
+    assert np.isfinite(got[0, :, :3]).all()

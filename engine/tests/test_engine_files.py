@@ -1,0 +1,171 @@
+"""Model files: what is read, and what strangers may try."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+
+from nets import images, model_file, plain_net, write
+from repvgg_engine import EngineError, Net, load
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return model_file(tmp_path / "net.safetensors", plain_net(), classes=[f"class {i}" for i in range(10)])
+
+
+def parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def put(path: Path, header: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_what_is_read(path: Path) -> None:
+    net = load(path, accuracy="exact")
+    assert np.array_equal(net(images()), Net(plain_net())(images()))
+    assert net.classes is not None
+    assert net.classes[3] == "class 3"
+    features = load(path, accuracy="exact", features=True)(images())
+    assert features.shape == (4, 48, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F16", "BF16"])
+def test_other_types_of_weights(path: Path, dtype: str) -> None:
+    header, data = parts(path)
+    values = np.frombuffer(data, np.float32)
+    raw = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else values.astype({"F64": "f8", "F16": "f2"}[dtype])
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["dtype"] = dtype
+            entry["data_offsets"] = [offset * raw.itemsize // 4 for offset in entry["data_offsets"]]
+    put(path, header, b"" + raw.tobytes())
+    got, wanted = load(path, accuracy="exact")(images()), Net(plain_net())(images())
+    assert np.abs(got - wanted).max() < (0.2 if dtype == "BF16" else 1e-2) * np.abs(wanted).max()
+
+
+def change(entry: str, **values: Any) -> Any:
+    return lambda header, data: (header[entry].update(values), data)[1]
+
+
+def manifest(**values: Any) -> Any:
+    def changed(header: dict[str, Any], data: bytes) -> bytes:
+        text = json.loads(header["__metadata__"]["repvgg"])
+        header["__metadata__"]["repvgg"] = json.dumps({**text, **values})
+        return data
+
+    return changed
+
+
+def layer(index: int, **values: Any) -> Any:
+    def changed(header: dict[str, Any], data: bytes) -> bytes:
+        text = json.loads(header["__metadata__"]["repvgg"])
+        text["layers"][index].update(values)
+        header["__metadata__"]["repvgg"] = json.dumps(text)
+        return data
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("attack", "reason"),
+    [
+        (manifest(form="training"), "is in training form: run repvgg convert"),
+        (manifest(format_version=2), "format version 2"),
+        (manifest(layers=None), "has no list of layers"),
+        (manifest(layers=[]), "has no list of layers"),
+        (manifest(layers=[3]), "not a model file"),
+        (manifest(classes=["one"]), "class names that do not fit"),
+        (manifest(preprocessing={"input_size": [3, 32, 10**9]}), "1000000000"),
+        (lambda header, data: (header.pop("__metadata__"), data)[1], "has no list of layers"),
+        (lambda header, data: (header.pop("l1.weight"), data)[1], "layer 1 wants a tensor l1.weight, which the file lacks"),
+        (lambda header, data: data[:-4], "layer 7 has 222132 where a number"),
+        (change("l1.weight", dtype="I64"), "layer 1 has l1.weight of type I64"),
+        (change("l1.weight", shape=[40, 24, 3, 2]), "l1.weight of shape"),
+        (change("l1.weight", data_offsets=[-4, 4]), "layer 1 has -4 where a number"),
+        (change("l1.weight", data_offsets=[0, 10**12]), "where a number"),
+        (change("l1.weight", data_offsets=[0.0, 4]), "where a number"),
+        (layer(1, op="conv3d"), "layer 1 is 'conv3d', which this engine does not know"),
+        (layer(6, op="linear"), "layer 6 is 'linear', which cannot stand there"),
+        (layer(1, activation="gelu"), "layer 1 has an unknown activation, 'gelu'"),
+        (layer(1, in_channels=23), "layer 1 has channels that do not fit"),
+        (layer(1, groups=5), "layer 1 has channels that do not fit"),
+        (layer(1, stride=[0, 1]), "layer 1 has 0 where a number"),
+        (layer(1, padding=[9, 9]), "layer 1 is a convolution that cannot be"),
+        (layer(1, dilation=[50, 50]), "layer 1 is a convolution that cannot be"),
+        (layer(1, kernel_size=[3]), "not a model file"),
+        (layer(4, channels=47), "layer 4 has channels"),
+        (lambda header, data: b"\xff" * len(data), "layer 0 has NaN or Inf in l0.weight"),
+    ],
+)
+def test_what_is_refused(path: Path, attack: Any, reason: str) -> None:
+    header, data = parts(path)
+    put(path, header, attack(header, data))
+    with pytest.raises(EngineError, match=reason) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is not a safetensors file"),
+        (b"PK\x03\x04 a zip file, which might be a pickle", "is not a safetensors file"),
+        (b"\xff" * 64, "is not a safetensors file"),
+        ((2).to_bytes(8, "little") + b"[]", "header that is no dictionary"),
+        ((8).to_bytes(8, "little") + b"{" * 8, "not a model file"),
+        ((100000).to_bytes(8, "little") + b"[" * 100000, "not a model file"),
+    ],
+)
+def test_what_is_no_model_file(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(EngineError, match=reason):
+        load(path)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="No such file"):
+        load(tmp_path / "none.safetensors")
+    with pytest.raises(EngineError, match="is a folder"):
+        load(tmp_path)
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    with pytest.raises(EngineError, match="no accuracy 'low'"):
+        load(path, accuracy="low")
+    with pytest.raises(EngineError, match="memory_limit is 0"):
+        load(path, memory_limit=0)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(position=st.floats(0, 1), byte=st.integers(0, 255), end=st.floats(0, 1))
+def test_damaged_files_raise_one_kind_of_error(
+    tmp_path_factory: pytest.TempPathFactory, position: float, byte: int, end: float
+) -> None:
+    path = model_file(tmp_path_factory.mktemp("damaged") / "net.safetensors", plain_net())
+    raw = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(raw[:8], "little")
+    raw[int(position * (header - 1))] = byte
+    path.write_bytes(raw[: int(len(raw) * end)] if end < 0.3 else raw)
+    with suppress(EngineError):  # anything else fails the test
+        load(path, accuracy="exact", threads=1)(images(1))
+
+
+def test_a_lying_squeeze_excite(path: Path, tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors", {}, {})
+    header, data = parts(path)
+    header["l4.reduce.weight"]["shape"] = []
+    put(path, header, data)
+    with pytest.raises(EngineError, match=r"layer 4 wants a tensor l4.reduce.weight"):
+        load(path)

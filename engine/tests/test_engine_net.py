@@ -1,0 +1,167 @@
+"""Whole nets: any batch, size, thread and process."""
+
+import gc
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+
+import repvgg_engine
+from nets import PREPROCESSING, conv, images, model_file, plain_net
+from repvgg_engine import EngineError, Net, instruction_sets, load, reference
+from repvgg_engine.layers import Layer, Pool
+
+
+def relative(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)))
+
+
+@pytest.mark.parametrize("isa", [name for name in instruction_sets() if name != "bf16"])
+def test_all_operators(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPVGG_ENGINE_ISA", isa)
+    layers = plain_net()
+    x = images(5)
+    assert relative(Net(layers)(x), reference.run(layers, x)) < 1e-6
+
+
+def test_feature_maps_of_any_size() -> None:
+    layers = plain_net()[:6]
+    net = Net(layers)
+    for size in ((32, 32), (17, 40), (5, 3)):
+        x = images(2, size=size)
+        wanted = reference.run(layers, x)
+        got = net(x)
+        assert got.shape == wanted.shape
+        assert relative(got, wanted) < 1e-6
+
+
+def test_an_image_gives_the_same_in_any_company() -> None:
+    """Whatever the batch and the number of threads, each number is computed in one way."""
+    layers = plain_net()
+    x = images(41)
+    alone = np.concatenate([Net(layers, threads=1)(x[i : i + 1]) for i in range(3)])
+    for threads in (1, 2, 5):
+        net = Net(layers, threads=threads)
+        for n in (1, 2, 3, 4, 8, 41):
+            assert np.array_equal(net(x[:n])[:3], alone[:n])
+
+
+def test_bytes_with_the_files_own_mean_and_std(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    raw = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    scaled = (raw / 255 - np.array(PREPROCESSING.mean)) / np.array(PREPROCESSING.std)
+    net = load(path, accuracy="exact")
+    floats = np.ascontiguousarray(scaled.transpose(0, 3, 1, 2).astype(np.float32))
+    assert relative(net(raw), net(floats)) < 1e-6
+
+
+def test_many_threads_call_one_net() -> None:
+    layers = plain_net()
+    net = Net(layers, threads=3)
+    batches = [images(n, seed=n) for n in (1, 2, 5, 8)] * 8
+    wanted = [Net(layers)(x) for x in batches]
+    with ThreadPoolExecutor(6) as pool:
+        for got, expected in zip(pool.map(net, batches), wanted, strict=True):
+            assert np.array_equal(got, expected)
+
+
+def test_choices_change_while_threads_run() -> None:
+    layers = plain_net()
+    net, x = Net(layers, threads=2), images(4)
+    wanted = reference.run(layers, x)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(net, x) for _ in range(30)]
+        for turn in range(30):
+            net.choose(1, ("F4", "direct", "F2")[turn % 3])
+        assert max(relative(run.result(), wanted) for run in runs) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_runs_it_too() -> None:
+    folders = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.parent)]
+    script = f"""
+import os, sys
+sys.path[:0] = {folders}
+import numpy as np
+from nets import images, plain_net
+from repvgg_engine import Net
+net, x = Net(plain_net(), threads=2), images(4)
+wanted = net(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(net(x), wanted) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert np.array_equal(net(x), wanted)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_pinned_threads() -> None:
+    layers, x = plain_net(), images(4)
+    assert np.array_equal(Net(layers, threads=3, pin=True)(x), Net(layers)(x))
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_a_thousand_loads_leak_nothing(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    x = images(1)
+
+    def use(times: int) -> None:
+        for _ in range(times):
+            load(path, accuracy="exact", threads=2)(x)
+        gc.collect()
+
+    use(100)
+    before = resident()
+    use(1000)
+    assert resident() - before < 8 << 20  # a net takes more than half a megabyte
+
+
+def test_images_that_do_not_fit() -> None:
+    net = Net(plain_net())
+    for bad, reason in [
+        (images(1)[0], r"images are \[N, C, H, W\] with 3 channels, not of shape \[3, 32, 32\]"),
+        (images(1, channels=4), "with 3 channels, not of shape"),
+        (images(1).astype(np.float64), "not float64"),
+        (np.zeros((0, 3, 32, 32), np.float32), "not of shape"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "this net has no mean and std"),
+    ]:
+        with pytest.raises(EngineError, match=reason):
+            net(bad)
+    with pytest.raises(EngineError, match="images of that size do not fit layer 0"):
+        Net([conv(np.random.default_rng(0), 3, 4)])(images(1, size=(2, 9)))
+    assert net(images(1)[:, :, ::-1, ::-1]).shape == (1, 10)  # of any layout
+
+
+def test_nets_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    bad: list[tuple[list[Layer], str]] = [
+        ([], "a net has layers"),
+        ([Pool(3)], "the first is a convolution"),
+        ([conv(random, 3, 4), conv(random, 5, 4)], "layer 1 does not fit"),
+        ([conv(random, 3, 4), Pool(3)], "layer 1 does not fit"),
+        ([conv(random, 3, 4, stride=(0, 1))], "layer 0 is a convolution that cannot be"),
+    ]
+    for layers, reason in bad:
+        with pytest.raises(EngineError, match=reason):
+            Net(layers)
+    with pytest.raises(EngineError, match="threads is 0"):
+        Net(plain_net(), threads=0)
+    with pytest.raises(EngineError, match="no precision 'int4': fp32, bf16"):
+        Net(plain_net(), precision="int4")
+    monkeypatch.setenv("REPVGG_ENGINE_ISA", "avx9")
+    with pytest.raises(EngineError, match="REPVGG_ENGINE_ISA=avx9: this processor has "):
+        Net(plain_net())
+    monkeypatch.setenv("REPVGG_ENGINE_ISA", "portable")
+    with pytest.raises(EngineError, match="bf16 needs a processor with AVX512-BF16"):
+        Net(plain_net(), precision="bf16")

@@ -1,0 +1,80 @@
+"""The choice of algorithms: within its budgets, remembered, and never wrong about a net."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+
+from nets import PREPROCESSING, images, model_file, plain_net
+from repvgg_engine import load, reference, tune
+from repvgg_engine.tune import Option, choose
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_fastest_within_the_budgets() -> None:
+    layer = [Option("direct", 9, 0, 1), Option("F2", 5, 1, 2), Option("F4", 3, 10, 4)]
+    assert choose([layer, [], layer], error=0, memory=100) == ["direct", "", "direct"]
+    assert choose([layer, [], layer], error=2, memory=100) == ["F2", "", "F2"]
+    assert sorted(choose([layer, layer], error=11, memory=100)) == ["F2", "F4"]
+    assert choose([layer, layer], error=20, memory=100) == ["F4", "F4"]
+    assert choose([layer, layer], error=20, memory=5) == ["F2", "F2"]
+    assert choose([layer, layer], error=20, memory=2) == ["direct", "direct"]
+    better = [Option("direct", 9, 0, 8), Option("F2", 5, -1, 2)]
+    assert choose([better], error=0, memory=100) == ["F2"]
+
+
+@pytest.mark.parametrize("accuracy", ["high", "fast"])
+def test_the_error_stays_within_its_budget(tmp_path: Path, accuracy: str) -> None:
+    net = load(model_file(tmp_path / "net.safetensors", plain_net()), accuracy=accuracy)
+    exact = load(tmp_path / "net.safetensors", accuracy="exact")
+    for n in (1, 4):
+        x = tune.calibration_images(net)
+        wanted = reference.run(net.layers, x)
+        got = np.concatenate([net(x[i : i + n]) for i in range(0, len(x), n)])
+        limit = tune.TIMES_DIRECT["fp32", accuracy] * reference.error(exact(x), wanted)
+        assert reference.error(got, wanted) <= max(limit, tune.FAST if accuracy == "fast" else 0)
+
+
+def test_choices_are_remembered(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    first = load(path)(images())
+    (cached,) = folder.iterdir()
+    few, many = json.loads(cached.read_text())["choices"]
+    assert len(few) == len(many) == len(plain_net())
+    monkeypatch.setattr(tune, "_measure", None)  # would fail if it were called
+    assert np.array_equal(load(path)(images()), first)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"choices": [["F4"], ["F4"]]}', '{"choices": [[], []]}'])
+def test_a_cache_that_does_not_fit_is_measured_again(tmp_path: Path, folder: Path, content: str) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    wanted = load(path)(images())
+    (cached,) = folder.iterdir()
+    cached.write_text(content)
+    assert np.allclose(load(path)(images()), wanted, atol=1e-4)
+    assert json.loads(cached.read_text()) != content
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path / "file" / "folder"))
+    assert load(model_file(tmp_path / "net.safetensors", plain_net()))(images()).shape == (4, 10)
+
+
+def test_the_memory_limit_is_kept(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    exact = load(path, accuracy="exact")
+    least = sum(exact.weight_bytes(i, "direct") for i in range(len(exact.layers)))
+    net = load(path, memory_limit=least)
+    wanted = exact(images())
+    assert np.allclose(net(images()), wanted, atol=1e-4)
+    assert PREPROCESSING.height == 32

@@ -1,0 +1,73 @@
+"""The native engine (engine/, package repvgg_engine): plain networks on the CPU, by Winograd's algorithms.
+
+It chooses its algorithms by measurement, under an error budget, at the first run of a network on a machine: seconds, once.
+"""
+
+import numpy as np
+import torch
+from repvgg_engine import Net
+from repvgg_engine.files import Preprocessing
+from repvgg_engine.layers import Conv, Layer, Pool, SqueezeExcite
+from repvgg_engine.net import build as build_net
+from torch import Tensor, nn
+
+from repvgg.deploy.engines import Engine, Options
+from repvgg.models import layer_list
+
+
+def build(model: nn.Module, options: Options) -> Engine:
+    """Raises ValueError for a network that is no plain stack in deploy form."""
+    net = to_net(model, options)
+    return Engine(
+        lambda images: np.ascontiguousarray(images.detach().cpu().float().numpy()),
+        net,
+        lambda logits: torch.from_numpy(logits),
+    )
+
+
+def to_net(model: nn.Module, options: Options, accuracy: str = "high") -> Net:
+    """The engine's own net, with a copy of the model's weights; see repvgg_engine.load for accuracy."""
+    _, height, width = options.input_size
+    channels = options.input_size[0]
+    preprocessing = Preprocessing(height, width, min(height, width), "bilinear", (0.0,) * channels, (1.0,) * channels)
+    return build_net(_layers(model), preprocessing, precision=options.precision, accuracy=accuracy, threads=options.threads)
+
+
+class NativeModule(nn.Module):
+    """A plain network in deploy form, run by the native engine: float32 images [N, C, H, W] in, float32 logits out, no gradients.
+
+    NativeModule(repvgg.reparameterize(model.eval()))
+    """
+
+    def __init__(self, model: nn.Module, options: Options = Options(), accuracy: str = "high") -> None:  # noqa: B008 - frozen
+        super().__init__()
+        self.net = to_net(model, options, accuracy)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.net(np.ascontiguousarray(images.detach().cpu().float().numpy()))).to(images.device)
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    listed = layer_list(model)
+    if listed is None:
+        raise ValueError(
+            f"the engine native runs plain networks in deploy form, and {type(model).__name__} is none:"
+            " fold a RepVGG first (repvgg.reparameterize), or use another engine"
+        )
+    state = {name: t.detach().cpu().float().numpy().copy() for name, t in model.state_dict().items()}
+    layers: list[Layer] = []
+    channels = 0
+    for spec in listed:
+        relu = spec.get("activation") == "relu"
+        if spec["op"] == "conv2d":
+            stride, padding, dilation = (tuple(spec[name]) for name in ("stride", "padding", "dilation"))
+            layers.append(Conv(state[spec["weight"]], state[spec["bias"]], stride, padding, dilation, spec["groups"], relu))
+            channels = spec["out_channels"]
+        elif spec["op"] == "squeeze_excite":
+            parts = [state[f"{spec['path']}.{part}"] for part in ("reduce.weight", "reduce.bias", "expand.weight", "expand.bias")]
+            layers.append(SqueezeExcite(parts[0][:, :, 0, 0], parts[1], parts[2][:, :, 0, 0], parts[3], relu))
+        elif spec["op"] == "global_avg_pool":
+            layers.append(Pool(channels))
+        else:
+            layers.append(Conv(state[spec["weight"]][:, :, None, None], state[spec["bias"]], relu=relu))
+    return layers
