@@ -110,6 +110,17 @@ def test_convert_says_what_it_folded_and_refuses_to_fold_twice(run: Path, tmp_pa
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["timm.pth", "x.safetensors"]
 
 
+def test_export(run: Path, tmp_path: Path, capsys: Captured) -> None:
+    words = ("export", run / "run/best.safetensors", "--to", "pt2", "--out", tmp_path)
+    assert repvgg(*words, "--data", "digits", "--images", 50) == 0
+    assert "50 of 50 predictions the same" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt2", "best.pt2.json"]
+    pytest.importorskip("ncnn")
+    line = refused(capsys, *words[:2], "--to", "ncnn", "--out", tmp_path / "new", "--batch-size", 2)
+    assert line == "ncnn runs one image at a time: leave out --batch-size"
+    assert not (tmp_path / "new").exists()
+
+
 def test_predict(run: Path, scans: Path, capsys: Captured) -> None:
     assert repvgg("predict", run / "deploy.safetensors", scans, "--json", "--top", 2) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -196,6 +196,39 @@ def predict(
     show_predictions(run(open_model(model), images, batch_size, top, _device(device)), json)
 
 
+def export(
+    model: Positional[str],
+    to: Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor"],
+    out: Path,
+    batch_size: int = 0,
+    any_size: bool = False,
+    pixels: bool = False,
+    image_size: tuple[int, int] | None = None,
+    data: str = "",
+    images: int = 8,
+) -> None:
+    """A file of another runtime: folded, written, loaded back, and compared with PyTorch before it is kept.
+
+    Args:
+        model: a model file, or a name for its pretrained weights.
+        to: the kind of file; pt2 is torch.export's, aotinductor the same compiled for this kind of processor.
+        out: folder for the file and its report (.json).
+        batch_size: images a run; 0 for any number.
+        any_size: take images of any height and width.
+        pixels: take uint8 pixels: mean and deviation go into the graph.
+        image_size: take uint8 pixels of this height and width: resizing and cropping go into the graph too.
+        data: compare on images of its validation split, instead of random ones.
+        images: how many of them.
+    """
+    from repvgg.deploy.export import Shape, real_images
+    from repvgg.deploy.export import export as run
+    from repvgg.zoo import open_model
+
+    network = open_model(model)
+    shape = Shape(batch_size or None, any_size, pixels, image_size)
+    run(network, to, out, Path(model).stem, shape, real_images(network, data, images, shape) if data else None, _say)
+
+
 def bench(
     models: Positional[tuple[str, ...]],
     engines: str = "eager",
@@ -338,6 +371,7 @@ def _run(words: list[str]) -> None:
         "eval": evaluate,
         "convert": convert,
         "predict": predict,
+        "export": export,
         "bench": bench,
         "paper": paper,
     }
