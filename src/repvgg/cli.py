@@ -133,26 +133,30 @@ def evaluate(
     seed: int = 0,
     device: str = "",
     workers: int = 0,
+    engine: str = "",
+    precision: str = "fp32",
     json: bool = False,
 ) -> None:
     """Top-1, top-5, accuracy of each class and the confusion matrix, on a validation split.
 
     Args:
-        model: a model file, or a name for its pretrained weights.
+        model: a model file, a name for its pretrained weights, or an exported file or its folder.
         data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH or wds:SHARDS.
         batch_size: images at a time.
         limit: at most this many images, drawn with the seed.
         seed: of the draw.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
         workers: processes that load images; 0 loads in the main one.
+        engine: what runs it: auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own.
+        precision: of the engine: fp32, tf32, bf16 or fp16.
         json: print JSON instead of tables.
     """
     from repvgg.data import open_source
+    from repvgg.deploy.load import open_model
     from repvgg.info import show_accuracy
     from repvgg.train.evaluate import evaluate_model
-    from repvgg.zoo import open_model
 
-    network = open_model(model)
+    network = open_model(model, engine, precision, batch_size, _device(device), _say)
     source = open_source(data).limited(limit, seed)
     accuracy = evaluate_model(network, source, batch_size, workers, _device(device))
     show_accuracy(accuracy, source.classes, json)
@@ -177,23 +181,30 @@ def predict(
     batch_size: int = 32,
     top: int = 5,
     device: str = "",
+    engine: str = "",
+    precision: str = "fp32",
     json: bool = False,
 ) -> None:
     """Labels and probabilities of images.
 
     Args:
-        model: a model file, or a name for its pretrained weights.
+        model: a model file, a name for its pretrained weights, or an exported file or its folder.
         images: files, folders and globs.
         batch_size: images at a time.
         top: how many labels an image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        engine: what runs it: auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own.
+        precision: of the engine: fp32, tf32, bf16 or fp16.
         json: print one JSON object an image.
     """
+    from repvgg.deploy.load import open_model
     from repvgg.info import show_predictions
+    from repvgg.predict import expand
     from repvgg.predict import predict as run
-    from repvgg.zoo import open_model
 
-    show_predictions(run(open_model(model), images, batch_size, top, _device(device)), json)
+    at_once = min(batch_size, len(expand(images))) if images else batch_size
+    network = open_model(model, engine, precision, at_once, _device(device), _say)
+    show_predictions(run(network, images, batch_size, top, _device(device)), json)
 
 
 def export(
@@ -233,7 +244,7 @@ def bench(
     models: Positional[tuple[str, ...]],
     engines: str = "eager",
     precision: str = "fp32",
-    batch_size: int = 32,
+    batch_size: str = "32",
     rounds: int = 5,
     batches: int = 10,
     warmup: int = 5,
@@ -250,9 +261,9 @@ def bench(
 
     Args:
         models: names; all are folded before they are timed, comparators too.
-        engines: eager, compile, onnxruntime, openvino; several with commas.
+        engines: eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino; several with commas, or all that are installed.
         precision: fp32, tf32, bf16, fp16; several with commas.
-        batch_size: images a batch; halved, with a word, where memory runs out.
+        batch_size: images a batch, several with commas; halved, with a word, where memory runs out.
         rounds: in each, every candidate has its turn.
         batches: timed batches a turn. (The paper: 50.)
         warmup: batches before the first round. (The paper: 50.)
@@ -267,24 +278,29 @@ def bench(
     """
     from repvgg.bench.models import bench as run
     from repvgg.bench.models import candidates
-    from repvgg.info import show_report
+    from repvgg.info import show_reports
 
     device = _device(device)
     forms = ("deploy", "training") if form == "both" else (form,)
-    report = run(
-        candidates(models, engines.split(","), precision.split(","), forms, device, _say),
-        batch_size=batch_size,
-        rounds=rounds,
-        batches=batches,
-        warmup=warmup,
-        threads=threads,
-        channels_last=channels_last,
-        device=device,
-        input_size=(3, input_size, input_size) if input_size else None,
-        allow_unfolded=allow_unfolded,
-        log=_say,
-    )
-    show_report(report, out, json)
+    wanted = candidates(models, engines.split(","), precision.split(","), forms, device, _say)
+    reports = [
+        run(
+            wanted,
+            batch_size=size,
+            rounds=rounds,
+            batches=batches,
+            warmup=warmup,
+            threads=threads,
+            channels_last=channels_last,
+            device=device,
+            input_size=(3, input_size, input_size) if input_size else None,
+            allow_unfolded=allow_unfolded,
+            leave_out=engines == "all",
+            log=_say,
+        )
+        for size in _numbers(batch_size)
+    ]
+    show_reports(reports, out, json)
 
 
 def paper(
@@ -408,6 +424,13 @@ def _device(name: str) -> str:
     if name and name not in devices:
         raise ValueError(f"no device {name!r} here: {', '.join(devices)}")
     return name or devices[0]
+
+
+def _numbers(words: str) -> list[int]:
+    """ "1,32" as numbers. Raises ValueError for anything else."""
+    if not all(word.strip().isdigit() for word in words.split(",")):
+        raise ValueError(f"{words!r}: numbers with commas between them are needed, such as 1,32")
+    return [int(word) for word in words.split(",")]
 
 
 def _process() -> str:

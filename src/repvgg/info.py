@@ -198,9 +198,10 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
         raise ValueError(f"{failed} of {count} images could not be read")
 
 
-def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
-    """Figures of `repvgg bench`: a table or JSON, and a file."""
-    figures = report.to_json()
+def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -> None:
+    """Figures of `repvgg bench`, one for each batch size: tables or JSON, and a file."""
+    each = [report.to_json() for report in reports]
+    figures = each[0] if len(each) == 1 else {"reports": each}
     if out is not None:
         from repvgg.files import atomically
 
@@ -208,6 +209,16 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json(figures)
         return
+    for report in reports:
+        _show_report(report)
+    m = each[0]["machine"]
+    print(
+        f"{reports[0].rounds} rounds of {reports[0].batches} batches, taking turns; speeds relative to the first row. "
+        f"{m['gpu'] or m['processor']}, {m['threads']} threads, PyTorch {m['versions']['torch']}"
+    )
+
+
+def _show_report(report: "Report") -> None:
     rows = [
         (
             row.candidate.model + ("" if row.candidate.form == "deploy" else " (training form)"),
@@ -219,6 +230,8 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
             str(row.ratio),
             f"{row.times.median / row.batch_size * 1e3:,.2f}",
             f"{row.memory_bytes / 2**20:,.0f}",
+            f"{row.load_seconds:,.2f}",
+            f"{row.error:.0e}",
             f"{row.left_unfolded} BN left" if row.left_unfolded else "",
         )
         for row in report.rows
@@ -233,14 +246,11 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
         "speed (95% interval)",
         "ms/image",
         "memory, MiB",
+        "load, s",
+        "error",
         "",
     )
     print_table(header, rows)
-    m = figures["machine"]
-    print(
-        f"{report.rounds} rounds of {report.batches} batches, taking turns; speeds relative to the first row. "
-        f"{m['gpu'] or m['processor']}, {m['threads']} threads, PyTorch {m['versions']['torch']}"
-    )
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:

@@ -100,7 +100,7 @@ def check(name: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"the engine {name} has no {precision} on {device}" + (f": it has {', '.join(has)}" if has else ""))
 
 
-def installed(precision: str, device: str = "cpu", log: Callable[[str], None] = print) -> list[str]:
+def installed(precision: str, device: str = "cpu", log: Callable[[str], object] = print) -> list[str]:
     """Names of the engines that are here and have this precision; a word on each that is not here."""
     found = []
     for name in ENGINES:
