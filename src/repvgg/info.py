@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from repvgg.bench.models import Report
+    from repvgg.deploy.quantize import Report as Quantized
     from repvgg.predict import Prediction
     from repvgg.train.evaluate import Accuracy
 
@@ -196,6 +197,23 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
         print_table(("image", "label", *("",) * (len(rows[0]) - 2)), rows)
     if failed:
         raise ValueError(f"{failed} of {count} images could not be read")
+
+
+def show_quantization(report: "Quantized", as_json: bool) -> None:
+    """Figures of `repvgg quantize`."""
+    if as_json:
+        _print_json(report.to_json())
+        return
+    worst = {layer.name for layer in sorted(report.layers, key=lambda layer: -layer.added)[:3]}
+    rows = [
+        (layer.name, f"{layer.snr:.1f}", f"{layer.added:+.1f}", "in float" if i in report.kept else "hurts" * (layer.name in worst))
+        for i, layer in enumerate(report.layers)
+    ]
+    print_table(("after the ReLU of", "signal to noise, dB", "lost here", ""), rows)
+    before, after, (slow, fast) = report.before, report.after, report.images_per_second
+    print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
+    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup}")
+    print(report.path)
 
 
 def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -> None:
