@@ -206,10 +206,10 @@ def show_quantization(report: "Quantized", as_json: bool) -> None:
         return
     worst = {layer.name for layer in sorted(report.layers, key=lambda layer: -layer.added)[:3]}
     rows = [
-        (layer.name, f"{layer.snr:.1f}", f"{layer.added:+.1f}", "in float" if i in report.kept else "hurts" * (layer.name in worst))
+        (layer.name, f"{layer.snr:.1f}", f"{layer.added:.2%}", "in float" if i in report.kept else "hurts" * (layer.name in worst))
         for i, layer in enumerate(report.layers)
     ]
-    print_table(("after the ReLU of", "signal to noise, dB", "lost here", ""), rows)
+    print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
     before, after, (slow, fast) = report.before, report.after, report.images_per_second
     print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
     print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup}")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,8 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Layer:
-    """snr: signal to noise in dB after this layer's ReLU, of the INT8 net against the float one. added: by how much it falls here."""
+    """snr: signal to noise in dB after this layer's ReLU, of the INT8 net against the float one. added: the noise that comes in
+    here, as a share of the signal's power."""
 
     name: str
     snr: float
@@ -117,7 +119,7 @@ def quantize(
         raise ValueError(f"no INT8 for {to!r}: there are {', '.join(RUNTIMES)}")
     runtime = RUNTIMES[to]
     engines.check(runtime.engine, "fp32")
-    if engines.find_spec("nncf") is None:
+    if find_spec("nncf") is None:
         raise ValueError("quantising needs nncf: pip install 'repvgg[deploy]'")
     manifest = zoo.manifest_of(model)
     if manifest.classes is not None and len(manifest.classes) != len(source.classes):
@@ -138,11 +140,14 @@ def quantize(
         runtime.write(runtime.read(to_onnx(deploy, signature)), plain, "")
         before = _accuracy(_runner(runtime, plain, size, manifest), source, manifest)
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
+        names = _names(deploy)
+        if settings.max_drop is not None and names is None:
+            raise ValueError("--max-drop needs a plain network, whose layers can be told apart")
         while True:
             log(f"quantising on {len(items)} images" + (f", {len(kept)} layers left in float" if kept else ""))
             write(_quantised(runtime, plain, items, kept, settings), path)
             after = _accuracy(_runner(runtime, path, size, manifest), source, manifest)
-            layers = _noise(runtime, plain, path, watched, _names(deploy))
+            layers = _noise(runtime, plain, path, watched, names)
             log(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8")
             if settings.max_drop is None or before.top1 - after.top1 <= settings.max_drop:
                 break
@@ -195,15 +200,16 @@ def _quantised(runtime: Any, plain: Path, items: list[Any], kept: list[int], set
 
 
 def _noise(runtime: Any, plain: Path, path: Path, images: Tensor, names: list[str] | None) -> list[Layer]:
-    """After each ReLU. It gathers from layer to layer: the layers that hurt are those where the ratio falls."""
-    found, before = [], float("inf")
+    """After each ReLU. It gathers from layer to layer: the layers that hurt are those that add most."""
+    found, before = [], 0.0
     exact, rounded = (runtime.activations(file, images.numpy()) for file in (plain, path))
     for i, (a, b) in enumerate(zip(exact, rounded, strict=True)):
         signal, noise = float((a.astype("f8") ** 2).sum()), float(((a.astype("f8") - b) ** 2).sum())
-        snr = 10 * float(np.log10(signal / noise)) if noise and signal else 200.0
+        share = noise / signal if signal else 0.0
+        snr = -10 * float(np.log10(max(share, 1e-20)))
         name = names[i] if names and len(names) == len(exact) else f"ReLU {i}"
-        found.append(Layer(name, snr, min(before, 100.0) - snr))
-        before = snr
+        found.append(Layer(name, snr, share - before))
+        before = share
     return found
 
 
