@@ -32,7 +32,17 @@ from repvgg.timing import ratio as ratio_of_times
 
 THREADS, ROUNDS = 2, 9
 OUT = Path(__file__).with_name("engine.json")
-MEMBERS = ("repvgg_a1", "repvgg_a2", "repvgg_b0", "repvgg_b1", "repvgg_b1g2", "repvgg_b1g4", "repvgg_b2", "repvgg_b3", "repvgg_d2se")
+MEMBERS = (
+    "repvgg_a1",
+    "repvgg_a2",
+    "repvgg_b0",
+    "repvgg_b1",
+    "repvgg_b1g2",
+    "repvgg_b1g4",
+    "repvgg_b2",
+    "repvgg_b3",
+    "repvgg_d2se",
+)
 WINOGRAD = ("direct", "F2", "F4", "F5", "F6", "F7")
 
 
@@ -53,7 +63,9 @@ def compare(
     first = against[0]
     for name, s in speeds.items():
         error = f"error {s.error:.1e}, {s.error / speeds[first].error:.2f} times its"
-        say(f"{path.stem} {precision} batch {batch_size}: {name} {s.median:.1f} img/s, {ratio(s, speeds[first]):.2f} times {first}; {error}")
+        say(
+            f"{path.stem} {precision} batch {batch_size}: {name} {s.median:.1f} img/s, {ratio(s, speeds[first]):.2f} times {first}; {error}"
+        )
     return {name: describe(s, speeds[first]) for name, s in speeds.items()}
 
 
@@ -149,7 +161,11 @@ def start(folder: Path) -> dict[str, Any]:
             subprocess.run([sys.executable, "-c", script, file, "1"], check=True)
             seconds.append(time.perf_counter() - began)
         done = subprocess.run([sys.executable, "-c", script + memory, file, "10"], check=True, capture_output=True, text=True)
-        figures[name] = {"seconds": statistics.median(seconds[1:]), "spread": [min(seconds[1:]), max(seconds[1:])], "resident_kib": int(done.stdout)}
+        figures[name] = {
+            "seconds": statistics.median(seconds[1:]),
+            "spread": [min(seconds[1:]), max(seconds[1:])],
+            "resident_kib": int(done.stdout),
+        }
         say(f"{name}: first prediction after {figures[name]['seconds']:.2f} s, {int(done.stdout) / 1024:.0f} MiB resident")
     return figures
 

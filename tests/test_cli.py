@@ -110,6 +110,44 @@ def test_convert_says_what_it_folded_and_refuses_to_fold_twice(run: Path, tmp_pa
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["timm.pth", "x.safetensors"]
 
 
+def test_export(run: Path, tmp_path: Path, capsys: Captured) -> None:
+    words = ("export", run / "run/best.safetensors", "--to", "pt2", "--out", tmp_path)
+    assert repvgg(*words, "--data", "digits", "--images", 50) == 0
+    assert "50 of 50 predictions the same" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt2", "best.pt2.json"]
+    pytest.importorskip("ncnn")
+    line = refused(capsys, *words[:2], "--to", "ncnn", "--out", tmp_path / "new", "--batch-size", 2)
+    assert line == "ncnn runs one image at a time: leave out --batch-size"
+    assert not (tmp_path / "new").exists()
+
+
+def test_eval_and_predict_by_an_engine(run: Path, scans: Path, tmp_path: Path, capsys: Captured) -> None:
+    pytest.importorskip("ncnn")
+    model = run / "run/best.safetensors"
+    assert repvgg("export", model, "--to", "ncnn", "--out", tmp_path) == 0
+    shown = []
+    for words in ((model,), (model, "--engine", "ncnn"), (tmp_path,)):
+        capsys.readouterr()
+        assert repvgg("eval", *words, "--data", "digits", "--limit", 60, "--json") == 0
+        shown.append(json.loads(capsys.readouterr().out)["confusion"])
+    assert shown[0] == shown[1] == shown[2]
+    shown = []
+    for words in ((model,), (model, "--engine", "ncnn"), (tmp_path / "best.ncnn.param",)):
+        assert repvgg("predict", words[0], scans, *words[1:], "--json", "--top", 1) == 0
+        shown.append([json.loads(line)["labels"][0]["label"] for line in capsys.readouterr().out.splitlines()])
+    assert shown[0] == shown[1] == shown[2]
+    assert "no engine 'tpu'" in refused(capsys, "predict", model, scans, "--engine", "tpu")
+
+
+def test_bench_of_several_batch_sizes(capsys: Captured) -> None:
+    words = ("bench", "repvgg_micro", "--input-size", 32, "--rounds", 1, "--batches", 1, "--warmup", 0, "--batch-size")
+    assert repvgg(*words, "1,2", "--json") == 0
+    reports = json.loads(capsys.readouterr().out)["reports"]
+    assert [r["rows"][0]["batch_size"] for r in reports] == [1, 2]
+    assert all(0 <= r["rows"][0]["max_rel_err"] < 1e-5 < r["rows"][0]["load_seconds"] for r in reports)
+    assert refused(capsys, *words, "1;2") == "'1;2': numbers with commas between them are needed, such as 1,32"
+
+
 def test_predict(run: Path, scans: Path, capsys: Captured) -> None:
     assert repvgg("predict", run / "deploy.safetensors", scans, "--json", "--top", 2) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -54,7 +54,11 @@ def bench(nets: Mapping[str, Net], against: Sequence[str], batch_size: int, roun
         if name in nets:
             got = np.concatenate([nets[name](images[i : i + batch_size]) for i in range(0, judged, batch_size)])
         else:
-            got = call() if batch_size >= judged else rivals.rival(name, first.layers, images[:judged], first.precision, first.threads)()
+            got = (
+                call()
+                if batch_size >= judged
+                else rivals.rival(name, first.layers, images[:judged], first.precision, first.threads)()
+            )
         errors[name] = reference.error(got[:judged], wanted)
     speeds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)

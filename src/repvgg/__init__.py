@@ -27,6 +27,7 @@ _HOME = {
     "FileError": "files",
     "create_model": "zoo",
     "list_models": "zoo",
+    "load_engine": "deploy.load",
     "load": "zoo",
     "save": "zoo",
 }
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from repvgg.algebra import ReparamError as ReparamError
     from repvgg.costs import cost as cost
     from repvgg.costs import num_paths as num_paths
+    from repvgg.deploy.load import load_engine as load_engine
     from repvgg.files import FileError as FileError
     from repvgg.reparam import as_linear as as_linear
     from repvgg.reparam import equivalent_kernel as equivalent_kernel

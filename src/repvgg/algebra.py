@@ -196,6 +196,20 @@ def _pointwise_then(first: LinearMap, second: LinearMap) -> LinearMap:
     return replace(second, kernel=kernel, bias=bias, groups=groups, padding=outer.padding, padding_mode=outer.padding_mode)
 
 
+def balance(first: LinearMap, second: LinearMap) -> tuple[LinearMap, LinearMap]:
+    """Two maps that compute the same one after the other, even with a ReLU between them, and use each channel to the same extent.
+
+    Channel i is divided by s_i > 0 in the first and multiplied by it in the second, which no ReLU notices. With the largest
+    weights a_i and b_i that make and use it, s_i = sqrt(a_i / b_i) makes both sqrt(a_i b_i). (Cross-layer equalisation; Nagel
+    et al., ICCV 2019.)
+    """
+    made = first.kernel.abs().amax((1, 2, 3))
+    used = _by_group(second).abs().amax((1, 3, 4)).flatten()
+    gain = torch.where((made > 0) & (used > 0), (made / used).sqrt(), 1.0)
+    zero = torch.zeros_like(gain)
+    return compose(first, scale(1 / gain, zero)), compose(scale(gain, zero), second)
+
+
 def _by_group(m: LinearMap) -> Tensor:
     return m.kernel.view(m.groups, -1, *m.kernel.shape[1:])
 

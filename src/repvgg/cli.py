@@ -143,12 +143,14 @@ def evaluate(
     flip: bool = False,
     device: str = "",
     workers: int = 0,
+    engine: str = "",
+    precision: str = "fp32",
     json: bool = False,
 ) -> None:
     """Top-1, top-5, accuracy of each class and the confusion matrix; or of masks, intersection over union of each class.
 
     Args:
-        model: a model file, or a name for its pretrained weights.
+        model: a model file, a name for its pretrained weights, or an exported file or its folder.
         data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS,
             camvid:ROOT or cityscapes:ROOT.
         split: the validation split, or the test split of data that has one.
@@ -160,14 +162,16 @@ def evaluate(
         flip: of masks: average with the mirrored image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
         workers: processes that load images; 0 loads in the main one.
+        engine: what runs it: auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own.
+        precision: of the engine: fp32, tf32, bf16 or fp16.
         json: print JSON instead of tables.
     """
     from repvgg.data import open_source
+    from repvgg.deploy.load import open_model
     from repvgg.info import show_accuracy, show_overlap
     from repvgg.train.evaluate import evaluate_model
-    from repvgg.zoo import open_model
 
-    network = open_model(model)
+    network = open_model(model, engine, precision, batch_size, _device(device), _say)
     source = open_source(data).limited(limit, seed)
     if source.masks:
         from repvgg.train.segmentation import Segmentation
@@ -218,12 +222,14 @@ def predict(
     scales: str = "1",
     flip: bool = False,
     device: str = "",
+    engine: str = "",
+    precision: str = "fp32",
     json: bool = False,
 ) -> None:
     """Labels and probabilities of images; or of a PSPNet, masks.
 
     Args:
-        model: a model file, or a name for its pretrained weights.
+        model: a model file, a name for its pretrained weights, or an exported file or its folder.
         images: files, folders and globs.
         batch_size: images at a time; masks are made one at a time.
         top: how many labels an image.
@@ -232,14 +238,18 @@ def predict(
         scales: of masks: of the image, several with commas, averaged: 0.75,1,1.25.
         flip: of masks: average with the mirrored image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        engine: what runs it: auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own.
+        precision: of the engine: fp32, tf32, bf16 or fp16.
         json: print one JSON object an image.
     """
+    from repvgg.deploy.load import open_model
     from repvgg.info import show_masks, show_predictions
+    from repvgg.predict import expand
     from repvgg.predict import predict as run
     from repvgg.pspnet import PSPNet
-    from repvgg.zoo import open_model
 
-    network = open_model(model)
+    at_once = min(batch_size, len(expand(images))) if images else batch_size
+    network = open_model(model, engine, precision, at_once, _device(device), _say)
     if not isinstance(network, PSPNet) and not _asks_for_masks(out, slide, scales, flip):
         show_predictions(run(network, images, batch_size, top, _device(device)), json)
         return
@@ -249,11 +259,85 @@ def predict(
     show_masks(write_masks(answers, out, class_names(network)) if out else answers, json)
 
 
+def export(
+    model: Positional[str],
+    to: Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor"],
+    out: Path,
+    batch_size: int = 0,
+    any_size: bool = False,
+    pixels: bool = False,
+    image_size: tuple[int, int] | None = None,
+    data: str = "",
+    images: int = 8,
+) -> None:
+    """A file of another runtime: folded, written, loaded back, and compared with PyTorch before it is kept.
+
+    Args:
+        model: a model file, or a name for its pretrained weights.
+        to: the kind of file; pt2 is torch.export's, aotinductor the same compiled for this kind of processor.
+        out: folder for the file and its report (.json).
+        batch_size: images a run; 0 for any number.
+        any_size: take images of any height and width.
+        pixels: take uint8 pixels: mean and deviation go into the graph.
+        image_size: take uint8 pixels of this height and width: resizing and cropping go into the graph too.
+        data: compare on images of its validation split, instead of random ones.
+        images: how many of them.
+    """
+    from repvgg.deploy.export import Shape, real_images
+    from repvgg.deploy.export import export as run
+    from repvgg.zoo import open_model
+
+    network = open_model(model)
+    shape = Shape(batch_size or None, any_size, pixels, image_size)
+    run(network, to, out, Path(model).stem, shape, real_images(network, data, images, shape) if data else None, _say)
+
+
+def quantize(
+    model: Positional[str],
+    data: str,
+    to: Literal["openvino", "onnx"],
+    out: Path,
+    images: int = 300,
+    bias_correction: Literal["none", "fast", "full"] = "fast",
+    equalise: bool = False,
+    keep: tuple[int, ...] = (),
+    max_drop: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """INT8, calibrated on real images; with the accuracy before and after, the layers that hurt, and the speed.
+
+    Args:
+        model: a model file, or a name for its pretrained weights.
+        data: calibrated on its training split, evaluated on the whole of its validation split.
+        to: openvino or onnx.
+        out: folder for the file and its report (.json).
+        images: to calibrate on.
+        bias_correction: of what rounding weights does to a layer's mean.
+        equalise: scale channels first, so that weights have like ranges; exact.
+        keep: numbers of layers to leave in float; 0 -1 for the first and the last.
+        max_drop: of top-1, as a fraction: leave as many layers in float as that takes.
+        limit: at most this many images of each split, drawn with the seed.
+        seed: of the draw.
+        json: print JSON instead of tables.
+    """
+    from repvgg.data import open_source
+    from repvgg.deploy.quantize import Quantization
+    from repvgg.deploy.quantize import quantize as run
+    from repvgg.info import show_quantization
+    from repvgg.zoo import open_model
+
+    settings = Quantization(images, bias_correction, equalise, keep, max_drop)
+    source = open_source(data).limited(limit, seed)
+    show_quantization(run(open_model(model), source, to, out, Path(model).stem, settings, _say), json)
+
+
 def bench(
     models: Positional[tuple[str, ...]],
     engines: str = "eager",
     precision: str = "fp32",
-    batch_size: int = 32,
+    batch_size: str = "32",
     rounds: int = 5,
     batches: int = 10,
     warmup: int = 5,
@@ -270,9 +354,9 @@ def bench(
 
     Args:
         models: names; all are folded before they are timed, comparators too.
-        engines: eager, compile, onnxruntime, openvino; several with commas.
+        engines: eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino; several with commas, or all that are installed.
         precision: fp32, tf32, bf16, fp16; several with commas.
-        batch_size: images a batch; halved, with a word, where memory runs out.
+        batch_size: images a batch, several with commas; halved, with a word, where memory runs out.
         rounds: in each, every candidate has its turn.
         batches: timed batches a turn. (The paper: 50.)
         warmup: batches before the first round. (The paper: 50.)
@@ -287,24 +371,29 @@ def bench(
     """
     from repvgg.bench.models import bench as run
     from repvgg.bench.models import candidates
-    from repvgg.info import show_report
+    from repvgg.info import show_reports
 
     device = _device(device)
     forms = ("deploy", "training") if form == "both" else (form,)
-    report = run(
-        candidates(models, engines.split(","), precision.split(","), forms, device, _say),
-        batch_size=batch_size,
-        rounds=rounds,
-        batches=batches,
-        warmup=warmup,
-        threads=threads,
-        channels_last=channels_last,
-        device=device,
-        input_size=(3, input_size, input_size) if input_size else None,
-        allow_unfolded=allow_unfolded,
-        log=_say,
-    )
-    show_report(report, out, json)
+    wanted = candidates(models, engines.split(","), precision.split(","), forms, device, _say)
+    reports = [
+        run(
+            wanted,
+            batch_size=size,
+            rounds=rounds,
+            batches=batches,
+            warmup=warmup,
+            threads=threads,
+            channels_last=channels_last,
+            device=device,
+            input_size=(3, input_size, input_size) if input_size else None,
+            allow_unfolded=allow_unfolded,
+            leave_out=engines == "all",
+            log=_say,
+        )
+        for size in _numbers(batch_size)
+    ]
+    show_reports(reports, out, json)
 
 
 def _ablate(default: Recipe) -> Callable[..., None]:
@@ -462,6 +551,8 @@ def _run(words: list[str]) -> None:
         "eval": evaluate,
         "convert": convert,
         "predict": predict,
+        "export": export,
+        "quantize": quantize,
         "bench": bench,
         "ablate": _ablate(default),
         "paper": paper,
@@ -502,6 +593,13 @@ def _device(name: str) -> str:
     if name and name not in devices:
         raise ValueError(f"no device {name!r} here: {', '.join(devices)}")
     return name or devices[0]
+
+
+def _numbers(words: str) -> list[int]:
+    """ "1,32" as numbers. Raises ValueError for anything else."""
+    if not all(word.strip().isdigit() for word in words.split(",")):
+        raise ValueError(f"{words!r}: numbers with commas between them are needed, such as 1,32")
+    return [int(word) for word in words.split(",")]
 
 
 def _process() -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from repvgg.bench.models import Report
+    from repvgg.deploy.quantize import Report as Quantized
     from repvgg.predict import Prediction
     from repvgg.segment import MaskPrediction
     from repvgg.train.evaluate import Accuracy
@@ -241,9 +242,27 @@ def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
         raise ValueError(f"{failed} of {count} images could not be read")
 
 
-def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
-    """Figures of `repvgg bench`: a table or JSON, and a file."""
-    figures = report.to_json()
+def show_quantization(report: "Quantized", as_json: bool) -> None:
+    """Figures of `repvgg quantize`."""
+    if as_json:
+        _print_json(report.to_json())
+        return
+    worst = {layer.name for layer in sorted(report.layers, key=lambda layer: -layer.added)[:3]}
+    rows = [
+        (layer.name, f"{layer.snr:.1f}", f"{layer.added:.2%}", "in float" if i in report.kept else "hurts" * (layer.name in worst))
+        for i, layer in enumerate(report.layers)
+    ]
+    print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
+    before, after, (slow, fast) = report.before, report.after, report.images_per_second
+    print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
+    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup}")
+    print(report.path)
+
+
+def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -> None:
+    """Figures of `repvgg bench`, one for each batch size: tables or JSON, and a file."""
+    each = [report.to_json() for report in reports]
+    figures = each[0] if len(each) == 1 else {"reports": each}
     if out is not None:
         from repvgg.files import atomically
 
@@ -251,6 +270,16 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json(figures)
         return
+    for report in reports:
+        _show_report(report)
+    m = each[0]["machine"]
+    print(
+        f"{reports[0].rounds} rounds of {reports[0].batches} batches, taking turns; speeds relative to the first row. "
+        f"{m['gpu'] or m['processor']}, {m['threads']} threads, PyTorch {m['versions']['torch']}"
+    )
+
+
+def _show_report(report: "Report") -> None:
     rows = [
         (
             row.candidate.model
@@ -263,6 +292,8 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
             str(row.ratio),
             f"{row.times.median / row.batch_size * 1e3:,.2f}",
             f"{row.memory_bytes / 2**20:,.0f}",
+            f"{row.load_seconds:,.2f}",
+            f"{row.error:.0e}",
             f"{row.left_unfolded} BN left" if row.left_unfolded else "",
         )
         for row in report.rows
@@ -277,14 +308,11 @@ def show_report(report: "Report", out: Path | None, as_json: bool) -> None:
         "speed (95% interval)",
         "ms/image",
         "memory, MiB",
+        "load, s",
+        "error",
         "",
     )
     print_table(header, rows)
-    m = figures["machine"]
-    print(
-        f"{report.rounds} rounds of {report.batches} batches, taking turns; speeds relative to the first row. "
-        f"{m['gpu'] or m['processor']}, {m['threads']} threads, PyTorch {m['versions']['torch']}"
-    )
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:

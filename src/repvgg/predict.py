@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repvgg.data.images import ImageError, decode, is_image
 from repvgg.data.transforms import eval_transform, normalise
-from repvgg.zoo import manifest_of
+from repvgg.zoo import dtype_of, manifest_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def predict(
         if inputs:
             images = normalise(torch.stack(list(inputs.values())).to(device), manifest.preprocessing)
             with torch.inference_mode():
-                probabilities = model(images.to(next(model.parameters()).dtype)).float().softmax(1).cpu()
+                probabilities = model(images.to(dtype_of(model))).float().softmax(1).cpu()
             labels = dict(zip(inputs, _named(probabilities, manifest.classes, top), strict=True))
         for path in chunk:
             yield Prediction(path, labels.get(path, []), errors.get(path))

@@ -454,10 +454,11 @@ def verify(a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images:
     x = x.to(like.dtype).to(like.device)  # rounded first, so that all see the same images
     reference = _tensors(copy.deepcopy(a).double()(x.double()))
     own = _tensors(copy.deepcopy(a).to(like.dtype)(x))
-    return Verification(_error(_tensors(b(x)), reference), _error(own, reference), MODEL_BOUND[like.dtype], like.dtype)
+    return Verification(distance(_tensors(b(x)), reference), distance(own, reference), MODEL_BOUND[like.dtype], like.dtype)
 
 
-def _error(got: list[Tensor], wanted: list[Tensor]) -> Error:
+def distance(got: list[Tensor], wanted: list[Tensor]) -> Error:
+    """Of outputs from the float64 reference. Raises `ReparamError` where they differ in number or shape."""
     if [g.shape for g in got] != [w.shape for w in wanted]:
         raise ReparamError("the two models' outputs differ in number or shape")
     if not wanted:

@@ -355,6 +355,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict({n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}, assign=True)
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the images it takes: that of its parameters; an engine, which has none, takes float32."""
+    return next((p.dtype for p in model.parameters()), torch.float32)
+
+
 def _num_classes(model: nn.Module) -> Any:
     """Outputs of the classifier; None for a net that ends in something else."""
     return model.layers[-1].get("out_features") if isinstance(model, PlainNet) else model.num_classes

@@ -11,7 +11,7 @@ from torch import nn
 from repvgg import zoo
 from repvgg.bench.models import Candidate, Report, bench, candidates, network, randomise_norms
 from repvgg.deploy import engines
-from repvgg.info import show_report
+from repvgg.info import show_reports
 from repvgg.reparam import Branches
 from repvgg.timing import Times
 
@@ -122,7 +122,7 @@ def test_each_model_has_its_own_input_size_and_names_in_the_papers_spelling_are_
 
 
 def test_table_marks_what_is_not_deploy_form(capsys: pytest.CaptureFixture[str]) -> None:
-    show_report(quick(MICRO, TRAINING), None, as_json=False)
+    show_reports([quick(MICRO, TRAINING)], None, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert sum("(training form)" in line for line in lines) == 1
     assert any("1.00x (1.00 to 1.00)" in line for line in lines)
@@ -189,7 +189,7 @@ def test_what_does_not_fold_is_timed_only_when_asked_for_and_is_marked(
     report = quick(MICRO, allow_unfolded=True)
     assert report.rows[0].left_unfolded == 1
     assert report.to_json()["rows"][0]["left_unfolded"] == 1
-    show_report(report, None, as_json=False)
+    show_reports([report], None, as_json=False)
     assert "1 BN left" in capsys.readouterr().out
 
 

@@ -7,6 +7,7 @@ The paper's protocol (section 4.1): full precision, batch 128, 50 batches of war
 Here the timed batches are spread over rounds in which the candidates take turns.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from repvgg.bench.memory import fitting, held, peak
 from repvgg.costs import Cost, cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.record import machine
 from repvgg.reparam import reparameterize
@@ -52,8 +54,13 @@ def candidates(
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> list[Candidate]:
-    """Every combination of models, engines (`names`), precisions and forms; pairs of engine and precision that do not exist are
-    left out, with a word. Raises ValueError where an engine is unknown or missing, or nothing is left of it."""
+    """Every combination of models, engines (`names`; "all": those that are installed), precisions and forms.
+
+    Pairs of engine and precision that do not exist are left out, with a word. Raises ValueError where an engine is unknown or
+    missing, or nothing is left of it.
+    """
+    if list(names) == ["all"]:
+        names = list(dict.fromkeys(name for precision in precisions for name in engines.installed(precision, device, log)))
     pairs = []
     for engine in names:
         has = engines.precisions(engine, device)
@@ -69,7 +76,9 @@ def candidates(
 @dataclass(frozen=True)
 class Row:
     """One candidate's figures. ratio: its speed over the reference's. memory_bytes: growth of the process (CPU) or the allocator's
-    peak (CUDA) from building and running it. left_unfolded: batch norms that could not be folded. cost: of one image, counted."""
+    peak (CUDA) from building and running it. load_seconds: from the folded model to its first logits. error: of the logits,
+    relative to the largest, against PyTorch in float64. left_unfolded: batch norms that could not be folded. cost: of one image,
+    counted."""
 
     candidate: Candidate
     batch_size: int
@@ -77,6 +86,8 @@ class Row:
     times: Times
     ratio: Ratio
     memory_bytes: int
+    load_seconds: float
+    error: float
     left_unfolded: int
     cost: Cost
 
@@ -115,6 +126,8 @@ class Report:
                     "seconds_per_batch_by_round": row.times.by_round,
                     "ratio": asdict(row.ratio),
                     "memory_bytes": row.memory_bytes,
+                    "load_seconds": row.load_seconds,
+                    "max_rel_err": row.error,
                     "left_unfolded": row.left_unfolded,
                     "params": row.cost.params,
                     "macs": row.cost.macs,
@@ -132,6 +145,8 @@ class _Ready:
     images: Any
     batch_size: int
     memory_bytes: int
+    load_seconds: float
+    error: float
     left_unfolded: int
     cost: Cost
 
@@ -148,13 +163,15 @@ def bench(
     device: str = "cpu",
     input_size: tuple[int, int, int] | None = None,
     allow_unfolded: bool = False,
+    leave_out: bool = False,
     log: Callable[[str], None] = print,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Time the candidates, taking turns; the first is the reference.
 
-    input_size: of all, or None for each model's own. Where memory runs out a candidate's batch is halved, with a word. log: told
-    what one must know; progress: told where the work stands, by default `log` too.
+    leave_out: an engine that cannot run a model is left out, with a word, and no error. input_size: of all, or None for each
+    model's own. Where memory runs out a candidate's batch is halved, with a word. log: told what one must know; progress: told
+    where the work stands, by default `log` too.
 
     Raises ValueError for unknown models and engines (before anything runs), and for a model that does not fold, unless
     allow_unfolded.
@@ -174,7 +191,14 @@ def bench(
     ready = {}
     for c in candidates:
         progress(f"building {c.name}")
-        ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log)
+        try:
+            ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log)
+        except ValueError as error:
+            if not leave_out:
+                raise
+            log(f"left out: {c.name} ({error})")
+    if not ready:
+        raise ValueError("no engine runs these models")
     times = interleave(
         {c.name: partial(r.engine.run, r.images) for c, r in ready.items()},
         rounds=rounds,
@@ -184,21 +208,23 @@ def bench(
         progress=lambda done: progress(f"round {done}/{rounds}"),
     )
     per_image = {c: Times([[s / r.batch_size for s in turn] for turn in times[c.name].rounds]) for c, r in ready.items()}
-    reference = candidates[0]
+    first = next(iter(ready))
     rows = [
         Row(
             c,
             r.batch_size,
             sizes[c],
             times[c.name],
-            ratio(per_image[reference], per_image[c]),
+            ratio(per_image[first], per_image[c]),
             r.memory_bytes,
+            r.load_seconds,
+            r.error,
             r.left_unfolded,
             r.cost,
         )
         for c, r in ready.items()
     ]
-    return Report(rows, reference, rounds, batches)
+    return Report(rows, first, rounds, batches)
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:
@@ -240,12 +266,16 @@ def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Ca
     """The engine built and run once, at the largest batch that fits."""
     model, left = network(candidate, allow_unfolded)
     counted = cost(model, options.input_size)
+    images = torch.randn(options.batch_size, *options.input_size)
+    wanted = reference(model, images[:2])
 
     def make(batch_size: int) -> _Ready:
-        before = held(options.device)
+        before, started = held(options.device), time.perf_counter()
         engine = engines.build(candidate.engine, model, replace(options, batch_size=batch_size))
-        images = engine.prepare(torch.randn(batch_size, *options.input_size))
-        engine.run(images)
-        return _Ready(engine, images, batch_size, peak(options.device) - before, left, counted)
+        inputs = engine.prepare(images[:batch_size])
+        logits = engine.finish(engine.run(inputs))
+        seconds, memory = time.perf_counter() - started, peak(options.device) - before
+        error = float((logits[:2] - wanted[:batch_size]).abs().max() / wanted[:batch_size].abs().max())
+        return _Ready(engine, inputs, batch_size, memory, seconds, error, left, counted)
 
     return fitting(make, options.batch_size, candidate.name, log)

@@ -12,7 +12,7 @@ from repvgg.data import Images, Source
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
 from repvgg.files import Preprocessing
 from repvgg.train.distributed import ALONE, World
-from repvgg.zoo import manifest_of
+from repvgg.zoo import dtype_of, manifest_of
 
 Network = Callable[[Tensor], Tensor]
 
@@ -108,6 +108,6 @@ def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, worke
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: at least 1")
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
     return evaluate(lambda x: model(x.to(dtype)), data, len(source.classes))

@@ -3,8 +3,9 @@
     engine = build("openvino", model, Options(input_size=(3, 224, 224), precision="bf16"))
     logits = engine(images)                       # float32 [N, C, H, W] -> float32 [N, classes]
 
-A file of this folder has one function, `build(model, options) -> Engine`. `model` is in eval mode, is run as it is (fold it
-first), and is not changed.
+A file of this folder has a function `build(model, options) -> Engine`. `model` is in eval mode, is run as it is (fold it first),
+and is not changed. One whose runtime has files of its own has `write(model, signature, path, metadata)` and
+`open_file(path, options) -> Engine` too, and `metadata(path)` where they can hold any (see export.py).
 """
 
 import importlib
@@ -44,9 +45,21 @@ class Engine:
     prepare: Callable[[Tensor], Any]
     run: Callable[[Any], Any]
     finish: Callable[[Any], Tensor]
+    batch_size: int | None = None  # the only one that it runs; None: any
 
     def __call__(self, images: Tensor) -> Tensor:
+        if len(images) != (self.batch_size or len(images)):  # some would end the process, others compile again
+            raise ValueError(f"this engine was built for batches of {self.batch_size}, not {len(images)}")
         return self.finish(self.run(self.prepare(images)))
+
+    def in_turns(self, images: Tensor, at_most: int) -> Tensor:
+        """Logits of any number of images, `at_most` at a time; an engine of one batch size has its last turn filled with zeros."""
+        turns = []
+        for part in images.split(self.batch_size or at_most):
+            missing = max(self.batch_size or 1, len(part)) - len(part)
+            filled = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+            turns.append(self(filled)[: len(part)])
+        return torch.cat(turns)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,10 @@ class Known:
 ENGINES = {
     "eager": Known("eager", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
     "compile": Known("compiled", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
+    "aotinductor": Known("aotinductor", (), ("fp32", "bf16"), ()),
     "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ()),
+    "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),
+    "mnn": Known("mnn", ("onnx", "onnxscript", "MNN"), ("fp32",), ()),
     "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),
     "native": Known("native", ("repvgg_engine",), ("fp32", "bf16"), (), "pip install ./engine, with a C++ compiler"),
 }
@@ -84,6 +100,19 @@ def check(name: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"the engine {name} needs {', '.join(missing)}: {ENGINES[name].remedy}")
     if precision not in has:
         raise ValueError(f"the engine {name} has no {precision} on {device}" + (f": it has {', '.join(has)}" if has else ""))
+
+
+def installed(precision: str, device: str = "cpu", log: Callable[[str], object] = print) -> list[str]:
+    """Names of the engines that are here and have this precision; a word on each that is not here."""
+    found = []
+    for name in ENGINES:
+        if precision in precisions(name, device):
+            try:
+                check(name, precision, device)
+                found.append(name)
+            except ValueError as error:
+                log(f"left out: {error}")
+    return found
 
 
 def precisions(name: str, device: str = "cpu") -> tuple[str, ...]:

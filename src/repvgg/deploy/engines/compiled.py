@@ -14,4 +14,4 @@ def build(model: nn.Module, options: Options) -> Engine:
     # fullgraph, which makes that an error, and a model that cannot be compiled whole too.
     torch._dynamo.config.recompile_limit = 1000
     compiled = torch.compile(network, fullgraph=True)
-    return Engine(prepare, in_precision(compiled, options), lambda logits: logits.float().cpu())
+    return Engine(prepare, in_precision(compiled, options), lambda logits: logits.float().cpu(), options.batch_size)

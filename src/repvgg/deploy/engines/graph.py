@@ -1,0 +1,99 @@
+"""The network as a graph (torch.export): what the files of other runtimes are made from, and what the pt2 format holds."""
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from repvgg.deploy.engines import Engine, Options
+from repvgg.files import METADATA_KEY
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph takes: images [batch, *size]. batch: None for any number; any_size: any height and width; dtype: float32, or
+    uint8 where normalisation is a part of the graph."""
+
+    size: tuple[int, int, int]
+    batch: int | None = None
+    any_size: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def example(self) -> Tensor:
+        """Images to trace with: a dimension that may vary is neither 1 nor so small that a feature map shrinks to one pixel."""
+        channels, height, width = self.size
+        if self.any_size:
+            height, width = 2 * height, 2 * width
+        return torch.zeros(self.batch or 2, channels, height, width, dtype=self.dtype)
+
+    @property
+    def dynamic_shapes(self) -> dict[int, Any]:
+        shapes: dict[int, Any] = {} if self.batch else {0: Dim("batch")}
+        return shapes | ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if self.any_size else {})
+
+
+def trace(model: nn.Module, signature: Signature) -> ExportedProgram:
+    """A copy of the model in float32 on the CPU as a graph. Raises ValueError if it cannot be traced."""
+    with _quietly(), _one_line(model):
+        network = copy.deepcopy(model).cpu().float()
+        return torch.export.export(network, (signature.example(),), dynamic_shapes=(signature.dynamic_shapes,))
+
+
+def to_onnx(model: nn.Module, signature: Signature, metadata: str = "") -> bytes:
+    """The bytes of an ONNX file; `metadata` is kept in it. Raises ValueError if the model cannot be exported."""
+    program = trace(model, signature)
+    with _quietly(), _one_line(model):
+        exported = torch.onnx.export(program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
+        assert exported is not None
+        proto = exported.model_proto
+    if metadata:
+        proto.metadata_props.add(key=METADATA_KEY, value=metadata)
+    serialised: bytes = proto.SerializeToString()
+    return serialised
+
+
+def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
+    """A pt2 file: the graph, its weights, and `metadata` as an extra file."""
+    with _quietly():
+        torch.export.save(trace(model, signature), path, extra_files={METADATA_KEY: metadata})
+
+
+def open_file(path: Path, options: Options) -> Engine:
+    """Only for a file that this process has just written: opening a stranger's may run code."""
+    with _quietly():
+        network = torch.export.load(path).module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = network(images)
+        return logits
+
+    return Engine(lambda images: images.cpu(), run, lambda logits: logits.float())
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporters' remarks on their own deprecations."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _one_line(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # the exporters raise many types
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"{type(model).__name__} cannot be exported as a graph ({reason})") from None

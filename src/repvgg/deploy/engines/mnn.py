@@ -1,0 +1,81 @@
+"""MNN on the CPU."""
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines.graph import Signature, to_onnx
+
+# The converter's module itself: importing MNN.tools, which wraps it, would pip-install a library of Aliyun's and report home.
+# In a process of its own, because it ends the process when it fails.
+CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+
+
+def build(model: nn.Module, options: Options) -> Engine:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.mnn"
+        write(model, Signature(options.input_size), path)
+        return open_file(path, options)
+
+
+def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
+    """Raises ValueError for a network that MNN cannot convert."""
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder) / "model.onnx"
+        onnx.write_bytes(to_onnx(model, signature))
+        words = ["-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(path), "--bizCode", "repvgg"]
+        done = subprocess.run([sys.executable, "-c", CONVERT, *words], capture_output=True, text=True)  # noqa: S603
+    if done.returncode or not path.is_file():
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise ValueError(f"MNN cannot convert {type(model).__name__} ({''.join(reason)[:200]})")
+
+
+def open_file(path: Path, options: Options) -> Engine:
+    """Raises ValueError for a file that MNN cannot read."""
+    with _quietly():
+        import MNN
+
+        how = {"backend": "CPU", "precision": "high", "numThread": options.threads or torch.get_num_threads()}
+        runtime = MNN.nn.create_runtime_manager((how,))
+        try:
+            net = MNN.nn.load_module_from_file(str(path), ["images"], ["logits"], runtime_manager=runtime)
+        except Exception as error:
+            raise ValueError(f"MNN cannot read it ({error})") from None
+
+    def prepare(images: torch.Tensor) -> Any:
+        array = images.float().contiguous().cpu().numpy()
+        variable = MNN.expr.placeholder(list(array.shape), MNN.expr.data_format.NCHW)
+        variable.write(array)
+        return variable
+
+    def run(images: Any) -> Any:
+        logits = net.forward([images])[0]
+        return logits.read()  # which is when it computes
+
+    return Engine(prepare, run, lambda logits: torch.from_numpy(logits.copy()))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what MNN prints about the processor on stdout, which is for results."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).fflush(None)  # what C has buffered
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

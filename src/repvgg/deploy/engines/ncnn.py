@@ -1,0 +1,129 @@
+"""ncnn on the CPU: plain networks in deploy form, an image at a time.
+
+Its files are written here, straight from the list of layers: a line of text for each, and the weights one after another.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ncnn
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines.graph import Signature
+from repvgg.models import layer_list
+
+MAGIC = 7767517
+RELU, SIGMOID = 1, 4  # ncnn's activation types
+FLOAT32 = bytes(4)  # the flag before a block of weights that are stored as they are
+
+
+def build(model: nn.Module, options: Options) -> Engine:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.param"
+        write(model, Signature(options.input_size), path)
+        return open_file(path, options)
+
+
+def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
+    """`path` (.param) and the weights beside it (.bin). Raises ValueError for a network that is no plain stack in deploy form."""
+    layers = layer_list(model)
+    if layers is None:
+        raise ValueError(f"ncnn files are written of plain networks in deploy form alone, and {type(model).__name__} is none")
+    file = _File({name: t.detach().cpu().float().numpy() for name, t in model.state_dict().items()})
+    for i, spec in enumerate(layers):
+        file.add(spec, "logits" if i == len(layers) - 1 else f"out{i}")
+    path.write_text(file.text())
+    path.with_suffix(".bin").write_bytes(b"".join(file.weights))
+
+
+class _File:
+    """The lines and weights of a network that grows layer by layer. A line: type, name, numbers of inputs and outputs, their names,
+    and parameters by number."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+        self.lines = ["Input images 0 1 images"]
+        self.weights: list[bytes] = []
+        self.blobs = 1
+        self.last = "images"
+
+    def text(self) -> str:
+        return "\n".join([str(MAGIC), f"{len(self.lines)} {self.blobs}", *self.lines, ""])
+
+    def add(self, spec: dict[str, Any], top: str) -> None:
+        activation = RELU if spec.get("activation") else 0
+        if spec["op"] == "conv2d":
+            kind = "Convolution" if spec["groups"] == 1 else "ConvolutionDepthWise"
+            pairs = {1: "kernel_size", 2: "dilation", 3: "stride", 4: "padding"}  # width; height is 10 further on
+            sides = {n + tens: spec[name][axis] for n, name in pairs.items() for tens, axis in ((0, 1), (10, 0))}
+            size = self._weight(spec["weight"], spec["bias"])
+            groups = {7: spec["groups"]} if spec["groups"] > 1 else {}
+            self._line(kind, top, {0: spec["out_channels"], **sides, 5: 1, 6: size, 9: activation, **groups})
+        elif spec["op"] == "linear":
+            size = self._weight(spec["weight"], spec["bias"])
+            self._line("InnerProduct", top, {0: spec["out_features"], 1: 1, 2: size, 9: activation})
+        elif spec["op"] == "global_avg_pool":
+            self._line("Pooling", top, {0: 1, 4: 1})
+        else:
+            self._squeeze_excite(spec["path"], spec["channels"], top)
+
+    def _squeeze_excite(self, path: str, channels: int, top: str) -> None:
+        trunk, gate = f"{top}_trunk", f"{top}_gate"
+        self.lines.append(f"Split {top}_split 1 2 {self.last} {trunk} {gate}")
+        self.blobs += 2
+        self.last = gate
+        self._line("Pooling", f"{gate}_mean", {0: 1, 4: 1})
+        for part, activation in (("reduce", RELU), ("expand", SIGMOID)):
+            size = self._weight(f"{path}.{part}.weight", f"{path}.{part}.bias")
+            outputs = len(self.state[f"{path}.{part}.bias"])
+            self._line("InnerProduct", f"{gate}_{part}", {0: outputs, 1: 1, 2: size, 9: activation})
+        self._line("Reshape", f"{gate}_map", {0: 1, 1: 1, 2: channels})
+        self.lines.append(f"BinaryOp {top}_scaled 2 1 {trunk} {gate}_map {top}_scaled 0=2")
+        self.blobs += 1
+        self.last = f"{top}_scaled"
+        self._line("ReLU", top, {})
+
+    def _line(self, kind: str, top: str, parameters: dict[int, int]) -> None:
+        words = " ".join(f"{key}={value}" for key, value in parameters.items())
+        self.lines.append(f"{kind} {top} 1 1 {self.last} {top} {words}".rstrip())
+        self.blobs += 1
+        self.last = top
+
+    def _weight(self, weight: str, bias: str) -> int:
+        self.weights += [FLOAT32, self.state[weight].astype("<f4").tobytes(), self.state[bias].astype("<f4").tobytes()]
+        return int(self.state[weight].size)
+
+
+def open_file(path: Path, options: Options) -> Engine:
+    """Raises ValueError for a file that ncnn cannot read."""
+    net = ncnn.Net()
+    net.opt.use_vulkan_compute = False
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    if options.threads:
+        net.opt.num_threads = options.threads
+    if not path.with_suffix(".bin").is_file():
+        raise ValueError(f"{path.with_suffix('.bin').name}, its weights, is missing")
+    if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
+        raise ValueError("ncnn cannot read it")
+
+    def run(images: Any) -> Any:
+        return [_logits(net, image) for image in images]
+
+    return Engine(lambda x: x.float().contiguous().cpu().numpy(), run, _stacked)
+
+
+def _logits(net: Any, image: Any) -> Any:
+    extractor = net.create_extractor()
+    extractor.input("images", ncnn.Mat(image))
+    failed, logits = extractor.extract("logits")
+    if failed:
+        raise ValueError("ncnn cannot run this network")
+    return np.array(logits)
+
+
+def _stacked(logits: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(logits))

@@ -1,0 +1,248 @@
+"""export.py: every file computes what PyTorch does in float64, or is not there."""
+
+import importlib
+import json
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from repvgg import zoo
+from repvgg.algebra import ReparamError
+from repvgg.deploy import engines
+from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines.graph import Signature, to_onnx
+from repvgg.deploy.export import FORMATS, FromPixels, Shape, export, real_images, resize_and_crop
+from repvgg.files import FileError, Manifest, Preprocessing
+from repvgg.models import FAMILY
+from repvgg.reparam import reparameterize
+
+CLASSES = ["cat", "dog", "owl"]
+QUICK = [name for name in FORMATS if name != "aotinductor"]
+
+
+def small(name: str = "repvgg_micro") -> nn.Module:
+    model = zoo.create_model(name, num_classes=3, width=0.125, small_input=True)
+    return zoo.remember(randomize(model, (16, 3, 32, 32)), Manifest(zoo.manifest_of(model).arch, classes=CLASSES, preprocessing=P))
+
+
+P = Preprocessing((3, 32, 32), 40)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return small()
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def needs(name: str) -> None:
+    for package in engines.ENGINES[FORMATS[name].engine].packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+def opened(path: Path, to: str, images: Tensor) -> Engine:
+    module: Any = importlib.import_module(f"repvgg.deploy.engines.{FORMATS[to].module}")
+    engine: Engine = module.open_file(path, Options(tuple(images.shape[1:]), len(images)))  # type: ignore[arg-type]
+    return engine
+
+
+def exact(network: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = network.double()(images)
+    return logits
+
+
+@pytest.mark.parametrize("to", [*QUICK, pytest.param("aotinductor", marks=pytest.mark.slow)])
+def test_a_file_computes_what_the_training_form_does(to: str, model: nn.Module, tmp_path: Path) -> None:
+    needs(to)
+    said: list[str] = []
+    path = export(model, to, tmp_path, "net", log=said.append)
+    assert path == tmp_path / f"net{FORMATS[to].suffix}"
+    images = torch.randn(3, 3, 32, 32)
+    wanted = exact(reparameterize(model), images.double())
+    assert relative_error(opened(path, to, images)(images), wanted) < 1e-5
+    report = json.loads((tmp_path / f"{path.name}.json").read_text())
+    assert report["input"] == {"dtype": "float32", "shape": [1 if to == "ncnn" else None, 3, 32, 32]}
+    assert report["manifest"]["classes"] == CLASSES
+    assert report["parity"]["error"]["relative"] < report["parity"]["bound"] == 1e-4
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}: relative error")
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("to", QUICK)
+def test_images_of_any_size(to: str, model: nn.Module, tmp_path: Path) -> None:
+    needs(to)
+    path = export(model, to, tmp_path, shape=Shape(any_size=True), log=silent)
+    images = torch.randn(2, 3, 56, 40)
+    assert relative_error(opened(path, to, images)(images), exact(reparameterize(model), images.double())) < 1e-4
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino", "pt2"])
+def test_pixels_in_logits_out(to: str, model: nn.Module, tmp_path: Path) -> None:
+    needs(to)
+    pixels = torch.randint(0, 256, (2, 3, 60, 50), dtype=torch.uint8)
+    path = export(model, to, tmp_path, shape=Shape(batch_size=2, image_size=(60, 50)), log=silent)
+    resized = v2.functional.center_crop(v2.functional.resize(pixels.double(), [40], antialias=True), [32, 32])
+    wanted = exact(reparameterize(model), v2.functional.normalize(resized / 255, list(P.mean), list(P.std)))
+    assert relative_error(opened(path, to, pixels)(pixels), wanted) < 1e-5
+    report = json.loads((tmp_path / f"{path.name}.json").read_text())
+    assert report["input"] == {"dtype": "uint8", "shape": [2, 3, 60, 50]}
+    assert report["manifest"]["preprocessing"]["resize"] == 50
+
+
+@given(st.integers(32, 90), st.integers(32, 90), st.sampled_from(["bilinear", "bicubic", "nearest"]), st.integers(0))
+def test_resizing_as_two_products(height: int, width: int, mode: str, seed: int) -> None:
+    p = Preprocessing((3, 20, 24), 28, mode)
+    image = torch.from_numpy(np.random.default_rng(seed).uniform(0, 255, (1, 3, height, width)))
+    resized = v2.functional.resize(image, [28], v2.InterpolationMode(mode), antialias=True)
+    rows, columns = resize_and_crop((height, width), p)
+    torch.testing.assert_close(rows @ image @ columns, v2.functional.center_crop(resized, [20, 24]), rtol=1e-9, atol=1e-9)
+
+
+def test_an_image_that_is_too_small_once_resized() -> None:
+    with pytest.raises(ValueError, match="--image-size: 64 x 64, resized to 28, is too small to crop"):
+        resize_and_crop((64, 64), Preprocessing((3, 32, 32), 28))
+
+
+def test_normalisation_in_the_graph_is_that_of_predict(model: nn.Module) -> None:
+    from repvgg.data.transforms import normalise
+
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(FromPixels(model, P)(pixels), model(normalise(pixels, P)), rtol=1e-4, atol=1e-4)
+
+
+def test_metadata_is_inside_where_the_format_has_a_place(model: nn.Module, tmp_path: Path) -> None:
+    for to in ("onnx", "openvino"):
+        needs(to)
+        path = export(model, to, tmp_path, log=silent)
+        module: Any = importlib.import_module(f"repvgg.deploy.engines.{FORMATS[to].module}")
+        manifest = Manifest.from_json(module.metadata(path))
+        assert (manifest.classes, manifest.preprocessing, manifest.form) == (CLASSES, P, "deploy")
+
+
+def test_squeeze_excite_and_groups_in_ncnn(tmp_path: Path) -> None:
+    needs("ncnn")
+    for name in ("repvgg_b1g4", "repvgg_d2se"):
+        export(small(name), "ncnn", tmp_path, name, log=silent)
+    assert "ConvolutionDepthWise" in (tmp_path / "repvgg_b1g4.ncnn.param").read_text()
+    assert "BinaryOp" in (tmp_path / "repvgg_d2se.ncnn.param").read_text()
+
+
+# The rest of the family takes a minute.
+@pytest.mark.parametrize("name", ["repvgg_a0", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILY if n != "repvgg_a0")])
+def test_the_body_of_an_exported_member_is_3x3_and_relu_alone(name: str) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = reparameterize(zoo.create_model(name, num_classes=3, width=1 / 32).eval())
+    graph = onnx.load_from_string(to_onnx(model, Signature((3, 64, 64)))).graph
+    depth = 1 + sum(FAMILY[name].depths)
+    operators = Counter(node.op_type for node in graph.node)
+    kernels = [tuple(a.ints) for node in graph.node for a in node.attribute if a.name == "kernel_shape"]
+    if not FAMILY[name].squeeze_excite:
+        assert operators == {"Conv": depth, "Relu": depth, "ReduceMean": 1, "Gemm": 1}
+        assert [node.op_type for node in graph.node][: 2 * depth] == ["Conv", "Relu"] * depth
+        assert kernels == [(3, 3)] * depth
+    assert kernels.count((3, 3)) == depth
+
+
+# --------------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_trap_8_a_file_that_computes_something_else_is_not_kept(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("onnx")
+    from repvgg.deploy.engines import onnxruntime
+
+    write, other = onnxruntime.write, reparameterize(model)
+    with torch.no_grad():
+        other.get_parameter("head.bias").add_(0.01)
+    monkeypatch.setattr(onnxruntime, "write", lambda _, *rest: write(other, *rest))
+    with pytest.raises(ValueError, match="the onnx file computes something else, so it was not kept: relative error"):
+        export(model, "onnx", tmp_path / "new", log=silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_loaded_back_is_not_kept(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("openvino")
+    from repvgg.deploy.engines import openvino
+
+    monkeypatch.setattr(openvino, "write", lambda model, signature, path, metadata: path.write_text("<net"))
+    with pytest.raises(ValueError, match=r"model\.xml cannot be loaded back \([^\n]*\)$"):
+        export(model, "openvino", tmp_path, log=silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fold_is_refused(tmp_path: Path) -> None:
+    model = small()
+    model.get_submodule("stages.0.1.block").add_module("relu", nn.Sequential(nn.ReLU()).eval())
+    with pytest.raises(ReparamError, match=r"stages\.0\.1\.block"):
+        export(model, "onnx", tmp_path, log=silent)
+    with pytest.raises(ReparamError, match="is in train mode"):
+        export(small().train(), "onnx", tmp_path, log=silent)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("to", "shape", "reason"),
+    [
+        ("tflite", Shape(), "no format 'tflite': there are onnx, openvino, ncnn, mnn, pt2, aotinductor"),
+        ("ncnn", Shape(batch_size=4), "ncnn runs one image at a time: leave out --batch-size"),
+        ("mnn", Shape(pixels=True), "mnn graphs take no uint8 pixels: leave out --pixels"),
+        ("onnx", Shape(batch_size=-1), "--batch-size -1: at least 1, or 0 for any"),
+        ("onnx", Shape(any_size=True, image_size=(32, 32)), "leave out --any-size or --image-size"),
+    ],
+)
+def test_wishes_that_cannot_be_met(to: str, shape: Shape, reason: str, model: nn.Module, tmp_path: Path) -> None:
+    if to in FORMATS:
+        needs(to)
+    with pytest.raises(ValueError, match=reason):
+        export(model, to, tmp_path, shape=shape, log=silent)
+
+
+def test_a_runtime_that_is_not_installed(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"the engine mnn needs onnx, onnxscript, MNN: pip install 'repvgg\[deploy\]'"):
+        export(model, "mnn", tmp_path, log=silent)
+
+
+def test_a_folder_that_cannot_be_written(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot be written"):
+        export(model, "pt2", tmp_path / "file", log=silent)
+
+
+def test_comparators_are_exported_too(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    needs("openvino")
+    net = zoo.create_model("resnet18", num_classes=3)
+    preprocessing = Preprocessing((3, 32, 32), 32)
+    net = zoo.remember(randomize(net, (8, 3, 32, 32)), Manifest(zoo.manifest_of(net).arch, preprocessing=preprocessing))
+    export(net, "openvino", tmp_path, log=silent)
+    with pytest.raises(ValueError, match="ncnn files are written of plain networks in deploy form alone, and ResNet is none"):
+        export(net, "ncnn", tmp_path, log=silent)
+
+
+def test_real_images_are_prepared_as_the_file_takes_them() -> None:
+    model = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, width=0.125, small_input=True).eval()
+    preprocessing = Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.25,))
+    zoo.remember(model, Manifest(zoo.manifest_of(model).arch, preprocessing=preprocessing))
+    normalised, pixels = (real_images(model, "digits", 5, shape) for shape in (Shape(), Shape(pixels=True)))
+    assert pixels.shape == (5, 1, 16, 16)
+    assert torch.equal(pixels, pixels.round())
+    torch.testing.assert_close(normalised, (pixels / 255 - 0.5) / 0.25)

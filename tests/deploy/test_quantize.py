@@ -1,0 +1,123 @@
+"""quantize.py: what INT8 costs is measured, and what helps against it helps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+from torch import nn
+
+from repvgg import zoo
+from repvgg.data import Decoded, Source
+from repvgg.deploy import quantize as quantizing
+from repvgg.deploy.load import load_engine
+from repvgg.deploy.quantize import Quantization, Report, quantize
+from repvgg.files import Manifest, Preprocessing
+from repvgg.reparam import reparameterize
+
+pytest.importorskip("nncf")
+pytest.importorskip("openvino")
+pytest.importorskip("onnxruntime")
+P = Preprocessing((3, 16, 16), 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+CLASSES = ["a", "b", "c"]
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = zoo.create_model("repvgg_micro", num_classes=3, width=0.25, small_input=True)
+    net = randomize(net, (32, 3, 16, 16))
+    return reparameterize(zoo.remember(net, Manifest(zoo.manifest_of(net).arch, classes=CLASSES, preprocessing=P)))
+
+
+@pytest.fixture(scope="module")
+def source(model: nn.Module) -> Source:
+    """Images that the model labels itself, so that its own accuracy is 100%."""
+    pixels = torch.randint(0, 256, (120, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = model((pixels / 255 - 0.5) / 0.25).argmax(1).tolist()
+    images = Decoded(pixels, labels)
+    return Source("self-labelled", images, images, CLASSES, P)
+
+
+def mean_snr(report: Report) -> float:
+    return sum(layer.snr for layer in report.layers) / len(report.layers)
+
+
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_int8_is_measured_and_its_file_runs(to: str, model: nn.Module, source: Source, tmp_path: Path) -> None:
+    report = quantize(model, source, to, tmp_path, "net", Quantization(images=40), silent)
+    assert report.before.top1 == 1
+    assert report.before.images == report.after.images == 120
+    assert report.drop < 0.2
+    assert len(report.layers) == 10
+    assert report.layers[0].name == "stem.block"
+    assert all(15 < layer.snr < 60 for layer in report.layers)
+    assert {p.suffix for p in tmp_path.iterdir()} == ({".xml", ".bin", ".json"} if to == "openvino" else {".onnx", ".json"})
+    kept = json.loads((tmp_path / f"{report.path.name}.json").read_text())
+    assert kept["accuracy"]["int8"]["top1"] == report.after.top1
+    runner = load_engine(tmp_path, batch_size=8)
+    assert runner.manifest is not None
+    assert runner.manifest.classes == CLASSES
+    pixels = torch.stack([source.val[i][0] for i in range(120)])
+    same = runner((pixels / 255 - 0.5) / 0.25).argmax(1) == torch.tensor([source.val[i][1] for i in range(120)])
+    assert float(same.float().mean()) == pytest.approx(report.after.top1, abs=0.02)
+
+
+def test_trap_13_channels_of_very_different_ranges_collapse_unless_equalised(
+    model: nn.Module, source: Source, tmp_path: Path
+) -> None:
+    uneven = reparameterize(model)
+    zoo.remember(uneven, zoo.manifest_of(model))
+    with torch.no_grad():
+        for i in range(3):
+            first, second = (uneven.get_submodule(f"stages.2.{j}.block") for j in (i, i + 1))
+            gain = torch.logspace(-2, 2, first.out_channels)
+            first.weight.mul_(gain.view(-1, 1, 1, 1))
+            first.bias.mul_(gain)
+            second.weight.div_(gain.view(1, -1, 1, 1))
+    careless, even = (
+        quantize(uneven, source, "openvino", tmp_path / str(flag), settings=Quantization(40, equalise=flag), log=silent)
+        for flag in (False, True)
+    )
+    assert careless.before.top1 == even.before.top1 == 1  # the same function
+    assert even.after.top1 > careless.after.top1 + 0.1
+    assert mean_snr(even) > mean_snr(careless) + 5
+
+
+def test_layers_are_left_in_float_by_number_or_until_the_drop_is_kept(model: nn.Module, source: Source, tmp_path: Path) -> None:
+    report = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, keep=(0, -1)), log=silent)
+    assert report.kept == [0, 10]
+    assert report.layers[0].snr > 60
+    every = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, keep=tuple(range(11))), log=silent)
+    assert every.drop == 0
+    said: list[str] = []
+    strict = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, max_drop=0.01), log=said.append)
+    assert strict.drop <= 0.01
+    assert sum(line.startswith("quantising") for line in said) == len(strict.kept) + 1
+
+
+def test_what_is_refused(model: nn.Module, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="no INT8 for 'ncnn': there are openvino, onnx"):
+        quantize(model, source, "ncnn", tmp_path)
+    with pytest.raises(ValueError, match="the model knows 3 classes, self-labelled has 2"):
+        quantize(model, replace(source, classes=["a", "b"]), "onnx", tmp_path)
+    grey = replace(source, preprocessing=Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,)))
+    with pytest.raises(ValueError, match="the model takes images of 3 channels"):
+        quantize(model, grey, "onnx", tmp_path)
+    with pytest.raises(ValueError, match="--keep 11: there are 11 layers"):
+        quantize(model, source, "onnx", tmp_path, settings=Quantization(8, keep=(11,)), log=silent)
+    for wrong, reason in (({"images": 0}, "--images"), ({"max_drop": 2.0}, "--max-drop 2.0: a fraction")):
+        with pytest.raises(ValueError, match=reason):
+            Quantization(**wrong)  # type: ignore[arg-type]
+    monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"quantising needs nncf: pip install 'repvgg\[deploy\]'"):
+        quantize(model, source, "onnx", tmp_path)
+    assert not list(tmp_path.iterdir())
