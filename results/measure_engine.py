@@ -63,9 +63,8 @@ def compare(
     first = against[0]
     for name, s in speeds.items():
         error = f"error {s.error:.1e}, {s.error / speeds[first].error:.2f} times its"
-        say(
-            f"{path.stem} {precision} batch {batch_size}: {name} {s.median:.1f} img/s, {ratio(s, speeds[first]):.2f} times {first}; {error}"
-        )
+        speed = f"{s.median:.1f} img/s, {ratio(s, speeds[first]):.2f} times {first}"
+        say(f"{path.stem} {precision} batch {batch_size}: {name} {speed}; {error}")
     return {name: describe(s, speeds[first]) for name, s in speeds.items()}
 
 
@@ -125,7 +124,8 @@ def avx2(folder: Path) -> dict[str, Any]:
 
 
 def compare_in_process(path: Path, environment: dict[str, str]) -> dict[str, Any]:
-    script = f"import json; from measure_engine import *; print(json.dumps(compare(Path({str(path)!r}), 32, 'fp32', ['high'], ['openvino'])))"
+    call = f"compare(Path({str(path)!r}), 32, 'fp32', ['high'], ['openvino'])"
+    script = f"import json; from measure_engine import *; print(json.dumps({call}))"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parent)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -133,7 +133,11 @@ def compare_in_process(path: Path, environment: dict[str, str]) -> dict[str, Any
 
 
 FIRST = {
-    "native": "import sys, numpy as np, repvgg_engine; n = repvgg_engine.load(sys.argv[1], threads=2)\nfor _ in range(int(sys.argv[2])): n(np.zeros((1, 3, 224, 224), np.float32))",
+    "native": """
+import sys, numpy as np, repvgg_engine
+net = repvgg_engine.load(sys.argv[1], threads=2)
+for _ in range(int(sys.argv[2])): net(np.zeros((1, 3, 224, 224), np.float32))
+""",
     "openvino": """
 import sys, numpy as np, openvino
 c = openvino.Core(); m = c.read_model(sys.argv[1]); m.reshape([1, 3, 224, 224])

@@ -50,16 +50,15 @@ def bench(nets: Mapping[str, Net], against: Sequence[str], batch_size: int, roun
     for name in against:
         calls[name] = rivals.rival(name, first.layers, batch, first.precision, first.threads)
     errors = {name: float("nan") for name in calls}
-    for name, call in calls.items() if wanted is not None else []:
-        if name in nets:
-            got = np.concatenate([nets[name](images[i : i + batch_size]) for i in range(0, judged, batch_size)])
-        else:
-            got = (
-                call()
-                if batch_size >= judged
-                else rivals.rival(name, first.layers, images[:judged], first.precision, first.threads)()
-            )
-        errors[name] = reference.error(got[:judged], wanted)
+    if wanted is not None:
+        for name, call in calls.items():
+            if name in nets:
+                got = np.concatenate([nets[name](images[i : i + batch_size]) for i in range(0, judged, batch_size)])
+            elif batch_size >= judged:
+                got = call()
+            else:
+                got = rivals.rival(name, first.layers, images[:judged], first.precision, first.threads)()
+            errors[name] = reference.error(got[:judged], wanted)
     speeds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds):
