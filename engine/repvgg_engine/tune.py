@@ -29,7 +29,7 @@ from repvgg_engine.library import LARGE_BATCH, instruction_sets
 if TYPE_CHECKING:
     from repvgg_engine.net import Net
 
-VERSION = 1
+VERSION = 2
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
 TIMES_DIRECT = {("fp32", "high"): 4.4, ("fp32", "fast"): 4.4, ("bf16", "high"): 1.2, ("bf16", "fast"): 1.5}
 FAST = 2e-4
@@ -37,6 +37,8 @@ FAST = 2e-4
 CALIBRATION_IMAGES = LARGE_BATCH
 # Timing takes so many images at a time, fewer for large nets: about a second's work.
 MOST_IMAGES, MACS = 16, 1e11
+# Errors are measured on images of at most so many MACs in all, where that leaves the least side.
+MOST_CALIBRATION_MACS, LEAST_SIDE = 4e11, 16
 # The least of so many runs counts; of one image, that is little work.
 REPEATS, REPEATS_OF_ONE = 3, 10
 # Of the machine's memory, for weights.
@@ -87,10 +89,9 @@ class Tuning:
 
 def _measure(net: "Net", accuracy: str, memory_limit: int) -> list[list[str]]:
     """The algorithms of each layer, for calls of few images and for calls of many."""
-    images = calibration_images(net)
-    batch = np.concatenate([images] * MOST_IMAGES)[: _timed_images(net)]
-    seconds = [_time(net, images[:1], REPEATS_OF_ONE, large=False), _time(net, batch, REPEATS, large=True)]
-    errors = _Errors(net, images, accuracy)
+    batch = np.random.default_rng(0).standard_normal((_timed_images(net), net.channels, *_input_size(net)), np.float32)
+    seconds = [_time(net, batch[:1], REPEATS_OF_ONE, large=False), _time(net, batch, REPEATS, large=True)]
+    errors = _Errors(net, calibration_images(net), accuracy)
     added = errors.added()
     choices = []
     for times in seconds:
@@ -147,9 +148,11 @@ class _Errors:
 
 
 def calibration_images(net: "Net") -> Array:
-    """Of the input size, with mean 0 and deviation 1: first smooth patterns, rather like photographs, then as many of pure noise,
-    on which errors of the early layers weigh more."""
-    size = (net.preprocessing.height, net.preprocessing.width) if net.preprocessing else (224, 224)
+    """Of the input size, or smaller where float64 would take minutes, with mean 0 and deviation 1: first smooth patterns, rather
+    like photographs, then as many of pure noise, on which errors of the early layers weigh more."""
+    size = _input_size(net)
+    while 2 * CALIBRATION_IMAGES * _macs(net, size) > MOST_CALIBRATION_MACS and min(size) >= 2 * LEAST_SIDE:
+        size = size[0] // 2, size[1] // 2
     random = np.random.default_rng(0)
     coarse = random.standard_normal((CALIBRATION_IMAGES, net.channels, 7, 7))
     at = [np.linspace(0, 6, n) for n in size]
@@ -161,12 +164,21 @@ def calibration_images(net: "Net") -> Array:
 
 def _timed_images(net: "Net") -> int:
     """So many that they take about a second."""
-    macs, (height, width) = 0, (net.preprocessing.height, net.preprocessing.width) if net.preprocessing else (224, 224)
+    return max(LARGE_BATCH, min(MOST_IMAGES, int(MACS / _macs(net, _input_size(net)))))
+
+
+def _input_size(net: "Net") -> tuple[int, int]:
+    return (net.preprocessing.height, net.preprocessing.width) if net.preprocessing else (224, 224)
+
+
+def _macs(net: "Net", size: tuple[int, int]) -> int:
+    """Of one image."""
+    macs, (height, width) = 0, size
     for layer in net.layers:
         if isinstance(layer, Conv):
             height, width = -(-height // layer.stride[0]), -(-width // layer.stride[1])
             macs += layer.weight.size * height * width
-    return max(LARGE_BATCH, min(MOST_IMAGES, int(MACS / macs)))
+    return macs
 
 
 def _time(net: "Net", images: Array, repeats: int, large: bool) -> list[dict[str, float]]:

@@ -254,6 +254,8 @@ def layer_list(model: nn.Module) -> list[dict[str, Any]] | None:
         )
         if has_se:
             layers.append({"op": "squeeze_excite", "activation": "relu", "path": f"{path}.se", "channels": conv.out_channels})
+    if not isinstance(model.head, nn.Linear):  # a backbone
+        return layers
     head = {"in_features": model.head.in_features, "out_features": model.head.out_features}
     return [*layers, {"op": "global_avg_pool"}, {"op": "linear", **head, "weight": "head.weight", "bias": "head.bias"}]
 

@@ -62,6 +62,18 @@ def test_a_module_in_place_of_another() -> None:
     assert torch.allclose(whole(images.to(memory_format=torch.channels_last)), wanted.softmax(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["pspnet_repvgg_a0_fast", "pspnet_repvgg_micro"])
+@torch.no_grad()
+def test_pspnets(name: str) -> None:
+    """Dilated backbones and the head's 3x3, on a size that is no multiple of anything."""
+    folded = repvgg.reparameterize(randomize(repvgg.create_model(name, num_classes=5, width=0.25), (2, 3, 49, 61)))
+    images = torch.randn(2, 3, 50, 61)
+    wanted = folded(images)
+    engine = engines.build("native", folded, Options((3, 50, 61), 2, threads=1))
+    assert (engine(images) - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    assert torch.equal(folded(images), wanted)
+
+
 def test_only_plain_networks_in_deploy_form() -> None:
     with pytest.raises(ValueError, match="runs plain networks in deploy form, and RepVGG is none: fold"):
         engines.build("native", repvgg.create_model("repvgg_micro").eval(), Options(SIZE))

@@ -31,13 +31,14 @@ SHAPE, QUICK_SHAPE = (512, 90, 90), (128, 45, 45)  # of their maps: RepVGG-B1's 
 @dataclass(frozen=True)
 class Dilated:
     """Four 3x3 layers of stage 4 in one engine: dilated by 2, the same by space-to-batch, and plain ones, which compute something
-    else. error: of the second against the first, relative. gain: its speed over theirs."""
+    else. error: of the second against the first, relative. gain: its speed over theirs. Both are None where an engine (the native
+    one) runs convolutions alone: it takes dilated layers apart itself."""
 
     engine: str
     seconds: dict[str, list[float]]
-    gain: Ratio
+    gain: Ratio | None
     plain: Ratio
-    error: float
+    error: float | None
 
 
 def run(settings: Settings) -> Result:
@@ -56,7 +57,7 @@ def run(settings: Settings) -> Result:
         _why(dilated),
         {
             "speeds": {f"{m}, {form}": {**asdict(s), **interval(s.ratio)} for (m, form), s in speeds.items()},
-            "dilated": [{**asdict(d), "gain": interval(d.gain), "plain": interval(d.plain)} for d in dilated],
+            "dilated": [{**asdict(d), "gain": d.gain and interval(d.gain), "plain": interval(d.plain)} for d in dilated],
             "overlaps": overlaps,
         },
         how=f"The paper's speeds are those of one GTX 1080Ti in fp32 on images of {SIDE} x {SIDE} at batch 16, ours those of "
@@ -139,14 +140,18 @@ def _by_engine(dilated: Sequence[Dilated]) -> Table:
     rows = [
         (
             d.engine,
-            *(f"{Times([[s] for s in d.seconds[form]]).median * 1e3:.1f}" for form in ("dilated", "space to batch")),
+            *(_milliseconds(d.seconds.get(form)) for form in ("dilated", "space to batch")),
             d.gain,
             d.plain,
-            f"{d.error:.1e}",
+            None if d.error is None else f"{d.error:.1e}",
         )
         for d in dilated
     ]
     return Table(f"{LAYERS} 3x3 layers like those of stage 4, dilation 2, in every engine at hand", header, rows)
+
+
+def _milliseconds(seconds: list[float] | None) -> str | None:
+    return f"{Times([[s] for s in seconds]).median * 1e3:.1f}" if seconds else None
 
 
 def _overlaps(overlaps: dict[str, dict[str, Any]]) -> list[Table]:
@@ -163,8 +168,8 @@ def _overlaps(overlaps: dict[str, dict[str, Any]]) -> list[Table]:
 
 
 def _why(dilated: Sequence[Dilated]) -> str:
-    faster = [d.engine for d in dilated if d.gain.low > 1]
-    slower = [d.engine for d in dilated if d.gain.high < 1]
+    faster = [d.engine for d in dilated if d.gain and d.gain.low > 1]
+    slower = [d.engine for d in dilated if d.gain and d.gain.high < 1]
     verdict = "; ".join(f"{', '.join(names)}: {what}" for names, what in ((faster, "faster so"), (slower, "slower so")) if names)
     return (
         "The paper laments that a dilated 3x3 runs slowly, and has a fast plan that dilates five layers only. It need not: with "
@@ -196,6 +201,8 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
     settings.log(f"dilated layers in {engine} ...")
     channels = size[0]
     networks = {"dilated": layers(channels, 2), "space to batch": space_to_batch(layers(channels, 2)), "plain": layers(channels, 1)}
+    if engine == "native":
+        del networks["space to batch"]
     images, batch = torch.randn(settings.protocol.batch_size, *size), settings.protocol.batch_size
     calls, outputs = {}, dict[str, Tensor]()
     for name, network in networks.items():
@@ -205,12 +212,13 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
         calls[name] = partial(built.run, prepared)
     p = settings.protocol
     times = interleave(calls, rounds=p.rounds, batches=p.batches, warmup=p.warmup, synchronise=synchroniser(settings.device))
+    seconds = {name: t.by_round for name, t in times.items()}
+    plain = ratio(times["dilated"], times["plain"])
+    if "space to batch" not in times:
+        return Dilated(engine, seconds, None, plain, None)
     exact = outputs["dilated"]
     error = float((outputs["space to batch"] - exact).abs().max() / exact.abs().max())
-    seconds = {name: t.by_round for name, t in times.items()}
-    return Dilated(
-        engine, seconds, ratio(times["dilated"], times["space to batch"]), ratio(times["dilated"], times["plain"]), error
-    )
+    return Dilated(engine, seconds, ratio(times["dilated"], times["space to batch"]), plain, error)
 
 
 def _trained(model: str, settings: Settings) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 It chooses its algorithms by measurement, under an error budget, at the first run of a network on a machine: seconds, once.
 """
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import torch
 from repvgg_engine import Net
@@ -13,10 +16,15 @@ from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Options
 from repvgg.models import layer_list
+from repvgg.pspnet import STRIDE, PSPNet
 
 
 def build(model: nn.Module, options: Options) -> Engine:
-    """Raises ValueError for a network that is no plain stack in deploy form."""
+    """Of a PSPNet, backbone and head's 3x3 run in the engine. Raises ValueError for other networks that are no plain stack in
+    deploy form."""
+    if isinstance(model, PSPNet):
+        network = _in_pspnet(model, options)
+        return Engine(lambda images: images.detach().cpu().float(), torch.no_grad()(network), lambda logits: logits)
     net = to_net(model, options)
     return Engine(
         lambda images: np.ascontiguousarray(images.detach().cpu().float().numpy()),
@@ -47,7 +55,42 @@ class NativeModule(nn.Module):
         return torch.from_numpy(self.net(np.ascontiguousarray(images.detach().cpu().float().numpy()))).to(images.device)
 
 
+def _in_pspnet(model: PSPNet, options: Options) -> PSPNet:
+    """A copy in which the plain parts are native modules, and the pyramid between them PyTorch's."""
+    network = copy.deepcopy(model)
+    channels, height, width = options.input_size
+    height, width = (side + -(side - 1) % STRIDE for side in (height, width))
+    network.backbone = _Backbone(model.backbone, replace(options, input_size=(channels, height, width)))
+    conv = network.head.get_submodule("conv")
+    assert isinstance(conv, nn.Conv2d)
+    maps = (conv.in_channels, (height - 1) // STRIDE + 1, (width - 1) // STRIDE + 1)
+    network.head.set_submodule("conv", NativeModule(nn.Sequential(conv, nn.ReLU()), replace(options, input_size=maps)))
+    return network
+
+
+class _Backbone(NativeModule):
+    def forward(self, images: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return [super().forward(images)] * 2  # the first is for the auxiliary head, which deploy forms do not have
+
+
+def _sequence(model: nn.Sequential) -> list[Layer] | None:
+    """Convolutions with ReLU or without; None for any other."""
+    layers: list[Conv] = []
+    for module in model:
+        if isinstance(module, nn.ReLU) and layers:
+            layers[-1] = replace(layers[-1], relu=True)
+        elif isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
+            weight = module.weight.detach().cpu().float().numpy().copy()
+            bias = np.zeros(len(weight), np.float32) if module.bias is None else module.bias.detach().cpu().float().numpy().copy()
+            layers.append(Conv(weight, bias, module.stride, module.padding, module.dilation, module.groups, False))  # type: ignore[arg-type]
+        else:
+            return None
+    return list(layers)
+
+
 def _layers(model: nn.Module) -> list[Layer]:
+    if isinstance(model, nn.Sequential) and (found := _sequence(model)):
+        return found
     listed = layer_list(model)
     if listed is None:
         raise ValueError(
