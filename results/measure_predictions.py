@@ -1,0 +1,68 @@
+"""Predictions of the native engine on a whole validation split beside PyTorch's: writes results/predictions.json.
+
+python results/measure_predictions.py runs/cifar10/best.safetensors hf:../shared/data/cifar10
+
+A prediction is clear where the two best logits are farther apart in float64 than twice the largest error of the engine's logits.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import repvgg_engine
+import torch
+from numpy.typing import NDArray
+
+from repvgg import load, record, reparameterize, save
+from repvgg.data import open_source
+from repvgg.data.transforms import eval_transform, normalise
+from repvgg.zoo import manifest_of
+
+BATCH = 100
+ENGINES = (("fp32", "exact"), ("fp32", "high"), ("fp32", "fast"), ("bf16", "high"))
+
+
+def compared(logits: NDArray[Any], exact: NDArray[Any]) -> dict[str, Any]:
+    off = float(np.abs(logits - exact).max())
+    best = np.sort(exact, 1)[:, -2:]
+    clear = best[:, 1] - best[:, 0] > 2 * off
+    unlike = logits.argmax(1) != exact.argmax(1)
+    return {
+        "images": len(exact),
+        "differ": int(unlike.sum()),
+        "clear": int(clear.sum()),
+        "differ_where_clear": int((unlike & clear).sum()),
+        "max_rel_err": off / float(np.abs(exact).max()),
+    }
+
+
+@torch.inference_mode()
+def main(file: str, data: str) -> None:
+    model = reparameterize(load(file))
+    source, p = open_source(data), manifest_of(model).preprocessing
+    transform = eval_transform(p)
+    images = torch.stack([transform(source.val[i][0]) for i in range(len(source.val))])
+    exact_model = reparameterize(load(file)).double()
+    batches = [normalise(part, p) for part in images.split(BATCH)]
+    exact = torch.cat([exact_model(part.double()) for part in batches]).numpy()
+    figures = {"PyTorch": compared(torch.cat([model(part) for part in batches]).numpy(), exact)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "deploy.safetensors"
+        save(model, path)
+        for precision, accuracy in ENGINES:
+            if precision == "bf16" and "bf16" not in repvgg_engine.instruction_sets():
+                continue
+            net = repvgg_engine.load(path, precision=precision, accuracy=accuracy, threads=torch.get_num_threads())
+            logits = np.concatenate([net(part.numpy()) for part in batches])
+            figures[f"{precision} {accuracy}"] = compared(logits, exact)
+    record.write(
+        Path(__file__).with_name("predictions.json"), {"model": manifest_of(model).arch, "data": source.name, "engines": figures}
+    )
+    for name, found in figures.items():
+        print(name, found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
