@@ -214,34 +214,70 @@ def convert(source: Positional[Path], target: Positional[Path], to_keys: Keys | 
 
 def predict(
     model: Positional[str],
-    images: Positional[tuple[str, ...]],
+    images: Positional[tuple[str, ...]] = (),
+    data: str = "",
+    split: str = "val",
     batch_size: int = 32,
     top: int = 5,
     out: Path | None = None,
+    part_size: int = 1024,
     slide: bool = False,
     scales: str = "1",
     flip: bool = False,
     device: str = "",
+    workers: int = 0,
     engine: str = "",
     precision: str = "fp32",
     json: bool = False,
 ) -> None:
-    """Labels and probabilities of images; or of a PSPNet, masks.
+    """Labels and probabilities of images; or of a PSPNet, masks. With --data, of a whole data set, as Parquet.
 
     Args:
         model: a model file, a name for its pretrained weights, or an exported file or its folder.
         images: files, folders and globs.
+        data: instead of images: any folder, hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS, or as for eval; no labels are
+            needed. It goes on where it was, and torchrun shares the work out.
+        split: of the data.
         batch_size: images at a time; masks are made one at a time.
         top: how many labels an image.
-        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json.
+        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json. With --data: folder for part-*.parquet.
+        part_size: with --data: images a part; of hf-stream and wds, a part is a file of the data.
         slide: of masks: in windows of the training crop's size, which overlap, instead of the whole image.
         scales: of masks: of the image, several with commas, averaged: 0.75,1,1.25.
         flip: of masks: average with the mirrored image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        workers: with --data: processes that decode images; 0 decodes in the main one.
         engine: what runs it: auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own.
         precision: of the engine: fp32, tf32, bf16 or fp16.
-        json: print one JSON object an image.
+        json: print one JSON object an image; with --data, one in the end.
     """
+    if data:
+        if images or out is None:
+            raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
+        from repvgg.info import show_predicted
+        from repvgg.predict_data import Job, predict_data
+        from repvgg.train.distributed import local_device
+
+        rank = int(_process())
+        job = Job(
+            model,
+            data,
+            out,
+            split=split,
+            engine=engine,
+            precision=precision,
+            batch_size=batch_size,
+            top=top,
+            part_size=part_size,
+            views=_views(slide, scales, flip),
+            device=local_device(_device(device)),
+            workers=workers,
+            rank=rank,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        summary = predict_data(job, log=_say if rank == 0 else str)
+        show_predicted(summary, json, always=rank == 0)
+        return
     from repvgg.deploy.load import open_model
     from repvgg.info import show_masks, show_predictions
     from repvgg.predict import expand

@@ -150,11 +150,17 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
 def open_model(name_or_path: str) -> nn.Module:
     """The model of a file, or by its name the paper's pretrained weights in deploy form; in eval mode."""
-    if Path(name_or_path).exists() or Path(name_or_path).suffix in {".safetensors", *files.PICKLE_SUFFIXES}:
-        return load(name_or_path)
+    if (file := file_of(name_or_path)) is not None:
+        return load(file)
     if resolve_name(name_or_path) in PSPNETS:
         raise ValueError(f"there are no weights of {name_or_path}, only of its backbone: train it, and name the file")
     return create_model(name_or_path, pretrained=True, deploy=True).eval()
+
+
+def file_of(name_or_path: str) -> Path | None:
+    """The model file that is meant; None where it is a model's name."""
+    path = Path(name_or_path)
+    return path if path.exists() or path.suffix in {".safetensors", *files.PICKLE_SUFFIXES} else None
 
 
 def pretrained_file(name: str, revision: str = "main") -> Path:
