@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby, islice
-from operator import attrgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +117,21 @@ def predict_data(job: Job, log: Log = print) -> Summary:
     if len(missing) < len(own):
         log(f"{len(own) - len(missing)} of {len(own)} parts are there: going on")
     with Meter(_images(shards, missing), log, live=job.rank == 0) as meter:
-        for shard, batches in groupby(_load(shards, missing, maker, job), key=attrgetter("shard")):
-            rows = map(maker.rows, meter.counting(batches))
+        images = _load(shards, missing, maker, job)
+        for shard in missing:
+            rows = _rows(images, maker, meter)
             atomically(_part(job.out, shard), partial(_write, schema=maker.schema, batches=rows))
     return _summary(job.out, shards.count, meter)
+
+
+def _rows(images: Iterator["Loaded"], maker: "Labels | Masks", meter: "Meter") -> Iterator[pa.RecordBatch]:
+    """Of one shard."""
+    for loaded in images:
+        rows = maker.rows(loaded)
+        meter.add(len(rows))
+        yield rows
+        if loaded.batch.last:
+            return
 
 
 def _maker(network: nn.Module, job: Job) -> "Labels | Masks":
@@ -159,8 +169,8 @@ class Labels:
         answers = iter(self._labels(images.pixels)) if images.pixels is not None else iter(())
         found = [None if error else next(answers) for error in images.errors]
         columns = {
-            "key": [item.key for item in images.items],
-            "label": [self._name(item.label) for item in images.items],
+            "key": [item.key for item in images.batch.items],
+            "label": [self._name(item.label) for item in images.batch.items],
             "labels": [labels and [name for name, _ in labels] for labels in found],
             "probabilities": [labels and [x for _, x in labels] for labels in found],
             "error": images.errors,
@@ -193,10 +203,14 @@ class Masks:
         paths = []
         for size in images.sizes:
             assert images.pixels is not None
-            paths.append(f"_masks/{images.shard:05d}/{images.start:06d}.png")
+            paths.append(f"_masks/{images.batch.shard:05d}/{images.batch.start:06d}.png")
             (self.out / paths[0]).parent.mkdir(parents=True, exist_ok=True)
             write_mask(self.masker(images.pixels[0], size), self.palette, self.out / paths[0])
-        columns = {"key": [item.key for item in images.items], "mask": paths or [None] * len(images.items), "error": images.errors}
+        columns = {
+            "key": [item.key for item in images.batch.items],
+            "mask": paths or [None] * len(images.batch.items),
+            "error": images.errors,
+        }
         return pa.RecordBatch.from_pydict(columns, schema=self.schema)
 
 
@@ -209,16 +223,15 @@ class Batch:
 
     shard: int
     start: int
+    last: bool
     items: list[Item]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch that was decoded: `errors` says why an image was not. sizes, pixels: of those that were, uint8 [n, C, H, W]."""
+    """A batch, decoded. errors: why an image could not be, or None. sizes, pixels: of those that could, uint8 [n, C, H, W]."""
 
-    shard: int
-    start: int
-    items: list[Item]
+    batch: Batch
     errors: list[str | None]
     sizes: list[tuple[int, int]]
     pixels: Tensor | None
@@ -241,8 +254,8 @@ class Decoder:
                 errors.append(None)
             except ImageError as error:
                 errors.append(str(error))
-        items = [replace(item, image=b"") for item in batch.items]
-        return Loaded(batch.shard, batch.start, items, errors, sizes, torch.stack(pixels) if pixels else None)
+        without = replace(batch, items=[replace(item, image=b"") for item in batch.items])
+        return Loaded(without, errors, sizes, torch.stack(pixels) if pixels else None)
 
     def _decoded(self, item: Item) -> Tensor:
         if not isinstance(item.image, Tensor):
@@ -269,9 +282,11 @@ def _load(shards: Shards, wanted: Sequence[int], maker: Labels | Masks, job: Job
 def _batches(shards: Shards, wanted: Iterable[int], size: int) -> Iterator[Batch]:
     for shard in wanted:
         items, start = iter(shards.read(shard)), 0
-        while (chunk := list(islice(items, size))) or not start:
-            yield Batch(shard, start, chunk)
-            start += size
+        batch = list(islice(items, size))
+        while following := list(islice(items, size)):
+            yield Batch(shard, start, False, batch)
+            batch, start = following, start + size
+        yield Batch(shard, start, True, batch)
 
 
 def _as_it_is(loaded: Loaded) -> Loaded:
@@ -386,7 +401,7 @@ def _summary(out: Path, count: int, meter: "Meter") -> Summary:
     for path in parts:
         footer = pq.read_metadata(path)
         images += footer.num_rows
-        for group in (footer.row_group(i) for i in range(footer.num_row_groups)):
+        for group in (footer.row_group(i) for i in range(footer.num_row_groups) if footer.num_rows):
             errors += group.num_rows - group.column(group.num_columns - 1).statistics.null_count
     if len(parts) == count:
         for leftover in out.glob(".part-*.tmp"):  # of a process that was killed
@@ -421,20 +436,17 @@ class Meter:
         if self.bar is not None:
             self.bar.stop()
 
-    def counting(self, batches: Iterable[Loaded]) -> Iterator[Loaded]:
-        """The same batches; each has been predicted when the next one is asked for."""
-        for batch in batches:
-            yield batch
-            self.images += len(batch.items)
-            now = time.perf_counter()
-            self.seconds = now - self.started
-            speed = self.images / self.seconds
-            if self.bar is not None:
-                self.bar.update(self.task, completed=self.images, description=f"{speed:,.0f} img/s")
-            elif now - self.spoke > PLAIN_EVERY:
-                self.spoke = now
-                left = f" of {self.total:,}, {(self.total - self.images) / speed / 60:.1f} min left" if self.total else ""
-                self.log(f"{self.images:,} images{left}, {speed:,.0f} img/s")
+    def add(self, images: int) -> None:
+        self.images += images
+        now = time.perf_counter()
+        self.seconds = now - self.started
+        speed = self.images / self.seconds
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.images, description=f"{speed:,.0f} img/s")
+        elif now - self.spoke > PLAIN_EVERY:
+            self.spoke = now
+            left = f" of {self.total:,}, {(self.total - self.images) / speed / 60:.1f} min left" if self.total else ""
+            self.log(f"{self.images:,} images{left}, {speed:,.0f} img/s")
 
 
 # ------------------------------------------------------------------------------------------------------------ other frameworks
@@ -455,4 +467,4 @@ class Predictor:
 
     def __call__(self, columns: dict[str, Any]) -> pa.Table:
         items = [Item(str(path), None, bytes(data)) for path, data in zip(columns["path"], columns["bytes"], strict=True)]
-        return pa.Table.from_batches([self.labels.rows(self.decoder[Batch(0, 0, items)])], Labels.schema)
+        return pa.Table.from_batches([self.labels.rows(self.decoder[Batch(0, 0, True, items)])], Labels.schema)

@@ -23,7 +23,7 @@ from repvgg.data.cifar10 import HUB_NAME
 from repvgg.data.hf import VALIDATION_SPLITS, find_columns
 from repvgg.data.images import is_image
 from repvgg.data.masks import Masked
-from repvgg.data.stream import expanded
+from repvgg.data.stream import expanded, refuse_damaged
 from repvgg.files import describe
 
 
@@ -208,8 +208,7 @@ def _tar_files(spec: str, split: str) -> list[str]:
         files = expanded(spec)
     if not files:
         raise DataError(f"wds:{spec}: holds no .tar")
-    if gone := next((file for file in files if "://" not in file and not Path(file).is_file()), None):
-        raise DataError(f"wds:{spec}: there is no {gone}")
+    refuse_damaged(f"wds:{spec}", files)
     return files
 
 
