@@ -328,6 +328,21 @@ def export(
     run(network, to, out, Path(model).stem, shape, real_images(network, data, images, shape) if data else None, _say)
 
 
+def push(model: Positional[Path], repo: Positional[str], license: str = "", private: bool = False, message: str = "") -> None:
+    """Publish a model file on the Hugging Face hub, with a card that says what was measured. Then hf:REPO stands for it.
+
+    Args:
+        model: a model file; the summary of its run, if that lies beside it, goes into the card.
+        repo: USER/NAME; made if it is not there.
+        license: an identifier of the hub's, such as mit or apache-2.0.
+        private: make the repository a private one.
+        message: of the commit.
+    """
+    from repvgg.push import push_to_hub
+
+    print(push_to_hub(model, repo, license=license, private=private, message=message))
+
+
 def quantize(
     model: Positional[str],
     data: str,
@@ -588,6 +603,7 @@ def _run(words: list[str]) -> None:
         "convert": convert,
         "predict": predict,
         "export": export,
+        "push": push,
         "quantize": quantize,
         "bench": bench,
         "ablate": _ablate(default),

@@ -30,10 +30,9 @@ def show(name_or_file: str, as_json: bool) -> None:
     import torch
 
     from repvgg import zoo
-    from repvgg.files import PICKLE_SUFFIXES
 
-    if Path(name_or_file).exists() or Path(name_or_file).suffix in {".safetensors", *PICKLE_SUFFIXES}:
-        _show_model(name_or_file, zoo.load(name_or_file), as_json)
+    if zoo.is_file(name_or_file):
+        _show_model(name_or_file, zoo.open_model(name_or_file), as_json)
         return
     name = zoo.resolve_name(name_or_file)
     if zoo.is_built_folded(name):

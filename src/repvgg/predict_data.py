@@ -43,7 +43,7 @@ from repvgg.pspnet import PSPNETS, PSPNet
 from repvgg.reparam import reparameterize
 from repvgg.segment import WHOLE, Masker, Views, class_names, colours, write_mask
 from repvgg.train.progress import PLAIN_EVERY
-from repvgg.zoo import dtype_of, file_of, manifest_of
+from repvgg.zoo import dtype_of, file_of, is_file, manifest_of
 
 SETTINGS = "_settings.json"
 FORMAT = 1
@@ -171,8 +171,8 @@ class Labels:
         columns = {
             "key": [item.key for item in images.batch.items],
             "label": [self._name(item.label) for item in images.batch.items],
-            "labels": [labels and [name for name, _ in labels] for labels in found],
-            "probabilities": [labels and [x for _, x in labels] for labels in found],
+            "labels": [[name for name, _ in labels] if labels else None for labels in found],
+            "probabilities": [[x for _, x in labels] if labels else None for labels in found],
             "error": images.errors,
         }
         return pa.RecordBatch.from_pydict(columns, schema=self.schema)
@@ -200,17 +200,13 @@ class Masks:
 
     def rows(self, images: "Loaded") -> pa.RecordBatch:
         """One for each photo, of at most one: they differ in size."""
-        paths = []
-        for size in images.sizes:
-            assert images.pixels is not None
-            paths.append(f"_masks/{images.batch.shard:05d}/{images.batch.start:06d}.png")
-            (self.out / paths[0]).parent.mkdir(parents=True, exist_ok=True)
-            write_mask(self.masker(images.pixels[0], size), self.palette, self.out / paths[0])
-        columns = {
-            "key": [item.key for item in images.batch.items],
-            "mask": paths or [None] * len(images.batch.items),
-            "error": images.errors,
-        }
+        masks: list[str | None] = [None] * len(images.batch.items)
+        if images.pixels is not None:
+            masks[0] = f"_masks/{images.batch.shard:05d}/{images.batch.start:06d}.png"
+            path = self.out / masks[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_mask(self.masker(images.pixels[0], images.sizes[0]), self.palette, path)
+        columns = {"key": [item.key for item in images.batch.items], "mask": masks, "error": images.errors}
         return pa.RecordBatch.from_pydict(columns, schema=self.schema)
 
 
@@ -289,7 +285,7 @@ def _batches(shards: Shards, wanted: Iterable[int], size: int) -> Iterator[Batch
         yield Batch(shard, start, True, batch)
 
 
-def _as_it_is(loaded: Loaded) -> Loaded:
+def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
@@ -379,9 +375,10 @@ def _refuse_another(out: Path, there: dict[str, Any], here: dict[str, Any]) -> N
 
 def _digest(model: str) -> str:
     """Of the file, and of the weights that some keep beside it; of what is no file, its name."""
-    file = exported_file(model) or file_of(model)
-    if file is None:
+    exported = exported_file(model)
+    if exported is None and not is_file(model):
         return model
+    file = exported or file_of(model)
     digest = hashlib.sha256()
     for path in dict.fromkeys((file, file.with_suffix(".bin"))):
         if path.is_file():

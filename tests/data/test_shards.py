@@ -3,6 +3,7 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -47,7 +48,7 @@ def tar(path: Path, greys: list[int], labels: bool = True) -> None:
 
 
 def parquet(folder: Path, split: str, greys: list[int], label: datasets.ClassLabel | None = None) -> None:
-    columns = {"image": [{"bytes": png(i), "path": None} for i in greys]}
+    columns: dict[str, Any] = {"image": [{"bytes": png(i), "path": None} for i in greys]}
     features = {"image": datasets.Image()}
     if label:
         columns["label"], features["label"] = [i % 3 if i else -1 for i in greys], label
