@@ -61,11 +61,7 @@ class HubServer:
                 self.private.add(repo)
             return 200, {"url": f"{self.url}/{repo}", "name": repo}, {}
         if "/preupload/" in path:
-            files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
-                for f in json.loads(body)["files"]
-            ]
-            return 200, {"files": files}, {}
+            return 200, {"files": [self._mode(file["path"]) for file in json.loads(body)["files"]]}, {}
         if path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {**o, "authenticated": True, "actions": {"upload": {"href": f"{self.url}/put/{o['oid']}", "header": {}}}}
@@ -73,17 +69,22 @@ class HubServer:
             ]
             return 200, {"transfer": "basic", "objects": objects}, {}
         if "/commit/" in path:
-            repo = path.removeprefix("/api/models/").partition("/commit/")[0]
-            files = dict(self.revisions[repo]["main"])
-            for line in (json.loads(line)["value"] for line in body.splitlines()):
-                if "content" in line:
-                    files[line["path"]] = base64.b64decode(line["content"])
-                elif "oid" in line:
-                    files[line["path"]] = self.large[line["oid"]]
-            commit = hashlib.sha1(b"".join(files.values())).hexdigest()
-            self.revisions[repo].update({"main": files, commit: files})
-            return 200, {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit}, {}
+            return self._commit(path.removeprefix("/api/models/").partition("/commit/")[0], body)
         return 404, {}, {}
+
+    def _mode(self, path: str) -> dict[str, Any]:
+        return {"path": path, "uploadMode": "lfs" if path.endswith(".safetensors") else "regular", "shouldIgnore": False}
+
+    def _commit(self, repo: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+        files = dict(self.revisions[repo]["main"])
+        for line in (json.loads(line)["value"] for line in body.splitlines()):
+            if "content" in line:
+                files[line["path"]] = base64.b64decode(line["content"])
+            elif "oid" in line:
+                files[line["path"]] = self.large[line["oid"]]
+        commit = hashlib.sha1(b"".join(files.values())).hexdigest()
+        self.revisions[repo].update({"main": files, commit: files})
+        return 200, {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit}, {}
 
     def _resolve(self, path: str, token: str) -> tuple[int, Any, dict[str, str]]:
         repo, _, rest = path.removeprefix("/").partition("/resolve/")

@@ -150,7 +150,7 @@ def evaluate(
     """Top-1, top-5, accuracy of each class and the confusion matrix; or of masks, intersection over union of each class.
 
     Args:
-        model: a model file, a name for its pretrained weights, or an exported file or its folder.
+        model: a model file, hf:USER/NAME, a name for its pretrained weights, or an exported file or its folder.
         data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS,
             camvid:ROOT or cityscapes:ROOT.
         split: the validation split, or the test split of data that has one.
@@ -233,7 +233,7 @@ def predict(
     """Labels and probabilities of images; or of a PSPNet, masks. With --data, of a whole data set, as Parquet.
 
     Args:
-        model: a model file, a name for its pretrained weights, or an exported file or its folder.
+        model: a model file, hf:USER/NAME, a name for its pretrained weights, or an exported file or its folder.
         images: files, folders and globs.
         data: instead of images: any folder, hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS, or as for eval; no labels are
             needed. It goes on where it was, and torchrun shares the work out.

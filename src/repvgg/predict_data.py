@@ -202,10 +202,10 @@ class Masks:
         """One for each photo, of at most one: they differ in size."""
         masks: list[str | None] = [None] * len(images.batch.items)
         if images.pixels is not None:
-            masks[0] = f"_masks/{images.batch.shard:05d}/{images.batch.start:06d}.png"
-            path = self.out / masks[0]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_mask(self.masker(images.pixels[0], images.sizes[0]), self.palette, path)
+            path = f"_masks/{images.batch.shard:05d}/{images.batch.start:06d}.png"
+            (self.out / path).parent.mkdir(parents=True, exist_ok=True)
+            write_mask(self.masker(images.pixels[0], images.sizes[0]), self.palette, self.out / path)
+            masks = [path]
         columns = {"key": [item.key for item in images.batch.items], "mask": masks, "error": images.errors}
         return pa.RecordBatch.from_pydict(columns, schema=self.schema)
 

@@ -111,14 +111,15 @@ def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
         for key, (task, metric, spoken) in TASKS.items()
         if key in manifest.training and data
     ]
-    return ModelCardData(
+    card = ModelCardData(
         library_name="repvgg",
         pipeline_tag=task,
         tags=["repvgg", "structural-reparameterization", "pytorch", *([arch] if arch else [])],
         license=license or None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
-    ).to_yaml()
+    )
+    return str(card.to_yaml())
 
 
 def _accuracy(manifest: Manifest) -> list[tuple[str, str]]:
