@@ -358,6 +358,18 @@ def test_folders_that_cannot_be_used(job: Job, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_damaged_part_is_named_and_made_again(job: Job) -> None:
+    run(job)
+    part = job.out / "part-00002.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:100])
+    with pytest.raises(FileError, match=r"part-00002\.parquet: is damaged: delete it, and the same command makes it again"):
+        run(job)
+    part.unlink()
+    assert run(job).here == 50
+    assert part.read_bytes() == whole
+
+
 def test_what_makes_no_sense_is_said(
     job: Job, files: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +381,7 @@ def test_what_makes_no_sense_is_said(
         ({"part_size": 0}, "--part-size 0: at least 1"),
         ({"data": "nowhere"}, "no data 'nowhere'"),
         ({"engine": "tpu"}, "no engine 'tpu'"),
+        ({"precision": "bf16"}, "--precision bf16 is an engine's: name one, such as --engine eager"),
         ({"model": str(files / "masks.safetensors"), "engine": "eager"}, "masks are made by PyTorch"),
     ):
         with pytest.raises(ValueError, match=complaint):

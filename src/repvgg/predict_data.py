@@ -382,7 +382,8 @@ def _digest(model: str) -> str:
     digest = hashlib.sha256()
     for path in dict.fromkeys((file, file.with_suffix(".bin"))):
         if path.is_file():
-            digest.update(path.read_bytes())
+            with path.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -396,7 +397,10 @@ def _summary(out: Path, count: int, meter: "Meter") -> Summary:
     parts = [path for path in (_part(out, shard) for shard in range(count)) if path.exists()]
     images, errors = 0, 0
     for path in parts:
-        footer = pq.read_metadata(path)
+        try:
+            footer = pq.read_metadata(path)
+        except (OSError, ValueError):
+            raise FileError(f"{path}: is damaged: delete it, and the same command makes it again") from None
         images += footer.num_rows
         for group in (footer.row_group(i) for i in range(footer.num_row_groups) if footer.num_rows):
             errors += group.num_rows - group.column(group.num_columns - 1).statistics.null_count
