@@ -1,5 +1,6 @@
 """push.py: what was pushed comes back bit for bit, with a card that says what is true of it."""
 
+import copy
 import json
 import os
 import pickle
@@ -56,6 +57,10 @@ def test_there_and_back(server: HubServer, model: nn.Module) -> None:
         assert zoo.manifest_of(got) == zoo.manifest_of(wanted)
         assert not got.training
     config = json.loads(server.revisions["me/pets"][commits[0]]["config.json"])
+    training = copy.deepcopy(model).train()
+    push_to_hub(training, "me/trained")
+    assert training.training
+    assert same(repvgg.from_pretrained("me/trained"), model)
     assert (config["form"], config["classes"], config["arch"]["name"]) == ("training", ["cat", "dog", "owl"], "repvgg_micro")
 
 

@@ -6,6 +6,7 @@
 What is uploaded: model.safetensors (see files.py), config.json (its manifest, for people and other programs), README.md (the card).
 """
 
+import copy
 import json
 import os
 import re
@@ -47,7 +48,8 @@ def push_to_hub(
         with suppress(OSError, ValueError):
             summary = summary or json.loads((path.parent / "summary.json").read_text())
         model = zoo.load(path)
-    model = model.eval()
+    if model.training:
+        model = copy.deepcopy(model).eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         zoo.save(model, folder / hub.MODEL_FILE)
