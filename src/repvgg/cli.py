@@ -150,7 +150,7 @@ def evaluate(
     """Top-1, top-5, accuracy of each class and the confusion matrix; or of masks, intersection over union of each class.
 
     Args:
-        model: a model file, a name for its pretrained weights, or an exported file or its folder.
+        model: a model file, hf:USER/NAME, a name for its pretrained weights, or an exported file or its folder.
         data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS,
             camvid:ROOT or cityscapes:ROOT.
         split: the validation split, or the test split of data that has one.
@@ -214,34 +214,70 @@ def convert(source: Positional[Path], target: Positional[Path], to_keys: Keys | 
 
 def predict(
     model: Positional[str],
-    images: Positional[tuple[str, ...]],
+    images: Positional[tuple[str, ...]] = (),
+    data: str = "",
+    split: str = "val",
     batch_size: int = 32,
     top: int = 5,
     out: Path | None = None,
+    part_size: int = 1024,
     slide: bool = False,
     scales: str = "1",
     flip: bool = False,
     device: str = "",
+    workers: int = 0,
     engine: str = "",
     precision: str = "fp32",
     json: bool = False,
 ) -> None:
-    """Labels and probabilities of images; or of a PSPNet, masks.
+    """Labels and probabilities of images; or of a PSPNet, masks. With --data, of a whole data set, as Parquet.
 
     Args:
-        model: a model file, a name for its pretrained weights, or an exported file or its folder.
+        model: a model file, hf:USER/NAME, a name for its pretrained weights, or an exported file or its folder.
         images: files, folders and globs.
+        data: instead of images: any folder, hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS, or as for eval; no labels are
+            needed. It goes on where it was, and torchrun shares the work out.
+        split: of the data.
         batch_size: images at a time; masks are made one at a time.
         top: how many labels an image.
-        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json.
+        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json. With --data: folder for part-*.parquet.
+        part_size: with --data: images a part; of hf-stream and wds, a part is a file of the data.
         slide: of masks: in windows of the training crop's size, which overlap, instead of the whole image.
         scales: of masks: of the image, several with commas, averaged: 0.75,1,1.25.
         flip: of masks: average with the mirrored image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        workers: with --data: processes that decode images; 0 decodes in the main one.
         engine: what runs it: auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own.
         precision: of the engine: fp32, tf32, bf16 or fp16.
-        json: print one JSON object an image.
+        json: print one JSON object an image; with --data, one in the end.
     """
+    if data:
+        if images or out is None:
+            raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
+        from repvgg.info import show_predicted
+        from repvgg.predict_data import Job, predict_data
+        from repvgg.train.distributed import local_device
+
+        rank = int(_process())
+        job = Job(
+            model,
+            data,
+            out,
+            split=split,
+            engine=engine,
+            precision=precision,
+            batch_size=batch_size,
+            top=top,
+            part_size=part_size,
+            views=_views(slide, scales, flip),
+            device=local_device(_device(device)),
+            workers=workers,
+            rank=rank,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        summary = predict_data(job, log=_say if rank == 0 else str)
+        show_predicted(summary, json, always=rank == 0)
+        return
     from repvgg.deploy.load import open_model
     from repvgg.info import show_masks, show_predictions
     from repvgg.predict import expand
@@ -290,6 +326,21 @@ def export(
     network = open_model(model)
     shape = Shape(batch_size or None, any_size, pixels, image_size)
     run(network, to, out, Path(model).stem, shape, real_images(network, data, images, shape) if data else None, _say)
+
+
+def push(model: Positional[Path], repo: Positional[str], license: str = "", private: bool = False, message: str = "") -> None:
+    """Publish a model file on the Hugging Face hub, with a card that says what was measured. Then hf:REPO stands for it.
+
+    Args:
+        model: a model file; the summary of its run, if that lies beside it, goes into the card.
+        repo: USER/NAME; made if it is not there.
+        license: an identifier of the hub's, such as mit or apache-2.0.
+        private: make the repository a private one.
+        message: of the commit.
+    """
+    from repvgg.push import push_to_hub
+
+    print(push_to_hub(model, repo, license=license, private=private, message=message))
 
 
 def quantize(
@@ -552,6 +603,7 @@ def _run(words: list[str]) -> None:
         "convert": convert,
         "predict": predict,
         "export": export,
+        "push": push,
         "quantize": quantize,
         "bench": bench,
         "ablate": _ablate(default),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from repvgg.bench.models import Report
     from repvgg.deploy.quantize import Report as Quantized
     from repvgg.predict import Prediction
+    from repvgg.predict_data import Summary
     from repvgg.segment import MaskPrediction
     from repvgg.train.evaluate import Accuracy
     from repvgg.train.segmentation import Overlap
@@ -29,10 +30,9 @@ def show(name_or_file: str, as_json: bool) -> None:
     import torch
 
     from repvgg import zoo
-    from repvgg.files import PICKLE_SUFFIXES
 
-    if Path(name_or_file).exists() or Path(name_or_file).suffix in {".safetensors", *PICKLE_SUFFIXES}:
-        _show_model(name_or_file, zoo.load(name_or_file), as_json)
+    if zoo.is_file(name_or_file):
+        _show_model(name_or_file, zoo.open_model(name_or_file), as_json)
         return
     name = zoo.resolve_name(name_or_file)
     if zoo.is_built_folded(name):
@@ -240,6 +240,20 @@ def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
         print_table(("image", "share of the pixels"), rows)
     if failed:
         raise ValueError(f"{failed} of {count} images could not be read")
+
+
+def show_predicted(summary: "Summary", as_json: bool, always: bool = True) -> None:
+    """Of a whole data set. always: even if parts are missing, which other processes are at work on."""
+    if not (always or summary.complete):
+        return
+    speed = summary.here / summary.seconds if summary.here else 0.0
+    if as_json:
+        _print_json({**asdict(summary), "out": str(summary.out), "images_per_second": round(speed, 1)})
+        return
+    unread = f", {summary.errors:,} of them could not be read (column error)" if summary.errors else ""
+    parts = f"{summary.parts:,} parts" if summary.complete else f"{summary.parts:,} of {summary.of:,} parts, others are at work"
+    here = f"; {summary.here:,} now, {speed:,.0f} img/s" if summary.here else ""
+    print(f"{summary.images:,} images{unread} in {parts}{here}: {summary.out}")
 
 
 def show_quantization(report: "Quantized", as_json: bool) -> None:

@@ -106,8 +106,13 @@ def load_engine(
 
 
 def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, device: str, log: Log) -> nn.Module:
-    """As `zoo.open_model`; or an engine, where one is asked for or the file is another runtime's."""
+    """As `zoo.open_model`; or an engine, where one is asked for or the file is another runtime's.
+
+    Raises ValueError for a precision without an engine.
+    """
     if not engine and exported_file(name_or_path) is None:
+        if precision != "fp32":
+            raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
         return zoo.open_model(name_or_path)
     if engine in engines.ENGINES and not engines.precisions(engine, device):
         device = "cpu"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,8 +22,7 @@ def started_from(
     Raises ValueError for a model that is not an `arch` (if one is named), takes other channels, or is in deploy form: that is a
     plain VGG without batch norms, which trains badly, so it has to be asked for (`allow_deploy`).
     """
-    is_file = Path(init).exists() or Path(init).suffix in {".safetensors", ".pth", ".pt"}
-    model = zoo.load(init) if is_file else zoo.create_model(init, pretrained=True)
+    model = zoo.open_model(init) if zoo.is_file(init) else zoo.create_model(init, pretrained=True)
     manifest = zoo.manifest_of(model)
     name = manifest.arch["name"] if manifest.arch else "a network without a name"
     plan = PSPNETS.get(zoo.resolve_name(arch)) if arch else None
