@@ -378,8 +378,20 @@ def _prune(default: Recipe) -> Callable[..., None]:
         from repvgg.zoo import open_model
 
         source = open_source(data).limited(limit, seed)
-        how = {"engine": engine, "seed": seed, "device": _device(device), "workers": workers, "keeping": keeping, "log": _say}
-        show_pruning(run(open_model(model), source, out, keep, Recipe(**asdict(settings)), **how), json)
+        report = run(
+            open_model(model),
+            source,
+            out,
+            keep,
+            Recipe(**asdict(settings)),
+            engine=engine,
+            seed=seed,
+            device=_device(device),
+            workers=workers,
+            keeping=keeping,
+            log=_say,
+        )
+        show_pruning(report, json)
 
     return prune
 

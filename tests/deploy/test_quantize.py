@@ -53,7 +53,7 @@ def mean_snr(report: Report) -> float:
 
 @pytest.mark.parametrize("to", ["openvino", "onnx"])
 def test_int8_is_measured_and_its_file_runs(to: str, model: nn.Module, source: Source, tmp_path: Path) -> None:
-    report = quantize(model, source, to, tmp_path, "net", Quantization(images=40), silent)
+    report = quantize(model, source, to, tmp_path, "net", Quantization(images=40), log=silent)
     assert report.before.top1 == 1
     assert report.before.images == report.after.images == 120
     assert report.drop < 0.2

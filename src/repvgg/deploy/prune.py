@@ -8,7 +8,6 @@ identity connects lose them alike.
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -160,7 +159,7 @@ class Report:
 def prune(
     model: nn.Module,
     source: Source,
-    out: str | os.PathLike[str],
+    out: str | Path,
     keep: float,
     recipe: Recipe,
     *,

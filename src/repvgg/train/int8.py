@@ -19,7 +19,8 @@ class RoundedConv(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(rounded(x.float()), rounded_weight(self.weight), self.bias)
+        out: Tensor = self._conv_forward(rounded(x.float()), rounded_weight(self.weight), self.bias)
+        return out
 
 
 def round_convolutions(model: nn.Module) -> None:
