@@ -130,7 +130,10 @@ def test_a_pruned_net_is_a_file_of_its_own(form: str, images: Tensor, tmp_path: 
     assert cost(smaller, SIZE).macs < 0.5 * cost(again, SIZE).macs
 
 
-@pytest.mark.parametrize("engine", [e for e in engines.ENGINES if e not in ("compile", "aotinductor")])
+COMPILED = ("compile", "aotinductor")
+
+
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=[pytest.mark.slow] if e in COMPILED else []) for e in engines.ENGINES])
 def test_a_pruned_net_runs_in_every_engine(engine: str, images: Tensor, tmp_path: Path) -> None:
     if engine not in engines.installed("fp32", log=lambda line: None):
         pytest.skip(f"{engine} is not installed")
