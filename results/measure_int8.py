@@ -69,10 +69,10 @@ def speed() -> None:
 
 
 def keep(part: str, name: str, figures: dict[str, Any]) -> None:
-    """One figure, each with the machine and the time that it is of."""
+    """One figure beside those that are there already."""
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    found.setdefault(part, {})[name] = {**figures, "machine": record.machine()}
-    OUT.write_text(json.dumps(found, indent=2) + "\n")
+    found.setdefault(part, {})[name] = figures
+    record.write(OUT, found)
 
 
 def say(line: str) -> None:

@@ -27,8 +27,8 @@ def main(run: Path, data: str, forms: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = prune(reparameterize(model) if form == "deploy" else model, source, folder, KEEP, recipe, engine=ENGINE)
         found = json.loads(OUT.read_text()) if OUT.exists() else {}
-        found[form] = {"train_images": IMAGES, "recipe": asdict(recipe), **report.to_json(), "machine": record.machine()}
-        OUT.write_text(json.dumps(found, indent=2) + "\n")
+        found |= {"train_images": IMAGES, "recipe": asdict(recipe), form: report.to_json()}
+        record.write(OUT, found)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def quantize(
     keep: tuple[int, ...] = (),
     max_drop: float | None = None,
     qat_epochs: int = 0,
-    qat_lr: float = 0.01,
+    qat_lr: float = 0.001,
     limit: int | None = None,
     seed: int = 0,
     device: str = "",

@@ -10,6 +10,7 @@ from conftest import randomize, relative_error
 from torch import nn
 
 from repvgg import zoo
+from repvgg.cli import main
 from repvgg.data import Decoded, Source
 from repvgg.deploy import quantize as quantizing
 from repvgg.deploy.load import load_engine
@@ -121,6 +122,21 @@ def test_training_with_the_rounding_in_it(model: nn.Module, source: Source, tmp_
     assert 1e-6 < moved < 0.3
     runner = load_engine(tmp_path, batch_size=8)  # the INT8 file is of the trained network
     assert relative_error(runner(images), trained(images)) < 0.1
+
+
+def test_the_command_and_what_it_wrote_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, width=0.25, small_input=True)
+    grey = Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,))
+    zoo.save(randomize(net, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=grey)
+    data = ["--data", "digits", "--limit", "50", "--json"]
+    main(["quantize", str(tmp_path / "m.safetensors"), "--to", "openvino", "--out", str(tmp_path / "q"), "--images", "20", *data])
+    figures = json.loads(capsys.readouterr().out)
+    main(["eval", str(tmp_path / "q"), *data])
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(figures["accuracy"]["int8"]["top1"], abs=0.021)
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantize", str(tmp_path / "m.safetensors"), "--to", "onnx", "--out", str(tmp_path / "m.safetensors"), *data])
+    assert stopped.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_nothing_is_left_in_a_folder_that_cannot_be_written(model: nn.Module, source: Source, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Quantization:
     keep: tuple[int, ...] = ()
     max_drop: float | None = None
     qat_epochs: int = 0
-    qat_lr: float = 0.01
+    qat_lr: float = 0.001
 
     def __post_init__(self) -> None:
         if self.images < 1:
