@@ -18,6 +18,7 @@ from repvgg.models import layer_list
 from repvgg.reparam import as_linear, refuse_train_mode
 
 SWEEPS = 20  # over all pairs of layers; the ranges hardly change after ten
+TURN = 32  # images at a time
 
 
 def convolutions(model: nn.Module) -> list[str]:
@@ -65,9 +66,9 @@ def _as_map(layer: nn.Module) -> LinearMap:
 def insert_bn(model: nn.Module, images: Tensor) -> nn.Module:
     """The training form with block="plain" that computes what a plain network in deploy form does, in eval mode.
 
-    Each convolution has a batch norm after it that undoes itself; its statistics are those of `images`. A deploy form without them
-    trains badly; after training `reparameterize` folds them again. Raises `ReparamError` for what is no member of the family in
-    deploy form, or is in train mode.
+    Each convolution has a batch norm after it that undoes itself; its statistics are those of `images`, and the more there are, the
+    less the first steps of training disturb. A deploy form without batch norms trains badly; `reparameterize` folds them again.
+    Raises `ReparamError` for what is no member of the family in deploy form, or is in train mode.
     """
     refuse_train_mode(model)
     manifest, paths = zoo.manifest_of(model), convolutions(model)
@@ -76,22 +77,31 @@ def insert_bn(model: nn.Module, images: Tensor) -> nn.Module:
     dtype = next(model.parameters()).dtype
     training: Any = zoo.create_model(**{**manifest.arch, "block": "plain"}).to(dtype)
     training.head.load_state_dict(model.get_submodule("head").state_dict())
-    fill = [
-        model.get_submodule(path).register_forward_hook(partial(_fill, training.get_submodule(path).conv_kxk)) for path in paths
-    ]
-    model(images.to(dtype))
-    for hook in fill:
+    moments: dict[str, list[Tensor]] = {path: [] for path in paths}
+    hooks = [model.get_submodule(path).register_forward_hook(partial(_note, moments[path])) for path in paths]
+    for part in images.to(dtype).split(TURN):
+        model(part)
+    for hook in hooks:
         hook.remove()
+    for path in paths:
+        count, total, squares = torch.stack(moments[path]).sum(0)
+        mean = total / count
+        _fill(training.get_submodule(path).conv_kxk, model.get_submodule(path), mean, squares / count - mean.square())
     zoo.remember(training, replace(manifest, arch=zoo.manifest_of(training).arch))
     return training.eval()  # type: ignore[no-any-return]
 
 
-def _fill(pair: Any, conv: nn.Module, inputs: object, outputs: Tensor) -> None:
-    """Make a convolution and its batch norm compute what `conv` does, with the statistics of its outputs."""
-    var, mean = torch.var_mean(outputs.double(), (0, 2, 3), correction=0)
-    var = torch.where(var > 0, var, 1.0)  # a channel that these images do not excite
+def _note(moments: list[Tensor], conv: nn.Module, inputs: object, outputs: Tensor) -> None:
+    """Of each channel: how many numbers there are, their sum and that of their squares."""
+    numbers = outputs.double().transpose(0, 1).flatten(1)
+    moments.append(torch.stack([torch.full_like(numbers[:, 0], numbers.shape[1]), numbers.sum(1), numbers.square().sum(1)]))
+
+
+def _fill(pair: Any, conv: Any, mean: Tensor, var: Tensor) -> None:
+    """Make a convolution and its batch norm compute what `conv` does, whose outputs have these statistics."""
+    var = torch.where(var > 1e-12 * mean.square(), var, 1.0)  # a channel that these images do not excite
     pair.conv.weight.copy_(conv.weight)
-    pair.bn.running_mean.copy_(mean - conv.bias)  # type: ignore[operator]
+    pair.bn.running_mean.copy_(mean - conv.bias)
     pair.bn.running_var.copy_(var)
     pair.bn.weight.copy_((var + pair.bn.eps).sqrt())
     pair.bn.bias.copy_(mean)

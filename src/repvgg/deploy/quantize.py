@@ -39,7 +39,7 @@ from repvgg.train.recipes import Recipe, get_recipe
 from repvgg.train.tasks import CLASSIFICATION
 
 BATCH = 32  # of the accuracy and the speed
-WATCHED = 32  # images on which the signal-to-noise ratio is measured, and batch norms are inserted
+WATCHED = 32  # images on which the signal-to-noise ratio is measured
 Log = Callable[[str], object]
 
 
@@ -156,7 +156,7 @@ def quantize(
         before = accuracy(plain)
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
         if settings.qat_epochs:
-            deploy = _trained_rounded(deploy, images[:WATCHED], source, settings, device, log)
+            deploy = _trained_rounded(deploy, images, source, settings, device, log)
             zoo.save(deploy, folder / f"{name}.qat.safetensors")
             runtime.write(runtime.read(to_onnx(deploy, signature)), plain, "")
         while True:
