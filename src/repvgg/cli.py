@@ -353,8 +353,11 @@ def quantize(
     equalise: bool = False,
     keep: tuple[int, ...] = (),
     max_drop: float | None = None,
+    qat_epochs: int = 0,
+    qat_lr: float = 0.001,
     limit: int | None = None,
     seed: int = 0,
+    device: str = "",
     json: bool = False,
 ) -> None:
     """INT8, calibrated on real images; with the accuracy before and after, the layers that hurt, and the speed.
@@ -369,8 +372,11 @@ def quantize(
         equalise: scale channels first, so that weights have like ranges; exact.
         keep: numbers of layers to leave in float; 0 -1 for the first and the last.
         max_drop: of top-1, as a fraction: leave as many layers in float as that takes.
+        qat_epochs: first insert batch norms and train this long with weights and activations rounded.
+        qat_lr: learning rate of that, at its start.
         limit: at most this many images of each split, drawn with the seed.
         seed: of the draw.
+        device: to train on: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
         json: print JSON instead of tables.
     """
     from repvgg.data import open_source
@@ -379,9 +385,66 @@ def quantize(
     from repvgg.info import show_quantization
     from repvgg.zoo import open_model
 
-    settings = Quantization(images, bias_correction, equalise, keep, max_drop)
+    settings = Quantization(images, bias_correction, equalise, keep, max_drop, qat_epochs, qat_lr)
     source = open_source(data).limited(limit, seed)
-    show_quantization(run(open_model(model), source, to, out, Path(model).stem, settings, _say), json)
+    show_quantization(run(open_model(model), source, to, out, Path(model).stem, settings, _device(device), _say), json)
+
+
+def _prune(default: Recipe) -> Callable[..., None]:
+    def prune(
+        model: Positional[str],
+        data: str,
+        out: Path,
+        keep: float = 0.5,
+        recipe: str = "",
+        settings: OmitArgPrefixes[Settings] = Settings(**asdict(default)),  # noqa: B008 - made anew with each default
+        keeping: OmitArgPrefixes[Keeping] = Keeping(),  # noqa: B008 - frozen
+        engine: str = "eager",
+        limit: int | None = None,
+        seed: int = 0,
+        device: str = "",
+        workers: int = 0,
+        json: bool = False,
+    ) -> None:
+        """Take channels out of a RepVGG and train what is left; with accuracy, cost and speed before and after.
+
+        Args:
+            model: a model file, or a name for its pretrained weights; of a training form all branches are pruned together.
+            data: what it is trained on, as for train.
+            out: run folder, with the best model in deploy form too (deploy.safetensors), and the figures (pruning.json).
+            keep: share of each layer's channels that stay.
+            recipe: as for train; empty: what suits the data. Its fields are flags, shown with its values.
+            settings: the recipe's fields.
+            keeping: when state is saved, and what is done with a run that is there already.
+            engine: that the speeds are measured with, as in repvgg bench.
+            limit: at most this many images of each split, drawn with the seed.
+            seed: of order and augmentation.
+            device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+            workers: processes that load images; 0 loads in the main one.
+            json: print JSON instead of a table.
+        """
+        from repvgg.data import open_source
+        from repvgg.deploy.prune import prune as run
+        from repvgg.info import show_pruning
+        from repvgg.zoo import open_model
+
+        source = open_source(data).limited(limit, seed)
+        report = run(
+            open_model(model),
+            source,
+            out,
+            keep,
+            Recipe(**asdict(settings)),
+            engine=engine,
+            seed=seed,
+            device=_device(device),
+            workers=workers,
+            keeping=keeping,
+            log=_say,
+        )
+        show_pruning(report, json)
+
+    return prune
 
 
 def bench(
@@ -605,6 +668,7 @@ def _run(words: list[str]) -> None:
         "export": export,
         "push": push,
         "quantize": quantize,
+        "prune": _prune(default),
         "bench": bench,
         "ablate": _ablate(default),
         "paper": paper,
@@ -613,8 +677,8 @@ def _run(words: list[str]) -> None:
 
 
 def _default_recipe(words: list[str]) -> Recipe:
-    """The recipe whose values the flags of `train` and `ablate` start from: the one named, else the one that suits the data."""
-    if words[:1] not in (["train"], ["ablate"]):
+    """The recipe whose values the flags of `train`, `prune` and `ablate` start from: the one named, or what suits the data."""
+    if words[:1] not in (["train"], ["prune"], ["ablate"]):
         return Recipe()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="")

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
@@ -61,11 +61,13 @@ def create_model(
     width: float = 1.0,
     small_input: bool = False,
     block: str | None = None,
+    widths: Sequence[int] | None = None,
 ) -> nn.Module:
     """A model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes], of a PSPNet [N, num_classes, H, W].
 
     block: the structure of each layer in training form, a name in `repvgg.blocks.BLOCKS`; by default the network's own ("repvgg",
     in the residual one "plain"). In a comparator it takes the place of each 3x3 convolution (see `replace_conv`).
+    widths: channels of each layer of a pruned network of the family, the stem's first, in place of the name's own.
 
     pretrained: the paper's ImageNet weights from the hub; a string pins the hub repository's revision. With another number of
     classes the classifier starts anew; in a PSPNet they are the backbone's, and the heads are new. Raises ValueError for an unknown
@@ -74,14 +76,16 @@ def create_model(
     name = resolve_name(name)
     arch: dict[str, Any] = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
     options: dict[str, Any] = {"output_stride": output_stride, "width": width, "small_input": small_input}
+    if widths and (pretrained or name not in NETWORKS):
+        raise ValueError("widths are those of a pruned network of the family, and no weights were released for one")
     if name in PSPNETS:
         return _create_pspnet(arch, options, block, deploy, pretrained)
     if name not in NETWORKS:
         return _create_baseline(arch, options, block, deploy, pretrained)
-    arch.update(options, block=block or NETWORKS[name].block)
+    arch.update(options, block=block or NETWORKS[name].block, **({"widths": list(widths)} if widths else {}))
     if pretrained:
         return _create_pretrained(arch, deploy, "main" if pretrained is True else pretrained)
-    model = RepVGG(NETWORKS[name], num_classes, in_chans, deploy, **options, block=block)
+    model = RepVGG(NETWORKS[name], num_classes, in_chans, deploy, **options, block=block, widths=widths)
     return remember(model, Manifest(arch, preprocessing=default_preprocessing(arch)))
 
 
@@ -127,6 +131,8 @@ def save(
         arch = manifest.arch or {}
         if arch.get("name") not in FAMILY or not isinstance(model, RepVGG):
             raise ValueError(f"{to_keys} keys exist for the RepVGG family only")
+        if "widths" in arch:
+            raise ValueError(f"{to_keys} has no pruned networks")
         if manifest.form == "training" and arch["block"] != "repvgg":
             raise ValueError(f"{to_keys} has no block {arch['block']!r}: fold the model first")
         tensors = keys.to_foreign(tensors, to_keys)
