@@ -191,7 +191,7 @@ def test_the_fastest_that_computes_the_same(model: nn.Module, monkeypatch: pytes
     built(monkeypatch, onnxruntime=lambda _: engine_of(lambda x: torch.ones(len(x), 10)), eager=slow, openvino=right, ncnn=broken)
     deploy = reparameterize(model)
     found = measure(deploy, Options((1, 16, 16), 4), said.append)
-    assert found.keys() == {"openvino"}  # the slow one is hopeless
+    assert list(found) == ["openvino", "eager"]
     assert [line.split(",")[0] for line in said] == ["left out: onnxruntime", "left out: ncnn (cannot run this)"]
     assert fastest(deploy, Options((1, 16, 16), 4), silent) == "openvino"
     only(monkeypatch, "onnxruntime", "ncnn")

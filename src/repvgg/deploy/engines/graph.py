@@ -47,11 +47,16 @@ def trace(model: nn.Module, signature: Signature) -> ExportedProgram:
         return torch.export.export(network, (signature.example(),), dynamic_shapes=(signature.dynamic_shapes,))
 
 
-def to_onnx(model: nn.Module, signature: Signature, metadata: str = "") -> bytes:
-    """The bytes of an ONNX file; `metadata` is kept in it. Raises ValueError if the model cannot be exported."""
+def to_onnx(model: nn.Module, signature: Signature, metadata: str = "", optimize: bool = True) -> bytes:
+    """The bytes of an ONNX file; `metadata` is kept in it. optimize: merge batch norms into convolutions, and the like.
+
+    Raises ValueError if the model cannot be exported.
+    """
     program = trace(model, signature)
     with _quietly(), _one_line(model):
-        exported = torch.onnx.export(program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
+        exported = torch.onnx.export(
+            program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False, optimize=optimize
+        )
         assert exported is not None
         proto = exported.model_proto
     if metadata:
