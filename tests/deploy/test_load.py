@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from repvgg.data import open_source
 from repvgg.deploy import engines, load
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import Shape, export
-from repvgg.deploy.load import Runner, exported_file, fastest, load_engine, measure
+from repvgg.deploy.load import Runner, exported_file, fastest, load_engine, measure, open_model
+from repvgg.files import Preprocessing
 from repvgg.predict import predict
+from repvgg.pspnet import PSPNet
 from repvgg.reparam import reparameterize
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import new_model
@@ -243,6 +246,20 @@ def test_what_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="the engine eager has no int8 on cpu"):
         load_engine(model, "eager", "int8")
     assert "eager" in repr(load_engine(model, "eager"))
+
+
+def test_masks_are_left_to_pytorch(tmp_path: Path) -> None:
+    has("onnxruntime", "onnxscript")
+    model = zoo.create_model("pspnet_repvgg_micro_fast", num_classes=3, width=0.125).eval()
+    zoo.remember(model, replace(zoo.manifest_of(model), preprocessing=Preprocessing((3, 40, 40), 40)))
+    zoo.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"m\.safetensors: masks of images of any size are made by PyTorch: leave out --engine"):
+        open_model(str(tmp_path / "m.safetensors"), "auto", "fp32", 1, "cpu", silent)
+    assert isinstance(open_model(str(tmp_path / "m.safetensors"), "", "fp32", 1, "cpu", silent), PSPNet)
+    path = export(randomize(model, (4, 3, 33, 33)), "onnx", tmp_path, log=silent)
+    with pytest.raises(ValueError, match=r"model\.onnx: masks of images of any size are made by PyTorch: name the model file"):
+        open_model(str(path), "", "fp32", 1, "cpu", silent)
+    assert load_engine(path)(torch.zeros(2, 3, 40, 40)).shape == (2, 3, 40, 40)  # of its own size it runs
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def _write(net: nn.Module, original: nn.Module, path: Path) -> dict[str, Any]:
 
     manifest = zoo.manifest_of(net)
     signature = Signature(manifest.preprocessing.input_size, batch=1)
-    path.write_bytes(to_onnx(net, signature, manifest.to_json(), optimize=False))
+    path.write_bytes(to_onnx(net, signature, manifest.to_json(), merge_norms=False))
     images = random_images(signature)
     parity = compare(onnxruntime.open_file(path, Options()).in_turns(images, 1), reference(original, images))
     if not parity.ok:
