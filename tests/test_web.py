@@ -20,7 +20,7 @@ from conftest import randomize, relative_error
 from PIL import Image
 from torch import nn
 
-from repvgg import web, zoo
+from repvgg import cli, web, zoo
 from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.deploy.operators import read, summary
@@ -62,7 +62,10 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(model: nn.Module, runtime: Path) -> Path:
     Image.fromarray(np.zeros((2000, 50, 3), np.uint8)).save(runtime / "tall.jpg")
-    return web.build(model, runtime / "web", [str(runtime / "tall.jpg")], runtime, silent)
+    zoo.save(model, runtime / "m.safetensors")
+    words = ["web", str(runtime / "m.safetensors"), str(runtime / "tall.jpg")]
+    cli.main([*words, "--out", str(runtime / "web"), "--runtime", str(runtime), "--no-serve"])
+    return runtime / "web" / "index.html"
 
 
 def silent(line: str) -> None:
@@ -89,6 +92,18 @@ def test_one_file_has_branches_and_the_other_has_none(model: nn.Module, page: Pa
     assert names.count("BatchNormalization") == norms  # not merged into convolutions
     assert names.count("Conv") == sum(isinstance(m, nn.Conv2d) for m in model.modules())
     assert "and no other operator" in summary(deploy)
+
+
+def test_the_demo_goes_on_in_the_browser(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what an earlier one has left."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "index.html").touch()
+    zoo.save(model, tmp_path / "run" / "last.safetensors")
+    done: list[Any] = []
+    monkeypatch.setattr(web, "build", lambda model, *rest: done.append(rest[:2]))
+    monkeypatch.setattr(web, "serve", lambda *rest: done.append(rest[:2]))
+    cli.main(["demo", "--out", str(tmp_path), "--web"])
+    assert done == [(tmp_path / "web", (str(tmp_path / "scans"),)), (tmp_path / "web", 8000)]
 
 
 def test_what_is_refused(model: nn.Module, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def test_masks(to: str, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 40, 24)
     assert relative_error(opened(path, to, images)(images), exact(reparameterize(model), images.double())) < 1e-4
     assert json.loads(report_of(path).read_text())["parity"]["predictions"] == 8 * 40 * 24
-    with pytest.raises(ValueError, match="a PSPNet's file is for images of one size.*: leave out --any-size"):
+    with pytest.raises(ValueError, match=r"a PSPNet's file is for images of one size.*: leave out --any-size"):
         export(model, to, tmp_path, shape=Shape(any_size=True), log=silent)
 
 

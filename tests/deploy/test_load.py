@@ -19,7 +19,7 @@ from repvgg.algebra import ReparamError
 from repvgg.data import open_source
 from repvgg.deploy import engines, load
 from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.export import Shape, export
+from repvgg.deploy.export import Shape, export, report_of
 from repvgg.deploy.load import Runner, exported_file, fastest, load_engine, measure, open_model
 from repvgg.files import Preprocessing
 from repvgg.predict import predict
@@ -144,6 +144,14 @@ def test_files_that_are_not_ours(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(to_onnx(reparameterize(model), Signature((1, 16, 16))))
     with pytest.raises(ValueError, match="was not written by repvgg export, it does not say what goes in and comes out"):
         load_engine(tmp_path / "x.onnx")
+    path = export(model, "ncnn", tmp_path, "new", log=silent)
+    report = json.loads(report_of(path).read_text())
+    report["manifest"]["format_version"] = 2
+    report_of(path).write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"new\.ncnn\.param: .*format version 2, this repvgg reads 1: upgrade repvgg") as error:
+        load_engine(path)
+    assert "\n" not in str(error.value)
+    path.unlink()
     (tmp_path / "x.param").write_text("7767517\n")
     with pytest.raises(ValueError, match="was not written by repvgg export"):
         load_engine(tmp_path / "x.param")

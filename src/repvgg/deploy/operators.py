@@ -54,8 +54,8 @@ def summary(operators: Sequence[Operator]) -> str:
 
 
 def plain_stack(operators: Sequence[Operator], first: int = 0) -> tuple[int, int]:
-    """How many 3x3 convolutions there are from number `first` on, each with its bias and a ReLU and nothing between; and the number of
-    the operator after them."""
+    """How many 3x3 convolutions, each with its bias and a ReLU and nothing between, follow from number `first` on; and the
+    number of the operator after them."""
     depth = 0
     while first < len(operators) and operators[first].kernel == (3, 3):
         after = first + 1
