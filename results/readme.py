@@ -213,8 +213,8 @@ def engines() -> str:
         for t in r["speed"]
         if "auto" in t
     )
-    return f"""{p["model"]} at {p["input_size"][-1]} px, {p["threads"]} threads; medians of {p["rounds"]} rounds in which all engines
-took turns, and ratios with 95% intervals.
+    return f"""{p["model"]} at {p["input_size"][-1]} px, {p["threads"]} threads; medians of {p["rounds"]} rounds in which all
+engines took turns, and ratios with 95% intervals.
 
 {_table(choice)}
 
@@ -237,8 +237,9 @@ def _predictions(r: dict[str, Any]) -> str:
         counts = (f"{f[key]:,}" for key in ("same", "clear", "differ_where_clear"))
         rows.append([f"`{to}`", *counts, f"{f['error']['relative']:.0e}"])
     return (
-        f"Predictions of {r['model']['name']} on {f['predictions']:,} test images of CIFAR-10, exported file beside PyTorch in float64; "
-        "a prediction is clear where its two best logits are farther apart than twice the largest error:\n\n" + _table(rows)
+        f"Predictions of {r['model']['name']} on {f['predictions']:,} test images of CIFAR-10, exported file beside PyTorch in "
+        "float64; a prediction is clear where its two best logits are farther apart than twice the largest error:\n\n"
+        + _table(rows)
     )
 
 
