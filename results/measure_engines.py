@@ -51,7 +51,7 @@ def speed() -> list[dict[str, Any]]:
                 leave_out=True,
                 log=say,
             )
-            rows = {
+            rows: dict[str, dict[str, Any]] = {
                 row.candidate.engine: {
                     "images_per_second": row.images_per_second,
                     "quartiles": row.spread,

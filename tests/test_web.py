@@ -113,7 +113,7 @@ def test_what_is_refused(model: nn.Module, runtime: Path, tmp_path: Path, monkey
         web.build(zoo.create_model("pspnet_repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path / "web", (), runtime)
     with pytest.raises(ValueError, match=r"--runtime .*: does not hold onnxruntime-web's ort\.wasm\.min\.mjs"):
         web.build(model, tmp_path / "web", (), tmp_path)
-    monkeypatch.setattr(web.shutil, "which", lambda name: None)
+    monkeypatch.setattr("repvgg.web.shutil.which", lambda name: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="there is no npm: install Node"):
         web.build(model, tmp_path / "web", (), None)
