@@ -4,7 +4,7 @@
 //     input maps --input()--> V [product][tile][channel] --multiply--> M [product][tile][output channel] --output()--> output maps
 //
 // Winograd's algorithms and the direct one differ in `input` and `output` alone. For the direct one a tile is a pixel, its products are
-// the taps of the kernel (or whole rows of taps), and they all add into one M.
+// the taps of the kernel (or whole rows of them, or all), and they all add into one M.
 #pragma once
 
 #include "gemm.h"
@@ -56,12 +56,24 @@ struct Direct {
 
     template <class Element>
     static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &, Target<Element> target) {
-        const int columns = c.joined ? 1 : c.kernel[1], vectors = static_cast<int>(ceil_div(c.k, WIDTH));
-        for (int y = 0, p = 0; y < c.kernel[0]; y++)
-            for (int x = 0; x < columns; x++, p++) {
-                const float *in = tile.in + y * c.dilation[0] * c.in.row + x * c.dilation[1] * c.in.pixel;
-                for (int v = 0; v < vectors; v++) target.put(p, v, load(in + v * WIDTH));
-            }
+        const int vectors = static_cast<int>(ceil_div(c.k, WIDTH));
+        if (c.joined > c.kernel[1]) return joined_input<Element>(c, tile, target, vectors);
+        for (int p = 0; p < c.products; p++) {
+            const int y = p * c.joined / c.kernel[1], x = p * c.joined % c.kernel[1];
+            const float *in = tile.in + y * c.dilation[0] * c.in.row + x * c.dilation[1] * c.in.pixel;
+            for (int v = 0; v < vectors; v++) target.put(p, v, load(in + v * WIDTH));
+        }
+    }
+
+    /// The rows of the kernel one after the other.
+    template <class Element>
+    static REPVGG_INLINE void joined_input(const Conv &c, const Tile &tile, Target<Element> target, int vectors) {
+        float numbers[MOST_JOINED + 2 * WIDTH];
+        const int row = c.kernel[1] * c.in_channels;
+        for (int y = 0; y < c.kernel[0]; y++)
+            for (int i = 0; i < row; i += WIDTH) store(numbers + y * row + i, load(tile.in + y * c.dilation[0] * c.in.row + i));
+        store(numbers + c.k, Vec{});
+        for (int v = 0; v < vectors; v++) target.put(0, v, load(numbers + v * WIDTH));
     }
 
     template <class Finish>
@@ -73,9 +85,9 @@ struct Direct {
     /// For lanes of output channels from `weights` on, and the k-th number of each product: sink(product, numbers of the lanes).
     template <class Sink>
     static void weights(const Conv &c, const float *weights, int lanes, int k, const Sink &sink) {
-        const int taps = c.kernel[0] * c.kernel[1], columns = c.joined ? 1 : c.kernel[1];
+        const int taps = c.kernel[0] * c.kernel[1], channel = k % c.in_channels;
         for (int p = 0; p < c.products; p++) {
-            const int tap = p / columns * c.kernel[1] + (c.joined ? k / c.in_channels : p % columns), channel = k % c.in_channels;
+            const int tap = p * c.joined + k / c.in_channels;
             double numbers[WIDTH] = {};
             for (int lane = 0; lane < lanes; lane++) numbers[lane] = weights[(static_cast<long>(lane) * c.in_channels + channel) * taps + tap];
             sink(p, numbers);

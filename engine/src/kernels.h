@@ -7,6 +7,9 @@
 
 namespace repvgg {
 
+/// A kernel that meets no more numbers than this is one sum.
+constexpr int MOST_JOINED = 64;
+
 /// Where the numbers of a feature map lie: NHWC, distances in floats. The channels of a pixel are contiguous.
 struct Map {
     long pixel, row, image;
@@ -17,7 +20,7 @@ struct Conv {
     int groups, in_channels, out_channels;  // channels of one group
     int kernel[2], stride[2], dilation[2];
     bool relu;
-    bool joined;  // direct: a row of the kernel meets contiguous numbers, so its columns are one sum
+    int joined;   // direct: so many taps of the kernel are one sum: 1, or a row, which meets contiguous numbers, or all where they are few
     int products;  // matrix products that a block of tiles takes
     int k;         // channels that each of them sums over
     int panels;    // the output channels of a group are cut into so many panels

@@ -123,7 +123,9 @@ void Net::add(const repvgg_layer &spec) {
         std::copy(spec.dilation, spec.dilation + 2, c.dilation);
         c.relu = spec.relu != 0;
         const bool dense = layers_.empty() || spec.in_channels % kernels_->width == 0;  // a pixel's channels are next to the next one's
-        c.joined = dense && spec.groups == 1 && spec.dilation[1] == 1;
+        const bool rows = dense && spec.groups == 1 && spec.dilation[1] == 1;
+        const bool all = rows && c.kernel[0] * c.kernel[1] * c.in_channels <= MOST_JOINED;
+        c.joined = all ? c.kernel[0] * c.kernel[1] : rows ? c.kernel[1] : 1;
         const int width = kernels_->width, vectors = static_cast<int>(ceil_div(c.out_channels, width));
         const int panels = static_cast<int>(ceil_div(vectors, kernels_->max_panel));
         c.panels = std::min(vectors, panels > 1 ? panels + panels % 2 : 1);  // even, for two threads to share

@@ -31,8 +31,8 @@ long round_up(long n, long to) { return ceil_div(n, to) * to; }
 }  // namespace
 
 Conv with_algorithm(Conv c, const Algorithm &algorithm) {
-    c.products = algorithm.products ? algorithm.products * algorithm.products : c.joined ? c.kernel[0] : c.kernel[0] * c.kernel[1];
-    c.k = algorithm.products || !c.joined ? c.in_channels : c.kernel[1] * c.in_channels;
+    c.products = algorithm.products ? algorithm.products * algorithm.products : c.kernel[0] * c.kernel[1] / c.joined;
+    c.k = algorithm.products ? c.in_channels : c.joined * c.in_channels;
     return c;
 }
 
