@@ -8,6 +8,7 @@ A part that is not named keeps its figures. Speeds come of one run for each batc
 turns. Load and memory come of a process for each engine, begun twice: with empty caches, and with those that the first left.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -25,8 +26,10 @@ from repvgg.bench.memory import held, peak
 from repvgg.bench.models import Candidate, bench, candidates, network
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
-from repvgg.deploy.export import FORMATS, export, real_images, report_of
+from repvgg.deploy.export import FORMATS, export, real_images
 from repvgg.deploy.load import fastest
+from repvgg.deploy.parity import compare, reference
+from repvgg.zoo import manifest_of
 
 OUT = Path(__file__).with_name("engines.json")
 MODEL, SIZE = "repvgg_a0", (3, 224, 224)
@@ -106,11 +109,15 @@ def predictions(file: str, data: str) -> dict[str, Any]:
     """By format: an exported file beside PyTorch in float64, on real images."""
     model, found = load(file), {}
     images = real_images(model, data, IMAGES)
+    wanted = reference(model, images)
+    options = Options(manifest_of(model).preprocessing.input_size, 50)
     with tempfile.TemporaryDirectory() as folder:
-        for to in FORMATS:
-            report = json.loads(report_of(export(model, to, folder, images=images, log=say)).read_text())
-            found[to] = report["parity"]
-    return {"model": report["manifest"]["arch"], "data": Path(data).name, "formats": found}
+        for to, known in FORMATS.items():
+            path = export(model, to, folder, log=say)
+            module: Any = importlib.import_module(f"repvgg.deploy.engines.{known.module}")
+            found[to] = asdict(compare(module.open_file(path, options).in_turns(images, 50), wanted))
+            say(f"{to}: {found[to]}")
+    return {"model": manifest_of(model).arch, "data": Path(data).name, "formats": found}
 
 
 def say(line: str) -> None:
