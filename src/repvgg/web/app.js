@@ -172,7 +172,7 @@ function showTimes(times) {
     $(`#${form} output`).textContent = milliseconds(medians[form]);
     $(`#${form} .bar i`).style.width = `${100 * medians[form] / slower}%`;
   }
-  return median(times.training.map((ms, i) => ms / times.deploy[i]));
+  return medians.training / medians.deploy;
 }
 
 async function read(blob, model, sessions) {
