@@ -1,7 +1,7 @@
-"""Write the README's section of measured figures from results/*.json.
+"""Write the sections of measured figures in README.md and docs/deploy.md from results/*.json.
 
-python results/readme.py            # rewrites README.md
-python results/readme.py --check    # exit code 1 if it is out of date
+python results/readme.py            # rewrites them
+python results/readme.py --check    # exit code 1 if one is out of date
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent
-README = RESULTS.parent / "README.md"
+README, DEPLOY = RESULTS.parent / "README.md", RESULTS.parent / "docs" / "deploy.md"
 START, END = "<!-- measured -->\n", "<!-- /measured -->"
 
 
@@ -211,15 +211,91 @@ def _machine(m: dict[str, Any]) -> str:
     return f"{m['processor']}, {m['cores']} cores, Python {m['python']}, PyTorch {m['versions']['torch']}"
 
 
+def engines() -> str:
+    """What to deploy on, for each batch size and precision; and every engine's figures."""
+    r = json.loads((RESULTS / "engines.json").read_text())
+    p, m = r["protocol"], r["machine"]
+    choice = [["processor", "images at a time", "precision", "take", "images/s", "over PyTorch", "next best"], ["---"] * 7]
+    for table in r["speed"]:
+        best, second = sorted(table["engines"].items(), key=lambda item: -item[1]["images_per_second"])[:2]
+        name, found = best
+        low, high = (found["over_eager"][key] for key in ("low", "high"))
+        choice.append(
+            [
+                _processor(m),
+                str(table["batch_size"]),
+                table["precision"],
+                f"`{name}`",
+                f"{found['images_per_second']:.0f}",
+                f"{found['over_eager']['value']:.2f} ({low:.2f} to {high:.2f})",
+                f"`{second[0]}`, {second[1]['images_per_second']:.0f}",
+            ]
+        )
+    heads = [f"batch {t['batch_size']}, {t['precision']}" for t in r["speed"]]
+    each = [["engine", *heads, "error, fp32", "memory, MiB", "first logits after", "with empty caches"]]
+    each.append(["---"] * len(each[0]))
+    for name, loaded in r["load"].items():
+        speeds = [f"{e[name]['images_per_second']:.1f}" if name in (e := t["engines"]) else "" for t in r["speed"]]
+        figures = [
+            f"{r['speed'][0]['engines'][name]['max_rel_err']:.0e}",
+            f"{loaded['bytes'] / 2**20:.0f}",
+            f"{loaded['seconds']:.1f} s",
+            f"{loaded['seconds_with_empty_caches']:.1f} s",
+        ]
+        each.append([f"`{name}`", *speeds, *figures])
+    shares = ", ".join(
+        f"{t['auto']['share_of_best']:.0%} of the fastest engine's speed at batch {t['batch_size']} (`{t['auto']['taken']}`)"
+        for t in r["speed"]
+        if "auto" in t
+    )
+    return f"""{p["model"]} at {p["input_size"][-1]} px, {p["threads"]} threads; medians of {p["rounds"]} rounds in which all
+engines took turns, and ratios with 95% intervals.
+
+{_table(choice)}
+
+Every engine, in images a second:
+
+{_table(each)}
+
+Memory is what a process grows by from opening the model file to its first logits, of one image; the time is from and to the same.
+Caches hold what `torch.compile` compiled and which algorithms `native` chose. `--engine auto` took what had {shares}.
+
+{_predictions(r["predictions"])}
+
+Measured on {_machine(m)}: [results/engines.json](../results/engines.json), by `python results/measure_engines.py`.
+"""
+
+
+def _predictions(r: dict[str, Any]) -> str:
+    rows = [["file", "the same", "clear", "clear and different", "error"], ["---"] * 5]
+    for to, f in r["formats"].items():
+        counts = (f"{f[key]:,}" for key in ("same", "clear", "differ_where_clear"))
+        rows.append([f"`{to}`", *counts, f"{f['error']['relative']:.0e}"])
+    return (
+        f"Predictions of {r['model']['name']} on {f['predictions']:,} test images of CIFAR-10, exported file beside PyTorch in "
+        "float64; a prediction is clear where its two best logits are farther apart than twice the largest error:\n\n"
+        + _table(rows)
+    )
+
+
+def _table(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _processor(m: dict[str, Any]) -> str:
+    return f"{m['processor']}, {m['cores']} cores"
+
+
 def main(check: bool) -> int:
-    text = README.read_text()
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    wanted = before + START + measured() + END + after
-    if check:
-        return int(text != wanted)
-    README.write_text(wanted)
-    return 0
+    stale = 0
+    for page, text in ((README, measured()), (DEPLOY, engines())):
+        before, _, rest = page.read_text().partition(START)
+        _, _, after = rest.partition(END)
+        wanted = before + START + text + END + after
+        stale |= int(page.read_text() != wanted)
+        if not check:
+            page.write_text(wanted)
+    return stale if check else 0
 
 
 if __name__ == "__main__":

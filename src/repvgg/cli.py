@@ -23,28 +23,60 @@ DESCRIPTION = f"repvgg {__version__}: train a multi-branch RepVGG, fold it exact
 Keys = Literal["repvgg", "official", "timm", "mmpretrain"]
 
 
-def demo(out: Path = Path("demo"), seed: int = 0) -> None:
+def demo(out: Path = Path("demo"), seed: int = 0, web: bool = False) -> None:
     """The whole road on embedded data, in about a minute: train, fold, verify, time, predict, and a page to look at.
 
     Args:
         out: folder for the model files and the page (index.html).
         seed: of the run.
+        web: then run the trained model in the browser, both forms side by side; as repvgg web does with any model.
     """
     from repvgg.demo import run
 
-    run(out, seed)
+    if not web or not (out / "index.html").exists():
+        run(out, seed)
+    if web:
+        run_web(str(out / "run" / "last.safetensors"), (str(out / "scans"),), out / "web")
 
 
-def info(model: Positional[str] = "", json: bool = False) -> None:
-    """The family at a glance, or one model layer by layer.
+def run_web(
+    model: Positional[str],
+    images: Positional[tuple[str, ...]] = (),
+    out: Path = Path("web"),
+    runtime: Path | None = None,
+    port: int = 8000,
+    serve: bool = True,
+) -> None:
+    """A page that runs a model in the browser on the visitor's images, training form and deploy form side by side.
+
+    Args:
+        model: a model file in training form.
+        images: files, folders and globs: examples on the page.
+        out: folder for the page and all that it needs; any static web server will do.
+        runtime: folder with onnxruntime-web's files; by default npm fetches them, once.
+        port: of the local server.
+        serve: the page to this machine, until Ctrl-C.
+    """
+    from repvgg.web import build
+    from repvgg.web import serve as run
+    from repvgg.zoo import load
+
+    build(load(model), out, images, runtime, _say)
+    if serve:
+        run(out, port, _say)
+
+
+def info(model: Positional[str] = "", graph: Path | None = None, json: bool = False) -> None:
+    """The family at a glance, one model layer by layer, or the operators of an exported file.
 
     Args:
         model: a model's name or a model file; empty: the family.
+        graph: an exported file (.onnx, OpenVINO's .xml, ncnn's .param), to list its operators.
         json: print JSON instead of a table.
     """
-    from repvgg.info import show
+    from repvgg.info import show, show_graph
 
-    show(model, json)
+    show_graph(graph, json) if graph else show(model, json)
 
 
 def recipe(name: Positional[str] = "", json: bool = False) -> None:
@@ -468,7 +500,8 @@ def bench(
 
     Args:
         models: names; all are folded before they are timed, comparators too.
-        engines: eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino; several with commas, or all that are installed.
+        engines: eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino, native; several with commas, or all that are
+            installed.
         precision: fp32, tf32, bf16, fp16; several with commas.
         batch_size: images a batch, several with commas; halved, with a word, where memory runs out.
         rounds: in each, every candidate has its turn.
@@ -666,6 +699,7 @@ def _run(words: list[str]) -> None:
         "convert": convert,
         "predict": predict,
         "export": export,
+        "web": run_web,
         "push": push,
         "quantize": quantize,
         "prune": _prune(default),

@@ -44,6 +44,29 @@ def show(name_or_file: str, as_json: bool) -> None:
     _show_model(name, model.eval(), as_json)
 
 
+def show_graph(path: Path, as_json: bool) -> None:
+    """Operators of an exported file in order, and whether they are a plain stack."""
+    from repvgg.deploy.operators import read, summary
+
+    operators = read(path)
+    if as_json:
+        _print_json({"operators": [asdict(operator) for operator in operators], "summary": summary(operators)})
+        return
+    rows = [
+        (
+            number,
+            operator.name,
+            "x".join(map(str, operator.kernel)),
+            "x".join(map(str, operator.stride)),
+            operator.groups if operator.groups > 1 else "",
+            operator.note,
+        )
+        for number, operator in enumerate(operators, 1)
+    ]
+    print_table(("", "operator", "kernel", "stride", "groups", ""), rows, title=str(path))
+    print(summary(operators))
+
+
 def _show_family(as_json: bool) -> None:
     import torch
 

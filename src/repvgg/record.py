@@ -11,7 +11,7 @@ from typing import Any
 
 from repvgg.files import atomically
 
-PACKAGES = ("repvgg", "torch", "torchvision", "timm", "onnxruntime", "openvino", "ncnn", "MNN", "nncf", "numpy")
+PACKAGES = ("repvgg", "repvgg-engine", "torch", "torchvision", "timm", "onnxruntime", "openvino", "ncnn", "MNN", "nncf", "numpy")
 
 
 def machine() -> dict[str, Any]:

@@ -78,6 +78,17 @@ def test_logits(name: str, precision: str, folded: nn.Module, images: Tensor) ->
     assert all(torch.equal(t, before[key][0]) and t.stride() == before[key][1] for key, t in folded.state_dict().items())
 
 
+def test_mnn_rounds_no_worse_than_others() -> None:
+    """By its largest Winograd tiles it would, tenfold."""
+    installed("mnn")
+    convolutions = [layer for _ in range(3) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]
+    network = nn.Sequential(nn.Conv2d(3, 64, 1), *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        wanted = copy.deepcopy(network).double()(images.double())
+    assert relative_error(engines.build("mnn", network, Options((3, 28, 28), 2, threads=1))(images), wanted) < 2e-6
+
+
 def test_contiguous_format(folded: nn.Module, images: Tensor) -> None:
     both = [engines.build("eager", folded, Options(SIZE, 4, channels_last=flag)) for flag in (True, False)]
     prepared = [engine.prepare(images) for engine in both]

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from repvgg import zoo
 from repvgg.algebra import ReparamError
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.engines.graph import Signature, to_onnx
-from repvgg.deploy.export import FORMATS, FromPixels, Shape, export, real_images, resize_and_crop
+from repvgg.deploy.export import FORMATS, FromPixels, Shape, export, real_images, report_of, resize_and_crop
 from repvgg.files import FileError, Manifest, Preprocessing
 from repvgg.models import FAMILY
 from repvgg.reparam import reparameterize
@@ -135,29 +133,51 @@ def test_metadata_is_inside_where_the_format_has_a_place(model: nn.Module, tmp_p
         assert (manifest.classes, manifest.preprocessing, manifest.form) == (CLASSES, P, "deploy")
 
 
+def member(name: str, width: float, side: int) -> nn.Module:
+    model = zoo.create_model(name, num_classes=3, width=width)
+    randomize(model, (8, 3, side, side))
+    return zoo.remember(model, Manifest(zoo.manifest_of(model).arch, preprocessing=Preprocessing((3, side, side), side)))
+
+
 def test_squeeze_excite_and_groups_in_ncnn(tmp_path: Path) -> None:
     needs("ncnn")
     for name in ("repvgg_b1g4", "repvgg_d2se"):
-        export(small(name), "ncnn", tmp_path, name, log=silent)
+        export(member(name, 1 / 32, 32), "ncnn", tmp_path, name, log=silent)  # which proves it
     assert "ConvolutionDepthWise" in (tmp_path / "repvgg_b1g4.ncnn.param").read_text()
     assert "BinaryOp" in (tmp_path / "repvgg_d2se.ncnn.param").read_text()
 
 
-# The rest of the family takes a minute.
-@pytest.mark.parametrize("name", ["repvgg_a0", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILY if n != "repvgg_a0")])
-def test_the_body_of_an_exported_member_is_3x3_and_relu_alone(name: str) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    model = reparameterize(zoo.create_model(name, num_classes=3, width=1 / 32).eval())
-    graph = onnx.load_from_string(to_onnx(model, Signature((3, 64, 64)))).graph
-    depth = 1 + sum(FAMILY[name].depths)
-    operators = Counter(node.op_type for node in graph.node)
-    kernels = [tuple(a.ints) for node in graph.node for a in node.attribute if a.name == "kernel_shape"]
-    if not FAMILY[name].squeeze_excite:
-        assert operators == {"Conv": depth, "Relu": depth, "ReduceMean": 1, "Gemm": 1}
-        assert [node.op_type for node in graph.node][: 2 * depth] == ["Conv", "Relu"] * depth
-        assert kernels == [(3, 3)] * depth
-    assert kernels.count((3, 3)) == depth
+@pytest.mark.slow  # all of them in five minutes
+@pytest.mark.parametrize("to", list(FORMATS))
+@pytest.mark.parametrize("name", list(FAMILY))
+def test_every_member_in_every_format(name: str, to: str, tmp_path: Path) -> None:
+    needs(to)
+    path = export(member(name, 1 / 32, 32), to, tmp_path, log=silent)
+    assert json.loads(report_of(path).read_text())["parity"]["error"]["relative"] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", list(FORMATS))
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_b1g4"])
+def test_members_at_full_size(name: str, to: str, tmp_path: Path) -> None:
+    needs(to)
+    path = export(member(name, 1, 224), to, tmp_path, log=silent)
+    assert json.loads(report_of(path).read_text())["parity"]["error"]["relative"] < 1e-4
+
+
+@pytest.mark.parametrize("to", ["onnx", *(pytest.param(to, marks=pytest.mark.slow) for to in ("openvino", "mnn", "pt2"))])
+def test_masks(to: str, tmp_path: Path) -> None:
+    """Of one size; each pixel is a prediction."""
+    needs(to)
+    model = zoo.create_model("pspnet_repvgg_micro_fast", num_classes=5, width=0.125)
+    randomize(model, (4, 3, 33, 33))
+    zoo.remember(model, Manifest(zoo.manifest_of(model).arch, preprocessing=Preprocessing((3, 40, 24), 40)))
+    path = export(model, to, tmp_path, log=silent)
+    images = torch.randn(2, 3, 40, 24)
+    assert relative_error(opened(path, to, images)(images), exact(reparameterize(model), images.double())) < 1e-4
+    assert json.loads(report_of(path).read_text())["parity"]["predictions"] == 8 * 40 * 24
+    with pytest.raises(ValueError, match=r"a PSPNet's file is for images of one size.*: leave out --any-size"):
+        export(model, to, tmp_path, shape=Shape(any_size=True), log=silent)
 
 
 # --------------------------------------------------------------------------------------------------------- what is refused

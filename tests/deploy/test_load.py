@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from repvgg.algebra import ReparamError
 from repvgg.data import open_source
 from repvgg.deploy import engines, load
 from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.export import Shape, export
-from repvgg.deploy.load import Runner, exported_file, fastest, load_engine, measure
+from repvgg.deploy.export import Shape, export, report_of
+from repvgg.deploy.load import Runner, exported_file, fastest, load_engine, measure, open_model
+from repvgg.files import Preprocessing
 from repvgg.predict import predict
+from repvgg.pspnet import PSPNet
 from repvgg.reparam import reparameterize
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import new_model
@@ -141,6 +144,14 @@ def test_files_that_are_not_ours(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(to_onnx(reparameterize(model), Signature((1, 16, 16))))
     with pytest.raises(ValueError, match="was not written by repvgg export, it does not say what goes in and comes out"):
         load_engine(tmp_path / "x.onnx")
+    path = export(model, "ncnn", tmp_path, "new", log=silent)
+    report = json.loads(report_of(path).read_text())
+    report["manifest"]["format_version"] = 2
+    report_of(path).write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"new\.ncnn\.param: .*format version 2, this repvgg reads 1: upgrade repvgg") as error:
+        load_engine(path)
+    assert "\n" not in str(error.value)
+    path.unlink()
     (tmp_path / "x.param").write_text("7767517\n")
     with pytest.raises(ValueError, match="was not written by repvgg export"):
         load_engine(tmp_path / "x.param")
@@ -191,7 +202,7 @@ def test_the_fastest_that_computes_the_same(model: nn.Module, monkeypatch: pytes
     built(monkeypatch, onnxruntime=lambda _: engine_of(lambda x: torch.ones(len(x), 10)), eager=slow, openvino=right, ncnn=broken)
     deploy = reparameterize(model)
     found = measure(deploy, Options((1, 16, 16), 4), said.append)
-    assert found.keys() == {"openvino"}  # the slow one is hopeless
+    assert list(found) == ["openvino", "eager"]
     assert [line.split(",")[0] for line in said] == ["left out: onnxruntime", "left out: ncnn (cannot run this)"]
     assert fastest(deploy, Options((1, 16, 16), 4), silent) == "openvino"
     only(monkeypatch, "onnxruntime", "ncnn")
@@ -243,6 +254,20 @@ def test_what_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="the engine eager has no int8 on cpu"):
         load_engine(model, "eager", "int8")
     assert "eager" in repr(load_engine(model, "eager"))
+
+
+def test_masks_are_left_to_pytorch(tmp_path: Path) -> None:
+    has("onnxruntime", "onnxscript")
+    model = zoo.create_model("pspnet_repvgg_micro_fast", num_classes=3, width=0.125).eval()
+    zoo.remember(model, replace(zoo.manifest_of(model), preprocessing=Preprocessing((3, 40, 40), 40)))
+    zoo.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"m\.safetensors: masks of images of any size are made by PyTorch: leave out --engine"):
+        open_model(str(tmp_path / "m.safetensors"), "auto", "fp32", 1, "cpu", silent)
+    assert isinstance(open_model(str(tmp_path / "m.safetensors"), "", "fp32", 1, "cpu", silent), PSPNet)
+    path = export(randomize(model, (4, 3, 33, 33)), "onnx", tmp_path, log=silent)
+    with pytest.raises(ValueError, match=r"model\.onnx: masks of images of any size are made by PyTorch: name the model file"):
+        open_model(str(path), "", "fp32", 1, "cpu", silent)
+    assert load_engine(path)(torch.zeros(2, 3, 40, 40)).shape == (2, 3, 40, 40)  # of its own size it runs
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ was found to be. Formats that can hold the same inside, do.
 
 import importlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.engines.graph import Signature
 from repvgg.deploy.parity import Parity, compare, folded, reference
 from repvgg.files import FileError, Manifest, Preprocessing, describe
+from repvgg.pspnet import PSPNet
 from repvgg.train.evaluate import batches
 
 
@@ -53,6 +55,9 @@ FORMATS = {
     "pt2": Format("graph", ".pt2"),
     "aotinductor": Format("aotinductor", ".aoti.pt2", "aotinductor"),
 }
+
+
+LARGE = 3 * 512 * 512  # numbers in an image of which eight in float64 take too long
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def export(
         shape.any_size,
         torch.uint8 if shape.pixels or shape.image_size else torch.float32,
     )
+    if shape.any_size and isinstance(model, PSPNet):
+        raise ValueError("a PSPNet's file is for images of one size, its pyramid's bins depend on it: leave out --any-size")
     samples = [random_images(signature) if images is None else images.to(signature.dtype)]
     if shape.any_size:
         channels, height, width = signature.size
@@ -196,9 +203,10 @@ def real_images(model: nn.Module, data: str, count: int, shape: Shape = Shape())
     return torch.cat([x for x, _ in batches(source.val, preprocessing, 64)])
 
 
-def random_images(signature: Signature, count: int = 8) -> Tensor:
-    """Normal, or pixels of any value."""
+def random_images(signature: Signature) -> Tensor:
+    """Eight, of large ones two; normal, or pixels of any value."""
     random = torch.Generator().manual_seed(0)
+    count = 8 if math.prod(signature.size) <= LARGE else 2
     if signature.dtype == torch.uint8:
         return torch.randint(0, 256, (count, *signature.size), generator=random, dtype=torch.uint8)
     return torch.randn(count, *signature.size, generator=random)

@@ -28,12 +28,14 @@ from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import FORMATS, report_of
 from repvgg.deploy.parity import compare, reference
 from repvgg.files import Manifest, atomically, describe
+from repvgg.pspnet import PSPNETS, PSPNet
 from repvgg.reparam import reparameterize
-from repvgg.timing import interleave
+from repvgg.timing import interleave, synchroniser
 
 # Exported files that are data; pt2 files are programs.
 SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".param": "ncnn", ".mnn": "mnn"}
-HOPELESS = 2.0  # times slower than the fastest, in a first try
+# Of the search for the fastest: rounds, and how many times slower than the best an engine may be in them to go on to the next.
+KNOCKOUT = ((1, 2.0), (5, 1.15), (15, 1.0))
 Log = Callable[[str], object]
 
 
@@ -108,15 +110,22 @@ def load_engine(
 def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, device: str, log: Log) -> nn.Module:
     """As `zoo.open_model`; or an engine, where one is asked for or the file is another runtime's.
 
-    Raises ValueError for a precision without an engine.
+    Raises ValueError for a precision without an engine, and for an engine that is asked to make masks.
     """
-    if not engine and exported_file(name_or_path) is None:
-        if precision != "fp32":
-            raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
-        return zoo.open_model(name_or_path)
+    exported = exported_file(name_or_path)
+    if not engine and not exported and precision != "fp32":
+        raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
+    model = exported or zoo.open_model(name_or_path)
+    if isinstance(model, nn.Module) and not engine:
+        return model
+    if isinstance(model, PSPNet):
+        raise ValueError(f"{name_or_path}: masks of images of any size are made by PyTorch: leave out --engine")
     if engine in engines.ENGINES and not engines.precisions(engine, device):
         device = "cpu"
-    return load_engine(name_or_path, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
+    runner = load_engine(model, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
+    if exported and runner.manifest and (runner.manifest.arch or {}).get("name") in PSPNETS:
+        raise ValueError(f"{exported}: masks of images of any size are made by PyTorch: name the model file")
+    return runner
 
 
 # ----------------------------------------------------------------------------------------------------------- the fastest one
@@ -133,7 +142,7 @@ def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
         return str(json.loads(path.read_text())["fastest"])
     log("measuring the engines, once for this model on this machine: it takes a minute or two")
     found = measure(model, options, log)
-    best = max(found, key=lambda name: found[name]["images_per_second"])
+    best = next(iter(found))
     text = json.dumps({"fastest": best, "engines": found, "options": asdict(options), "machine": record.machine()}, indent=2)
     with suppress(OSError, ValueError):  # a cache that cannot be written costs time and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +152,8 @@ def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
 
 
 def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, dict[str, float]]:
-    """Images a second and relative error by engine, the hopelessly slow ones left out. Raises ValueError if none is right."""
+    """Images a second and relative error of the engines that are right, the fastest first; each as in the last rounds that it took
+    part in. Raises ValueError if none is right."""
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, options.batch_size), *options.input_size, generator=random)
     wanted = reference(model, images)
@@ -163,12 +173,17 @@ def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, d
             log(f"left out: {name}, {parity}")
     if not calls:
         raise ValueError(f"no engine runs this model in {options.precision} and computes the same")
-    first = {name: times.median for name, times in interleave(calls, rounds=1, batches=2, warmup=1).items()}
-    best = min(first.values())
-    calls = {name: call for name, call in calls.items() if first[name] <= HOPELESS * best}
-    batches = max(1, min(20, round(0.1 / best)))
-    times = interleave(calls, rounds=7, batches=batches, warmup=1)
-    return {name: {"images_per_second": options.batch_size / t.median, "max_rel_err": errors[name]} for name, t in times.items()}
+    figures: dict[str, dict[str, float]] = {}
+    batches = 2
+    for rounds, slower in KNOCKOUT:
+        timed = interleave(calls, rounds=rounds, batches=batches, warmup=1, synchronise=synchroniser(options.device))
+        best = min(t.median for t in timed.values())
+        for name in sorted(timed, key=lambda name: -timed[name].median):  # the fastest of the last rounds ends up as the last
+            figures.pop(name, None)
+            figures[name] = {"images_per_second": options.batch_size / timed[name].median, "max_rel_err": errors[name]}
+        calls = {name: call for name, call in calls.items() if timed[name].median <= slower * best}
+        batches = max(1, min(20, round(0.1 / best)))
+    return dict(reversed(figures.items()))
 
 
 def _digest(model: nn.Module, options: Options) -> str:

@@ -17,15 +17,18 @@ TURN = 16  # images at a time in float64
 
 @dataclass(frozen=True)
 class Parity:
-    """On `images` images: the error of the logits, the bound of the relative one, and how many predictions are the same.
+    """The error of the logits, the bound of the relative one, and how many predictions (a label for each image; of masks, for each
+    pixel) are the same as in float64.
 
-    Predictions whose margin in float64 is more than twice the error are the same by necessity; the others may differ.
+    A prediction is clear if its two best logits in float64 are farther apart than twice the largest error.
     """
 
-    images: int
+    predictions: int
     error: Error
     bound: float
     same: int
+    clear: int
+    differ_where_clear: int
 
     @property
     def ok(self) -> bool:
@@ -35,7 +38,8 @@ class Parity:
     def __str__(self) -> str:
         return (
             f"relative error {self.error.relative:.1e} (bound {self.bound:.0e}), {self.error.of_deviation:.1e} of the deviation "
-            f"across images, {self.same} of {self.images} predictions the same as PyTorch's in float64"
+            f"across images, {self.same:,} of {self.predictions:,} predictions the same as PyTorch's in float64"
+            + (f" ({self.differ_where_clear} of the others clear)" if self.same < self.predictions else "")
         )
 
 
@@ -52,7 +56,10 @@ def compare(got: Tensor, wanted: Tensor, precision: str = "fp32") -> Parity:
     error = distance([got], [wanted])
     if not bool(torch.isfinite(got).all()):
         error = Error(math.inf, math.inf)
-    return Parity(len(wanted), error, BOUND[precision], int((got.argmax(1) == wanted.argmax(1)).sum()))
+    best = wanted.topk(min(2, wanted.shape[1]), dim=1).values
+    clear = best[:, 0] - best[:, -1] > 2 * (got - wanted).abs().max()
+    same = got.argmax(1) == wanted.argmax(1)
+    return Parity(same.numel(), error, BOUND[precision], int(same.sum()), int(clear.sum()), int((clear & ~same).sum()))
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@
 
 A file of this folder has a function `build(model, options) -> Engine`. `model` is in eval mode, is run as it is (fold it first),
 and is not changed. One whose runtime has files of its own has `write(model, signature, path, metadata)` and
-`open_file(path, options) -> Engine` too, and `metadata(path)` where they can hold any (see export.py).
+`open_file(path, options) -> Engine` too, `operators(path)`, and `metadata(path)` where they can hold any (see export.py).
 """
 
 import importlib
@@ -83,6 +83,17 @@ ENGINES = {
     "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),
     "native": Known("native", ("repvgg_engine",), ("fp32", "bf16"), (), "pip install ./engine, with a C++ compiler"),
 }
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One of a graph, by its format's own name. kernel: height and width, of a convolution; note: whatever else is worth a word."""
+
+    name: str
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    groups: int = 1
+    note: str = ""
 
 
 def build(name: str, model: nn.Module, options: Options) -> Engine:

@@ -1,5 +1,7 @@
 """torch.compile, with its default backend."""
 
+import logging
+
 import torch
 import torch._dynamo
 from torch import nn
@@ -13,5 +15,6 @@ def build(model: nn.Module, options: Options) -> Engine:
     # Models of one class share their compiled code's cache: beyond its limit the next one would run uncompiled, silently but for
     # fullgraph, which makes that an error, and a model that cannot be compiled whole too.
     torch._dynamo.config.recompile_limit = 1000
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     compiled = torch.compile(network, fullgraph=True)
     return Engine(prepare, in_precision(compiled, options), lambda logits: logits.float().cpu(), options.batch_size)

@@ -47,12 +47,22 @@ def trace(model: nn.Module, signature: Signature) -> ExportedProgram:
         return torch.export.export(network, (signature.example(),), dynamic_shapes=(signature.dynamic_shapes,))
 
 
-def to_onnx(model: nn.Module, signature: Signature, metadata: str = "") -> bytes:
-    """The bytes of an ONNX file; `metadata` is kept in it. Raises ValueError if the model cannot be exported."""
+def to_onnx(model: nn.Module, signature: Signature, metadata: str = "", merge_norms: bool = True) -> bytes:
+    """The bytes of an ONNX file; `metadata` is kept in it. merge_norms: into the convolutions before them.
+
+    Raises ValueError if the model cannot be exported.
+    """
     program = trace(model, signature)
     with _quietly(), _one_line(model):
-        exported = torch.onnx.export(program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
+        exported = torch.onnx.export(
+            program, (), input_names=["images"], output_names=["logits"], dynamo=True, verbose=False, optimize=merge_norms
+        )
         assert exported is not None
+        if not merge_norms:
+            from onnxscript import optimizer
+
+            optimizer.fold_constants_ir(exported.model)
+            optimizer.remove_unused_nodes(exported.model)
         proto = exported.model_proto
     if metadata:
         proto.metadata_props.add(key=METADATA_KEY, value=metadata)

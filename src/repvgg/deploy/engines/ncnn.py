@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines import Engine, Operator, Options
 from repvgg.deploy.engines.graph import Signature
 from repvgg.models import layer_list
 
@@ -114,6 +114,24 @@ def open_file(path: Path, options: Options) -> Engine:
         return [_logits(net, image) for image in images]
 
     return Engine(lambda x: x.float().contiguous().cpu().numpy(), run, _stacked)
+
+
+def operators(path: Path) -> list[Operator]:
+    """Of the graph, in order, without its inputs. Raises ValueError for a file that is not ncnn's."""
+    lines = path.read_text().splitlines()
+    if lines[:1] != [str(MAGIC)]:
+        raise ValueError("ncnn cannot read it")
+    found = []
+    for words in map(str.split, lines[2:]):
+        kind, inputs, outputs = words[0], int(words[2]), int(words[3])
+        given = dict(word.split("=", 1) for word in words[4 + inputs + outputs :])
+        relu = "with ReLU" if given.get("9") == str(RELU) else ""
+        if kind.startswith("Convolution"):
+            kernel, stride = (tuple(int(given[number]) for number in numbers) for numbers in (("11", "1"), ("13", "3")))
+            found.append(Operator(kind, kernel, stride, int(given.get("7", 1)), relu))
+        elif kind != "Input":
+            found.append(Operator(kind, note=relu))
+    return found
 
 
 def _logits(net: Any, image: Any) -> Any:

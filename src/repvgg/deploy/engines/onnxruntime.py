@@ -6,7 +6,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines import Engine, Operator, Options
 from repvgg.deploy.engines.graph import Signature, to_onnx
 from repvgg.files import METADATA_KEY
 
@@ -45,4 +45,19 @@ def metadata(path: Path) -> str | None:
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     found: str | None = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    return found
+
+
+def operators(path: Path) -> list[Operator]:
+    """Of the graph, in order."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    found = []
+    for node in graph.node:
+        about = {
+            a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in ("kernel_shape", "strides", "group")
+        }
+        kernel, stride = (tuple(about.get(name, ())) for name in ("kernel_shape", "strides"))
+        found.append(Operator(node.op_type, kernel, stride, about.get("group", 1)))
     return found

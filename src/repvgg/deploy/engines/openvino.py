@@ -7,7 +7,7 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines import Engine, Operator, Options
 from repvgg.deploy.engines.graph import Signature, to_onnx
 from repvgg.files import METADATA_KEY
 
@@ -57,3 +57,26 @@ def metadata(path: Path) -> str | None:
     """What `write` was given."""
     network = openvino.Core().read_model(path)
     return str(network.get_rt_info(METADATA_KEY).astype(str)) if network.has_rt_info(METADATA_KEY) else None
+
+
+def operators(path: Path) -> list[Operator]:
+    """Of the graph, in order, without constants, shapes and what is computed of them alone. A convolution's bias is an Add of its
+    own."""
+    found: list[Operator] = []
+    constant: set[str] = set()
+    convolutions: set[str] = set()
+    for node in openvino.Core().read_model(path).get_ordered_ops():
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        inputs = [value.get_source_output().get_node().get_friendly_name() for value in node.inputs()]
+        if kind in ("Constant", "ShapeOf") or (inputs and constant.issuperset(inputs)):
+            constant.add(name)
+        elif kind in ("Convolution", "GroupConvolution"):
+            convolutions.add(name)
+            weight = node.input(1).get_partial_shape()
+            groups = weight[0].get_length() if kind == "GroupConvolution" else 1
+            kernel = tuple(side.get_length() for side in list(weight)[-2:])
+            found.append(Operator(kind, kernel, tuple(node.get_attributes()["strides"]), groups))
+        elif kind not in ("Parameter", "Result"):
+            biases = kind == "Add" and inputs[0] in convolutions and inputs[1] in constant
+            found.append(Operator(kind, note="bias" if biases else ""))
+    return found

@@ -1,0 +1,142 @@
+"""Every engine on A0 at 224: speed, error, memory, time to the first logits, and what "auto" takes; and whether exported files
+predict what PyTorch does on real images. Writes results/engines.json.
+
+python results/measure_engines.py speed load                                               # on a machine that does nothing else
+python results/measure_engines.py predictions runs/cifar10/best.safetensors hf:../shared/data/cifar10
+
+A part that is not named keeps its figures. Speeds come of one run for each batch size and precision, in which the engines take
+turns. Load and memory come of a process for each engine, begun twice: with empty caches, and with those that the first left.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repvgg import load, load_engine, record, save
+from repvgg.bench.memory import held, peak
+from repvgg.bench.models import Candidate, bench, candidates, network
+from repvgg.deploy import engines
+from repvgg.deploy.engines import Options
+from repvgg.deploy.export import FORMATS, export, real_images
+from repvgg.deploy.load import fastest
+from repvgg.deploy.parity import compare, reference
+from repvgg.zoo import manifest_of
+
+OUT = Path(__file__).with_name("engines.json")
+MODEL, SIZE = "repvgg_a0", (3, 224, 224)
+BATCHES, PRECISIONS = (1, 32), ("fp32", "bf16")
+THREADS, ROUNDS, WARMUP = 2, 9, 2
+IMAGES = 1000
+CACHES = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "REPVGG_ENGINE_CACHE")
+
+
+def speed() -> list[dict[str, Any]]:
+    """A table for each batch size and precision; ratios are to PyTorch. "auto" chose for itself, before the run that judges it."""
+    tables: list[dict[str, Any]] = []
+    for batch_size in BATCHES:
+        for precision in PRECISIONS:
+            report = bench(
+                candidates([MODEL], ["all"], [precision], log=say),
+                batch_size=batch_size,
+                rounds=ROUNDS,
+                batches=10 if batch_size == 1 else 1,
+                warmup=WARMUP,
+                threads=THREADS,
+                leave_out=True,
+                log=say,
+            )
+            rows: dict[str, dict[str, Any]] = {
+                row.candidate.engine: {
+                    "images_per_second": row.images_per_second,
+                    "quartiles": row.spread,
+                    "over_eager": asdict(row.ratio),
+                    "max_rel_err": row.error,
+                }
+                for row in report.rows
+            }
+            tables.append({"batch_size": batch_size, "precision": precision, "engines": rows})
+            if precision == "fp32":
+                tables[-1]["auto"] = _auto(batch_size, {name: row["images_per_second"] for name, row in rows.items()})
+            say(json.dumps(tables[-1], indent=1))
+    return tables
+
+
+def _auto(batch_size: int, speeds: dict[str, float]) -> dict[str, Any]:
+    deploy, _ = network(Candidate(MODEL))
+    with tempfile.TemporaryDirectory() as folder:  # so that nothing is remembered
+        os.environ["XDG_CACHE_HOME"] = folder
+        taken = fastest(deploy, Options(SIZE, batch_size, threads=THREADS), say)
+        del os.environ["XDG_CACHE_HOME"]
+    return {"taken": taken, "share_of_best": speeds[taken] / max(speeds.values())}
+
+
+def load_and_memory() -> dict[str, Any]:
+    """By engine, in fp32: seconds from opening a model file to the first logits of one image, and by how much the process grew."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save(network(Candidate(MODEL))[0], file)
+        for name in engines.installed("fp32", log=say):
+            environment = {**os.environ, **dict.fromkeys(CACHES, str(Path(folder) / name))}
+            command = [sys.executable, __file__, "one", name, str(file)]
+            first, again = (
+                json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+                for _ in range(2)
+            )
+            found[name] = {"seconds": again["seconds"], "seconds_with_empty_caches": first["seconds"], "bytes": again["bytes"]}
+            say(f"{name}: {found[name]}")
+    return found
+
+
+def one(name: str, file: str) -> None:
+    """In a process of its own."""
+    torch.set_num_threads(THREADS)
+    before, started = held("cpu"), time.perf_counter()
+    load_engine(file, name, threads=THREADS)(torch.zeros(1, *SIZE))
+    print(json.dumps({"seconds": time.perf_counter() - started, "bytes": peak("cpu") - before}))
+
+
+def predictions(file: str, data: str) -> dict[str, Any]:
+    """By format: an exported file beside PyTorch in float64, on real images."""
+    model, found = load(file), {}
+    images = real_images(model, data, IMAGES)
+    wanted = reference(model, images)
+    options = Options(manifest_of(model).preprocessing.input_size, 50)
+    with tempfile.TemporaryDirectory() as folder:
+        for to, known in FORMATS.items():
+            path = export(model, to, folder, log=say)
+            module: Any = importlib.import_module(f"repvgg.deploy.engines.{known.module}")
+            found[to] = asdict(compare(module.open_file(path, options).in_turns(images, 50), wanted))
+            say(f"{to}: {found[to]}")
+    return {"model": manifest_of(model).arch, "data": Path(data).name, "formats": found}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(words: list[str]) -> None:
+    figures = json.loads(OUT.read_text()) if OUT.exists() else {}
+    figures["protocol"] = {"model": MODEL, "input_size": SIZE, "threads": THREADS, "rounds": ROUNDS, "warmup": WARMUP}
+    torch.set_num_threads(THREADS)
+    if "predictions" in words:
+        figures["predictions"] = predictions(*words[1:])
+    if "speed" in words:
+        figures["speed"] = speed()
+    if "load" in words:
+        figures["load"] = load_and_memory()
+    figures.pop("machine", None)
+    record.write(OUT, figures)
+
+
+if __name__ == "__main__":
+    one(*sys.argv[2:]) if sys.argv[1] == "one" else main(sys.argv[1:])
