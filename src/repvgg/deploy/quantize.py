@@ -187,8 +187,9 @@ def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings
 
 
 def qat_recipe(source: Source) -> Recipe:
-    """The source's own, but gentle: it starts from trained weights."""
-    return replace(get_recipe(source.recipe), warmup_epochs=0, mixup=0, precision="fp32")
+    """The source's own, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a training,
+    augmented as they are, would change the network more than the rounding does."""
+    return replace(get_recipe(source.recipe), warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
 
 
 def _numbers(keep: tuple[int, ...], count: int) -> list[int]:
