@@ -197,12 +197,12 @@ def engines() -> str:
             ]
         )
     heads = [f"batch {t['batch_size']}, {t['precision']}" for t in r["speed"]]
-    each = [["engine", *heads, "error, fp32", "memory, MiB", "first logits after", "with empty caches"]]
+    each = [["engine", *heads, "error, fp32 / bf16", "memory, MiB", "first logits after", "with empty caches"]]
     each.append(["---"] * len(each[0]))
     for name, loaded in r["load"].items():
         speeds = [f"{e[name]['images_per_second']:.1f}" if name in (e := t["engines"]) else "" for t in r["speed"]]
         figures = [
-            f"{r['speed'][0]['engines'][name]['max_rel_err']:.0e}",
+            " / ".join(f"{t['engines'][name]['max_rel_err']:.0e}" for t in r["speed"][:2] if name in t["engines"]),
             f"{loaded['bytes'] / 2**20:.0f}",
             f"{loaded['seconds']:.1f} s",
             f"{loaded['seconds_with_empty_caches']:.1f} s",
