@@ -188,7 +188,8 @@ def algorithms(folder: Path) -> dict[str, Any]:
         for name in WINOGRAD:
             for i in range(len(net.layers)):
                 if has := net.algorithms(i):
-                    net.choose(i, name if name in has and i > 0 else "direct" if i == 0 or name == "direct" else has[-2])
+                    others = "direct" if i == 0 or name == "direct" or len(has) == 1 else has[-2]
+                    net.choose(i, name if name in has and i > 0 else others)
             times = interleave({name: _run(net.run, batch)}, rounds=5, batches=1, warmup=2)
             errors = {kind: reference.error(net.run(x), wanted[kind]) for kind, x in kinds.items()}
             figures[f"{precision} {name}"] = {"images_per_second": 32 / times[name].median, "rms_error": errors}

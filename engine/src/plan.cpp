@@ -12,9 +12,11 @@ namespace {
 /// Transformed tiles and their products should stay in a core's second-level cache.
 constexpr long BLOCK_BYTES = 640 << 10;
 /// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
-constexpr long BLOCKS_OF_WEIGHTS = 16;
+constexpr long BLOCKS_OF_WEIGHTS = 32;
 /// Fewer rows than this for each thread, and threads share out output channels rather than tiles: each weight is then read once.
 constexpr long FEW_TILES = 8;
+/// From so many blocks a thread on, blocks are of whole groups of tiles; fewer would then be unequal work for the threads.
+constexpr long WHOLE_GROUPS = 4;
 constexpr long ALIGNMENT = 1024;
 constexpr long MOST_FLOATS = 1L << 36;
 
@@ -182,7 +184,7 @@ void Plan::cut(Step &step, int threads) {
         blocks = round_up(blocks, wanted);
     }
     step.block = ceil_div(step.tiles, blocks);
-    if (step.block > c.rows) step.block = round_up(step.block, c.rows);  // whole groups
+    if (blocks >= WHOLE_GROUPS * wanted) step.block = round_up(step.block, c.rows);
     step.blocks = static_cast<int>(ceil_div(step.tiles, step.block));
 }
 

@@ -26,6 +26,8 @@ _HOME = {
     "verify": "reparam",
     "FileError": "files",
     "create_model": "zoo",
+    "from_pretrained": "zoo",
+    "push_to_hub": "push",
     "list_models": "zoo",
     "load_engine": "deploy.load",
     "load": "zoo",
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
     from repvgg.costs import num_paths as num_paths
     from repvgg.deploy.load import load_engine as load_engine
     from repvgg.files import FileError as FileError
+    from repvgg.push import push_to_hub as push_to_hub
     from repvgg.reparam import as_linear as as_linear
     from repvgg.reparam import equivalent_kernel as equivalent_kernel
     from repvgg.reparam import reparameterize as reparameterize
     from repvgg.reparam import verify as verify
     from repvgg.replace import replace_conv as replace_conv
     from repvgg.zoo import create_model as create_model
+    from repvgg.zoo import from_pretrained as from_pretrained
     from repvgg.zoo import list_models as list_models
     from repvgg.zoo import load as load
     from repvgg.zoo import save as save

@@ -182,7 +182,7 @@ def evaluate(
     """Top-1, top-5, accuracy of each class and the confusion matrix; or of masks, intersection over union of each class.
 
     Args:
-        model: a model file, a name for its pretrained weights, or an exported file or its folder.
+        model: a model file, hf:USER/NAME, a name for its pretrained weights, or an exported file or its folder.
         data: digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS,
             camvid:ROOT or cityscapes:ROOT.
         split: the validation split, or the test split of data that has one.
@@ -246,34 +246,70 @@ def convert(source: Positional[Path], target: Positional[Path], to_keys: Keys | 
 
 def predict(
     model: Positional[str],
-    images: Positional[tuple[str, ...]],
+    images: Positional[tuple[str, ...]] = (),
+    data: str = "",
+    split: str = "val",
     batch_size: int = 32,
     top: int = 5,
     out: Path | None = None,
+    part_size: int = 1024,
     slide: bool = False,
     scales: str = "1",
     flip: bool = False,
     device: str = "",
+    workers: int = 0,
     engine: str = "",
     precision: str = "fp32",
     json: bool = False,
 ) -> None:
-    """Labels and probabilities of images; or of a PSPNet, masks.
+    """Labels and probabilities of images; or of a PSPNet, masks. With --data, of a whole data set, as Parquet.
 
     Args:
-        model: a model file, a name for its pretrained weights, or an exported file or its folder.
+        model: a model file, hf:USER/NAME, a name for its pretrained weights, or an exported file or its folder.
         images: files, folders and globs.
+        data: instead of images: any folder, hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS, or as for eval; no labels are
+            needed. It goes on where it was, and torchrun shares the work out.
+        split: of the data.
         batch_size: images at a time; masks are made one at a time.
         top: how many labels an image.
-        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json.
+        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json. With --data: folder for part-*.parquet.
+        part_size: with --data: images a part; of hf-stream and wds, a part is a file of the data.
         slide: of masks: in windows of the training crop's size, which overlap, instead of the whole image.
         scales: of masks: of the image, several with commas, averaged: 0.75,1,1.25.
         flip: of masks: average with the mirrored image.
         device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+        workers: with --data: processes that decode images; 0 decodes in the main one.
         engine: what runs it: auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own.
         precision: of the engine: fp32, tf32, bf16 or fp16.
-        json: print one JSON object an image.
+        json: print one JSON object an image; with --data, one in the end.
     """
+    if data:
+        if images or out is None:
+            raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
+        from repvgg.info import show_predicted
+        from repvgg.predict_data import Job, predict_data
+        from repvgg.train.distributed import local_device
+
+        rank = int(_process())
+        job = Job(
+            model,
+            data,
+            out,
+            split=split,
+            engine=engine,
+            precision=precision,
+            batch_size=batch_size,
+            top=top,
+            part_size=part_size,
+            views=_views(slide, scales, flip),
+            device=local_device(_device(device)),
+            workers=workers,
+            rank=rank,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        summary = predict_data(job, log=_say if rank == 0 else str)
+        show_predicted(summary, json, always=rank == 0)
+        return
     from repvgg.deploy.load import open_model
     from repvgg.info import show_masks, show_predictions
     from repvgg.predict import expand
@@ -324,6 +360,21 @@ def export(
     run(network, to, out, Path(model).stem, shape, real_images(network, data, images, shape) if data else None, _say)
 
 
+def push(model: Positional[Path], repo: Positional[str], license: str = "", private: bool = False, message: str = "") -> None:
+    """Publish a model file on the Hugging Face hub, with a card that says what was measured. Then hf:REPO stands for it.
+
+    Args:
+        model: a model file; the summary of its run, if that lies beside it, goes into the card.
+        repo: USER/NAME; made if it is not there.
+        license: an identifier of the hub's, such as mit or apache-2.0.
+        private: make the repository a private one.
+        message: of the commit.
+    """
+    from repvgg.push import push_to_hub
+
+    print(push_to_hub(model, repo, license=license, private=private, message=message))
+
+
 def quantize(
     model: Positional[str],
     data: str,
@@ -334,8 +385,11 @@ def quantize(
     equalise: bool = False,
     keep: tuple[int, ...] = (),
     max_drop: float | None = None,
+    qat_epochs: int = 0,
+    qat_lr: float = 0.001,
     limit: int | None = None,
     seed: int = 0,
+    device: str = "",
     json: bool = False,
 ) -> None:
     """INT8, calibrated on real images; with the accuracy before and after, the layers that hurt, and the speed.
@@ -350,8 +404,11 @@ def quantize(
         equalise: scale channels first, so that weights have like ranges; exact.
         keep: numbers of layers to leave in float; 0 -1 for the first and the last.
         max_drop: of top-1, as a fraction: leave as many layers in float as that takes.
+        qat_epochs: first insert batch norms and train this long with weights and activations rounded.
+        qat_lr: learning rate of that, at its start.
         limit: at most this many images of each split, drawn with the seed.
         seed: of the draw.
+        device: to train on: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
         json: print JSON instead of tables.
     """
     from repvgg.data import open_source
@@ -360,9 +417,66 @@ def quantize(
     from repvgg.info import show_quantization
     from repvgg.zoo import open_model
 
-    settings = Quantization(images, bias_correction, equalise, keep, max_drop)
+    settings = Quantization(images, bias_correction, equalise, keep, max_drop, qat_epochs, qat_lr)
     source = open_source(data).limited(limit, seed)
-    show_quantization(run(open_model(model), source, to, out, Path(model).stem, settings, _say), json)
+    show_quantization(run(open_model(model), source, to, out, Path(model).stem, settings, _device(device), _say), json)
+
+
+def _prune(default: Recipe) -> Callable[..., None]:
+    def prune(
+        model: Positional[str],
+        data: str,
+        out: Path,
+        keep: float = 0.5,
+        recipe: str = "",
+        settings: OmitArgPrefixes[Settings] = Settings(**asdict(default)),  # noqa: B008 - made anew with each default
+        keeping: OmitArgPrefixes[Keeping] = Keeping(),  # noqa: B008 - frozen
+        engine: str = "eager",
+        limit: int | None = None,
+        seed: int = 0,
+        device: str = "",
+        workers: int = 0,
+        json: bool = False,
+    ) -> None:
+        """Take channels out of a RepVGG and train what is left; with accuracy, cost and speed before and after.
+
+        Args:
+            model: a model file, or a name for its pretrained weights; of a training form all branches are pruned together.
+            data: what it is trained on, as for train.
+            out: run folder, with the best model in deploy form too (deploy.safetensors), and the figures (pruning.json).
+            keep: share of each layer's channels that stay.
+            recipe: as for train; empty: what suits the data. Its fields are flags, shown with its values.
+            settings: the recipe's fields.
+            keeping: when state is saved, and what is done with a run that is there already.
+            engine: that the speeds are measured with, as in repvgg bench.
+            limit: at most this many images of each split, drawn with the seed.
+            seed: of order and augmentation.
+            device: cpu, cuda, cuda:1, ...; empty: a GPU if there is one.
+            workers: processes that load images; 0 loads in the main one.
+            json: print JSON instead of a table.
+        """
+        from repvgg.data import open_source
+        from repvgg.deploy.prune import prune as run
+        from repvgg.info import show_pruning
+        from repvgg.zoo import open_model
+
+        source = open_source(data).limited(limit, seed)
+        report = run(
+            open_model(model),
+            source,
+            out,
+            keep,
+            Recipe(**asdict(settings)),
+            engine=engine,
+            seed=seed,
+            device=_device(device),
+            workers=workers,
+            keeping=keeping,
+            log=_say,
+        )
+        show_pruning(report, json)
+
+    return prune
 
 
 def bench(
@@ -586,7 +700,9 @@ def _run(words: list[str]) -> None:
         "predict": predict,
         "export": export,
         "web": run_web,
+        "push": push,
         "quantize": quantize,
+        "prune": _prune(default),
         "bench": bench,
         "ablate": _ablate(default),
         "paper": paper,
@@ -595,8 +711,8 @@ def _run(words: list[str]) -> None:
 
 
 def _default_recipe(words: list[str]) -> Recipe:
-    """The recipe whose values the flags of `train` and `ablate` start from: the one named, else the one that suits the data."""
-    if words[:1] not in (["train"], ["ablate"]):
+    """The recipe whose values the flags of `train`, `prune` and `ablate` start from: the one named, or what suits the data."""
+    if words[:1] not in (["train"], ["prune"], ["ablate"]):
         return Recipe()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="")

@@ -163,7 +163,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | No
     if not start:
         raise FileError(f"{path}: is empty (zero bytes): copy or download it again")
     try:
-        tensors, manifest = (_read_pickle if _is_pickle(start) else _read_safetensors)(path)
+        tensors, manifest = (_read_pickle if is_pickle(start) else _read_safetensors)(path)
         _refuse_damage(tensors)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
@@ -172,7 +172,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | No
     return (tensors if manifest else _strip_prefixes(tensors)), manifest
 
 
-def _is_pickle(start: bytes) -> bool:
+def is_pickle(start: bytes) -> bool:
     """By content, not by name: a zip archive, or a bare pickle. A safetensors file may begin with the same byte as those, since
     it begins with its header's length; but then, after those 8 bytes, comes the header."""
     return start.startswith((ZIP, b"\x80")) and start[8:9] != b"{"

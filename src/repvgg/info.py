@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from repvgg.bench.models import Report
+    from repvgg.deploy.prune import Report as Pruned
     from repvgg.deploy.quantize import Report as Quantized
     from repvgg.predict import Prediction
+    from repvgg.predict_data import Summary
     from repvgg.segment import MaskPrediction
     from repvgg.train.evaluate import Accuracy
     from repvgg.train.segmentation import Overlap
@@ -29,10 +31,9 @@ def show(name_or_file: str, as_json: bool) -> None:
     import torch
 
     from repvgg import zoo
-    from repvgg.files import PICKLE_SUFFIXES
 
-    if Path(name_or_file).exists() or Path(name_or_file).suffix in {".safetensors", *PICKLE_SUFFIXES}:
-        _show_model(name_or_file, zoo.load(name_or_file), as_json)
+    if zoo.is_file(name_or_file):
+        _show_model(name_or_file, zoo.open_model(name_or_file), as_json)
         return
     name = zoo.resolve_name(name_or_file)
     if zoo.is_built_folded(name):
@@ -265,6 +266,20 @@ def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
         raise ValueError(f"{failed} of {count} images could not be read")
 
 
+def show_predicted(summary: "Summary", as_json: bool, always: bool = True) -> None:
+    """Of a whole data set. always: even if parts are missing, which other processes are at work on."""
+    if not (always or summary.complete):
+        return
+    speed = summary.here / summary.seconds if summary.here else 0.0
+    if as_json:
+        _print_json({**asdict(summary), "out": str(summary.out), "images_per_second": round(speed, 1)})
+        return
+    unread = f", {summary.errors:,} of them could not be read (column error)" if summary.errors else ""
+    parts = f"{summary.parts:,} parts" if summary.complete else f"{summary.parts:,} of {summary.of:,} parts, others are at work"
+    here = f"; {summary.here:,} now, {speed:,.0f} img/s" if summary.here else ""
+    print(f"{summary.images:,} images{unread} in {parts}{here}: {summary.out}")
+
+
 def show_quantization(report: "Quantized", as_json: bool) -> None:
     """Figures of `repvgg quantize`."""
     if as_json:
@@ -276,9 +291,25 @@ def show_quantization(report: "Quantized", as_json: bool) -> None:
         for i, layer in enumerate(report.layers)
     ]
     print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
-    before, after, (slow, fast) = report.before, report.after, report.images_per_second
+    before, after, (slow, fast) = report.before, report.after, report.gain.images_per_second
     print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
-    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup}")
+    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.gain.ratio}")
+    print(report.path)
+
+
+def show_pruning(report: "Pruned", as_json: bool) -> None:
+    """Figures of `repvgg prune`."""
+    if as_json:
+        _print_json(report.to_json())
+        return
+    accuracies, (large, small), speeds = (report.before, report.after), report.costs, report.gain.images_per_second
+    rows = [
+        (name, f"{accuracy.top1:.2%}", _millions(c.params), _billions(c.macs), f"{speed:,.1f}")
+        for name, accuracy, c, speed in zip(("before", "after"), accuracies, (large, small), speeds, strict=True)
+    ]
+    print_table(("", "top-1", "params", "MACs", f"images/s, {report.engine}"), rows, title="Deploy form")
+    print(f"{report.keep:.0%} of the channels: top-1 {report.cut.top1:.2%} before training, then {report.after.top1:.2%}")
+    print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.gain.ratio} the speed")
     print(report.path)
 
 

@@ -35,6 +35,10 @@ class Member:
         exact = (min(64, 64 * a), 64 * a, 128 * a, 256 * a, 512 * b)
         return tuple(max(1, round(channels / self.groups)) * self.groups for channels in exact)
 
+    def layer_widths(self, width: float = 1.0) -> list[int]:
+        """Channels of every layer, the stem first."""
+        return [channels for depth, channels in zip((1, *self.depths), self.widths(width), strict=True) for _ in range(depth)]
+
 
 A, B = (2, 4, 14, 1), (4, 6, 16, 1)
 FAMILY: dict[str, Member] = {
@@ -95,6 +99,7 @@ class RepVGG(nn.Module):
     output_stride: 32, or 16 or 8, where the last one or two stages keep their resolution and dilate every 3x3 instead; of all the
     network's layers only the last `dilated_layers`, if given.
     small_input: stem and first stage at stride 1, for images of some 32 pixels. block: a name in `BLOCKS`; None for the member's.
+    widths: channels of each layer, the stem's first, where a network was pruned; None for the member's.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class RepVGG(nn.Module):
         small_input: bool = False,
         block: str | None = None,
         dilated_layers: int | None = None,
+        widths: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         block = block or member.block
@@ -118,13 +124,15 @@ class RepVGG(nn.Module):
             raise ValueError(f"the block {block} has no deploy form: it cannot be folded")
         if num_classes < 1 or in_chans < 1 or not 0 < width <= 16:
             raise ValueError("num_classes and in_chans are at least 1, width is above 0 and at most 16")
-        widths = member.widths(width)
+        widths = list(widths or member.layer_widths(width))
+        if len(widths) != 1 + sum(member.depths) or min(widths) < 1:
+            raise ValueError(f"widths are the channels of {1 + sum(member.depths)} layers, at least 1 each")
         strides, dilations = _strides_and_dilations(output_stride, small_input)
         make = deploy_conv if deploy else make
         plain = 0 if dilated_layers is None else 1 + sum(member.depths) - dilated_layers  # first layers, which do not dilate
 
         def layer(in_channels: int, stage: int, first: bool, index: int) -> Layer:
-            out = widths[stage]
+            out = widths[index - 1]
             groups = member.groups if index % 2 else 1  # the 3rd, 5th, ... layer, counting the stem as the 1st
             groups = 1 if index == 1 else groups
             stride = strides[stage] if first else 1
@@ -141,7 +149,7 @@ class RepVGG(nn.Module):
             for i in range(depth):
                 index += 1
                 layers.append(layer(channels, stage, i == 0, index))
-                channels = widths[stage]
+                channels = widths[index - 1]
             in_pairs = member.residual and depth > 1
             stages.append(nn.Sequential(*(_reorganise(layers, into, channels, strides[stage], deploy) if in_pairs else layers)))
         self.stages = nn.Sequential(*stages)

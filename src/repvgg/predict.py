@@ -53,7 +53,7 @@ def predict(
             images = normalise(torch.stack(list(inputs.values())).to(device), manifest.preprocessing)
             with torch.inference_mode():
                 probabilities = model(images.to(dtype_of(model))).float().softmax(1).cpu()
-            labels = dict(zip(inputs, _named(probabilities, manifest.classes, top), strict=True))
+            labels = dict(zip(inputs, named(probabilities, manifest.classes, top), strict=True))
         for path in chunk:
             yield Prediction(path, labels.get(path, []), errors.get(path))
 
@@ -75,7 +75,8 @@ def _images(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if is_image(p) and p.is_file()) if path.is_dir() else [path]
 
 
-def _named(probabilities: Tensor, classes: list[str] | None, top: int) -> list[list[tuple[str, float]]]:
+def named(probabilities: Tensor, classes: list[str] | None, top: int) -> list[list[tuple[str, float]]]:
+    """The `top` likeliest classes of each image, by name."""
     best = probabilities.topk(min(top, probabilities.shape[1]))
     names = classes or [str(i) for i in range(probabilities.shape[1])]
     return [

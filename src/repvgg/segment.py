@@ -173,32 +173,45 @@ class MaskPrediction:
     error: str | None = None
 
 
+class Masker:
+    """A PSPNet and what it takes to make masks of decoded images.
+
+    Raises ValueError for a model that gives no masks, or more classes than a mask can hold.
+    """
+
+    def __init__(self, model: nn.Module, device: str = "cpu", views: Views = WHOLE) -> None:
+        if not isinstance(model, PSPNet):
+            raise ValueError("this model gives labels, not masks: --out, --slide, --scales and --flip are for a PSPNet")
+        if model.num_classes > 255:
+            raise ValueError(f"{model.num_classes} classes: a mask holds 255")
+        self.preprocessing, self.device, self.views = manifest_of(model).preprocessing, device, views
+        self.to_network, self.network = ToNetwork(self.preprocessing), placed(model, device)
+
+    @torch.inference_mode()
+    def __call__(self, small: Tensor, size: tuple[int, int]) -> Tensor:
+        """Class ids, uint8 [*size], of a photo [C, H, W] that `to_network` has resized."""
+        x = normalise(small.unsqueeze(0).to(self.device), self.preprocessing)
+        scores = segment(self.network, x, size, self.preprocessing.input_size[1:], self.views)
+        return scores[0].argmax(0).to(torch.uint8).cpu()
+
+
 def predict_masks(model: nn.Module, patterns: Sequence[str], device: str = "cpu", views: Views = WHOLE) -> Iterator[MaskPrediction]:
     """Masks for files, folders (all images below them) and globs, in order, at each image's own size.
 
     An image that cannot be read yields a MaskPrediction with an error; the others go on. Raises `ImageError` where a pattern fits
-    nothing, ValueError for a model that gives no masks or more classes than a mask can hold.
+    nothing, ValueError as `Masker` does.
     """
     if not patterns:
         raise ValueError("no images: name files, folders or globs")
-    manifest = manifest_of(model)
-    if not isinstance(model, PSPNet):
-        raise ValueError("this model gives labels, not masks: --out, --slide, --scales and --flip are for a PSPNet")
-    if model.num_classes > 255:
-        raise ValueError(f"{model.num_classes} classes: a mask holds 255")
-    p = manifest.preprocessing
-    to_network, network = ToNetwork(p), placed(model, device)
-    names = class_names(model)
+    masker, names = Masker(model, device, views), class_names(model)
     for path in expand(patterns):
         try:
-            image = decode(path, p.input_size[0])
-            small = to_network(image)
+            image = decode(path, masker.preprocessing.input_size[0])
+            small = masker.to_network(image)
         except ImageError as error:
             yield MaskPrediction(path, error=str(error) if str(error).startswith(path) else f"{path}: {error}")
             continue
-        with torch.inference_mode():
-            x = normalise(small.unsqueeze(0).to(device), p)
-            mask = segment(network, x, (image.shape[1], image.shape[2]), p.input_size[1:], views)[0].argmax(0).to(torch.uint8).cpu()
+        mask = masker(small, (image.shape[1], image.shape[2]))
         yield MaskPrediction(path, image.expand(3, -1, -1), mask, _shares(mask, names))
 
 
@@ -225,7 +238,7 @@ def write_masks(answers: Iterable[MaskPrediction], out: Path, names: Sequence[st
             name = Path(answer.path).stem
             if name in found:
                 raise ValueError(f"{answer.path}: {found[name]['path']} has the same name: give each folder an --out of its own")
-            _save(_indexed(answer.mask, palette), out / f"{name}.png", format="PNG")
+            write_mask(answer.mask, palette, out / f"{name}.png")
             _save(overlay(answer.image, answer.mask, palette), out / f"{name}_overlay.jpg", format="JPEG", quality=90)
             found[name] = {"path": answer.path, "mask": f"{name}.png", "overlay": f"{name}_overlay.jpg", "shares": answer.shares}
         yield answer
@@ -248,10 +261,11 @@ def overlay(image: Tensor, mask: Tensor, palette: Any) -> Image.Image:
     return Image.fromarray(((photo + palette[mask.numpy()]) // 2).astype(np.uint8))
 
 
-def _indexed(mask: Tensor, palette: Any) -> Image.Image:
+def write_mask(mask: Tensor, palette: Any, path: Path) -> None:
+    """Class ids as PNG, with colours for viewers."""
     image = Image.fromarray(mask.numpy())
     image.putpalette(palette.tobytes())
-    return image
+    _save(image, path, format="PNG")
 
 
 def _save(image: Image.Image, path: Path, **options: Any) -> None:

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg import baselines, files, keys
+from repvgg import baselines, files, hub, keys
 from repvgg.files import FileError, Manifest, Preprocessing
 from repvgg.models import FAMILY, NETWORKS, PlainNet, RepVGG, is_deploy_form, layer_list
 from repvgg.pspnet import PSPNETS, create_pspnet
@@ -22,6 +22,7 @@ from repvgg.replace import replace_conv
 # The paper's weights as timm publishes them, in timm's keys.
 PRETRAINED = ("a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se")
 HUB_REPO = "timm/{name}.rvgg_in1k"
+HUB = "hf:"  # before USER/NAME, where a file or a name may stand too
 
 
 def list_models() -> list[str]:
@@ -60,11 +61,13 @@ def create_model(
     width: float = 1.0,
     small_input: bool = False,
     block: str | None = None,
+    widths: Sequence[int] | None = None,
 ) -> nn.Module:
     """A model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes], of a PSPNet [N, num_classes, H, W].
 
     block: the structure of each layer in training form, a name in `repvgg.blocks.BLOCKS`; by default the network's own ("repvgg",
     in the residual one "plain"). In a comparator it takes the place of each 3x3 convolution (see `replace_conv`).
+    widths: channels of each layer of a pruned network of the family, the stem's first, in place of the name's own.
 
     pretrained: the paper's ImageNet weights from the hub; a string pins the hub repository's revision. With another number of
     classes the classifier starts anew; in a PSPNet they are the backbone's, and the heads are new. Raises ValueError for an unknown
@@ -73,14 +76,16 @@ def create_model(
     name = resolve_name(name)
     arch: dict[str, Any] = {"name": name, "num_classes": num_classes, "in_chans": in_chans}
     options: dict[str, Any] = {"output_stride": output_stride, "width": width, "small_input": small_input}
+    if widths and (pretrained or name not in NETWORKS):
+        raise ValueError("widths are those of a pruned network of the family, and no weights were released for one")
     if name in PSPNETS:
         return _create_pspnet(arch, options, block, deploy, pretrained)
     if name not in NETWORKS:
         return _create_baseline(arch, options, block, deploy, pretrained)
-    arch.update(options, block=block or NETWORKS[name].block)
+    arch.update(options, block=block or NETWORKS[name].block, **({"widths": list(widths)} if widths else {}))
     if pretrained:
         return _create_pretrained(arch, deploy, "main" if pretrained is True else pretrained)
-    model = RepVGG(NETWORKS[name], num_classes, in_chans, deploy, **options, block=block)
+    model = RepVGG(NETWORKS[name], num_classes, in_chans, deploy, **options, block=block, widths=widths)
     return remember(model, Manifest(arch, preprocessing=default_preprocessing(arch)))
 
 
@@ -126,6 +131,8 @@ def save(
         arch = manifest.arch or {}
         if arch.get("name") not in FAMILY or not isinstance(model, RepVGG):
             raise ValueError(f"{to_keys} keys exist for the RepVGG family only")
+        if "widths" in arch:
+            raise ValueError(f"{to_keys} has no pruned networks")
         if manifest.form == "training" and arch["block"] != "repvgg":
             raise ValueError(f"{to_keys} has no block {arch['block']!r}: fold the model first")
         tensors = keys.to_foreign(tensors, to_keys)
@@ -148,13 +155,47 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise FileError(f"{path}: its manifest describes no network ({files.describe(error)})") from None
 
 
+def from_pretrained(repo_id: str, *, revision: str | None = None, token: str | None = None) -> nn.Module:
+    """The model of a hub repository (its model.safetensors), in eval mode; see `repvgg.push_to_hub`.
+
+    repo_id: USER/NAME, or USER/NAME@REVISION. revision: a branch, tag or commit. What was fetched before serves where the hub
+    cannot be reached. Raises `FileError` if there is none, or what is there is no model.
+    """
+    repo, _, pinned = repo_id.partition("@")
+    path = hub.fetch(repo, revision or pinned or "main", token=token)
+    try:
+        with path.open("rb") as file:
+            if files.is_pickle(file.read(9)):
+                raise FileError(f"{path}: is a pickle, and those of the hub are never opened")
+        return load(path)
+    except FileError as error:
+        raise FileError(str(error).replace(str(path), f"{repo}@{revision or pinned or 'main'}")) from None
+
+
 def open_model(name_or_path: str) -> nn.Module:
-    """The model of a file, or by its name the paper's pretrained weights in deploy form; in eval mode."""
-    if Path(name_or_path).exists() or Path(name_or_path).suffix in {".safetensors", *files.PICKLE_SUFFIXES}:
+    """The model of a file, of a hub repository (hf:USER/NAME), or by its name the paper's pretrained weights in deploy form; in
+    eval mode."""
+    if name_or_path.startswith(HUB):
+        return from_pretrained(name_or_path.removeprefix(HUB))
+    if is_file(name_or_path):
         return load(name_or_path)
     if resolve_name(name_or_path) in PSPNETS:
         raise ValueError(f"there are no weights of {name_or_path}, only of its backbone: train it, and name the file")
     return create_model(name_or_path, pretrained=True, deploy=True).eval()
+
+
+def is_file(name_or_path: str) -> bool:
+    """Whether a file or a hub repository is meant, not a model's name."""
+    path = Path(name_or_path)
+    return name_or_path.startswith(HUB) or path.exists() or path.suffix in {".safetensors", *files.PICKLE_SUFFIXES}
+
+
+def file_of(name_or_path: str) -> Path:
+    """The model file that is meant; of a hub repository, its local copy."""
+    if not name_or_path.startswith(HUB):
+        return Path(name_or_path)
+    repo, _, pinned = name_or_path.removeprefix(HUB).partition("@")
+    return hub.fetch(repo, pinned or "main")
 
 
 def pretrained_file(name: str, revision: str = "main") -> Path:
@@ -164,23 +205,8 @@ def pretrained_file(name: str, revision: str = "main") -> Path:
     """
     if name.removeprefix("repvgg_") not in PRETRAINED:
         raise ValueError(f"no weights were released for {name}; there are repvgg_{{{','.join(PRETRAINED)}}}")
-    try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError:
-        raise ValueError("pretrained weights need huggingface_hub: pip install 'repvgg[train]'") from None
     repo = HUB_REPO.format(name=name)
-    file = "model.safetensors"
-    with suppress(LocalEntryNotFoundError):  # what was fetched once needs no network
-        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
-    try:
-        get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))  # fails at once where the next line retries for long
-        return Path(hf_hub_download(repo, file, revision=revision))
-    except Exception as error:  # whatever the hub's client, and its client's client, raise
-        raise FileError(
-            f"{repo}@{revision} is not in the local cache and cannot be fetched: check the connection and HF_HUB_OFFLINE "
-            f"({files.describe(error)})"
-        ) from None
+    return hub.cached(repo, revision) or hub.fetch(repo, revision)  # they do not change: what was fetched once needs no network
 
 
 # ----------------------------------------------------------------------------------------------------------------- helpers

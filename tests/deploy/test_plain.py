@@ -1,7 +1,7 @@
 """plain.py: surgery that changes no function, against float64."""
 
 import copy
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,20 @@ from torch import Tensor, nn
 
 from repvgg import zoo
 from repvgg.algebra import ReparamError
-from repvgg.deploy.plain import equalise, insert_bn, plain_net
-from repvgg.models import is_deploy_form
+from repvgg.deploy.plain import equalise, insert_bn
+from repvgg.models import PlainNet, layer_list
 from repvgg.reparam import reparameterize
 
 
 def deploy(name: str = "repvgg_micro", width: float = 0.25) -> nn.Module:
     model = zoo.create_model(name, num_classes=5, width=width, small_input=True)
     return reparameterize(randomize(model, (16, 3, 16, 16)))
+
+
+def by_its_layers(model: nn.Module) -> nn.Module:
+    net = PlainNet(layer_list(model) or [])
+    net.load_state_dict(model.state_dict())
+    return zoo.remember(net.eval(), replace(zoo.manifest_of(model), arch=None))
 
 
 @torch.no_grad()
@@ -37,46 +43,40 @@ def test_equalising_changes_no_logits_and_evens_the_ranges(name: str, width: flo
     model = deploy(name, width).double()
     even = equalise(model)
     assert relative_error(exact(even, images), exact(model, images)) < 1e-12
-    first, second = (even.get_submodule(f"stages.2.{i}.block.weight".removesuffix(".weight")) for i in (1, 2))
-    made = first.weight.abs().amax((1, 2, 3))  # type: ignore[operator, union-attr]
-    weight = second.weight  # type: ignore[union-attr]
-    groups = second.groups
-    used = weight.view(groups, -1, *weight.shape[1:]).abs().amax((1, 3, 4)).flatten()  # type: ignore[operator, union-attr]
-    assert float((made / used).log().abs().max()) < 0.05
+    first, second = (even.get_submodule(f"stages.2.{i}.block") for i in (1, 2))
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(second, nn.Conv2d)
+    made = first.weight.abs().amax((1, 2, 3))
+    used = second.weight.view(second.groups, -1, *second.weight.shape[1:]).abs().amax((1, 3, 4)).flatten()
+    assert (made / used).log().abs().max().item() < 0.05
 
 
-@pytest.mark.parametrize("make", [lambda: deploy(), lambda: plain_net(deploy())], ids=["family", "layers alone"])
-def test_inserted_batch_norms_change_nothing_train_and_fold_back(make: Callable[[], nn.Module], images: Tensor) -> None:
-    model = make()
-    open_again = insert_bn(model, images)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in open_again.modules()) == 10
-    assert relative_error(exact(open_again, images), exact(model, images)) < 1e-5
-    folded = reparameterize(open_again)
+def test_inserted_batch_norms_change_nothing_train_and_fold_back(images: Tensor, tmp_path: Path) -> None:
+    model = deploy()
+    training = insert_bn(model, images)
+    assert not training.training
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in training.modules()) == 10
+    assert relative_error(exact(training, images), exact(model, images)) < 1e-5
+    fresh = torch.randn(4, 3, 16, 16)  # images that they have not seen
+    assert relative_error(exact(training, fresh), exact(model, fresh)) < 1e-5
+    folded = reparameterize(training)
     assert not folded.fold_report.left  # type: ignore[union-attr]
     assert folded.state_dict().keys() == model.state_dict().keys()
     assert relative_error(exact(folded, images), exact(model, images)) < 1e-5
-    open_again.train()(images).sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in open_again.parameters())
-
-
-def test_a_member_with_inserted_batch_norms_is_its_plain_training_form(images: Tensor, tmp_path: Path) -> None:
-    model = insert_bn(deploy(), images)
-    zoo.save(model, tmp_path / "m.safetensors")
+    zoo.save(training, tmp_path / "m.safetensors")
     again = zoo.load(tmp_path / "m.safetensors")
     manifest = zoo.manifest_of(again)
     assert manifest.arch is not None
     assert (manifest.form, manifest.arch["block"]) == ("training", "plain")
-    assert relative_error(exact(again, images), exact(model, images)) < 1e-12
-    assert is_deploy_form(reparameterize(again))
+    assert torch.equal(again(images), training(images))
+    training.train()(images).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in training.parameters())
 
 
-def test_a_net_known_by_its_layers_alone_saves_and_loads(images: Tensor, tmp_path: Path) -> None:
-    model = deploy()
-    net = plain_net(model)
-    zoo.save(net, tmp_path / "m.safetensors")
-    again = zoo.load(tmp_path / "m.safetensors")
-    assert zoo.manifest_of(again).arch is None
-    assert relative_error(exact(again, images), exact(model, images)) < 1e-12
+def test_their_statistics_are_those_of_the_images(images: Tensor) -> None:
+    training = insert_bn(deploy(), images)
+    still, moving = exact(training, images), exact(training.train(), images)
+    assert relative_error(moving, still) < 1e-4
 
 
 def test_what_is_not_plain_is_refused(images: Tensor) -> None:
@@ -86,3 +86,7 @@ def test_what_is_not_plain_is_refused(images: Tensor) -> None:
         equalise(zoo.create_model("repvgg_d2se", width=0.03, deploy=True).eval())
     with pytest.raises(ReparamError, match="is in train mode"):
         insert_bn(deploy().train(), images)
+    with pytest.raises(ReparamError, match="is no plain network in deploy form"):
+        insert_bn(zoo.create_model("repvgg_micro", width=0.25).eval(), images)
+    with pytest.raises(ReparamError, match="known by its layers alone has no training form"):
+        insert_bn(by_its_layers(deploy()), images)

@@ -1,20 +1,23 @@
 """quantize.py: what INT8 costs is measured, and what helps against it helps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, relative_error
 from torch import nn
 
 from repvgg import zoo
+from repvgg.cli import main
 from repvgg.data import Decoded, Source
 from repvgg.deploy import quantize as quantizing
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.quantize import Quantization, Report, quantize
-from repvgg.files import Manifest, Preprocessing
+from repvgg.files import FileError, Manifest, Preprocessing
 from repvgg.reparam import reparameterize
+from repvgg.train.int8 import RoundedConv
 
 pytest.importorskip("nncf")
 pytest.importorskip("openvino")
@@ -42,7 +45,7 @@ def source(model: nn.Module) -> Source:
     with torch.no_grad():
         labels = model((pixels / 255 - 0.5) / 0.25).argmax(1).tolist()
     images = Decoded(pixels, labels)
-    return Source("self-labelled", images, images, CLASSES, P)
+    return Source("self-labelled", images, images, CLASSES, P, recipe="demo")
 
 
 def mean_snr(report: Report) -> float:
@@ -51,7 +54,7 @@ def mean_snr(report: Report) -> float:
 
 @pytest.mark.parametrize("to", ["openvino", "onnx"])
 def test_int8_is_measured_and_its_file_runs(to: str, model: nn.Module, source: Source, tmp_path: Path) -> None:
-    report = quantize(model, source, to, tmp_path, "net", Quantization(images=40), silent)
+    report = quantize(model, source, to, tmp_path, "net", Quantization(images=40), log=silent)
     assert report.before.top1 == 1
     assert report.before.images == report.after.images == 120
     assert report.drop < 0.2
@@ -77,6 +80,9 @@ def test_trap_13_channels_of_very_different_ranges_collapse_unless_equalised(
     with torch.no_grad():
         for i in range(3):
             first, second = (uneven.get_submodule(f"stages.2.{j}.block") for j in (i, i + 1))
+            assert isinstance(first, nn.Conv2d)
+            assert isinstance(second, nn.Conv2d)
+            assert first.bias is not None
             gain = torch.logspace(-2, 2, first.out_channels)
             first.weight.mul_(gain.view(-1, 1, 1, 1))
             first.bias.mul_(gain)
@@ -94,27 +100,66 @@ def test_layers_are_left_in_float_by_number_or_until_the_drop_is_kept(model: nn.
     report = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, keep=(0, -1)), log=silent)
     assert report.kept == [0, 10]
     assert report.layers[0].snr > 60
-    every = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, keep=tuple(range(11))), log=silent)
-    assert every.drop == 0
     said: list[str] = []
     strict = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, max_drop=0.01), log=said.append)
     assert strict.drop <= 0.01
     assert sum(line.startswith("quantising") for line in said) == len(strict.kept) + 1
 
 
-def test_what_is_refused(model: nn.Module, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
+def test_training_with_the_rounding_in_it(model: nn.Module, source: Source, tmp_path: Path) -> None:
+    settings = Quantization(40, qat_epochs=1, qat_lr=1e-4)
+    report = quantize(model, source, "onnx", tmp_path, "net", settings, log=silent)
+    assert report.before.top1 == 1  # of what it was given
+    assert report.drop < 0.2
+    trained = zoo.load(tmp_path / "net.qat.safetensors")
+    manifest = zoo.manifest_of(trained)
+    assert (manifest.form, manifest.classes, manifest.preprocessing) == ("deploy", CLASSES, P)
+    assert all(type(m) is not RoundedConv for m in trained.modules())
+    images = torch.randn(8, 3, 16, 16)
+    moved = relative_error(trained(images), model(images))
+    assert 1e-6 < moved < 0.3
+    runner = load_engine(tmp_path, batch_size=8)  # the INT8 file is of the trained network
+    assert relative_error(runner(images), trained(images)) < 0.1
 
+
+def test_the_command_and_what_it_wrote_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, width=0.25, small_input=True)
+    grey = Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,))
+    zoo.save(randomize(net, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=grey)
+    data = ["--data", "digits", "--limit", "50", "--json"]
+    main(["quantize", str(tmp_path / "m.safetensors"), "--to", "openvino", "--out", str(tmp_path / "q"), "--images", "20", *data])
+    figures = json.loads(capsys.readouterr().out)
+    main(["eval", str(tmp_path / "q"), *data])
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(figures["accuracy"]["int8"]["top1"], abs=0.021)
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantize", str(tmp_path / "m.safetensors"), "--to", "onnx", "--out", str(tmp_path / "m.safetensors"), *data])
+    assert stopped.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_nothing_is_left_in_a_folder_that_cannot_be_written(model: nn.Module, source: Source, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot be written"):
+        quantize(model, source, "openvino", tmp_path / "file", settings=Quantization(8), log=silent)
+
+
+def test_what_is_refused(model: nn.Module, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no INT8 for 'ncnn': there are openvino, onnx"):
         quantize(model, source, "ncnn", tmp_path)
     with pytest.raises(ValueError, match="the model knows 3 classes, self-labelled has 2"):
         quantize(model, replace(source, classes=["a", "b"]), "onnx", tmp_path)
     grey = replace(source, preprocessing=Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,)))
-    with pytest.raises(ValueError, match="the model takes images of 3 channels"):
+    with pytest.raises(ValueError, match="the model takes images of 3 channels, those of self-labelled have 1"):
         quantize(model, grey, "onnx", tmp_path)
     with pytest.raises(ValueError, match="--keep 11: there are 11 layers"):
         quantize(model, source, "onnx", tmp_path, settings=Quantization(8, keep=(11,)), log=silent)
-    for wrong, reason in (({"images": 0}, "--images"), ({"max_drop": 2.0}, "--max-drop 2.0: a fraction")):
+    with pytest.raises(ValueError, match="has masks, and what INT8 costs is measured on labels"):
+        quantize(model, replace(source, masks=True), "onnx", tmp_path)
+    for wrong, reason in (
+        ({"qat_epochs": -1}, "--qat-epochs is not negative"),
+        ({"images": 0}, "--images"),
+        ({"max_drop": 2.0}, "--max-drop 2.0: a fr"),
+    ):
         with pytest.raises(ValueError, match=reason):
             Quantization(**wrong)  # type: ignore[arg-type]
     monkeypatch.setattr(quantizing, "find_spec", lambda name: None)

@@ -64,14 +64,20 @@ def open_hf(name: str) -> Source:
 
 
 def columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
-    """Those of images and labels, and the names of the classes where they are known. Raises DataError where one is missing."""
+    """As `find_columns`. Raises DataError where one is missing."""
+    image, label, classes = find_columns(features)
+    if image is None or label is None:
+        there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
+        raise DataError(f"{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
+    return image, label, classes
+
+
+def find_columns(features: Any) -> tuple[str | None, str | None, list[str] | None]:
+    """Those of images and labels, and the names of the classes; None for what is not there."""
     image = next((c for c, f in features.items() if isinstance(f, datasets.Image)), None)
     labels = {c: f for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
     integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith("int")]
     label = next(iter(labels), next((c for c in integers if c in ("label", "labels", "class", "target", "cls")), None))
-    if image is None or label is None:
-        there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
-        raise DataError(f"{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
     return image, label, labels[label].names if label in labels else None
 
 

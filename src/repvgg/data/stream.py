@@ -22,6 +22,7 @@ from repvgg.data.images import decode
 from repvgg.data.index import kept
 from repvgg.files import Preprocessing, describe
 
+BLOCK = 512  # bytes; a tar file ends in blocks of zeros
 BUFFER = 4096  # examples that are shuffled among each other
 
 
@@ -106,9 +107,20 @@ def open_wds(spec: str) -> Source:
     for what, shards in (("train", train), ("val", val)):
         if not shards:
             raise DataError(f"wds:{spec}: has no {what}*.tar")
-        if gone := next((s for s in shards if "://" not in s and not Path(s).is_file()), None):
-            raise DataError(f"wds:{spec}: there is no {gone}")
+        refuse_damaged(f"wds:{spec}", shards)
     return _open(f"wds:{spec}", {"path": "webdataset", "data_files": {"train": train, "val": val}}, [*train, *val])
+
+
+def refuse_damaged(name: str, shards: list[str]) -> None:
+    """Raises `DataError` for a local shard that is missing, or cut off: where a member ends, nothing else would notice that."""
+    for shard in (Path(shard) for shard in shards if "://" not in shard):
+        if not shard.is_file():
+            raise DataError(f"{name}: there is no {shard}")
+        if shard.suffix == ".tar":
+            with shard.open("rb") as file:
+                file.seek(max(0, shard.stat().st_size - BLOCK))
+                if file.read() != bytes(BLOCK):
+                    raise DataError(f"{name}: {shard} is damaged, it does not end as a tar file does: copy or download it again")
 
 
 def expanded(pattern: str) -> list[str]:

@@ -117,7 +117,7 @@ def load(
         sampler=order,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_main_process if workers else None,
+        worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
     try:
         yield from loader
@@ -126,7 +126,7 @@ def load(
         raise ImageError(reason.removeprefix(f"{ImageError.__module__}.ImageError: ")) from None
 
 
-def _leave_signals_to_the_main_process(_: int) -> None:
+def leave_signals_to_the_main_process(_: int) -> None:
     """Ctrl-C reaches all processes of a terminal, and the main one still wants the batches that are under way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -108,8 +108,13 @@ def load_engine(
 
 
 def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, device: str, log: Log) -> nn.Module:
-    """As `zoo.open_model`; or an engine, where one is asked for or the file is another runtime's."""
+    """As `zoo.open_model`; or an engine, where one is asked for or the file is another runtime's.
+
+    Raises ValueError for a precision without an engine, and for an engine that is asked to make masks.
+    """
     exported = exported_file(name_or_path)
+    if not engine and not exported and precision != "fp32":
+        raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
     model = exported or zoo.open_model(name_or_path)
     if isinstance(model, nn.Module) and not engine:
         return model

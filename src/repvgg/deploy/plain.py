@@ -6,17 +6,19 @@ insert_bn(deploy, images)        the same function, with a batch norm after each
 
 import copy
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repvgg import zoo
 from repvgg.algebra import LinearMap, ReparamError, balance
-from repvgg.blocks import with_bn
-from repvgg.models import PlainNet, RepVGG, layer_list
-from repvgg.reparam import Branches, as_linear, refuse_train_mode
+from repvgg.models import layer_list
+from repvgg.reparam import as_linear, refuse_train_mode
 
 SWEEPS = 20  # over all pairs of layers; the ranges hardly change after ten
+TURN = 32  # images at a time
 
 
 def convolutions(model: nn.Module) -> list[str]:
@@ -36,76 +38,22 @@ def equalise(model: nn.Module) -> nn.Module:
     Raises `ReparamError` for what is no plain network in deploy form.
     """
     deploy = copy.deepcopy(model)
-    paths = [*convolutions(deploy), classifier(deploy)]
-    maps = [_as_map(deploy.get_submodule(path)) for path in paths]
+    layers: list[Any] = [deploy.get_submodule(path) for path in [*convolutions(deploy), _classifier(deploy)]]
+    maps = [_as_map(layer) for layer in layers]
     for _ in range(SWEEPS):
         for i in range(len(maps) - 1):  # the last pair has the average pool between, which no scale minds either
             maps[i], maps[i + 1] = balance(maps[i], maps[i + 1])
-    for path, m in zip(paths, maps, strict=True):
-        layer = deploy.get_submodule(path)
-        layer.weight.copy_(m.kernel.view_as(layer.weight))  # type: ignore[operator, union-attr, arg-type]
-        layer.bias.copy_(m.bias)  # type: ignore[operator, union-attr]
+    for layer, m in zip(layers, maps, strict=True):
+        layer.weight.copy_(m.kernel.view_as(layer.weight))
+        layer.bias.copy_(m.bias)
     return deploy
 
 
-def classifier(model: nn.Module) -> str:
-    """The path of the linear layer at the end of a plain network."""
+def _classifier(model: nn.Module) -> str:
     layers = layer_list(model) or [{}]
     if layers[-1].get("op") != "linear":
         raise ReparamError("this network does not end in a classifier")
     return str(layers[-1]["weight"]).removesuffix(".weight")
-
-
-@torch.no_grad()
-def insert_bn(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy that computes the same, with a batch norm after each convolution, its statistics those of `images`.
-
-    To train a deploy form on (after pruning, say), which without batch norms trains badly; `reparameterize` folds it again. Of a
-    member of the family it makes the training form with block="plain", which can be saved. Raises `ReparamError` for what is no
-    plain network in deploy form, or is in train mode.
-    """
-    refuse_train_mode(model)
-    network = copy.deepcopy(model)
-    paths = convolutions(network)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(path: str) -> None:
-        def note(module: nn.Module, inputs: object, output: Tensor) -> None:
-            seen[path] = (output.double().mean((0, 2, 3)), output.double().var((0, 2, 3), correction=0))
-
-        hooks.append(network.get_submodule(path).register_forward_hook(note))
-
-    hooks: list[torch.utils.hooks.RemovableHandle] = []
-    for path in paths:
-        watch(path)
-    network(images.to(next(network.parameters()).dtype))
-    for hook in hooks:
-        hook.remove()
-    for path in paths:
-        network.set_submodule(path, Branches(conv_kxk=_with_bn(network.get_submodule(path), *seen[path])).eval())
-    if isinstance(network, RepVGG):
-        manifest = zoo.manifest_of(model)
-        zoo.remember(network, replace(manifest, arch=manifest.arch and {**manifest.arch, "block": "plain"}, layers=None))
-    return network
-
-
-def _with_bn(conv: nn.Module, mean: Tensor, var: Tensor) -> nn.Sequential:
-    """`conv` and a batch norm that subtracts the mean of its outputs, divides by their deviation, and undoes both."""
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.bias is not None
-    bare = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, bias=False
-    )
-    pair = with_bn(bare.to(conv.weight))
-    norm = pair.get_submodule("bn").to(conv.weight)
-    assert isinstance(norm, nn.BatchNorm2d)
-    var = torch.where(var > 0, var, 1.0)  # a channel that these images do not excite
-    bare.weight.copy_(conv.weight)
-    norm.running_mean.copy_(mean - conv.bias)  # type: ignore[union-attr]
-    norm.running_var.copy_(var)  # type: ignore[union-attr]
-    norm.weight.copy_((var + norm.eps).sqrt())
-    norm.bias.copy_(mean)
-    return pair
 
 
 def _as_map(layer: nn.Module) -> LinearMap:
@@ -114,14 +62,46 @@ def _as_map(layer: nn.Module) -> LinearMap:
     return as_linear(layer)
 
 
-def plain_net(model: nn.Module) -> PlainNet:
-    """A copy that is known by its layers alone. Raises `ReparamError` for what is no plain network in deploy form."""
-    layers = layer_list(model)
-    if layers is None:
-        raise ReparamError(f"{type(model).__name__} is no plain network in deploy form: fold a RepVGG first")
-    net = PlainNet(copy.deepcopy(layers))
-    net.load_state_dict(model.state_dict())
-    net.to(next(model.parameters()).dtype).eval()
-    if "manifest" in vars(model):
-        zoo.remember(net, replace(zoo.manifest_of(model), arch=None))
-    return net
+@torch.no_grad()
+def insert_bn(model: nn.Module, images: Tensor) -> nn.Module:
+    """The training form with block="plain" that computes what a plain network in deploy form does, in eval mode.
+
+    Each convolution has a batch norm after it that undoes itself; its statistics are those of `images`, and the more there are, the
+    less the first steps of training disturb. A deploy form without batch norms trains badly; `reparameterize` folds them again.
+    Raises `ReparamError` for what is no member of the family in deploy form, or is in train mode.
+    """
+    refuse_train_mode(model)
+    manifest, paths = zoo.manifest_of(model), convolutions(model)
+    if manifest.arch is None:
+        raise ReparamError("a network known by its layers alone has no training form")
+    dtype = next(model.parameters()).dtype
+    training: Any = zoo.create_model(**{**manifest.arch, "block": "plain"}).to(dtype)
+    training.head.load_state_dict(model.get_submodule("head").state_dict())
+    moments: dict[str, list[Tensor]] = {path: [] for path in paths}
+    hooks = [model.get_submodule(path).register_forward_hook(partial(_note, moments[path])) for path in paths]
+    for part in images.to(dtype).split(TURN):
+        model(part)
+    for hook in hooks:
+        hook.remove()
+    for path in paths:
+        count, total, squares = torch.stack(moments[path]).sum(0)
+        mean = total / count
+        _fill(training.get_submodule(path).conv_kxk, model.get_submodule(path), mean, squares / count - mean.square())
+    zoo.remember(training, replace(manifest, arch=zoo.manifest_of(training).arch))
+    return training.eval()  # type: ignore[no-any-return]
+
+
+def _note(moments: list[Tensor], conv: nn.Module, inputs: object, outputs: Tensor) -> None:
+    """Of each channel: how many numbers there are, their sum and that of their squares."""
+    numbers = outputs.double().transpose(0, 1).flatten(1)
+    moments.append(torch.stack([torch.full_like(numbers[:, 0], numbers.shape[1]), numbers.sum(1), numbers.square().sum(1)]))
+
+
+def _fill(pair: Any, conv: Any, mean: Tensor, var: Tensor) -> None:
+    """Make a convolution and its batch norm compute what `conv` does, whose outputs have these statistics."""
+    var = torch.where(var > 1e-12 * mean.square(), var, 1.0)  # a channel that these images do not excite
+    pair.conv.weight.copy_(conv.weight)
+    pair.bn.running_mean.copy_(mean - conv.bias)
+    pair.bn.running_var.copy_(var)
+    pair.bn.weight.copy_((var + pair.bn.eps).sqrt())
+    pair.bn.bias.copy_(mean)

@@ -1,17 +1,17 @@
 """INT8: a deploy form with 8-bit weights and activations, by NNCF, for OpenVINO or ONNX Runtime; and what that costs, measured.
 
 Folding makes weights of very different ranges, which is why a careless INT8 collapses. Against it: a scale for each output
-channel, calibration on real images, bias correction; and on demand `equalise`, first and last layer in float, or as many layers
-in float as an accuracy that is asked for takes.
+channel, calibration on real images, bias correction; and on demand `equalise`, first and last layer in float, as many layers in
+float as an accuracy that is asked for takes, or a few epochs of training with the rounding in it.
 """
 
 import contextlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +26,17 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.engines.graph import Signature, to_onnx
 from repvgg.deploy.export import Shape, described, staged, write_report
+from repvgg.deploy.gain import Gain, gain
 from repvgg.deploy.load import Runner
 from repvgg.deploy.parity import folded
-from repvgg.deploy.plain import convolutions, equalise
+from repvgg.deploy.plain import convolutions, equalise, insert_bn
 from repvgg.files import METADATA_KEY
-from repvgg.timing import Ratio, interleave, ratio
-from repvgg.train.evaluate import Accuracy, batches, evaluate
+from repvgg.reparam import reparameterize
+from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate
+from repvgg.train.int8 import round_convolutions
+from repvgg.train.loop import train
+from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.tasks import CLASSIFICATION
 
 BATCH = 32  # of the accuracy and the speed
 WATCHED = 32  # images on which the signal-to-noise ratio is measured
@@ -41,20 +46,27 @@ Log = Callable[[str], object]
 @dataclass(frozen=True)
 class Quantization:
     """images: to calibrate on. bias_correction: of what rounding weights does to a layer's mean. equalise: first, cross-layer.
+
     keep: layers left in float, by their number (-1: the classifier). max_drop: of top-1, as a fraction; layers are left in float,
-    the worst first, until it is kept."""
+    the worst first, until it is kept. qat_epochs: of training with batch norms inserted and weights and activations rounded, before
+    they are rounded for good; qat_lr: its learning rate.
+    """
 
     images: int = 300
     bias_correction: Literal["none", "fast", "full"] = "fast"
     equalise: bool = False
     keep: tuple[int, ...] = ()
     max_drop: float | None = None
+    qat_epochs: int = 0
+    qat_lr: float = 0.001
 
     def __post_init__(self) -> None:
         if self.images < 1:
             raise ValueError("--images: at least one is needed to calibrate on")
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ValueError(f"--max-drop {self.max_drop}: a fraction, such as 0.005 for half a point")
+        if self.qat_epochs < 0 or not 0 < self.qat_lr < 10:
+            raise ValueError("--qat-epochs is not negative, --qat-lr above 0 and below 10")
 
 
 @dataclass(frozen=True)
@@ -76,8 +88,7 @@ class Report:
     after: Accuracy
     layers: list[Layer]
     kept: list[int]
-    speedup: Ratio
-    images_per_second: tuple[float, float]
+    gain: Gain
     settings: Quantization = field(default_factory=Quantization)
 
     @property
@@ -86,17 +97,12 @@ class Report:
         return self.before.top1 - self.after.top1
 
     def to_json(self) -> dict[str, Any]:
-        accuracies = {
-            name: {"top1": a.top1, "top5": a.top5, "loss": a.loss, "images": a.images}
-            for name, a in (("float", self.before), ("int8", self.after))
-        }
         return {
             "precision": "int8",
-            "accuracy": accuracies,
+            "accuracy": {name: {**a.figures, "images": a.images} for name, a in (("float", self.before), ("int8", self.after))},
             "layers": [asdict(layer) for layer in self.layers],
             "kept_in_float": self.kept,
-            "images_per_second": {"float": self.images_per_second[0], "int8": self.images_per_second[1]},
-            "speedup": asdict(self.speedup),
+            "speed": self.gain.to_json(),
             "settings": asdict(self.settings),
         }
 
@@ -108,12 +114,14 @@ def quantize(
     out: str | os.PathLike[str],
     name: str = "model",
     settings: Quantization = Quantization(),
+    device: str = "cpu",
     log: Log = print,
 ) -> Report:
     """Fold a model of ours, quantise it with images of a source, measure what that does, and write it into the folder `out`.
 
-    to: "openvino" or "onnx". Raises ValueError for another format, packages that are missing, data that do not fit the model, or a
-    drop that cannot be kept; `ReparamError` for what cannot be folded; `FileError` where it cannot be written.
+    to: "openvino" or "onnx". device: to train on, if that is asked for; all else is the processor's. Raises ValueError for another
+    format, packages that are missing, data that do not fit the model, or a drop that cannot be kept; `ReparamError` for what cannot
+    be folded; `FileError` where it cannot be written.
     """
     if to not in RUNTIMES:
         raise ValueError(f"no INT8 for {to!r}: there are {', '.join(RUNTIMES)}")
@@ -121,43 +129,66 @@ def quantize(
     engines.check(runtime.engine, "fp32")
     if find_spec("nncf") is None:
         raise ValueError("quantising needs nncf: pip install 'repvgg[deploy]'")
+    if source.masks:
+        raise ValueError(f"{source.name} has masks, and what INT8 costs is measured on labels")
+    CLASSIFICATION.check(model, source)
     manifest = zoo.manifest_of(model)
-    if manifest.classes is not None and len(manifest.classes) != len(source.classes):
-        raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")
-    size = manifest.preprocessing.input_size
-    if size[0] != source.preprocessing.input_size[0]:
-        raise ValueError(f"the model takes images of {size[0]} channels, those of {source.name} have another number")
+    check_fit(manifest, source)
     deploy = folded(model)
-    if settings.equalise:
-        deploy = equalise(deploy)
-    calibration = source.limited(settings.images).train
-    items = [image[None] for x, _ in batches(calibration, manifest.preprocessing, BATCH) for image in x.numpy()]
-    watched = torch.from_numpy(np.concatenate(items[:WATCHED]))
-    signature = Signature(size)
+    deploy = equalise(deploy) if settings.equalise else deploy
+    names = _names(deploy)
+    if settings.max_drop is not None and names is None:
+        raise ValueError("--max-drop needs a plain network, whose layers can be told apart")
+    told = described(manifest, Shape())
+    signature = Signature(told.preprocessing.input_size)
+    images = torch.cat([x for x, _ in batches(source.limited(settings.images).train, told.preprocessing, BATCH)])
     with staged(out) as folder:
-        path, plain = folder / f"{name}.int8{runtime.suffix}", folder / f".float{runtime.suffix}"
-        write = partial(runtime.write, metadata=described(manifest, Shape()).to_json())
+        plain, path = folder / f".float{runtime.suffix}", folder / f"{name}.int8{runtime.suffix}"
+
+        def runner(file: Path) -> Runner:
+            options = Options(signature.size, BATCH)
+            return Runner(runtime.engine, runtime.open_file(file, options), options, manifest)
+
+        def accuracy(file: Path) -> Accuracy:
+            return evaluate(runner(file), batches(source.val, told.preprocessing, BATCH), len(source.classes))
+
         runtime.write(runtime.read(to_onnx(deploy, signature)), plain, "")
-        before = _accuracy(_runner(runtime, plain, size, manifest), source, manifest)
+        before = accuracy(plain)
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
-        names = _names(deploy)
-        if settings.max_drop is not None and names is None:
-            raise ValueError("--max-drop needs a plain network, whose layers can be told apart")
+        if settings.qat_epochs:
+            deploy = _trained_rounded(deploy, images, source, settings, device, log)
+            zoo.save(deploy, folder / f"{name}.qat.safetensors")
+            runtime.write(runtime.read(to_onnx(deploy, signature)), plain, "")
         while True:
-            log(f"quantising on {len(items)} images" + (f", {len(kept)} layers left in float" if kept else ""))
-            write(_quantised(runtime, plain, items, kept, settings), path)
-            after = _accuracy(_runner(runtime, path, size, manifest), source, manifest)
-            layers = _noise(runtime, plain, path, watched, names)
+            log(f"quantising on {len(images)} images" + (f", {len(kept)} layers left in float" if kept else ""))
+            runtime.write(_quantised(runtime, plain, images, kept, settings), path, told.to_json())
+            after = accuracy(path)
+            layers = _noise(runtime, plain, path, images[:WATCHED], names)
             log(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8")
             if settings.max_drop is None or before.top1 - after.top1 <= settings.max_drop:
                 break
             kept = [*kept, _worst(layers, kept, settings.max_drop)]
-        speeds = _speeds(_runner(runtime, plain, size, manifest), _runner(runtime, path, size, manifest), size)
-        report = Report(Path(out) / path.name, before, after, layers, sorted(kept), *speeds, settings)
-        write_report(path, to, signature, described(manifest, Shape()), report.to_json())
+        report = Report(Path(out) / path.name, before, after, layers, sorted(kept), gain(runner(plain), runner(path)), settings)
+        write_report(path, to, signature, told, report.to_json())
         for file in folder.glob(".float*"):
             file.unlink()
     return report
+
+
+def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings: Quantization, device: str, log: Log) -> nn.Module:
+    """The deploy form after some epochs in which it computed as INT8 does (quantisation-aware training)."""
+    network = insert_bn(deploy, images)
+    zoo.remember(network, replace(zoo.manifest_of(network), classes=source.classes))  # as many, whatever they are called
+    round_convolutions(network)
+    recipe = replace(qat_recipe(source), epochs=settings.qat_epochs, lr=settings.qat_lr)
+    with tempfile.TemporaryDirectory() as folder:
+        train("", source, recipe, folder, init=network, device=device, log=log)
+        return reparameterize(zoo.load(Path(folder) / "best.safetensors"))
+
+
+def qat_recipe(source: Source) -> Recipe:
+    """The source's own, but gentle: it starts from trained weights."""
+    return replace(get_recipe(source.recipe), warmup_epochs=0, mixup=0, precision="fp32")
 
 
 def _numbers(keep: tuple[int, ...], count: int) -> list[int]:
@@ -182,7 +213,7 @@ def _worst(layers: list[Layer], kept: list[int], max_drop: float) -> int:
     return max(left, key=lambda i: layers[i].added)
 
 
-def _quantised(runtime: Any, plain: Path, items: list[Any], kept: list[int], settings: Quantization) -> Any:
+def _quantised(runtime: Any, plain: Path, images: Tensor, kept: list[int], settings: Quantization) -> Any:
     with _quietly():
         import nncf
 
@@ -190,8 +221,8 @@ def _quantised(runtime: Any, plain: Path, items: list[Any], kept: list[int], set
         names = [runtime.layers(network)[i] for i in kept]
         return nncf.quantize(
             network,
-            nncf.Dataset(items, lambda image: {"images": image}),
-            subset_size=len(items),
+            nncf.Dataset(images.split(1), lambda image: {"images": image.numpy()}),
+            subset_size=len(images),
             target_device=nncf.TargetDevice.CPU,
             fast_bias_correction=settings.bias_correction != "full",
             ignored_scope=nncf.IgnoredScope(names=names) if names else None,
@@ -211,22 +242,6 @@ def _noise(runtime: Any, plain: Path, path: Path, images: Tensor, names: list[st
         found.append(Layer(name, snr, share - before))
         before = share
     return found
-
-
-def _runner(runtime: Any, path: Path, size: tuple[int, int, int], manifest: Any) -> Runner:
-    options = Options(size, BATCH)
-    return Runner(runtime.engine, runtime.open_file(path, options), options, manifest)
-
-
-def _accuracy(runner: Runner, source: Source, manifest: Any) -> Accuracy:
-    return evaluate(runner, batches(source.val, manifest.preprocessing, BATCH), len(source.classes))
-
-
-def _speeds(plain: Runner, rounded: Runner, size: tuple[int, int, int]) -> tuple[Ratio, tuple[float, float]]:
-    images = torch.randn(BATCH, *size)
-    calls = {name: partial(r.engine.run, r.engine.prepare(images)) for name, r in (("float", plain), ("int8", rounded))}
-    times = interleave(calls, rounds=7, batches=3, warmup=2)
-    return ratio(times["float"], times["int8"]), (BATCH / times["float"].median, BATCH / times["int8"].median)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repvgg.data import Images, Source
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
-from repvgg.files import Preprocessing
+from repvgg.files import Manifest, Preprocessing
 from repvgg.train.distributed import ALONE, World
 from repvgg.zoo import dtype_of, manifest_of
 
@@ -100,14 +100,19 @@ def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, worke
     Raises ValueError if they differ in the number of classes or channels.
     """
     manifest = manifest_of(model)
-    own, given = manifest.preprocessing.input_size[0], source.preprocessing.input_size[0]
-    if own != given:
-        raise ValueError(f"the model takes images of {own} channels, those of {source.name} have {given}")
-    if manifest.classes is not None and len(manifest.classes) != len(source.classes):
-        raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")
+    check_fit(manifest, source)
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: at least 1")
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dtype = dtype_of(model)
     data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
     return evaluate(lambda x: model(x.to(dtype)), data, len(source.classes))
+
+
+def check_fit(manifest: Manifest, source: Source) -> None:
+    """Raises ValueError where a model and a source differ in the number of channels or classes."""
+    own, given = manifest.preprocessing.input_size[0], source.preprocessing.input_size[0]
+    if own != given:
+        raise ValueError(f"the model takes images of {own} channels, those of {source.name} have {given}")
+    if manifest.classes is not None and len(manifest.classes) != len(source.classes):
+        raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")

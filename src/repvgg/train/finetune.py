@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,17 +13,19 @@ from repvgg.pspnet import PSPNETS, PSPNet
 
 
 def started_from(
-    init: str, arch: str, source: Source, allow_deploy: bool = False, log: Callable[[str], object] = print
+    init: str | nn.Module, arch: str, source: Source, allow_deploy: bool = False, log: Callable[[str], object] = print
 ) -> tuple[nn.Module, Source]:
-    """The model of a file, or a member of the family with the paper's weights, for the classes of a source; and the source with the
-    model's own input size, mean and deviation (of one with masks, its mean and deviation).
+    """The model of a file, or a member of the family with the paper's weights, or a model of ours itself, for the classes of a
+    source; and the source with the model's own input size, mean and deviation (of one with masks, its mean and deviation).
 
     The classifier starts anew unless the classes are the same. A classifier can be the backbone of the PSPNet that `arch` names.
     Raises ValueError for a model that is not an `arch` (if one is named), takes other channels, or is in deploy form: that is a
     plain VGG without batch norms, which trains badly, so it has to be asked for (`allow_deploy`).
     """
-    is_file = Path(init).exists() or Path(init).suffix in {".safetensors", ".pth", ".pt"}
-    model = zoo.load(init) if is_file else zoo.create_model(init, pretrained=True)
+    if isinstance(init, nn.Module):
+        model, init = init, "this model"
+    else:
+        model = zoo.open_model(init) if zoo.is_file(init) else zoo.create_model(init, pretrained=True)
     manifest = zoo.manifest_of(model)
     name = manifest.arch["name"] if manifest.arch else "a network without a name"
     plan = PSPNETS.get(zoo.resolve_name(arch)) if arch else None

@@ -70,7 +70,7 @@ def train(
     recipe: Recipe,
     out: str | Path,
     *,
-    init: str = "",
+    init: str | nn.Module = "",
     seed: int = 0,
     device: str = "cpu",
     workers: int = 0,
@@ -80,7 +80,7 @@ def train(
 ) -> Run:
     """Train a model of `arch` on a source, into the folder `out`; or go on with the run that is there.
 
-    init: a model file or a name, to start from its weights instead of new ones. model_options: further arguments of
+    init: a model file, a name or a model of ours, to start from its weights instead of new ones. model_options: more arguments of
     `create_model` (width, block, ...); `small_input` is on for inputs of at most 64 pixels unless it is given. Under torchrun all
     processes call this alike. Raises ValueError before any work if the settings do not fit, FloatingPointError if the loss is no
     number, `StoppedError` when a signal asked for the end and the state is saved.
@@ -109,7 +109,7 @@ def train(
             "images": len(source.train),
             "classes": len(source.classes),
             "seed": seed,
-            "init": init,
+            "init": init if isinstance(init, str) else type(init).__name__,
             **model_options,
             **asdict(recipe),
         }

@@ -1,0 +1,86 @@
+"""What INT8 costs on CIFAR-10, plain and with each remedy, and what it gains on A0 at 224 px; write results/int8.json.
+
+python results/measure_int8.py accuracy runs/cifar10 hf:../shared/data/cifar10 [REMEDY ...]
+python results/measure_int8.py speed                       # on a machine that does nothing else
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repvgg import create_model, load, record
+from repvgg.data import Decoded, open_source
+from repvgg.data import Source as Images
+from repvgg.deploy.quantize import RUNTIMES, Quantization, quantize
+from repvgg.files import Preprocessing
+from repvgg.zoo import manifest_of, remember
+
+OUT = Path(__file__).with_name("int8.json")
+QAT_IMAGES = 10_000  # a fifth of the training images, for an epoch
+REMEDIES = {
+    "plain": Quantization(bias_correction="none"),
+    "bias correction": Quantization(),
+    "full bias correction": Quantization(bias_correction="full"),
+    "equalised": Quantization(equalise=True),
+    "first and last in float": Quantization(keep=(0, -1)),
+    "at most 0.1 points lost": Quantization(max_drop=0.001),
+    "trained with rounding": Quantization(qat_epochs=1),
+}
+
+
+def accuracy(run: Path, data: str, remedies: list[str]) -> None:
+    """Each remedy for OpenVINO, the first two for ONNX Runtime as well."""
+    source = open_source(data)
+    source = replace(source, train=source.limited(QAT_IMAGES).train)
+    for remedy in remedies or list(REMEDIES):
+        for to in ("openvino", "onnx") if remedy in ("plain", "bias correction") else ("openvino",):
+            with tempfile.TemporaryDirectory() as folder:
+                report = quantize(load(run / "best.safetensors"), source, to, folder, settings=REMEDIES[remedy], log=say)
+            figures = {
+                "top1": {"float": report.before.top1, "int8": report.after.top1},
+                "images": report.after.images,
+                "kept_in_float": report.kept,
+                "lowest_snr": min(layer.snr for layer in report.layers),
+                "settings": asdict(report.settings),
+            }
+            keep("accuracy", f"{remedy}, {to}", figures)
+
+
+def speed() -> None:
+    """A0 with random weights, on random pixels."""
+    torch.set_num_threads(2)
+    model = create_model("repvgg_a0", num_classes=10).train()
+    model(torch.randn(8, 3, 224, 224))  # gives the batch norms statistics
+    pixels = torch.randint(0, 256, (32, 3, 224, 224), dtype=torch.uint8)
+    images = Decoded(pixels, [i % 10 for i in range(32)])
+    preprocessing = Preprocessing((3, 224, 224), 224)
+    source = Images("random pixels", images, images, [str(i) for i in range(10)], preprocessing)
+    remember(model.eval(), replace(manifest_of(model), preprocessing=preprocessing))
+    for to in RUNTIMES:
+        with tempfile.TemporaryDirectory() as folder:
+            report = quantize(model, source, to, folder, settings=Quantization(images=32), log=say)
+        say(f"{to}: {report.gain.images_per_second}, {report.gain.ratio}")
+        keep("speed", to, {"model": "repvgg_a0", "input_size": [3, 224, 224], **report.gain.to_json()})
+
+
+def keep(part: str, name: str, figures: dict[str, Any]) -> None:
+    """One figure beside those that are there already."""
+    found = json.loads(OUT.read_text()) if OUT.exists() else {}
+    found.setdefault(part, {})[name] = figures
+    record.write(OUT, found)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["speed"]:
+        speed()
+    else:
+        accuracy(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
