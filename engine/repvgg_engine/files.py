@@ -36,8 +36,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Model:
-    """What a file holds."""
+    """What a file holds. mapping: of the file, in which most weights lie."""
 
+    mapping: mmap.mmap
     layers: list[Layer]
     preprocessing: Preprocessing
     classes: list[str] | None
@@ -67,7 +68,8 @@ class _Reader:
             if len(start) < 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
                 raise EngineError("is not a safetensors file, or is truncated")
             header = file.read(length)
-            self.data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[8 + length :]
+            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data = np.frombuffer(self.mapping, np.uint8)[8 + length :]
         self.header = json.loads(header)
         if not isinstance(self.header, dict):
             raise EngineError("has a header that is no dictionary")
@@ -102,7 +104,7 @@ class _Reader:
         classes = manifest.get("classes")
         if classes is not None and (not all(isinstance(c, str) for c in classes) or len(classes) != channels):
             raise EngineError("has class names that do not fit its outputs")
-        return Model(layers, preprocessing, classes)
+        return Model(self.mapping, layers, preprocessing, classes)
 
     def _layer(self, spec: dict[str, Any], channels: int, sides: tuple[int, ...]) -> tuple[Layer, int, tuple[int, ...]]:
         """The layer, and the channels and sides of what it gives for a map of so many channels and those sides."""

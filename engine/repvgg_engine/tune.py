@@ -40,7 +40,7 @@ MOST_IMAGES, MACS = 16, 1e11
 # Errors are measured on images of at most so many MACs in all, where that leaves the least side.
 MOST_CALIBRATION_MACS, LEAST_SIDE = 4e11, 16
 # The least of so many runs counts; of one image, that is little work.
-REPEATS, REPEATS_OF_ONE = 3, 10
+REPEATS, REPEATS_OF_ONE = 3, 20
 # Of the machine's memory, for weights.
 MEMORY_SHARE = 1 / 8
 
