@@ -155,9 +155,46 @@ def pruning(r: dict[str, Any]) -> str:
     )
 
 
+def engine(r: dict[str, Any]) -> str:
+    """The native engine beside the others: A0 in both batch sizes and precisions, the rest of the family, the ResNets."""
+    rows = [["A0, native engine", "images/s", "over OpenVINO", "its error over OpenVINO's"], ["---"] * 4]
+    for what in ("fp32, batch 32", "fp32, batch 1", "bf16, batch 32", "bf16, batch 1"):
+        for name, f in r["a0"][what].items():
+            if name in ("native high", "native fast"):
+                cells = (f"{f['images_per_second']:.0f}", f"{f['ratio_to_first']:.2f}", f"{f['error_over_first']:.2f}")
+                rows.append([f"{what}, `{name.removeprefix('native ')}`", *cells])
+    found = [_table(rows)]
+    if members := r.get("members"):
+        ratios = {name: f["native high"]["images_per_second"] for name, f in members.items() if name.startswith("repvgg")}
+        best = {name: max(v["images_per_second"] for k, v in members[name].items() if k != "native high") for name in ratios}
+        listed = ", ".join(f"{name.removeprefix('repvgg_')} {speed / best[name]:.2f}" for name, speed in ratios.items())
+        found.append(f"The others, fp32 `high`, batch 8, over the better of OpenVINO and ONNX Runtime: {listed}.")
+    pairs = [f"{name} {_interval(f['ratio'])} (paper {f['paper']})" for name, f in r["against_resnets"].items() if "over" in name]
+    first = {name: f for name, f in r["start"].items() if name in ("native", "openvino")}
+    starts = ", ".join(f"{name} {f['seconds']:.2f} s and {f['resident_kib'] / 1024:.0f} MiB" for name, f in first.items())
+    found.append(
+        f"Against the ResNets in the best of the other engines, fp32, batch 32: {'; '.join(pairs)}. With AVX2 alone, batch 32: "
+        f"{r['avx2']['native high']['ratio_to_first']:.2f} times OpenVINO. From the start of a process to its first prediction, and its "
+        f"memory: {starts}."
+    )
+    t = r["protocol"]
+    return (
+        f"**The native engine**, {t['threads']} threads, medians of {t['rounds']} rounds taking turns ([how](docs/engine.md)).\n\n"
+        + "\n\n".join(found)
+    )
+
+
+def predictions(r: dict[str, Any]) -> str:
+    lines = [
+        f"{name}: {f['differ']} of {f['images']:,} differ from float64, {f['differ_where_clear']} of the {f['clear']:,} clear ones"
+        for name, f in r["engines"].items()
+    ]
+    return f"**Predictions of the native engine** on CIFAR-10's test images. {'; '.join(lines)}."
+
+
 PAPER = """**The paper's Figure 1**, left as printed, right on this machine (`repvgg paper all --out results/paper`; every table and
-figure is in `results/paper/index.html`). Without Winograd, which no library has in use here, A2 and B3 fall behind where the
-paper's GPU had them ahead.
+figure is in `results/paper/index.html`). Without Winograd, which none of these libraries has in use here, A2 and B3 fall behind where
+the paper's GPU had them ahead; the native engine above has it.
 
 ![accuracy against speed, the paper's and here](results/paper/figure1.png)"""
 
@@ -186,6 +223,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "startup": startup,
     "speed": speed,
+    "engine": engine,
+    "predictions": predictions,
     "timing": timing,
     "ablation": ablation,
     "training": training,
@@ -232,12 +271,12 @@ def engines() -> str:
             ]
         )
     heads = [f"batch {t['batch_size']}, {t['precision']}" for t in r["speed"]]
-    each = [["engine", *heads, "error, fp32", "memory, MiB", "first logits after", "with empty caches"]]
+    each = [["engine", *heads, "error, fp32 / bf16", "memory, MiB", "first logits after", "with empty caches"]]
     each.append(["---"] * len(each[0]))
     for name, loaded in r["load"].items():
         speeds = [f"{e[name]['images_per_second']:.1f}" if name in (e := t["engines"]) else "" for t in r["speed"]]
         figures = [
-            f"{r['speed'][0]['engines'][name]['max_rel_err']:.0e}",
+            " / ".join(f"{t['engines'][name]['max_rel_err']:.0e}" for t in r["speed"][:2] if name in t["engines"]),
             f"{loaded['bytes'] / 2**20:.0f}",
             f"{loaded['seconds']:.1f} s",
             f"{loaded['seconds_with_empty_caches']:.1f} s",
