@@ -172,10 +172,10 @@ def engine(r: dict[str, Any]) -> str:
     pairs = [f"{name} {_interval(f['ratio'])} (paper {f['paper']})" for name, f in r["against_resnets"].items() if "over" in name]
     first = {name: f for name, f in r["start"].items() if name in ("native", "openvino")}
     starts = ", ".join(f"{name} {f['seconds']:.2f} s and {f['resident_kib'] / 1024:.0f} MiB" for name, f in first.items())
+    avx2 = r["avx2"]["native high"]["ratio_to_first"]
     found.append(
         f"Against the ResNets in the best of the other engines, fp32, batch 32: {'; '.join(pairs)}. With AVX2 alone, batch 32: "
-        f"{r['avx2']['native high']['ratio_to_first']:.2f} times OpenVINO. From the start of a process to its first prediction, and its "
-        f"memory: {starts}."
+        f"{avx2:.2f} times OpenVINO. From the start of a process to its first prediction, and its memory: {starts}."
     )
     t = r["protocol"]
     return (
@@ -193,8 +193,8 @@ def predictions(r: dict[str, Any]) -> str:
 
 
 PAPER = """**The paper's Figure 1**, left as printed, right on this machine (`repvgg paper all --out results/paper`; every table and
-figure is in `results/paper/index.html`). Without Winograd, which none of these libraries has in use here, A2 and B3 fall behind where
-the paper's GPU had them ahead; the native engine above has it.
+figure is in `results/paper/index.html`). Without Winograd, which none of these libraries has in use here, A2 and B3 fall behind
+where the paper's GPU had them ahead; the native engine above has it.
 
 ![accuracy against speed, the paper's and here](results/paper/figure1.png)"""
 
