@@ -382,7 +382,7 @@ def test_what_makes_no_sense_is_said(
         ({"data": "nowhere"}, "no data 'nowhere'"),
         ({"engine": "tpu"}, "no engine 'tpu'"),
         ({"precision": "bf16"}, "--precision bf16 is an engine's: name one, such as --engine eager"),
-        ({"model": str(files / "masks.safetensors"), "engine": "eager"}, "masks are made by PyTorch"),
+        ({"model": str(files / "masks.safetensors"), "engine": "eager"}, "are made by PyTorch: leave out --engine"),
     ):
         with pytest.raises(ValueError, match=complaint):
             run(replace(job, out=tmp_path / "new", **change))  # type: ignore[arg-type]

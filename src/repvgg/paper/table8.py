@@ -48,7 +48,7 @@ def run(settings: Settings) -> Result:
     reference = Candidate(REFERENCE, engine, settings.precision)
     candidates = {(m, form): Candidate(m, engine, settings.precision, form) for m in models for form in FORMS}
     speeds = dict(zip(candidates, measure([(c, reference) for c in candidates.values()], scaled), strict=True))
-    dilated = [_dilated(name, QUICK_SHAPE if settings.quick else SHAPE, scaled) for name in _engines(settings)]
+    dilated = [found for name in _engines(settings) if (found := _dilated_if_it_can(name, scaled))]
     overlaps = {model: _trained(model, settings) for model in models} if settings.data else {}
     side, batch = scaled.input_size, scaled.protocol.batch_size
     return Result(
@@ -195,6 +195,17 @@ def layers(channels: int, dilation: int) -> nn.Module:
     torch.manual_seed(0)
     convs = [nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation) for _ in range(LAYERS)]
     return nn.Sequential(*convs).eval()
+
+
+def _dilated_if_it_can(engine: str, settings: Settings) -> Dilated | None:
+    """None for an engine that runs whole networks alone."""
+    try:
+        return _dilated(engine, QUICK_SHAPE if settings.quick else SHAPE, settings)
+    except ValueError as error:
+        if settings.engine:
+            raise
+        settings.log(f"left out: {error}")
+        return None
 
 
 def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dilated:

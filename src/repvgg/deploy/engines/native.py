@@ -89,6 +89,8 @@ def _sequence(model: nn.Sequential) -> list[Layer] | None:
 
 
 def _layers(model: nn.Module) -> list[Layer]:
+    if isinstance(model, nn.Conv2d):
+        model = nn.Sequential(model)
     if isinstance(model, nn.Sequential) and (found := _sequence(model)):
         return found
     listed = layer_list(model)

@@ -105,8 +105,11 @@ def open_file(path: Path, options: Options) -> Engine:
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
     if options.threads:
         net.opt.num_threads = options.threads
-    if not path.with_suffix(".bin").is_file():
-        raise ValueError(f"{path.with_suffix('.bin').name}, its weights, is missing")
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
+        raise ValueError(f"{weights.name}, its weights, is missing")
+    if weights.stat().st_size != _weight_bytes(path):  # a short file can end the process
+        raise ValueError(f"{weights.name}, its weights, is truncated")
     if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
         raise ValueError("ncnn cannot read it")
 
@@ -116,15 +119,33 @@ def open_file(path: Path, options: Options) -> Engine:
     return Engine(lambda x: x.float().contiguous().cpu().numpy(), run, _stacked)
 
 
+def _layers(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Kinds and parameters. Raises ValueError for a file that is not ncnn's, or is truncated."""
+    lines = path.read_text().splitlines()
+    if lines[:1] != [str(MAGIC)] or len(lines) < 2 or lines[1].split()[:1] != [str(len(lines) - 2)]:
+        raise ValueError("ncnn cannot read it")
+    layers = []
+    for words in map(str.split, lines[2:]):
+        inputs, outputs = int(words[2]), int(words[3])
+        layers.append((words[0], dict(word.split("=", 1) for word in words[4 + inputs + outputs :])))
+    return layers
+
+
+def _weight_bytes(path: Path) -> int:
+    """That the layers of our own files read."""
+    floats = 0
+    for kind, given in _layers(path):
+        if kind.startswith("Convolution"):
+            floats += 1 + int(given["6"]) + int(given["0"])
+        elif kind == "InnerProduct":
+            floats += 1 + int(given["2"]) + int(given["0"])
+    return 4 * floats
+
+
 def operators(path: Path) -> list[Operator]:
     """Of the graph, in order, without its inputs. Raises ValueError for a file that is not ncnn's."""
-    lines = path.read_text().splitlines()
-    if lines[:1] != [str(MAGIC)]:
-        raise ValueError("ncnn cannot read it")
     found = []
-    for words in map(str.split, lines[2:]):
-        kind, inputs, outputs = words[0], int(words[2]), int(words[3])
-        given = dict(word.split("=", 1) for word in words[4 + inputs + outputs :])
+    for kind, given in _layers(path):
         relu = "with ReLU" if given.get("9") == str(RELU) else ""
         if kind.startswith("Convolution"):
             kernel, stride = (tuple(int(given[number]) for number in numbers) for numbers in (("11", "1"), ("13", "3")))
