@@ -1,6 +1,6 @@
 """The native engine beside other engines on this machine: speed and error; writes results/engine.json and its figure.
 
-python results/measure_engine.py [PART ...]       # on a machine that does nothing else; parts: see PARTS, by default all
+python results/measure_engine.py [PART ...]       # on a machine that does nothing else; see PARTS and MEMBERS; by default all
 
 Weights are random, but every batch norm has the statistics that its input has, so that each layer keeps the variance; errors are
 judged against float64, relative to how much outputs differ from image to image. In each run the engines take turns.
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from repvgg.deploy.engines import Options
 from repvgg.timing import interleave
 from repvgg.timing import ratio as ratio_of_times
 
-THREADS, ROUNDS = 2, 9
+THREADS, ROUNDS, ROUNDS_OF_MEMBERS = 2, 9, 3
 OUT = Path(__file__).with_name("engine.json")
 MEMBERS = (
     "repvgg_a1",
@@ -90,8 +91,8 @@ def a0(folder: Path) -> dict[str, Any]:
     }
 
 
-def members(folder: Path) -> dict[str, Any]:
-    return {name: compare(model_file(name, folder), 8, "fp32", ["high"], ["openvino", "onnxruntime"], 5) for name in MEMBERS}
+def member(name: str, folder: Path) -> dict[str, Any]:
+    return {name: compare(model_file(name, folder), 8, "fp32", ["high"], ["openvino", "onnxruntime"], ROUNDS_OF_MEMBERS)}
 
 
 def against_resnets(folder: Path) -> dict[str, Any]:
@@ -203,7 +204,6 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "against_resnets": against_resnets,
     "avx2": avx2,
     "start": start,
-    "members": members,
 }
 
 
@@ -211,9 +211,11 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for part in sys.argv[1:] or PARTS:
-            figures[part] = {**PARTS[part](Path(folder)), "load_before": os.getloadavg()[0]}
-            record.write(OUT, {"protocol": {"threads": THREADS, "rounds": ROUNDS, "weights": __doc__}, **figures})
+        for word in sys.argv[1:] or [*PARTS, *MEMBERS]:
+            part, measure = (word, PARTS[word]) if word in PARTS else ("members", partial(member, word))
+            figures[part] = {**figures.get(part, {}), **measure(Path(folder)), "load_before": os.getloadavg()[0]}
+            protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "weights": __doc__}
+            record.write(OUT, {**figures, "protocol": protocol})
     if "algorithms" in figures:
         draw(figures["algorithms"])
 
