@@ -304,7 +304,7 @@ class _Session:
         if bad:
             self.log(f"{len(bad)} images could not be read: {self.out / 'bad_images.txt'}")
         summary = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "repvgg"), *sys.argv[1:]]),
             "seconds": course.seconds,
             f"best_{course.best.measure}": course.best.score,
             f"last_{course.last.measure}": course.last.score,
