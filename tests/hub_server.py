@@ -101,8 +101,8 @@ class HubServer:
 
 
 @contextmanager
-def hub_server(home: Any) -> Iterator[HubServer]:
-    """The server, with the hub's client of this process pointed at it; `home`: folder for its cache."""
+def serving() -> Iterator[HubServer]:
+    """The server, while it runs."""
     served = HubServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -128,12 +128,18 @@ def hub_server(home: Any) -> Iterator[HubServer]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     served.url = f"http://127.0.0.1:{server.server_port}"
-    with pytest.MonkeyPatch.context() as patch:
-        point_client_at(patch, served.url, home)
-        yield served
+    yield served
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@contextmanager
+def hub_server(home: Any) -> Iterator[HubServer]:
+    """The server, with the hub's client of this process pointed at it; `home`: folder for its cache."""
+    with serving() as served, pytest.MonkeyPatch.context() as patch:
+        point_client_at(patch, served.url, home)
+        yield served
 
 
 def point_client_at(patch: pytest.MonkeyPatch, url: str, home: Any) -> None:

@@ -6,11 +6,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from foreign import CONTAINERS, FORMS, NARROW, SCHEMES, state, timm_net
+from hub_server import HubServer, serving
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -684,69 +683,24 @@ def test_every_member_of_timm_at_full_width(name: str, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- the hub
 
 COMMIT, PINNED = "1" * 40, "2" * 40
-
-
-@dataclass
-class Hub:
-    """A server that speaks the hub's protocol for one repository, with two commits of its weights."""
-
-    repo: str
-    commits: dict[str, bytes]
-    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, COMMIT: COMMIT, PINNED: PINNED})
-    asked: list[tuple[str, str]] = field(default_factory=list)
-    url: str = ""
-
-    def answer(self, request: BaseHTTPRequestHandler, with_body: bool) -> None:
-        self.asked.append((request.command, request.path))
-        repo, _, rest = request.path.removeprefix("/").partition("/resolve/")
-        revision, _, file = rest.partition("/")
-        commit = self.revisions.get(revision)
-        body = self.commits[commit] if repo == self.repo and commit and file == "model.safetensors" else None
-        request.send_response(404 if body is None else 200)
-        if body is None:
-            request.send_header("X-Error-Code", "RepoNotFound" if repo != self.repo else "RevisionNotFound")
-        else:
-            request.send_header("ETag", f'"{commit}"')
-            request.send_header("X-Repo-Commit", str(commit))
-        request.send_header("Content-Length", str(len(body or b"")))
-        request.end_headers()
-        if with_body and body:
-            request.wfile.write(body)
+REPO = "timm/repvgg_a0.rvgg_in1k"
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
+def hub() -> Iterator[HubServer]:
+    """One repository, with two commits of its weights."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     net = randomize(timm.create_model("repvgg_a0"))
     from safetensors.torch import save
 
-    main = save(net.state_dict(), {"format": "pt"})
+    main = {"model.safetensors": save(net.state_dict(), {"format": "pt"})}
     with torch.no_grad():
         net.head.fc.bias += 1
-    served = Hub("timm/repvgg_a0.rvgg_in1k", {COMMIT: main, PINNED: save(net.state_dict(), {"format": "pt"})})
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            served.answer(self, with_body=False)
-
-        def do_GET(self) -> None:
-            served.answer(self, with_body=True)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    served.url = f"http://127.0.0.1:{server.server_port}"
-    yield served
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    pinned = {"model.safetensors": save(net.state_dict(), {"format": "pt"})}
+    with serving() as served:
+        served.revisions[REPO] = {"main": main, COMMIT: main, PINNED: pinned}
+        yield served
 
 
 def start(arguments: list[str], home: Path, endpoint: str, **env: str) -> "subprocess.Popen[str]":
@@ -787,7 +741,7 @@ except repvgg.FileError as error:
 """
 
 
-def test_pretrained_weights_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_pretrained_weights_come_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     Image.effect_noise((300, 260), 90).convert("RGB").save(image)
     predict = ["-m", "repvgg", "predict"]
@@ -798,10 +752,12 @@ def test_pretrained_weights_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
 
     assert online.returncode == 0, err
     no_repo, no_revision = out.splitlines()
-    assert re.match(r"timm/repvgg_a1.rvgg_in1k@main is not in the local cache and cannot be fetched: .*\(404", no_repo)
+    assert re.match(
+        r"timm/repvgg_a1.rvgg_in1k@main is not in the local cache and cannot be fetched: .*no such repository.*\(401", no_repo
+    )
     assert re.match(r"timm/repvgg_a0.rvgg_in1k@nowhere is not in the local cache and cannot be fetched: .*\(404", no_revision)
     for file, commit, form in (("main", COMMIT, "training"), ("pinned", PINNED, "deploy")):
-        (tmp_path / "served.safetensors").write_bytes(hub.commits[commit])
+        (tmp_path / "served.safetensors").write_bytes(hub.revisions[REPO][commit]["model.safetensors"])
         wanted = repvgg.load(tmp_path / "served.safetensors")
         model = repvgg.load(tmp_path / f"{file}.safetensors")
         assert_same_tensors(model, reparameterize(wanted) if form == "deploy" else wanted)
@@ -810,15 +766,15 @@ def test_pretrained_weights_come_from_the_hub(hub: Hub, tmp_path: Path) -> None:
         assert manifest.classes is not None
         assert (manifest.classes[0], manifest.classes[999]) == ("tench", "toilet tissue")
         assert manifest.preprocessing == Preprocessing()
-        assert manifest.training["source"] == hub.repo
+        assert manifest.training["source"] == REPO
     ten = repvgg.load(tmp_path / "ten.safetensors")
     main = repvgg.load(tmp_path / "main.safetensors").state_dict()
     assert zoo.manifest_of(ten).classes is None
     assert asdict(zoo.manifest_of(ten))["arch"]["output_stride"] == 16
     assert ten.state_dict()["head.weight"].shape == (10, 1280)
     assert all(torch.equal(t, main[n]) for n, t in ten.state_dict().items() if not n.startswith("head."))
-    fetched = sorted(path for method, path in hub.asked if method == "GET")
-    assert fetched == [f"/{hub.repo}/resolve/{revision}/model.safetensors" for revision in (PINNED, "main", "main")]  # by two homes
+    fetched = sorted(asked for asked in hub.asked if asked.startswith("GET"))
+    assert fetched == [f"GET /{REPO}/resolve/{revision}/model.safetensors" for revision in (PINNED, "main", "main")]  # by two homes
 
     assert command.returncode == 0, command_err
     from repvgg.predict import predict as run
