@@ -24,7 +24,7 @@ def _run_one(layers: Sequence[Layer], x: Array64) -> Array64:
             x = conv(layer, x)
         elif isinstance(layer, SqueezeExcite):
             hidden = np.maximum(layer.reduce.astype(np.float64) @ x.mean((1, 2)) + layer.reduce_bias, 0)
-            gate = 1 / (1 + np.exp(-(layer.expand.astype(np.float64) @ hidden + layer.expand_bias)))
+            gate = 0.5 + 0.5 * np.tanh((layer.expand.astype(np.float64) @ hidden + layer.expand_bias) / 2)  # the sigmoid
             x = x * gate[:, None, None]
         else:
             x = x.mean((1, 2), keepdims=True)

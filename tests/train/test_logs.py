@@ -43,6 +43,16 @@ def test_tensorboard_reads_its_events(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
 
 
+def test_a_tensorboard_that_does_not_load_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said: list[str] = []
+    with Logs(tmp_path, log=said.append) as logs:
+        logs.write(step=10, epoch=0, loss=0.5)
+    assert len(said) == 1 and said[0].startswith("without TensorBoard, which does not load: ")
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 10, "epoch": 0, "loss": 0.5}]
+
+
 def test_weights_and_biases_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     run = SimpleNamespace(log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append(("finish",)))

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ from repvgg.files import atomically
 class Logs:
     """Lines of values by step. Use as a context manager."""
 
-    def __init__(self, out: Path, step: int = 0, wandb: str = "", settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        step: int = 0,
+        wandb: str = "",
+        settings: dict[str, Any] | None = None,
+        log: Callable[[str], None] = print,
+    ) -> None:
         """Go on after `step`: what was written of later steps will come again. Raises ValueError if wandb is not installed."""
         self.path = out / "metrics.jsonl"
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
         atomically(self.path, lambda path: path.write_text(text))
-        self.board, self.wandb = None, None
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        self.board, self.wandb = _board(out, step, log), None
         if wandb:
             try:
                 import wandb as client
@@ -52,6 +56,18 @@ class Logs:
                 self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
         if self.wandb is not None:
             self.wandb.log(curves, step=step)
+
+
+def _board(out: Path, step: int, log: Callable[[str], None]) -> Any:
+    """None where TensorBoard is not installed, or its installation is broken: that is no reason not to train."""
+    if not find_spec("tensorboard"):
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # a protobuf of another version raises its own kind
+        log(f"without TensorBoard, which does not load: {str(error).splitlines()[0]}")
+        return None
+    return SummaryWriter(str(out), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
 
 
 class NoLogs:

@@ -293,7 +293,7 @@ class _Session:
         return Progress(self.recipe.epochs, self.feed.steps, self.feed.batch_size, self.log, course.step, self.task.share)
 
     def _logs(self, course: Course) -> Logs | NoLogs:
-        return Logs(self.out, course.step, self.keeping.wandb, self.settings) if self.world.main else NoLogs()
+        return Logs(self.out, course.step, self.keeping.wandb, self.settings, self.log) if self.world.main else NoLogs()
 
     def _finish(self, course: Course, lines: list[dict[str, Any]]) -> None:
         if not self.world.main or (self.out / "summary.json").exists():
