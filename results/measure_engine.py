@@ -188,9 +188,10 @@ def algorithms(folder: Path) -> dict[str, Any]:
         batch = torch.randn(32, 3, 224, 224).numpy()
         for name in WINOGRAD:
             for i in range(len(net.layers)):
-                if has := net.algorithms(i):
-                    others = "direct" if i == 0 or name == "direct" or len(has) == 1 else has[-2]
-                    net.choose(i, name if name in has and i > 0 else others)
+                if has := [n for n in net.algorithms(i) if n.endswith("bf16") == (precision == "bf16")]:
+                    own = [n for n in has if n.split()[0] == name and i > 0]
+                    others = has[0] if i == 0 or name == "direct" or len(has) == 1 else has[-2]
+                    net.choose(i, own[0] if own else others)
             times = interleave({name: _run(net.run, batch)}, rounds=5, batches=1, warmup=2)
             errors = {kind: reference.error(net.run(x), wanted[kind]) for kind, x in kinds.items()}
             figures[f"{precision} {name}"] = {"images_per_second": 32 / times[name].median, "rms_error": errors}
@@ -214,7 +215,7 @@ def main() -> None:
         for word in sys.argv[1:] or [*PARTS, *MEMBERS]:
             part, measure = (word, PARTS[word]) if word in PARTS else ("members", partial(member, word))
             figures[part] = {**figures.get(part, {}), **measure(Path(folder)), "load_before": os.getloadavg()[0]}
-            protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "weights": __doc__}
+            protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "about": __doc__}
             record.write(OUT, {**figures, "protocol": protocol})
     if "algorithms" in figures:
         draw(figures["algorithms"])

@@ -84,7 +84,7 @@ def bench(net: Net, file: str, sizes: Sequence[int], against: Sequence[str], rou
         }
         if as_json:
             continue
-        print(f"{file}, {net.precision}, batch {batch_size}, {net.threads} threads")
+        print(f"{file}, {net.precision}, batch {batch_size}, {net.threads} thread{'s' if net.threads > 1 else ''}")
         for name, s in speeds.items():
             low, high = s.quartiles
             times = "" if s is ours else f"   repvgg_engine is {ratio(ours, s):.2f} times as fast"

@@ -9,8 +9,10 @@ namespace repvgg::REPVGG_ISA {
 
 #ifdef __AVX512BF16__
 using Element = BFloat16;
+#define REPVGG_NAMED(name) name " bf16"
 #else
 using Element = Float32;
+#define REPVGG_NAMED(name) name
 #endif
 
 template <class A>
@@ -20,13 +22,14 @@ long scratch(const Conv &c, long tiles) {
 
 template <class A>
 constexpr Algorithm algorithm(const char *name) {
-    return {name, A::outputs, A::samples, A::products, A::stride, run<A, Element>, pack<A, Element>, scratch<A>};
+    return {name, A::outputs, A::samples, A::products, A::stride, Element::pack, run<A, Element>, pack<A, Element>, scratch<A>};
 }
 
 constexpr Algorithm algorithms[] = {
-    algorithm<Direct>("direct"),      algorithm<Tiled<2, 1>>("F2"), algorithm<Tiled<4, 1>>("F4"),
-    algorithm<Tiled<5, 1>>("F5"),     algorithm<Tiled<6, 1>>("F6"), algorithm<Tiled<7, 1>>("F7"),
-    algorithm<Tiled<2, 2>>("F2"),     algorithm<Tiled<4, 2>>("F4"), algorithm<Tiled<7, 2>>("F7"),
+    algorithm<Direct>(REPVGG_NAMED("direct")),
+    algorithm<Tiled<2, 1>>(REPVGG_NAMED("F2")), algorithm<Tiled<4, 1>>(REPVGG_NAMED("F4")), algorithm<Tiled<5, 1>>(REPVGG_NAMED("F5")),
+    algorithm<Tiled<6, 1>>(REPVGG_NAMED("F6")), algorithm<Tiled<7, 1>>(REPVGG_NAMED("F7")),
+    algorithm<Tiled<2, 2>>(REPVGG_NAMED("F2")), algorithm<Tiled<4, 2>>(REPVGG_NAMED("F4")), algorithm<Tiled<7, 2>>(REPVGG_NAMED("F7")),
 };
 
 /// Planes to pixels. CHANNELS: how many, where the compiler should know.
@@ -113,7 +116,7 @@ namespace repvgg {
 const Kernels *REPVGG_JOIN(kernels_, REPVGG_ISA)() {
     using namespace REPVGG_ISA;
     static constexpr Kernels kernels = {
-        REPVGG_TEXT(REPVGG_ISA), WIDTH, MAX_PANEL, Element::pack, [](int vectors) { return rows_for(vectors); }, algorithms, sizeof algorithms / sizeof *algorithms,
+        REPVGG_TEXT(REPVGG_ISA), WIDTH, MAX_PANEL, [](int vectors) { return rows_for(vectors); }, algorithms, sizeof algorithms / sizeof *algorithms,
         read_floats, read_bytes, write, REPVGG_ISA::pool, REPVGG_ISA::excite,
     };
     return &kernels;

@@ -52,6 +52,7 @@ struct Excite {
 struct Algorithm {
     const char *name;
     int outputs, samples, products, stride;  // outputs = 1, products = 0: direct, for any geometry
+    int packed;                              // channels in 32 bits of inputs and weights: 1, or 2 in bfloat16
     void (*run)(const Conv &, const Piece &);
     /// Transforms and packs the weights of one panel of one group; `weights` are the layer's own.
     void (*pack)(const Conv &, const float *weights, int group, int panel, float *packed);
@@ -63,7 +64,6 @@ struct Kernels {
     const char *isa;
     int width;       // floats in a vector
     int max_panel;   // vectors in a panel of output channels, at most
-    int pack;        // channels in 32 bits: 1, or 2 for bfloat16
     int (*rows)(int vectors);  // for panels of so many vectors
     const Algorithm *algorithms;
     int count;

@@ -81,6 +81,11 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
     (void)registered;
     if (threads_ < 1 || threads_ > 1024) refuse("threads is " + std::to_string(threads_) + ": it is between 1 and 1024");
     if (count < 1) refuse("a net has at least one layer");
+    const auto take = [&](const Kernels &kernels) {
+        for (int i = 0; i < kernels.count; i++) algorithms_.push_back(kernels.algorithms + i);
+    };
+    take(*kernels_);
+    if (options.bf16) take(*find_kernels(options.isa, false));  // as wide; a layer may be faster by them, and is more accurate
     for (int i = 0; i < count; i++) add(layers[i]);
     weights_.resize(layers_.size());
 }
@@ -146,10 +151,9 @@ const Algorithm *Net::fitting(int index, int i) const {
     const repvgg_layer &s = layers_[index]->spec;
     const bool square = s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1];
     const bool dilated = s.dilation[0] > 1 || s.dilation[1] > 1;
-    for (int a = 0; a < kernels_->count; a++) {
-        const Algorithm &algorithm = kernels_->algorithms[a];
-        const bool fits = algorithm.products == 0 || (square && s.stride[0] == algorithm.stride && !(dilated && s.stride[0] > 1));
-        if (fits && i-- == 0) return &algorithm;
+    for (const Algorithm *algorithm : algorithms_) {
+        const bool fits = algorithm->products == 0 || (square && s.stride[0] == algorithm->stride && !(dilated && s.stride[0] > 1));
+        if (fits && i-- == 0) return algorithm;
     }
     return nullptr;
 }
@@ -177,7 +181,7 @@ void Net::choose(int batch, int layer, const char *name) {
 
 long Net::weight_floats(int layer, const Algorithm &algorithm) const {
     const Conv c = with_algorithm(layers_[layer]->conv, algorithm);
-    return static_cast<long>(c.groups) * c.products * ceil_div(c.k, kernels_->pack) * ceil_div(c.out_channels, kernels_->width) * kernels_->width;
+    return static_cast<long>(c.groups) * c.products * ceil_div(c.k, algorithm.packed) * ceil_div(c.out_channels, kernels_->width) * kernels_->width;
 }
 
 std::shared_ptr<Memory> Net::packed(Runtime &runtime, int index, const Algorithm &algorithm) {

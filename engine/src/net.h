@@ -43,6 +43,7 @@ class Net {
     std::shared_ptr<Memory> packed(Runtime &runtime, int layer, const Algorithm &algorithm);
 
     const Kernels *kernels_;
+    std::vector<const Algorithm *> algorithms_;  // the first is direct
     const int threads_;
     const bool pin_;
     std::vector<std::unique_ptr<Layer>> layers_;

@@ -13,8 +13,9 @@ namespace {
 constexpr long BLOCK_BYTES = 640 << 10;
 /// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
 constexpr long BLOCKS_OF_WEIGHTS = 32;
-/// Fewer rows than this for each thread, and threads share out output channels rather than tiles: each weight is then read once.
-constexpr long FEW_TILES = 8;
+/// Fewer rows than this for each thread, or so many times more weights than transformed inputs, and threads share out output channels
+/// rather than tiles: each weight is then read once, though each input is transformed by every thread.
+constexpr long FEW_TILES = 8, MANY_WEIGHTS = 8;
 /// From so many blocks a thread on, blocks are of whole groups of tiles; fewer would then be unequal work for the threads.
 constexpr long WHOLE_GROUPS = 4;
 constexpr long ALIGNMENT = 1024;
@@ -175,10 +176,10 @@ void Plan::cut(Step &step, int threads) {
     const long tile_bytes = (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<long>(sizeof(float));
     const int wanted = local ? 1 : static_cast<int>(ceil_div(threads, c.groups));
     step.splits = 1;
-    const long weight_bytes = static_cast<long>(c.groups) * c.products * c.k * c.out_channels * static_cast<long>(sizeof(float)) / kernels_.pack;
+    const long weight_bytes = static_cast<long>(c.groups) * c.products * c.k * c.out_channels * static_cast<long>(sizeof(float)) / step.algorithm->packed;
     long blocks = ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
     if (blocks < wanted) {
-        if (step.tiles < FEW_TILES * wanted) step.splits = std::min<int>(wanted, c.panels);
+        if (step.tiles < FEW_TILES * wanted || step.tiles * MANY_WEIGHTS < c.out_channels) step.splits = std::min<int>(wanted, c.panels);
         else blocks = wanted;
     } else {
         blocks = round_up(blocks, wanted);

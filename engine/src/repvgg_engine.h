@@ -34,7 +34,7 @@ typedef struct {
 typedef struct {
     int32_t threads; /* that compute, the caller among them */
     int32_t pin;     /* each further thread to a processor of its own */
-    int32_t bf16;    /* products in bfloat16 */
+    int32_t bf16;    /* products may be in bfloat16 */
     const char *isa; /* "avx512", "avx2", "portable"; NULL or "": the best that the processor has */
 } repvgg_options;
 
@@ -57,8 +57,9 @@ REPVGG_API int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_
 /* output: float32 [n, channels, height, width], of the shape above. */
 REPVGG_API int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size);
 
-/* How a convolution is computed: "direct", or by Winograd's algorithm with tiles of m x m outputs, "F2", "F4", ... `batch` is 0 for
- * calls of few images (fewer than REPVGG_LARGE_BATCH), 1 for calls of many. An algorithm that does not fit the layer is an error. */
+/* How a convolution is computed: "direct", or by Winograd's algorithm with tiles of m x m outputs, "F2", "F4", ...; where products may
+ * be in bfloat16 also "direct bf16", which is then the default, "F2 bf16", ... `batch` is 0 for calls of few images (fewer than
+ * REPVGG_LARGE_BATCH), 1 for calls of many. An algorithm that does not fit the layer is an error. */
 #define REPVGG_LARGE_BATCH 4
 REPVGG_API int repvgg_choose(repvgg_net *net, int32_t batch, int32_t layer, const char *algorithm, char *error, size_t size);
 

@@ -49,7 +49,7 @@ def check(geometry: dict[str, Any], precision: str = "fp32") -> None:
     images = random.standard_normal((n, into, *size)).astype(np.float32)
     wanted = reference.run([layer], images)
     net = Net([layer], threads=threads, precision=precision)
-    bound = BOUND if precision == "fp32" else BF16_BOUND
+    bound = BOUND if precision == "fp32" else {**BOUND, **{f"{name} bf16": value for name, value in BF16_BOUND.items()}}
     scale = np.sqrt(np.mean(np.sum(layer.weight.astype(np.float64) ** 2, (1, 2, 3))) * np.mean(images.astype(np.float64) ** 2))
     for algorithm in net.algorithms(0):
         net.choose(0, algorithm)
@@ -108,6 +108,9 @@ def test_which_algorithms_fit() -> None:
 
     assert names() == names(dilation=(2, 3)) == ["direct", "F2", "F4", "F5", "F6", "F7"]
     assert names(stride=(2, 2)) == ["direct", "F2", "F4", "F7"]
+    if "bf16" in instruction_sets():
+        both = Net([conv(random, 4, 4)], precision="bf16").algorithms(0)
+        assert both == [*(f"{name} bf16" for name in names()), *names()]
     assert names(kernel=1) == names(kernel=5) == names(stride=(1, 2)) == names(stride=(2, 2), dilation=(2, 2)) == ["direct"]
     with pytest.raises(EngineError, match="layer 0 cannot be computed by F3"):
         Net([conv(random, 4, 4)]).choose(0, "F3")

@@ -20,15 +20,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_fastest_within_the_budgets() -> None:
-    layer = [Option("direct", 9, 0, 1), Option("F2", 5, 1, 2), Option("F4", 3, 10, 4)]
-    assert choose([layer, [], layer], error=0, memory=100) == ["direct", "", "direct"]
-    assert choose([layer, [], layer], error=2, memory=100) == ["F2", "", "F2"]
-    assert sorted(choose([layer, layer], error=11, memory=100)) == ["F2", "F4"]
-    assert choose([layer, layer], error=20, memory=100) == ["F4", "F4"]
-    assert choose([layer, layer], error=20, memory=5) == ["F2", "F2"]
-    assert choose([layer, layer], error=20, memory=2) == ["direct", "direct"]
-    better = [Option("direct", 9, 0, 8), Option("F2", 5, -1, 2)]
-    assert choose([better], error=0, memory=100) == ["F2"]
+    def squares(*values: float) -> tune.Squares:
+        return np.array(values, np.float64)
+
+    layer = [Option("direct", 9, squares(0, 0), 1), Option("F2", 5, squares(1, 0.5), 2), Option("F4", 3, squares(10, 2), 4)]
+    assert choose([layer, [], layer], squares(0, 0), memory=100) == ["direct", "", "direct"]
+    assert choose([layer, [], layer], squares(2, 2), memory=100) == ["F2", "", "F2"]
+    assert sorted(choose([layer, layer], squares(11, 11), memory=100)) == ["F2", "F4"]
+    assert choose([layer, layer], squares(20, 20), memory=100) == ["F4", "F4"]
+    assert choose([layer, layer], squares(20, 1), memory=100) == ["F2", "F2"]  # each kind of images has its own budget
+    assert choose([layer, layer], squares(20, 20), memory=5) == ["F2", "F2"]
+    assert choose([layer, layer], squares(20, 20), memory=2) == ["direct", "direct"]
+    better = [Option("direct", 9, squares(0, 0), 8), Option("F2", 5, squares(-1, -1), 2)]
+    assert choose([better], squares(0, 0), memory=100) == ["F2"]
 
 
 @pytest.mark.parametrize("accuracy", ["high", "fast"])

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg.record import threads
 from repvgg.train.recipes import RECIPES, get_recipe
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -
     m = each[0]["machine"]
     print(
         f"{reports[0].rounds} rounds of {reports[0].batches} batches, taking turns; speeds relative to the first row. "
-        f"{m['gpu'] or m['processor']}, {m['threads']} threads, PyTorch {m['versions']['torch']}"
+        f"{m['gpu'] or m['processor']}, {threads(m['threads'])}, PyTorch {m['versions']['torch']}"
     )
 
 

@@ -34,6 +34,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def threads(count: int) -> str:
+    """In words."""
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def write(path: Path, figures: dict[str, Any]) -> None:
     """Figures as JSON, with the machine that they were measured on."""
     text = json.dumps({**figures, "machine": machine()}, indent=2) + "\n"

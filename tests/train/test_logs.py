@@ -49,7 +49,8 @@ def test_a_tensorboard_that_does_not_load_stops_no_training(tmp_path: Path, monk
     said: list[str] = []
     with Logs(tmp_path, log=said.append) as logs:
         logs.write(step=10, epoch=0, loss=0.5)
-    assert len(said) == 1 and said[0].startswith("without TensorBoard, which does not load: ")
+    (line,) = said
+    assert line.startswith("without TensorBoard, which does not load: ")
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 10, "epoch": 0, "loss": 0.5}]
 
 

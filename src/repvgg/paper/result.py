@@ -75,7 +75,7 @@ class Settings:
         here = record.machine()
         if self.device.startswith("cuda"):
             return str(here["gpu"])
-        return f"{here['processor']}, {self.threads or here['threads']} threads"
+        return f"{here['processor']}, {record.threads(self.threads or here['threads'])}"
 
     def options(self, batch_size: int) -> "Options":
         """For building an engine."""
