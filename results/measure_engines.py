@@ -51,7 +51,6 @@ def speed() -> list[dict[str, Any]]:
                 batches=10 if batch_size == 1 else 1,
                 warmup=WARMUP,
                 threads=THREADS,
-                leave_out=True,
                 log=say,
             )
             rows: dict[str, dict[str, Any]] = {

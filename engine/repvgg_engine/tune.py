@@ -207,7 +207,7 @@ def _time(net: "Net", images: Array, repeats: int, large: bool) -> list[dict[str
 
 
 def choose(options: Sequence[Sequence[Option]], error: Squares, memory: int) -> list[str]:
-    """One option of each layer: as little time as budgets for each kind's error and for memory allow. Layers without options get "".
+    """One option of each layer: as little time as the budgets for errors and for memory allow. Layers without options get "".
 
     From the most accurate ones, take in turn the exchange that saves most time for what it costs of the budgets.
     """

@@ -535,7 +535,6 @@ def bench(
             device=device,
             input_size=(3, input_size, input_size) if input_size else None,
             allow_unfolded=allow_unfolded,
-            leave_out=engines == "all",
             log=_say,
         )
         for size in _numbers(batch_size)

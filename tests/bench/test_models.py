@@ -193,6 +193,21 @@ def test_what_does_not_fold_is_timed_only_when_asked_for_and_is_marked(
     assert "1 BN left" in capsys.readouterr().out
 
 
+def test_an_engine_that_cannot_run_a_model_is_left_out_of_it() -> None:
+    pytest.importorskip("repvgg_engine", exc_type=ImportError)
+    pytest.importorskip("timm")
+    words: list[str] = []
+    native, resnet = Candidate("repvgg_micro", "native"), Candidate("resnet18", "native")
+    report = quick(native, Candidate("resnet18"), resnet, rounds=1, batches=1, log=words.append)
+    assert [(row.candidate.model, row.candidate.engine) for row in report.rows] == [
+        ("repvgg_micro", "native"),
+        ("resnet18", "eager"),
+    ]
+    assert any(word.startswith("left out: resnet18 native fp32 (the engine native runs plain networks") for word in words)
+    with pytest.raises(ValueError, match="the engine native runs plain networks"):  # nothing else runs it
+        quick(MICRO, resnet)
+
+
 # ----------------------------------------------------------------------------------------------------------- out of memory
 
 

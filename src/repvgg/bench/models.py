@@ -163,18 +163,17 @@ def bench(
     device: str = "cpu",
     input_size: tuple[int, int, int] | None = None,
     allow_unfolded: bool = False,
-    leave_out: bool = False,
     log: Callable[[str], None] = print,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Time the candidates, taking turns; the first is the reference.
 
-    leave_out: an engine that cannot run a model is left out, with a word, and no error. input_size: of all, or None for each
+    An engine that cannot run a model is left out of it, with a word, if another one can. input_size: of all, or None for each
     model's own. Where memory runs out a candidate's batch is halved, with a word. log: told what one must know; progress: told
     where the work stands, by default `log` too.
 
-    Raises ValueError for unknown models and engines (before anything runs), and for a model that does not fold, unless
-    allow_unfolded.
+    Raises ValueError for unknown models and engines (before anything runs), for a model that no engine runs, and for one that
+    does not fold, unless allow_unfolded.
     """
     if min(batch_size, rounds, batches) < 1 or not candidates:
         raise ValueError("at least one model, one image a batch, one batch a round and one round are needed")
@@ -183,22 +182,22 @@ def bench(
     candidates = list(dict.fromkeys(replace(c, model=zoo.resolve_name(c.model)) for c in candidates))
     for c in candidates:
         engines.check(c.engine, c.precision, device)
-    if threads:
-        torch.set_num_threads(threads)
+    threads = threads or torch.get_num_threads()  # the same number for every engine
+    torch.set_num_threads(threads)
     progress = progress or log
     options = Options(batch_size=batch_size, threads=threads, channels_last=channels_last, device=device)
     sizes = {c: input_size or zoo.default_preprocessing({"name": c.model, "in_chans": 3}).input_size for c in candidates}
-    ready = {}
+    ready, failed = {}, dict[Candidate, ValueError]()
     for c in candidates:
         progress(f"building {c.name}")
         try:
             ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log)
         except ValueError as error:
-            if not leave_out:
-                raise
-            log(f"left out: {c.name} ({error})")
-    if not ready:
-        raise ValueError("no engine runs these models")
+            failed[c] = error
+    for c, error in failed.items():
+        if not any(other.model == c.model for other in ready):
+            raise error
+        log(f"left out: {c.name} ({error})")
     times = interleave(
         {c.name: partial(r.engine.run, r.images) for c, r in ready.items()},
         rounds=rounds,

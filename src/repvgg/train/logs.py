@@ -19,7 +19,7 @@ class Logs:
         step: int = 0,
         wandb: str = "",
         settings: dict[str, Any] | None = None,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], object] = print,
     ) -> None:
         """Go on after `step`: what was written of later steps will come again. Raises ValueError if wandb is not installed."""
         self.path = out / "metrics.jsonl"
@@ -58,7 +58,7 @@ class Logs:
             self.wandb.log(curves, step=step)
 
 
-def _board(out: Path, step: int, log: Callable[[str], None]) -> Any:
+def _board(out: Path, step: int, log: Callable[[str], object]) -> Any:
     """None where TensorBoard is not installed, or its installation is broken: that is no reason not to train."""
     if not find_spec("tensorboard"):
         return None
