@@ -194,10 +194,10 @@ def bench(
             ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log)
         except ValueError as error:
             failed[c] = error
-    for c, error in failed.items():
+    for c, why in failed.items():
         if not any(other.model == c.model for other in ready):
-            raise error
-        log(f"left out: {c.name} ({error})")
+            raise why
+        log(f"left out: {c.name} ({why})")
     times = interleave(
         {c.name: partial(r.engine.run, r.images) for c, r in ready.items()},
         rounds=rounds,
