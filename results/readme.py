@@ -157,7 +157,7 @@ def pruning(r: dict[str, Any]) -> str:
 
 def engine(r: dict[str, Any]) -> str:
     """The native engine beside the others: A0 in both batch sizes and precisions, the rest of the family, the ResNets."""
-    rows = [["A0, native engine", "images/s", "over OpenVINO", "its error over OpenVINO's"], ["---"] * 4]
+    rows = [["A0 at 224 px, native engine", "images/s", "speed over OpenVINO", "error over OpenVINO's"], ["---"] * 4]
     for what in ("fp32, batch 32", "fp32, batch 1", "bf16, batch 32", "bf16, batch 1"):
         for name, f in r["a0"][what].items():
             if name in ("native high", "native fast"):
@@ -167,8 +167,9 @@ def engine(r: dict[str, Any]) -> str:
     if members := r.get("members"):
         ratios = {name: f["native high"]["images_per_second"] for name, f in members.items() if name.startswith("repvgg")}
         best = {name: max(v["images_per_second"] for k, v in members[name].items() if k != "native high") for name in ratios}
-        listed = ", ".join(f"{name.removeprefix('repvgg_')} {speed / best[name]:.2f}" for name, speed in ratios.items())
-        found.append(f"The others, fp32 `high`, batch 8, over the better of OpenVINO and ONNX Runtime: {listed}.")
+        listed = [(name.removeprefix("repvgg_"), f"{ratios[name] / best[name]:.2f}") for name in sorted(ratios)]
+        table = _table([["", *(name for name, _ in listed)], ["---"] * (1 + len(listed)), ["speed", *(x for _, x in listed)]])
+        found.append(f"The others, fp32 `high`, batch 8, over the better of OpenVINO and ONNX Runtime:\n\n{table}")
     pairs = [f"{name} {_interval(f['ratio'])} (paper {f['paper']})" for name, f in r["against_resnets"].items() if "over" in name]
     first = {name: f for name, f in r["start"].items() if name in ("native", "openvino")}
     starts = ", ".join(f"{name} {f['seconds']:.2f} s and {f['resident_kib'] / 1024:.0f} MiB" for name, f in first.items())
@@ -185,11 +186,14 @@ def engine(r: dict[str, Any]) -> str:
 
 
 def predictions(r: dict[str, Any]) -> str:
-    lines = [
-        f"{name}: {f['differ']} of {f['images']:,} differ from float64, {f['differ_where_clear']} of the {f['clear']:,} clear ones"
-        for name, f in r["engines"].items()
-    ]
-    return f"**Predictions of the native engine** on CIFAR-10's test images. {'; '.join(lines)}."
+    rows = [["", "images", "other predictions than in float64", "of clear ones", "largest relative error"], ["---"] * 5]
+    for name, f in r["engines"].items():
+        of_clear = f"{f['differ_where_clear']} of {f['clear']:,}"
+        rows.append([name, f"{f['images']:,}", str(f["differ"]), of_clear, f"{f['max_rel_err']:.1e}"])
+    return (
+        "**Predictions of the native engine** on CIFAR-10's test images; clear are those whose two best logits are farther apart "
+        f"than twice the largest error.\n\n{_table(rows)}"
+    )
 
 
 PAPER = """**The paper's Figure 1**, left as printed, right on this machine (`repvgg paper all --out results/paper`; every table and
@@ -201,15 +205,13 @@ where the paper's GPU had them ahead; the native engine above has it.
 
 def training(r: dict[str, Any]) -> str:
     steps, state, p = r["steps"], r["state"], r["protocol"]
-    reference, *others = steps
-    found = [
-        f"{name} {s['img_per_s']:.1f} ({_interval(s['faster_than'][reference])})" for name, s in steps.items() if name in others
-    ]
+    reference = next(iter(steps))
+    rows = [["", "images/s", f"over {reference}"], ["---"] * 3]
+    for name, s in steps.items():
+        rows.append([name, f"{s['img_per_s']:.1f}", "1" if name == reference else _interval(s["faster_than"][reference])])
     return (
-        f"**A training step** of A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {p['rounds']} rounds taking turns: "
-        "images a second, "
-        f"and how many times {reference}, {steps[reference]['img_per_s']:.1f}: {'; '.join(found)}. A saved state of A0 takes "
-        f"{state['megabytes']:.0f} MB and {state['seconds_to_write']:.2f} s."
+        f"**A training step** of A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {p['rounds']} rounds taking turns. "
+        f"A saved state of A0 takes {state['megabytes']:.0f} MB and {state['seconds_to_write']:.2f} s.\n\n{_table(rows)}"
     )
 
 
@@ -218,18 +220,18 @@ def _interval(ratio: dict[str, float]) -> str:
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "cifar10": cifar10,
-    "camvid": camvid,
-    "demo": demo,
-    "startup": startup,
-    "speed": speed,
     "engine": engine,
     "predictions": predictions,
-    "timing": timing,
-    "ablation": ablation,
-    "training": training,
+    "speed": speed,
     "int8": int8,
     "pruning": pruning,
+    "cifar10": cifar10,
+    "camvid": camvid,
+    "ablation": ablation,
+    "training": training,
+    "demo": demo,
+    "startup": startup,
+    "timing": timing,
 }
 
 
