@@ -1,7 +1,7 @@
 """Every engine on A0 at 224: speed, error, memory, time to the first logits, and what "auto" takes; and whether exported files
 predict what PyTorch does on real images. Writes results/engines.json.
 
-python results/measure_engines.py speed load                                               # on a machine that does nothing else
+python results/measure_engines.py speed load                      # on a machine that does nothing else; "speed bf16": only that
 python results/measure_engines.py predictions runs/cifar10/best.safetensors hf:../shared/data/cifar10
 
 A part that is not named keeps its figures. Speeds come of one run for each batch size and precision, in which the engines take
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,11 @@ IMAGES = 1000
 CACHES = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "REPVGG_ENGINE_CACHE")
 
 
-def speed() -> list[dict[str, Any]]:
+def speed(precisions: Sequence[str]) -> list[dict[str, Any]]:
     """A table for each batch size and precision; ratios are to PyTorch. "auto" chose for itself, before the run that judges it."""
     tables: list[dict[str, Any]] = []
     for batch_size in BATCHES:
-        for precision in PRECISIONS:
+        for precision in precisions:
             report = bench(
                 candidates([MODEL], ["all"], [precision], log=say),
                 batch_size=batch_size,
@@ -130,7 +131,9 @@ def main(words: list[str]) -> None:
     if "predictions" in words:
         figures["predictions"] = predictions(*words[1:])
     if "speed" in words:
-        figures["speed"] = speed()
+        tables = speed([p for p in PRECISIONS if p in words] or PRECISIONS)
+        every = {(t["batch_size"], t["precision"]): t for t in [*figures.get("speed", []), *tables]}
+        figures["speed"] = [every[key] for key in sorted(every, key=lambda key: (key[0], PRECISIONS.index(key[1])))]
     if "load" in words:
         figures["load"] = load_and_memory()
     figures.pop("machine", None)

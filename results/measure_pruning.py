@@ -15,19 +15,18 @@ from repvgg.deploy.prune import prune
 from repvgg.train.recipes import get_recipe
 
 OUT = Path(__file__).with_name("pruning.json")
-KEEP, EPOCHS, IMAGES, ENGINE = 0.5, 1, 10_000, "openvino"
+KEEP, EPOCHS, ENGINE = 0.5, 2, "openvino"
 
 
 def main(run: Path, data: str, forms: list[str]) -> None:
     source = open_source(data)
-    source = replace(source, train=source.limited(IMAGES).train)
     recipe = replace(get_recipe(source.recipe), epochs=EPOCHS)
     for form in forms or ["training", "deploy"]:
         model = load(run / "best.safetensors")
         with tempfile.TemporaryDirectory() as folder:
             report = prune(reparameterize(model) if form == "deploy" else model, source, folder, KEEP, recipe, engine=ENGINE)
         found = json.loads(OUT.read_text()) if OUT.exists() else {}
-        found |= {"train_images": IMAGES, "recipe": asdict(recipe), form: report.to_json()}
+        found |= {"train_images": len(source.train), "recipe": asdict(recipe), form: report.to_json()}
         record.write(OUT, found)
 
 

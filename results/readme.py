@@ -150,7 +150,7 @@ def pruning(r: dict[str, Any]) -> str:
             )
             keep = p["keep"]
     return (
-        f"**Pruning** to {keep:.0%} of the channels, then {r['recipe']['epochs']} epoch on {r['train_images']:,} images, "
+        f"**Pruning** to {keep:.0%} of the channels, then {r['recipe']['epochs']} epochs on {r['train_images']:,} images, "
         f"CIFAR-10. {'; '.join(forms)}."
     )
 
