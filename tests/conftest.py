@@ -1,11 +1,8 @@
 """What the tests share: random networks that a fold can really break, and how far apart two outputs are."""
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,12 +71,3 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     subprocess.run([sys.executable, "-m", "repvgg", "demo", "--out", str(folder)], check=True, capture_output=True)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_handler_for_children() -> Iterator[None]:
-    """PyTorch's data loaders leave one for SIGCHLD, which runs on the alternate signal stack. Some runtimes of other tests in the
-    same process leave that stack unusable, and the next child that ends would end the process too."""
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

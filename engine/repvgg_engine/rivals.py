@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,19 @@ def to_onnx(layers: Sequence[Layer]) -> bytes:
     return model
 
 
-def _openvino(layers: Sequence[Layer], images: Array, precision: str, threads: int) -> Run:
+@cache
+def _core() -> Any:
+    """One for ever: a Core that goes may leave its thread without a stack for signals."""
     import openvino
 
-    core = openvino.Core()
-    model = core.read_model(to_onnx(layers))
+    return openvino.Core()
+
+
+def _openvino(layers: Sequence[Layer], images: Array, precision: str, threads: int) -> Run:
+    model = _core().read_model(to_onnx(layers))
     model.reshape(list(images.shape))  # a fixed shape lets it lay everything out beforehand
     hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(model, "CPU", {**hints, "INFERENCE_NUM_THREADS": str(threads)}).create_infer_request()
+    request = _core().compile_model(model, "CPU", {**hints, "INFERENCE_NUM_THREADS": str(threads)}).create_infer_request()
     return lambda: request.infer({0: images}, share_inputs=True, share_outputs=True)[0]
 
 

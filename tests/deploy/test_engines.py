@@ -1,6 +1,8 @@
 """Every engine gives what PyTorch gives in float64, on random batch norm statistics."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,3 +156,21 @@ def test_tf32_only_where_it_is_asked_for() -> None:
     runs = {name: in_precision(switches, Options(precision=name, device="cuda")) for name in ("tf32", "fp32", "bf16")}
     for name in ("fp32", "tf32", "bf16", "tf32", "fp32"):
         assert runs[name](torch.zeros(1)) == (name == "tf32",) * 2
+
+
+SIGNAL = """
+import os, signal
+from repvgg import create_model, load_engine, reparameterize
+model = reparameterize(create_model("repvgg_micro", width=0.25).eval())
+first, second = load_engine(model, "openvino"), load_engine(model, "openvino")
+del first, second
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_survive_openvino() -> None:
+    """Two Cores that go in the order in which they came leave a signal no stack to be handled on."""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", SIGNAL], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

@@ -264,9 +264,9 @@ class _OpenVINO:
 
     @staticmethod
     def read(file: Path | bytes) -> Any:
-        import openvino
+        from repvgg.deploy.engines import openvino
 
-        return openvino.Core().read_model(file)
+        return openvino.core().read_model(file)
 
     @staticmethod
     def write(network: Any, path: Path, metadata: str) -> None:
@@ -289,14 +289,13 @@ class _OpenVINO:
     @staticmethod
     def activations(path: Path, images: Any) -> list[Any]:
         """What comes out of each ReLU."""
-        import openvino
+        from repvgg.deploy.engines.openvino import core
 
-        core = openvino.Core()
-        network = core.read_model(path)
+        network = core().read_model(path)
         relus = [op.output(0) for op in network.get_ordered_ops() if op.get_type_name() == "Relu"]
         count = len(network.outputs)
         network.add_outputs(relus)
-        results = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)
+        results = core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)
         return [np.array(results[count + i]) for i in range(len(relus))]
 
 

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU, for one batch size."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ from repvgg.files import METADATA_KEY
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
+@cache
+def core() -> openvino.Core:
+    """The only one of this process, for ever.
+
+    A Core gives its thread a signal stack of its own, and puts back the one it found when it goes. Of two that go in the order in
+    which they came, the second puts back the first one's, which is gone: the next signal, be it a child's end, kills the process.
+    """
+    return openvino.Core()
+
+
 def build(model: nn.Module, options: Options) -> Engine:
     return open_file(to_onnx(model, Signature(options.input_size)), options)
 
 
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
     """`path` (.xml) and the weights beside it (.bin), in float32."""
-    network = openvino.Core().read_model(to_onnx(model, signature))
+    network = core().read_model(to_onnx(model, signature))
     save(network, path, metadata)
 
 
@@ -34,15 +45,14 @@ def open_file(file: Path | bytes, options: Options) -> Engine:
     settings = {"INFERENCE_PRECISION_HINT": HINTS[options.precision], "PERFORMANCE_HINT": "LATENCY"}
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = str(options.threads)
-    core = openvino.Core()
-    network = core.read_model(file)
+    network = core().read_model(file)
     images = network.inputs[0]
     if images.partial_shape.is_dynamic:  # a fixed shape lets it lay everything out beforehand
         batch = images.partial_shape[0]
         network.reshape([options.batch_size if batch.is_dynamic else batch.get_length(), *options.input_size])
     batch_size = images.shape[0]
     dtype = torch.uint8 if images.element_type == openvino.Type.u8 else torch.float32
-    request = core.compile_model(network, "CPU", settings).create_infer_request()
+    request = core().compile_model(network, "CPU", settings).create_infer_request()
 
     def prepare(images: Tensor) -> Any:
         return images.to(dtype).contiguous().cpu().numpy()
@@ -55,7 +65,7 @@ def open_file(file: Path | bytes, options: Options) -> Engine:
 
 def metadata(path: Path) -> str | None:
     """What `write` was given."""
-    network = openvino.Core().read_model(path)
+    network = core().read_model(path)
     return str(network.get_rt_info(METADATA_KEY).astype(str)) if network.has_rt_info(METADATA_KEY) else None
 
 
@@ -65,7 +75,7 @@ def operators(path: Path) -> list[Operator]:
     found: list[Operator] = []
     constant: set[str] = set()
     convolutions: set[str] = set()
-    for node in openvino.Core().read_model(path).get_ordered_ops():
+    for node in core().read_model(path).get_ordered_ops():
         kind, name = node.get_type_name(), node.get_friendly_name()
         inputs = [value.get_source_output().get_node().get_friendly_name() for value in node.inputs()]
         if kind in ("Constant", "ShapeOf") or (inputs and constant.issuperset(inputs)):
