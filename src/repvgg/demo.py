@@ -72,7 +72,7 @@ def run(out: Path, seed: int = 0) -> None:
     rows = [(name, f"{BATCH / t.median:,.0f}", *(f"{BATCH / q:,.0f}" for q in reversed(t.quartiles))) for name, t in times.items()]
     print_table(("", "images/s", "lower quartile", "upper"), rows)
     print(f"   the deploy form has {speedup} the speed (95% interval over {len(times['deploy form'].rounds)} rounds)")
-    print("\n4. Read held-out scans")
+    print("\n4. Read the held-out scans that it is least sure of")
     shown = _shown(source, logits, labels)
     print_table(
         ("scan", "label", "read as", "probability"), [(i, true, p, f"{x:.1%}") for i, (_, true, p, x) in enumerate(shown[:8])]
