@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from repvgg_engine import load
+from repvgg_engine import Net, load
 from repvgg_engine.bench import Speed, bench, ratio
 
 import repvgg
@@ -176,27 +176,32 @@ def start(folder: Path) -> dict[str, Any]:
 
 
 def algorithms(folder: Path) -> dict[str, Any]:
-    """Error against speed, one algorithm for all layers that it fits: the figure of docs/engine.md."""
+    """Error against speed, one algorithm for all layers that it fits, all taking turns: the figure of docs/engine.md."""
     from repvgg_engine import reference, tune
 
-    figures: dict[str, Any] = {}
-    for precision in ("fp32", "bf16"):
-        net = load(model_file("repvgg_a0", folder), precision=precision, accuracy="exact", threads=THREADS)
-        images = tune.calibration_images(net)
-        kinds = {"smooth": images[: len(images) // 2], "noise": images[len(images) // 2 :]}
-        wanted = {kind: reference.run(net.layers, x) for kind, x in kinds.items()}
-        batch = torch.randn(32, 3, 224, 224).numpy()
-        for name in WINOGRAD:
-            for i in range(len(net.layers)):
-                if has := [n for n in net.algorithms(i) if n.endswith("bf16") == (precision == "bf16")]:
-                    own = [n for n in has if n.split()[0] == name and i > 0]
-                    others = has[0] if i == 0 or name == "direct" or len(has) == 1 else has[-2]
-                    net.choose(i, own[0] if own else others)
-            times = interleave({name: _run(net.run, batch)}, rounds=5, batches=1, warmup=2)
-            errors = {kind: reference.error(net.run(x), wanted[kind]) for kind, x in kinds.items()}
-            figures[f"{precision} {name}"] = {"images_per_second": 32 / times[name].median, "rms_error": errors}
-            say(f"{precision} {name}: {32 / times[name].median:.1f} img/s, errors {errors}")
+    nets = {(p, name): _by(name, p, model_file("repvgg_a0", folder)) for p in ("fp32", "bf16") for name in WINOGRAD}
+    one = next(iter(nets.values()))
+    images, batch = tune.calibration_images(one), torch.randn(32, 3, 224, 224).numpy()
+    kinds = {"smooth": images[: len(images) // 2], "noise": images[len(images) // 2 :]}
+    wanted = {kind: reference.run(one.layers, x) for kind, x in kinds.items()}
+    times = interleave({" ".join(key): _run(net.run, batch) for key, net in nets.items()}, rounds=ROUNDS, batches=1, warmup=1)
+    figures = {}
+    for key, net in nets.items():
+        name, errors = " ".join(key), {kind: reference.error(net.run(x), wanted[kind]) for kind, x in kinds.items()}
+        figures[name] = {"images_per_second": 32 / times[name].median, "rms_error": errors}
+        say(f"{name}: {32 / times[name].median:.1f} img/s, errors {errors}")
     return figures
+
+
+def _by(name: str, precision: str, path: Path) -> Net:
+    """All layers but the first by that algorithm, those that it does not fit by the next best of the precision."""
+    net = load(path, precision=precision, accuracy="exact", threads=THREADS)
+    for i in range(1, len(net.layers)):
+        if has := [n for n in net.algorithms(i) if n.endswith("bf16") == (precision == "bf16")]:
+            own = [n for n in has if n.split()[0] == name]
+            others = has[0] if name == "direct" or len(has) == 1 else has[-2]
+            net.choose(i, own[0] if own else others)
+    return net
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {

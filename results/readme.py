@@ -38,7 +38,7 @@ def camvid(r: dict[str, Any]) -> str:
                 f"{deploy['pixel_accuracy']:.2%}",
                 f"{more['mean_iou']:.2%}",
                 f"{run['parameters'] / 1e6:.2f} M",
-                f"{run['minutes']:.0f} min on {on['gpu'] or on['processor']}",
+                f"{run['minutes']:.0f} min on " + (on["gpu"] or f"{on['processor']}, threads: {on['threads']}"),
             ]
         )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
