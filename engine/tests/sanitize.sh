@@ -13,8 +13,8 @@ for kind in address,undefined thread; do
     cp "$folder/librepvgg_engine.so" "$folder/package/repvgg_engine/"
     library=$(g++ -print-file-name="lib$([ "$kind" = thread ] && echo tsan || echo asan).so")
     # Python is not built for it, so the sanitizer's library has to come first, and C++'s, whose exceptions it watches. -P: not the
-    # package in this folder, which is not built. Leaks have a test of their own; the tuner would take an hour in such builds, and
-    # has no C++ of its own.
+    # package in this folder, which is not built. Leaks have a test of their own; the tuner has no C++ of its own, and is too
+    # slow in such builds.
     LD_PRELOAD="$library $(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=$folder/package "$python" -P -m pytest -q -p no:cacheprovider \
         tests/test_engine_{conv,files,net}.py -k "not leak and not fork"
 done

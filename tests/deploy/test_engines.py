@@ -27,7 +27,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path))
 
 
-PAIRS = [(name, precision) for name, known in ENGINES.items() for precision in known.on_cpu]
+COMPILED = ("compile", "aotinductor")  # which takes long; in eager mode every precision is tested
+PAIRS = [
+    pytest.param(name, precision, marks=[pytest.mark.slow] if name in COMPILED and precision != "fp32" else [])
+    for name, known in ENGINES.items()
+    for precision in known.on_cpu
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,6 @@ def native_has(precision: str) -> bool:
 @pytest.mark.parametrize(("name", "precision"), PAIRS, ids=str)
 def test_logits(name: str, precision: str, folded: nn.Module, images: Tensor) -> None:
     installed(name)
-    if name in ("compile", "aotinductor") and precision != "fp32":
-        pytest.skip("minutes of compiling; eager covers the precision")
     if name == "native" and not native_has(precision):
         pytest.skip(f"this processor has no {precision}")
     before = {key: (t.clone(), t.stride()) for key, t in folded.state_dict().items()}

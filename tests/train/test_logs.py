@@ -50,7 +50,7 @@ def test_a_tensorboard_that_does_not_load_stops_no_training(tmp_path: Path, monk
     with Logs(tmp_path, log=said.append) as logs:
         logs.write(step=10, epoch=0, loss=0.5)
     (line,) = said
-    assert line.startswith("without TensorBoard, which does not load: ")
+    assert line.startswith("without TensorBoard, which does not load (ModuleNotFoundError): pip install")
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 10, "epoch": 0, "loss": 0.5}]
 
 

@@ -65,7 +65,7 @@ def _board(out: Path, step: int, log: Callable[[str], object]) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except Exception as error:  # a protobuf of another version raises its own kind
-        log(f"without TensorBoard, which does not load: {str(error).splitlines()[0]}")
+        log(f"without TensorBoard, which does not load ({type(error).__name__}): pip install -U tensorboard protobuf")
         return None
     return SummaryWriter(str(out), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
 
