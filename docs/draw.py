@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from repvgg.blocks import BLOCKS
+from repvgg.fold.blocks import BLOCKS
 from repvgg.paper.figure2 import draw_block
 
 FOLDER = Path(__file__).parent / "blocks"

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from repvgg import load, load_engine, record, save
+from repvgg import load, load_engine, save
 from repvgg.bench.memory import held, peak
 from repvgg.bench.models import Candidate, bench, candidates, network
 from repvgg.deploy import engines
@@ -30,7 +30,8 @@ from repvgg.deploy.engines import Options
 from repvgg.deploy.export import FORMATS, export, real_images
 from repvgg.deploy.load import fastest
 from repvgg.deploy.parity import compare, reference
-from repvgg.zoo import manifest_of
+from repvgg.measure.machine import write_record
+from repvgg.models.zoo import manifest_of
 
 OUT = Path(__file__).with_name("engines.json")
 MODEL, SIZE = "repvgg_a0", (3, 224, 224)
@@ -137,7 +138,7 @@ def main(words: list[str]) -> None:
     if "load" in words:
         figures["load"] = load_and_memory()
     figures.pop("machine", None)
-    record.write(OUT, figures)
+    write_record(OUT, figures)
 
 
 if __name__ == "__main__":

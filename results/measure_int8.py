@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from repvgg import create_model, load, record
+from repvgg import create_model, load
 from repvgg.data import Decoded, open_source
 from repvgg.data import Source as Images
 from repvgg.deploy.quantize import RUNTIMES, Quantization, quantize
-from repvgg.files import Preprocessing
-from repvgg.zoo import manifest_of, remember
+from repvgg.measure.machine import write_record
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.zoo import manifest_of, remember
 
 OUT = Path(__file__).with_name("int8.json")
 QAT_IMAGES = 10_000  # a fifth of the training images, for an epoch
@@ -72,7 +73,7 @@ def keep(part: str, name: str, figures: dict[str, Any]) -> None:
     """One figure beside those that are there already."""
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
     found.setdefault(part, {})[name] = figures
-    record.write(OUT, found)
+    write_record(OUT, found)
 
 
 def say(line: str) -> None:

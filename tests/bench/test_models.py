@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg import zoo
 from repvgg.bench.models import Candidate, Report, bench, candidates, network, randomise_norms
 from repvgg.deploy import engines
+from repvgg.fold.reparam import Branches
 from repvgg.info import show_reports
-from repvgg.reparam import Branches
-from repvgg.timing import Times
+from repvgg.measure.timing import Times
+from repvgg.models import zoo
 
 MICRO = Candidate("repvgg_micro")
 TRAINING = Candidate("repvgg_micro", form="training")

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from repvgg import zoo
-from repvgg.algebra import ReparamError
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import FORMATS, FromPixels, Shape, export, real_images, report_of, resize_and_crop
-from repvgg.files import FileError, Manifest, Preprocessing
-from repvgg.models import FAMILY
-from repvgg.reparam import reparameterize
+from repvgg.disk import FileError
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.repvgg import FAMILY
 
 CLASSES = ["cat", "dog", "owl"]
 QUICK = [name for name in FORMATS if name != "aotinductor"]

@@ -14,17 +14,17 @@ from conftest import randomize, relative_error
 from torch import Tensor, nn
 
 import repvgg
-from repvgg import zoo
-from repvgg.algebra import ReparamError
 from repvgg.data import open_source
 from repvgg.deploy import engines, load
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import Shape, export, report_of
 from repvgg.deploy.load import Runner, exported_file, fastest, load_engine, measure, open_model
-from repvgg.files import Preprocessing
-from repvgg.predict import predict
-from repvgg.pspnet import PSPNet
-from repvgg.reparam import reparameterize
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.pspnet import PSPNet
+from repvgg.predict.labels import predict
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import new_model
 

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg import zoo
 from repvgg.bench.memory import fitting, held, peak
-from repvgg.costs import Cost, cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
-from repvgg.record import machine
-from repvgg.reparam import reparameterize
-from repvgg.timing import Ratio, Times, interleave, ratio, synchroniser
+from repvgg.fold.reparam import reparameterize
+from repvgg.measure.costs import Cost, cost
+from repvgg.measure.machine import this_machine
+from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
+from repvgg.models import zoo
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Report:
                 }
                 for row in self.rows
             ],
-            "machine": machine(),
+            "machine": this_machine(),
         }
 
 

@@ -22,14 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg import record, zoo
 from repvgg.data import open_source
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.engines.graph import Signature
 from repvgg.deploy.parity import Parity, compare, folded, reference
-from repvgg.files import FileError, Manifest, Preprocessing, describe
-from repvgg.pspnet import PSPNet
+from repvgg.disk import FileError, describe
+from repvgg.measure.machine import this_machine
+from repvgg.models import zoo
+from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.pspnet import PSPNet
 from repvgg.train.evaluate import batches
 
 
@@ -220,7 +222,7 @@ def write_report(path: Path, to: str, signature: Signature, manifest: Manifest, 
         "input": {"dtype": str(signature.dtype).removeprefix("torch."), "shape": [signature.batch, signature.size[0], *sides]},
         "manifest": json.loads(manifest.to_json()),
         **found,
-        "machine": record.machine(),
+        "machine": this_machine(),
     }
     report_of(path).write_text(json.dumps(told, indent=2) + "\n")
 

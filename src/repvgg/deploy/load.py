@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from repvgg import record, zoo
-from repvgg.data.index import cache_folder
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import FORMATS, report_of
 from repvgg.deploy.parity import compare, reference
-from repvgg.files import Manifest, atomically, describe
-from repvgg.pspnet import PSPNETS, PSPNet
-from repvgg.reparam import reparameterize
-from repvgg.timing import interleave, synchroniser
+from repvgg.disk import atomically, cache_folder, describe
+from repvgg.fold.reparam import reparameterize
+from repvgg.measure.machine import this_machine
+from repvgg.measure.timing import interleave, synchroniser
+from repvgg.models import zoo
+from repvgg.models.manifest import Manifest
+from repvgg.models.pspnet import PSPNETS, PSPNet
 
 # Exported files that are data; pt2 files are programs.
 SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".param": "ncnn", ".mnn": "mnn"}
@@ -143,7 +144,7 @@ def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
     log("measuring the engines, once for this model on this machine: it takes a minute or two")
     found = measure(model, options, log)
     best = next(iter(found))
-    text = json.dumps({"fastest": best, "engines": found, "options": asdict(options), "machine": record.machine()}, indent=2)
+    text = json.dumps({"fastest": best, "engines": found, "options": asdict(options), "machine": this_machine()}, indent=2)
     with suppress(OSError, ValueError):  # a cache that cannot be written costs time and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         atomically(path, lambda temporary: temporary.write_text(text))
@@ -188,7 +189,7 @@ def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, d
 
 def _digest(model: nn.Module, options: Options) -> str:
     """Of whatever the choice may depend on: the network and its weights, the options, the machine and the versions."""
-    machine = record.machine()
+    machine = this_machine()
     facts = [asdict(options), {key: machine[key] for key in ("processor", "cores", "threads", "gpu", "versions")}, str(model)]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in model.state_dict().items():

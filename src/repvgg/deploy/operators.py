@@ -15,7 +15,7 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Operator
 from repvgg.deploy.export import FORMATS
 from repvgg.deploy.load import SUFFIXES
-from repvgg.files import describe
+from repvgg.disk import describe
 
 
 def read(path: str | os.PathLike[str]) -> list[Operator]:

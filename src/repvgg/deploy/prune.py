@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg import record, zoo
-from repvgg.algebra import LinearMap, ReparamError
-from repvgg.costs import Cost, cost
 from repvgg.data import Source
 from repvgg.deploy import engines
-from repvgg.deploy.gain import Gain, gain
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.parity import folded
-from repvgg.deploy.plain import insert_bn
-from repvgg.models import Layer, RepVGG, Residual, is_deploy_form
-from repvgg.reparam import CONVOLUTIONS, as_linear, inside, refuse_train_mode
+from repvgg.deploy.speedup import Gain, gain
+from repvgg.deploy.surgery import insert_bn
+from repvgg.fold.algebra import LinearMap, ReparamError
+from repvgg.fold.reparam import CONVOLUTIONS, as_linear, inside, refuse_train_mode
+from repvgg.measure.costs import Cost, cost
+from repvgg.measure.machine import write_record
+from repvgg.models import zoo
+from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate_model
 from repvgg.train.loop import KEEPING, train
 from repvgg.train.recipes import Keeping, Recipe
@@ -197,5 +198,5 @@ def prune(
     costs = cost(deploy, size), cost(best, size)
     runners = [load_engine(network.cpu(), engine, batch_size=BATCH, log=log) for network in (deploy, best)]
     report = Report(path, before, cut, after, costs, gain(*runners), engine, keep)
-    record.write(Path(out) / "pruning.json", report.to_json())
+    write_record(Path(out) / "pruning.json", report.to_json())
     return report

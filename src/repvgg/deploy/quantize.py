@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg import zoo
 from repvgg.data import Source
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.engines.graph import Signature, to_onnx
 from repvgg.deploy.export import Shape, described, staged, write_report
-from repvgg.deploy.gain import Gain, gain
+from repvgg.deploy.int8 import round_convolutions
 from repvgg.deploy.load import Runner
 from repvgg.deploy.parity import folded
-from repvgg.deploy.plain import convolutions, equalise, insert_bn
-from repvgg.files import METADATA_KEY
-from repvgg.reparam import reparameterize
+from repvgg.deploy.speedup import Gain, gain
+from repvgg.deploy.surgery import convolutions, equalise, insert_bn
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.checkpoint import METADATA_KEY
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate
-from repvgg.train.int8 import round_convolutions
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe, get_recipe
 from repvgg.train.tasks import CLASSIFICATION

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.models import RepVGG
-from repvgg.pspnet import PSPNet
-from repvgg.reparam import Branches
+from repvgg.fold.reparam import Branches
+from repvgg.models.pspnet import PSPNet
+from repvgg.models.repvgg import RepVGG
 from repvgg.train.recipes import Recipe
 
 STAGES = 5  # the stem is the first; the head comes after the last

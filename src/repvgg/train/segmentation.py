@@ -11,14 +11,14 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Mask
 
 from repvgg.data import Images, Source
-from repvgg.data.masks import IGNORED
+from repvgg.data.masks import IGNORED, ToNetwork
 from repvgg.data.transforms import BadImages, Transformed, load, normalise
-from repvgg.files import Preprocessing
-from repvgg.pspnet import PSPNet
-from repvgg.segment import WHOLE, ToNetwork, Views, placed, segment
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.pspnet import PSPNet
+from repvgg.models.views import WHOLE, Views, placed, segment
+from repvgg.models.zoo import manifest_of
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
-from repvgg.zoo import manifest_of
 
 
 @dataclass(frozen=True)

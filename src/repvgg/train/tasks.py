@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from repvgg.data import Images, Source
 from repvgg.data.transforms import BadImages
-from repvgg.files import Preprocessing
-from repvgg.pspnet import PSPNet
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.pspnet import PSPNet
 from repvgg.train import augment, evaluate
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe

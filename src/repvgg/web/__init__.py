@@ -22,17 +22,18 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from repvgg import page, zoo
 from repvgg.data.images import decode
-from repvgg.data.index import cache_folder
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.engines.graph import Signature, to_onnx
 from repvgg.deploy.export import random_images, staged
 from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
-from repvgg.predict import expand
-from repvgg.pspnet import PSPNet
+from repvgg.disk import cache_folder
+from repvgg.models import zoo
+from repvgg.models.pspnet import PSPNet
+from repvgg.predict.labels import expand
+from repvgg.web import page
 
 HERE = Path(__file__).parent
 PACKAGE = "onnxruntime-web@1.30.0"  # the version that the page was tested with

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.engines.eager import in_precision, place
 from repvgg.deploy.engines.graph import Signature, trace
-from repvgg.files import METADATA_KEY
+from repvgg.models.checkpoint import METADATA_KEY
 
 
 def build(model: nn.Module, options: Options) -> Engine:

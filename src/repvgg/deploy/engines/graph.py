@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from repvgg.deploy.engines import Engine, Options
-from repvgg.files import METADATA_KEY
+from repvgg.models.checkpoint import METADATA_KEY
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from repvgg.deploy.engines import Engine, Operator, Options
 from repvgg.deploy.engines.graph import Signature, to_onnx
-from repvgg.files import METADATA_KEY
+from repvgg.models.checkpoint import METADATA_KEY
 
 DTYPES = {"tensor(float)": torch.float32, "tensor(uint8)": torch.uint8}
 

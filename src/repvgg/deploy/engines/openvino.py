@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Operator, Options
 from repvgg.deploy.engines.graph import Signature, to_onnx
-from repvgg.files import METADATA_KEY
+from repvgg.models.checkpoint import METADATA_KEY
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
