@@ -38,7 +38,8 @@ FULL_SIZE = (1024, 2048)
 PREDICT = """
 import resource, time, torch
 from repvgg import load
-from repvgg.segment import Views, predict_masks
+from repvgg.models.views import Views
+from repvgg.predict.masks import predict_masks
 model = load({model!r})
 started = time.perf_counter()
 (answer,) = predict_masks(model, [{image!r}], views=Views(slide={slide}))

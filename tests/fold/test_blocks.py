@@ -256,8 +256,8 @@ def test_trap_11_conv1x1_is_a_convolution(
 
 TRAINING_STEP = """
 import torch
-from repvgg.blocks import BLOCKS
-from repvgg.models import FAMILY, RepVGG
+from repvgg.fold.blocks import BLOCKS
+from repvgg.models.repvgg import FAMILY, RepVGG
 
 torch.manual_seed(0)
 stems = [RepVGG(FAMILY["repvgg_a0"], width=0.25, block=name).stem for name in BLOCKS]

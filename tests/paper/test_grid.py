@@ -107,7 +107,7 @@ def test_a_killed_cell_goes_on_where_it_was(tmp_path: Path, trained: list[str], 
 HOLD = """
 import sys, time
 from pathlib import Path
-from repvgg.grid import _claim
+from repvgg.paper.grid import _claim
 
 with _claim(Path(sys.argv[1])) as mine:
     print(mine, flush=True)

@@ -66,7 +66,7 @@ def create_model(
 ) -> nn.Module:
     """A model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes], of a PSPNet [N, num_classes, H, W].
 
-    block: the structure of each layer in training form, a name in `repvgg.blocks.BLOCKS`; by default the network's own ("repvgg",
+    block: the structure of each layer in training form, a name in `repvgg.fold.blocks.BLOCKS`; by default the network's own ("repvgg",
     in the residual one "plain"). In a comparator it takes the place of each 3x3 convolution (see `replace_conv`).
     widths: channels of each layer of a pruned network of the family, the stem's first, in place of the name's own.
 
