@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from repvgg.fold.algebra import LinearMap, PaddingMode, Pair, ReparamError, add, identity
 from repvgg.fold.blocks import repvgg, with_bn
 from repvgg.fold.reparam import Branches, FoldReport, as_linear, equivalent_kernel, is_foldable, reparameterize, verify
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 EXACT = 1e-12
 

@@ -25,19 +25,20 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import FORMATS, report_of
 from repvgg.deploy.parity import compare, reference
-from repvgg.disk import atomically, cache_folder, describe
+from repvgg.disk import Log, atomically, cache_folder, describe
 from repvgg.fold.reparam import reparameterize
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import interleave, synchroniser
 from repvgg.models import zoo
+from repvgg.models.load import open_model as open_pytorch
 from repvgg.models.manifest import Manifest
-from repvgg.models.pspnet import PSPNETS, PSPNet
+from repvgg.models.names import PSPNETS
+from repvgg.models.pspnet import PSPNet
 
 # Exported files that are data; pt2 files are programs.
 SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".param": "ncnn", ".mnn": "mnn"}
 # Of the search for the fastest: rounds, and how many times slower than the best an engine may be in them to go on to the next.
 KNOCKOUT = ((1, 2.0), (5, 1.15), (15, 1.0))
-Log = Callable[[str], object]
 
 
 class Runner(nn.Module):
@@ -97,7 +98,7 @@ def load_engine(
         engines.check(engine, precision, device)
     if not isinstance(model, nn.Module) and (file := exported_file(model)) is not None:
         return _open_exported(file, engine, Options(batch_size=batch_size, precision=precision, threads=threads))
-    network = model if isinstance(model, nn.Module) else zoo.open_model(os.fspath(model))
+    network = model if isinstance(model, nn.Module) else open_pytorch(os.fspath(model))
     manifest = zoo.manifest_of(network) if "manifest" in vars(network) else None
     size = input_size or (manifest.preprocessing.input_size if manifest else Options().input_size)
     options = Options(size, batch_size, precision, threads, device=device)
@@ -109,14 +110,14 @@ def load_engine(
 
 
 def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, device: str, log: Log) -> nn.Module:
-    """As `zoo.open_model`; or an engine, where one is asked for or the file is another runtime's.
+    """As `open_pytorch`; or an engine, where one is asked for or the file is another runtime's.
 
     Raises ValueError for a precision without an engine, and for an engine that is asked to make masks.
     """
     exported = exported_file(name_or_path)
     if not engine and not exported and precision != "fp32":
         raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
-    model = exported or zoo.open_model(name_or_path)
+    model = exported or open_pytorch(name_or_path)
     if isinstance(model, nn.Module) and not engine:
         return model
     if isinstance(model, PSPNet):
