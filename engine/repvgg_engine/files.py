@@ -86,7 +86,7 @@ class _Reader:
         data = np.empty(length, np.uint8)
         done = 0
         while done < length:
-            got = os.preadv(self.file, [data[done:]], start + done)
+            got = os.preadv(self.file, [data.data[done:]], start + done)
             if got == 0:
                 raise EngineError(CHANGED)
             done += got

@@ -54,7 +54,7 @@ def test_null_is_an_error() -> None:
         lambda: LIBRARY.repvgg_run(None, None, None, *room),
         lambda: LIBRARY.repvgg_choose(None, 0, 0, b"direct", *room),
     ):
-        with pytest.raises(EngineError, match="^no "):
+        with pytest.raises(EngineError, match=r"^no "):
             message.check(call())
     assert LIBRARY.repvgg_algorithm(None, 0, 0) is None
     assert LIBRARY.repvgg_weight_bytes(None, 0, None) == 0
