@@ -102,6 +102,27 @@ assert np.array_equal(net(x), wanted)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+def test_python_exits_while_a_daemon_thread_is_in_a_call() -> None:
+    """http.server's threads are such: the net must not go while they use it."""
+    folders = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.parent)]
+    script = f"""
+import sys, threading
+sys.path[:0] = {folders}
+from nets import images, plain_net
+from repvgg_engine import Net
+net, x, started = Net(plain_net(), threads=2), images(8, size=(256, 256)), threading.Event()
+def serve():
+    while True:
+        net(x)
+        started.set()
+for _ in range(3):
+    threading.Thread(target=serve, daemon=True).start()
+started.wait()
+"""
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_pinned_threads() -> None:
     layers, x = plain_net(), images(4)
     assert np.array_equal(Net(layers, threads=3, pin=True)(x), Net(layers)(x))
