@@ -58,8 +58,8 @@ def run_web(
         serve: the page to this machine, until Ctrl-C.
     """
     from repvgg.models.zoo import load
-    from repvgg.web import build
-    from repvgg.web import serve as run
+    from repvgg.web.app import build
+    from repvgg.web.app import serve as run
 
     build(load(model), out, images, runtime, _say)
     if serve:

@@ -103,7 +103,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """Rows in the order of the candidates; all ratios are to `reference`."""
 
     rows: list[Row]
@@ -165,7 +165,7 @@ def bench(
     allow_unfolded: bool = False,
     log: Callable[[str], None] = print,
     progress: Callable[[str], None] | None = None,
-) -> Report:
+) -> BenchReport:
     """Time the candidates, taking turns; the first is the reference.
 
     An engine that cannot run a model is left out of it, with a word, if another one can. input_size: of all, or None for each
@@ -223,7 +223,7 @@ def bench(
         )
         for c, r in ready.items()
     ]
-    return Report(rows, first, rounds, batches)
+    return BenchReport(rows, first, rounds, batches)
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:
