@@ -24,6 +24,8 @@ constexpr int MOST_IMAGES = 32;
 /// Plans that are kept for sizes of input that may come again.
 constexpr size_t MOST_IDLE = 4;
 constexpr int MOST_CHANNELS = 1 << 20;
+/// Of a convolution's kernel, and numbers in all of a layer's kernels, so that no product of a layer's sizes overflows.
+constexpr int64_t MOST_TAPS = 1 << 20, MOST_WEIGHTS = int64_t{1} << 30;
 
 std::atomic<int> forks{0};
 
@@ -105,6 +107,8 @@ void Net::add(const repvgg_layer &spec) {
         channels(spec.out_channels);
         if (!spec.weight || !spec.bias || (spec.op == REPVGG_SQUEEZE_EXCITE && !(spec.weight2 && spec.bias2))) refuse(where + " has no weights");
     }
+    if (spec.op == REPVGG_SQUEEZE_EXCITE && static_cast<int64_t>(spec.in_channels) * spec.out_channels > MOST_WEIGHTS)
+        refuse(where + " has more weights than this engine takes");
     if (layers_.empty()) {
         if (spec.op != REPVGG_CONV) refuse("the first layer is no convolution");
     } else {
@@ -121,6 +125,9 @@ void Net::add(const repvgg_layer &spec) {
                 refuse(where + " is a convolution that cannot be");
         if (spec.groups < 1 || spec.in_channels % spec.groups || spec.out_channels % spec.groups)
             refuse(where + " has " + std::to_string(spec.groups) + " groups, which do not divide its channels");
+        const int64_t taps = static_cast<int64_t>(spec.kernel[0]) * spec.kernel[1];
+        if (taps > MOST_TAPS || taps * (spec.in_channels / spec.groups) > MOST_WEIGHTS / spec.out_channels)
+            refuse(where + " has more weights than this engine takes");
         Conv &c = layer->conv;
         c.groups = spec.groups, c.in_channels = spec.in_channels / spec.groups, c.out_channels = spec.out_channels / spec.groups;
         std::copy(spec.kernel, spec.kernel + 2, c.kernel);

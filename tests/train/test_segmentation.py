@@ -308,7 +308,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from repvgg import zoo
+from repvgg.models import zoo
 from repvgg.data.masks import open_camvid
 from repvgg.train.distributed import joined
 from repvgg.train.segmentation import Segmentation

@@ -105,7 +105,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """Rows in the order of the candidates; all ratios are to `reference`."""
 
     rows: list[Row]
@@ -167,7 +167,7 @@ def bench(
     allow_unfolded: bool = False,
     log: Log = print,
     progress: Log | None = None,
-) -> Report:
+) -> BenchReport:
     """Time the candidates, taking turns; the first is the reference.
 
     An engine that cannot run a model is left out of it, with a word, if another one can. input_size: of all, or None for each
@@ -225,7 +225,7 @@ def bench(
         )
         for c, r in ready.items()
     ]
-    return Report(rows, first, rounds, batches)
+    return BenchReport(rows, first, rounds, batches)
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:

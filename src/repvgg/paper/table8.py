@@ -250,5 +250,5 @@ def _trained(model: str, settings: Settings) -> dict[str, Any]:
     train(model, source, recipe, out, device=settings.device, workers=settings.workers, log=settings.log)
     split = "test" if source.test else "val"
     deploy = reparameterize(load(out / "best.safetensors"))
-    overlap = Task().evaluate_model(deploy, source, split, settings.workers, settings.device)
+    overlap = Task().evaluate_model(deploy, source, split, workers=settings.workers, device=settings.device)
     return {**overlap.figures, "data": source.name, "split": split, "epochs": recipe.epochs, "per_class": overlap.per_class}
