@@ -520,7 +520,7 @@ def test_the_command_itself_says_one_line(tmp_path: Path) -> None:
     said = subprocess.run([sys.executable, "-m", "repvgg", "info", path], capture_output=True, text=True, timeout=300)
     assert said.returncode == 2
     assert said.stdout == ""
-    assert said.stderr.startswith(f"repvgg: {path}: is refused: it holds more than tensors")
+    assert said.stderr.startswith(f"repvgg: {path}: holds no dictionary of tensors: save model.state_dict()")
     assert len(said.stderr.splitlines()) == 1
     assert not marker.exists()
 
