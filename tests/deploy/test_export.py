@@ -19,7 +19,7 @@ from repvgg.deploy.export import FromPixels, Shape, export, real_images, resize_
 from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.repvgg import FAMILY

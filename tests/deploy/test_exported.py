@@ -13,7 +13,7 @@ from repvgg.deploy import engines
 from repvgg.deploy.export import Shape, export
 from repvgg.deploy.formats import exported_file, report_of
 from repvgg.deploy.load import load_engine
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.train.loop import new_model
 
 

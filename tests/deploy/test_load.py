@@ -16,7 +16,7 @@ from repvgg.deploy.export import export
 from repvgg.deploy.load import load_engine, open_model
 from repvgg.deploy.runner import Runner
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.pspnet import PSPNet

@@ -16,7 +16,7 @@ from repvgg.deploy.exported import open_exported
 from repvgg.deploy.fastest import fastest
 from repvgg.deploy.formats import exported_file
 from repvgg.deploy.runner import Runner
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.pspnet import PSPNETS, PSPNet
 

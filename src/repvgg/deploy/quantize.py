@@ -31,7 +31,7 @@ from repvgg.deploy.parity import folded
 from repvgg.deploy.runner import Runner
 from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate
 from repvgg.train.loop import train

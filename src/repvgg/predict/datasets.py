@@ -40,7 +40,7 @@ from repvgg.deploy.formats import exported_file
 from repvgg.deploy.load import open_model
 from repvgg.deploy.runner import Runner
 from repvgg.disk import FileError, atomically
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.pspnet import PSPNETS, PSPNet
 from repvgg.models.views import WHOLE, Views
 from repvgg.models.zoo import dtype_of, file_of, is_file, manifest_of
