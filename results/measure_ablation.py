@@ -12,9 +12,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from repvgg import record
 from repvgg.cli import main as repvgg
-from repvgg.files import atomically
+from repvgg.disk import atomically
+from repvgg.measure.machine import write_record
 
 FLAGS = "--arch repvgg_b0 --width 0.125 --epochs 6 --seeds 3"
 
@@ -24,7 +24,7 @@ def main(data: str, out: Path, *more: str) -> None:
     repvgg(words)
     found = json.loads((out / "ablation.json").read_text())
     here = Path(__file__)
-    record.write(here.with_name("ablation.json"), {"command": shlex.join(["repvgg", *words]), **found["data"]})
+    write_record(here.with_name("ablation.json"), {"command": shlex.join(["repvgg", *words]), **found["data"]})
     atomically(here.with_name("ablation.png"), lambda path: path.write_bytes((out / "ablation.png").read_bytes()))
 
 

@@ -21,12 +21,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from repvgg import create_model, load, record, reparameterize, save
+from repvgg import create_model, load, reparameterize, save
 from repvgg.data import Source, open_source
+from repvgg.data.masks import ToNetwork
 from repvgg.data.transforms import normalise
-from repvgg.segment import ToNetwork, Views, class_names, colours, overlay, segment
+from repvgg.measure.machine import write_record
+from repvgg.models.views import Views, segment
+from repvgg.models.zoo import manifest_of
+from repvgg.predict.masks import class_names, colours, overlay
 from repvgg.train.segmentation import Segmentation
-from repvgg.zoo import manifest_of
 
 COMPARED = 20  # photos whose masks are compared pixel by pixel with float64
 SHOWN = 4
@@ -35,7 +38,8 @@ FULL_SIZE = (1024, 2048)
 PREDICT = """
 import resource, time, torch
 from repvgg import load
-from repvgg.segment import Views, predict_masks
+from repvgg.models.views import Views
+from repvgg.predict.masks import predict_masks
 model = load({model!r})
 started = time.perf_counter()
 (answer,) = predict_masks(model, [{image!r}], views=Views(slide={slide}))
@@ -136,7 +140,7 @@ def main(data: str, runs: list[Path]) -> None:
         "full_size": full_size(),
         "seconds": time.perf_counter() - started,
     }
-    record.write(Path(__file__).with_name("camvid.json"), figures)
+    write_record(Path(__file__).with_name("camvid.json"), figures)
     for run in figures["runs"]:  # type: ignore[attr-defined]
         print(f"{run['arch']}, seed {run['seed']}: {run['test']}, masks {run['masks']}")
     print(figures["full_size"])

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from repvgg import load, record, reparameterize
+from repvgg import load, reparameterize
 from repvgg.data import open_source
+from repvgg.measure.machine import write_record
+from repvgg.models.zoo import manifest_of
 from repvgg.train.evaluate import batches, evaluate
-from repvgg.zoo import manifest_of
 
 
 def main(run: Path, data: str) -> None:
@@ -36,7 +37,7 @@ def main(run: Path, data: str) -> None:
         top1[form], labels[form], margins[form] = accuracy.top1, logits.argmax(1), float((best[:, 0] - best[:, 1]).min())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    record.write(
+    write_record(
         Path(__file__).with_name("cifar10.json"),
         {
             "what": "CIFAR-10 test accuracy of the last model of one run, fp32 evaluation",

@@ -24,12 +24,12 @@ from repvgg_engine import Net, load
 from repvgg_engine.bench import Speed, bench, ratio
 
 import repvgg
-from repvgg import record
 from repvgg.bench.models import Candidate, network, randomise_norms
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
-from repvgg.timing import interleave
-from repvgg.timing import ratio as ratio_of_times
+from repvgg.measure.machine import write_record
+from repvgg.measure.timing import interleave
+from repvgg.measure.timing import ratio as ratio_of_times
 
 THREADS, ROUNDS, ROUNDS_OF_MEMBERS = 2, 9, 3
 OUT = Path(__file__).with_name("engine.json")
@@ -221,7 +221,7 @@ def main() -> None:
             part, measure = (word, PARTS[word]) if word in PARTS else ("members", partial(member, word))
             figures[part] = {**figures.get(part, {}), **measure(Path(folder)), "load_before": os.getloadavg()[0]}
             protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "about": __doc__}
-            record.write(OUT, {**figures, "protocol": protocol})
+            write_record(OUT, {**figures, "protocol": protocol})
     if "algorithms" in figures:
         draw(figures["algorithms"])
 

@@ -15,10 +15,11 @@ import repvgg_engine
 import torch
 from numpy.typing import NDArray
 
-from repvgg import load, record, reparameterize, save
+from repvgg import load, reparameterize, save
 from repvgg.data import open_source
 from repvgg.data.transforms import eval_transform, normalise
-from repvgg.zoo import manifest_of
+from repvgg.measure.machine import write_record
+from repvgg.models.zoo import manifest_of
 
 BATCH = 100
 ENGINES = (("fp32", "exact"), ("fp32", "high"), ("fp32", "fast"), ("bf16", "high"))
@@ -57,7 +58,7 @@ def main(file: str, data: str) -> None:
             net = repvgg_engine.load(path, precision=precision, accuracy=accuracy, threads=torch.get_num_threads())
             logits = np.concatenate([net(part.numpy()) for part in batches])
             figures[f"{precision} {accuracy}"] = compared(logits, exact)
-    record.write(
+    write_record(
         Path(__file__).with_name("predictions.json"), {"model": manifest_of(model).arch, "data": source.name, "engines": figures}
     )
     for name, found in figures.items():

@@ -9,9 +9,10 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from repvgg import load, record, reparameterize
+from repvgg import load, reparameterize
 from repvgg.data import open_source
 from repvgg.deploy.prune import prune
+from repvgg.measure.machine import write_record
 from repvgg.train.recipes import get_recipe
 
 OUT = Path(__file__).with_name("pruning.json")
@@ -27,7 +28,7 @@ def main(run: Path, data: str, forms: list[str]) -> None:
             report = prune(reparameterize(model) if form == "deploy" else model, source, folder, KEEP, recipe, engine=ENGINE)
         found = json.loads(OUT.read_text()) if OUT.exists() else {}
         found |= {"train_images": len(source.train), "recipe": asdict(recipe), form: report.to_json()}
-        record.write(OUT, found)
+        write_record(OUT, found)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from repvgg import record
 from repvgg.bench.models import Candidate, bench, candidates
 from repvgg.deploy.engines import ENGINES
+from repvgg.measure.machine import write_record
 
 # Faster, slower, how many times in the paper; forms of the two.
 PAIRS = (
@@ -51,7 +51,7 @@ def main() -> None:
         for fast, form, slow, other, paper in PAIRS
     ]
     protocol = {"batch_size": BATCH, "rounds": ROUNDS, "batches_a_round": BATCHES, "warmup": WARMUP}
-    record.write(Path(__file__).with_name("speed.json"), {"protocol": protocol, "pairs": pairs})
+    write_record(Path(__file__).with_name("speed.json"), {"protocol": protocol, "pairs": pairs})
 
 
 if __name__ == "__main__":

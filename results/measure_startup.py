@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from repvgg import create_model, record, reparameterize, save
+from repvgg import create_model, reparameterize, save
+from repvgg.measure.machine import write_record
 
 ROUNDS = 7
 NETWORK = """
@@ -66,7 +67,7 @@ def main() -> None:
         "predict_outside_the_network": median["repvgg predict, one image"] - first_call,
         "fold_a0": fold,
     }
-    record.write(Path(__file__).with_name("startup.json"), figures)
+    write_record(Path(__file__).with_name("startup.json"), figures)
     print(json.dumps(figures, indent=2))
 
 

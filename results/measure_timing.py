@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
 
-from repvgg import record
 from repvgg.bench.models import Candidate, network
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
-from repvgg.timing import Times, interleave, ratio
+from repvgg.measure.machine import write_record
+from repvgg.measure.timing import Times, interleave, ratio
 
 MODELS, BATCH, ROUNDS, BATCHES = ("repvgg_a0", "resnet18", "efficientnet_b0"), 8, 15, 4
 
@@ -37,5 +37,5 @@ def compare(name: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     figures = {"batch_size": BATCH, "rounds": ROUNDS, "batches_a_round": BATCHES, "models": {m: compare(m) for m in MODELS}}
-    record.write(Path(__file__).with_name("timing.json"), figures)
+    write_record(Path(__file__).with_name("timing.json"), figures)
     print(json.dumps({m: r["theirs_over_ours"] for m, r in figures["models"].items()}, indent=2))  # type: ignore[attr-defined]

@@ -15,8 +15,9 @@ import timm
 import torch
 from torch import nn
 
-from repvgg import record, zoo
-from repvgg.timing import interleave, ratio
+from repvgg.measure.machine import write_record
+from repvgg.measure.timing import interleave, ratio
+from repvgg.models import zoo
 from repvgg.train.recipes import Recipe
 from repvgg.train.state import State, Store
 from repvgg.train.trainer import Trainer
@@ -71,7 +72,7 @@ def main() -> None:
     protocol = {"batch_size": BATCH, "rounds": ROUNDS, "input": "224 x 224, loading left out"}
     state = state_of(trainers["ours, eager, fp32, NHWC"])
     print(state)
-    record.write(Path(__file__).with_name("training.json"), {"protocol": protocol, "steps": rows, "state": state})
+    write_record(Path(__file__).with_name("training.json"), {"protocol": protocol, "steps": rows, "state": state})
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from repvgg import __version__, cli, zoo
+from repvgg import cli
 from repvgg.data import open_source
+from repvgg.models import zoo
+from repvgg.version import __version__
 
 Captured = pytest.CaptureFixture[str]
 TRAIN = "train --arch repvgg_micro --width 0.25 --data digits --limit 320 --device cpu"
@@ -288,7 +290,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Cap
     def without(*_: Any) -> None:
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
 
-    monkeypatch.setattr("repvgg.predict.expand", without)
+    monkeypatch.setattr("repvgg.predict.labels.expand", without)
     assert refused(capsys, "predict", run / "deploy.safetensors", scans) == "this needs torchvision: pip install 'repvgg[all]'"
 
 

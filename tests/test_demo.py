@@ -47,7 +47,7 @@ def test_page_is_self_contained_and_tells_the_figures(demo_folder: Path) -> None
 
 
 def test_scans_it_leaves_can_be_predicted(demo_folder: Path) -> None:
-    from repvgg.predict import predict
+    from repvgg.predict.labels import predict
 
     model = repvgg.load(demo_folder / "deploy.safetensors")
     predictions = list(predict(model, [str(demo_folder / "scans")]))

@@ -61,7 +61,7 @@ def test_measured_figures_in_readme_come_from_results() -> None:
 
 
 def test_every_block_is_described_and_drawn_as_it_is(tmp_path: Path) -> None:
-    from repvgg.blocks import BLOCKS
+    from repvgg.fold.blocks import BLOCKS
 
     subprocess.run([sys.executable, ROOT / "docs" / "draw.py", tmp_path], check=True)
     text = (ROOT / "docs" / "blocks.md").read_text()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import randomize
 
-from repvgg import info, zoo
+from repvgg import info
 from repvgg.data import open_source
-from repvgg.models import FAMILY
-from repvgg.predict import Prediction
-from repvgg.reparam import reparameterize
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.repvgg import FAMILY
+from repvgg.predict.labels import Prediction
 from repvgg.train.evaluate import Accuracy
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import RECIPES

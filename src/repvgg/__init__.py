@@ -13,44 +13,44 @@ Names are imported on first use, so that `import repvgg` costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from repvgg.version import __version__ as __version__
 
 _HOME = {
-    "ReparamError": "algebra",
-    "as_linear": "reparam",
-    "cost": "costs",
-    "equivalent_kernel": "reparam",
-    "num_paths": "costs",
-    "replace_conv": "replace",
-    "reparameterize": "reparam",
-    "verify": "reparam",
-    "FileError": "files",
-    "create_model": "zoo",
-    "from_pretrained": "zoo",
-    "push_to_hub": "push",
-    "list_models": "zoo",
+    "ReparamError": "fold.algebra",
+    "as_linear": "fold.reparam",
+    "cost": "measure.costs",
+    "equivalent_kernel": "fold.reparam",
+    "num_paths": "measure.costs",
+    "replace_conv": "fold.replace",
+    "reparameterize": "fold.reparam",
+    "verify": "fold.reparam",
+    "FileError": "disk",
+    "create_model": "models.zoo",
+    "from_pretrained": "models.zoo",
+    "push_to_hub": "models.push",
+    "list_models": "models.zoo",
     "load_engine": "deploy.load",
-    "load": "zoo",
-    "save": "zoo",
+    "load": "models.zoo",
+    "save": "models.zoo",
 }
 
 if TYPE_CHECKING:
-    from repvgg.algebra import ReparamError as ReparamError
-    from repvgg.costs import cost as cost
-    from repvgg.costs import num_paths as num_paths
     from repvgg.deploy.load import load_engine as load_engine
-    from repvgg.files import FileError as FileError
-    from repvgg.push import push_to_hub as push_to_hub
-    from repvgg.reparam import as_linear as as_linear
-    from repvgg.reparam import equivalent_kernel as equivalent_kernel
-    from repvgg.reparam import reparameterize as reparameterize
-    from repvgg.reparam import verify as verify
-    from repvgg.replace import replace_conv as replace_conv
-    from repvgg.zoo import create_model as create_model
-    from repvgg.zoo import from_pretrained as from_pretrained
-    from repvgg.zoo import list_models as list_models
-    from repvgg.zoo import load as load
-    from repvgg.zoo import save as save
+    from repvgg.disk import FileError as FileError
+    from repvgg.fold.algebra import ReparamError as ReparamError
+    from repvgg.fold.reparam import as_linear as as_linear
+    from repvgg.fold.reparam import equivalent_kernel as equivalent_kernel
+    from repvgg.fold.reparam import reparameterize as reparameterize
+    from repvgg.fold.reparam import verify as verify
+    from repvgg.fold.replace import replace_conv as replace_conv
+    from repvgg.measure.costs import cost as cost
+    from repvgg.measure.costs import num_paths as num_paths
+    from repvgg.models.push import push_to_hub as push_to_hub
+    from repvgg.models.zoo import create_model as create_model
+    from repvgg.models.zoo import from_pretrained as from_pretrained
+    from repvgg.models.zoo import list_models as list_models
+    from repvgg.models.zoo import load as load
+    from repvgg.models.zoo import save as save
 
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from repvgg import __version__
 from repvgg.train.recipes import Keeping, Recipe, get_recipe
+from repvgg.version import __version__
 
 DESCRIPTION = f"repvgg {__version__}: train a multi-branch RepVGG, fold it exactly into plain 3x3 convolutions, use it."
 Keys = Literal["repvgg", "official", "timm", "mmpretrain"]
@@ -57,9 +57,9 @@ def run_web(
         port: of the local server.
         serve: the page to this machine, until Ctrl-C.
     """
-    from repvgg.web import build
-    from repvgg.web import serve as run
-    from repvgg.zoo import load
+    from repvgg.models.zoo import load
+    from repvgg.web.app import build
+    from repvgg.web.app import serve as run
 
     build(load(model), out, images, runtime, _say)
     if serve:
@@ -208,7 +208,8 @@ def evaluate(
     if source.masks:
         from repvgg.train.segmentation import Segmentation
 
-        overlap = Segmentation().evaluate_model(network, source, split, workers, _device(device), _views(slide, scales, flip))
+        how: Any = {"workers": workers, "device": _device(device), "views": _views(slide, scales, flip)}
+        overlap = Segmentation().evaluate_model(network, source, split, **how)
         show_overlap(overlap, source.classes, json)
         return
     if _asks_for_masks(None, slide, scales, flip):
@@ -218,7 +219,7 @@ def evaluate(
 
 
 def _views(slide: bool, scales: str, flip: bool) -> Any:
-    from repvgg.segment import Views
+    from repvgg.models.views import Views
 
     try:
         sizes = tuple(float(scale) for scale in scales.split(","))
@@ -239,7 +240,7 @@ def convert(source: Positional[Path], target: Positional[Path], to_keys: Keys | 
         target: the file to write (.safetensors, or .pth for a bare PyTorch state dict).
         to_keys: keep the form and spell the state dict as official, timm, mmpretrain or repvgg do.
     """
-    from repvgg.convert import convert as run
+    from repvgg.models.convert import convert as run
 
     run(source, target, to_keys, log=_say)
 
@@ -287,7 +288,7 @@ def predict(
         if images or out is None:
             raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
         from repvgg.info import show_predicted
-        from repvgg.predict_data import Job, predict_data
+        from repvgg.predict.datasets import Job, predict_data
         from repvgg.train.distributed import local_device
 
         rank = int(_process())
@@ -312,16 +313,16 @@ def predict(
         return
     from repvgg.deploy.load import open_model
     from repvgg.info import show_masks, show_predictions
-    from repvgg.predict import expand
-    from repvgg.predict import predict as run
-    from repvgg.pspnet import PSPNet
+    from repvgg.models.pspnet import PSPNet
+    from repvgg.predict.labels import expand
+    from repvgg.predict.labels import predict as run
 
     at_once = min(batch_size, len(expand(images))) if images else batch_size
     network = open_model(model, engine, precision, at_once, _device(device), _say)
     if not isinstance(network, PSPNet) and not _asks_for_masks(out, slide, scales, flip):
         show_predictions(run(network, images, batch_size, top, _device(device)), json)
         return
-    from repvgg.segment import class_names, predict_masks, write_masks
+    from repvgg.predict.masks import class_names, predict_masks, write_masks
 
     answers = predict_masks(network, images, _device(device), _views(slide, scales, flip))
     show_masks(write_masks(answers, out, class_names(network)) if out else answers, json)
@@ -353,7 +354,7 @@ def export(
     """
     from repvgg.deploy.export import Shape, real_images
     from repvgg.deploy.export import export as run
-    from repvgg.zoo import open_model
+    from repvgg.models.zoo import open_model
 
     network = open_model(model)
     shape = Shape(batch_size or None, any_size, pixels, image_size)
@@ -370,7 +371,7 @@ def push(model: Positional[Path], repo: Positional[str], license: str = "", priv
         private: make the repository a private one.
         message: of the commit.
     """
-    from repvgg.push import push_to_hub
+    from repvgg.models.push import push_to_hub
 
     print(push_to_hub(model, repo, license=license, private=private, message=message))
 
@@ -415,7 +416,7 @@ def quantize(
     from repvgg.deploy.quantize import Quantization
     from repvgg.deploy.quantize import quantize as run
     from repvgg.info import show_quantization
-    from repvgg.zoo import open_model
+    from repvgg.models.zoo import open_model
 
     settings = Quantization(images, bias_correction, equalise, keep, max_drop, qat_epochs, qat_lr)
     source = open_source(data).limited(limit, seed)
@@ -458,7 +459,7 @@ def _prune(default: Recipe) -> Callable[..., None]:
         from repvgg.data import open_source
         from repvgg.deploy.prune import prune as run
         from repvgg.info import show_pruning
-        from repvgg.zoo import open_model
+        from repvgg.models.zoo import open_model
 
         source = open_source(data).limited(limit, seed)
         report = run(
@@ -578,8 +579,8 @@ def _ablate(default: Recipe) -> Callable[..., None]:
             workers: processes that load images; 0 loads in the main one.
             json: print the JSON instead of tables.
         """
-        from repvgg.grid import Grid
         from repvgg.paper.ablation import ablate as run
+        from repvgg.paper.grid import Grid
         from repvgg.paper.report import keep, show
         from repvgg.paper.result import Settings as How
 

@@ -12,17 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from repvgg import page, record, zoo
 from repvgg.data import Source, open_source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
-from repvgg.files import atomically
-from repvgg.info import print_table
-from repvgg.models import Layer, RepVGG
-from repvgg.reparam import Branches, Verification, reparameterize, verify
-from repvgg.timing import Ratio, Times, interleave, ratio
+from repvgg.disk import atomically
+from repvgg.fold.reparam import Branches, Verification, reparameterize, verify
+from repvgg.measure.machine import this_machine, write_record
+from repvgg.measure.timing import Ratio, Times, interleave, ratio
+from repvgg.models import zoo
+from repvgg.models.repvgg import Layer, RepVGG
+from repvgg.terminal import print_table
 from repvgg.train.evaluate import Accuracy, evaluate_model
 from repvgg.train.loop import Run, train
 from repvgg.train.recipes import get_recipe
+from repvgg.web import page
 
 ARCH = "repvgg_micro"
 BATCH = 64  # of the timing
@@ -81,7 +83,7 @@ def run(out: Path, seed: int = 0) -> None:
     block = _two_channel_block(source, out / "two-channels", seed)
     story = Story(trained, deploy, proof, accuracies, same, _layer_errors(model, deploy, images), times, speedup, block, shown)
     atomically(out / "index.html", lambda path: path.write_text(_page(story, model)))
-    record.write(out / "demo.json", _figures(story))
+    write_record(out / "demo.json", _figures(story))
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {out / 'index.html'}, or go on:")
     print(f"  repvgg info {out / 'deploy.safetensors'}")
     print(f"  repvgg predict {out / 'deploy.safetensors'} {out / 'scans'}")
@@ -207,7 +209,7 @@ def _page(s: Story, model: nn.Module) -> str:
         for scan, true, read, p in s.shown
     ]
     reading = page.paragraph(f"The {GRID // 2} scans that the network was least sure of, then the surest.") + page.grid(pieces)
-    about = record.machine()
+    about = this_machine()
     versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
     where = page.table([*about.items(), ("versions", versions)], ("", ""))
     sections = [
@@ -232,7 +234,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _learning_curve(history: list[dict[str, Any]]) -> Any:
-    from repvgg.paper.canvas import POINTWISE, WIDEST
+    from repvgg.paper.drawing import POINTWISE, WIDEST
 
     figure, axes = _axes(9, 3.4)
     steps = [(h["step"], h["loss"]) for h in history if "loss" in h]
@@ -249,7 +251,7 @@ def _learning_curve(history: list[dict[str, Any]]) -> Any:
 
 
 def _error_bars(errors: list[tuple[str, float]]) -> Any:
-    from repvgg.paper.canvas import WIDEST
+    from repvgg.paper.drawing import WIDEST
 
     figure, axes = _axes(9, 3.2)
     names = [name.removeprefix("stages.") for name, _ in errors]
@@ -261,7 +263,7 @@ def _error_bars(errors: list[tuple[str, float]]) -> Any:
 
 
 def _speed_bars(times: dict[str, Times]) -> Any:
-    from repvgg.paper.canvas import IDENTITY, RULE
+    from repvgg.paper.drawing import IDENTITY, RULE
 
     figure, axes = _axes(9, 1.9)
     names = list(times)[::-1]

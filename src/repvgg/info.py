@@ -8,18 +8,19 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.record import threads
+from repvgg.measure.machine import threads
+from repvgg.terminal import print_table
 from repvgg.train.recipes import RECIPES, get_recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from repvgg.bench.models import Report
-    from repvgg.deploy.prune import Report as Pruned
-    from repvgg.deploy.quantize import Report as Quantized
-    from repvgg.predict import Prediction
-    from repvgg.predict_data import Summary
-    from repvgg.segment import MaskPrediction
+    from repvgg.bench.models import BenchReport
+    from repvgg.deploy.prune import PruningReport
+    from repvgg.deploy.quantize import QuantizationReport
+    from repvgg.predict.datasets import Summary
+    from repvgg.predict.labels import Prediction
+    from repvgg.predict.masks import MaskPrediction
     from repvgg.train.evaluate import Accuracy
     from repvgg.train.segmentation import Overlap
 
@@ -31,7 +32,7 @@ def show(name_or_file: str, as_json: bool) -> None:
         return
     import torch
 
-    from repvgg import zoo
+    from repvgg.models import zoo
 
     if zoo.is_file(name_or_file):
         _show_model(name_or_file, zoo.open_model(name_or_file), as_json)
@@ -71,10 +72,10 @@ def show_graph(path: Path, as_json: bool) -> None:
 def _show_family(as_json: bool) -> None:
     import torch
 
-    from repvgg import zoo
-    from repvgg.costs import cost
-    from repvgg.models import FAMILY
-    from repvgg.pspnet import PSPNETS
+    from repvgg.measure.costs import cost
+    from repvgg.models import zoo
+    from repvgg.models.pspnet import PSPNETS
+    from repvgg.models.repvgg import FAMILY
 
     rows: list[dict[str, Any]] = []
     for name, member in FAMILY.items():
@@ -119,8 +120,8 @@ def _show_family(as_json: bool) -> None:
 
 
 def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
-    from repvgg import zoo
-    from repvgg.costs import cost
+    from repvgg.measure.costs import cost
+    from repvgg.models import zoo
 
     manifest = zoo.manifest_of(model)
     c = cost(model, manifest.preprocessing.input_size)
@@ -281,7 +282,7 @@ def show_predicted(summary: "Summary", as_json: bool, always: bool = True) -> No
     print(f"{summary.images:,} images{unread} in {parts}{here}: {summary.out}")
 
 
-def show_quantization(report: "Quantized", as_json: bool) -> None:
+def show_quantization(report: "QuantizationReport", as_json: bool) -> None:
     """Figures of `repvgg quantize`."""
     if as_json:
         _print_json(report.to_json())
@@ -292,34 +293,34 @@ def show_quantization(report: "Quantized", as_json: bool) -> None:
         for i, layer in enumerate(report.layers)
     ]
     print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
-    before, after, (slow, fast) = report.before, report.after, report.gain.images_per_second
+    before, after, (slow, fast) = report.before, report.after, report.speedup.images_per_second
     print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
-    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.gain.ratio}")
+    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup.ratio}")
     print(report.path)
 
 
-def show_pruning(report: "Pruned", as_json: bool) -> None:
+def show_pruning(report: "PruningReport", as_json: bool) -> None:
     """Figures of `repvgg prune`."""
     if as_json:
         _print_json(report.to_json())
         return
-    accuracies, (large, small), speeds = (report.before, report.after), report.costs, report.gain.images_per_second
+    accuracies, (large, small), speeds = (report.before, report.after), report.costs, report.speedup.images_per_second
     rows = [
         (name, f"{accuracy.top1:.2%}", _millions(c.params), _billions(c.macs), f"{speed:,.1f}")
         for name, accuracy, c, speed in zip(("before", "after"), accuracies, (large, small), speeds, strict=True)
     ]
     print_table(("", "top-1", "params", "MACs", f"images/s, {report.engine}"), rows, title="Deploy form")
     print(f"{report.keep:.0%} of the channels: top-1 {report.cut.top1:.2%} before training, then {report.after.top1:.2%}")
-    print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.gain.ratio} the speed")
+    print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.speedup.ratio} the speed")
     print(report.path)
 
 
-def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -> None:
+def show_reports(reports: Sequence["BenchReport"], out: Path | None, as_json: bool) -> None:
     """Figures of `repvgg bench`, one for each batch size: tables or JSON, and a file."""
     each = [report.to_json() for report in reports]
     figures = each[0] if len(each) == 1 else {"reports": each}
     if out is not None:
-        from repvgg.files import atomically
+        from repvgg.disk import atomically
 
         atomically(out, lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
     if as_json:
@@ -334,7 +335,7 @@ def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -
     )
 
 
-def _show_report(report: "Report") -> None:
+def _show_report(report: "BenchReport") -> None:
     rows = [
         (
             row.candidate.model
@@ -368,25 +369,6 @@ def _show_report(report: "Report") -> None:
         "",
     )
     print_table(header, rows)
-
-
-def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
-    """A table as wide as it needs to be in a file or pipe, as the terminal allows in one; numbers to the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    rows = [[str(cell) for cell in row] for row in rows]
-    for i, name in enumerate(header):
-        numbers = i > 0 and all(row[i].replace(",", "")[:1].isdigit() or row[i] in ("", ".") for row in rows)
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 400
-    console.print(table)
 
 
 def _share(share: float) -> str:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from repvgg.bench.kernels import Convolution, time_convolutions
-from repvgg.costs import cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
+from repvgg.measure.costs import cost
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from repvgg.bench.memory import STACKS, fitting, held, is_out_of_memory, peak, resident_growth, stack
-from repvgg.costs import cost, measure_peak_activation
+from repvgg.measure.costs import cost, measure_peak_activation
 from repvgg.paper.numbers import PEAK_ACTIVATION
 
 CHANNELS, SIZE = 64, 32

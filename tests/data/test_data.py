@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from repvgg.data import DataError, Decoded, InMemory, Source, Subset, open_source
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 
 def numbered(count: int) -> Decoded:

@@ -9,7 +9,7 @@ from PIL import Image
 from repvgg.data import DataError, open_source
 from repvgg.data import folder as data_folder
 from repvgg.data.images import ImageError
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 
 def make(root: Path, *paths: str, size: tuple[int, int] = (20, 14)) -> Path:

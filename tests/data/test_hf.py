@@ -13,7 +13,7 @@ from PIL import Image
 from repvgg.data import DataError, InMemory, open_source
 from repvgg.data.hf import CIFAR10, Encoded
 from repvgg.data.images import ImageError
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 datasets = pytest.importorskip("datasets")
 NAMES = ["cat", "dog", "owl"]

@@ -16,8 +16,8 @@ from PIL import Image
 from repvgg.data import DataError, Source, open_source
 from repvgg.data.images import ImageError
 from repvgg.data.stream import Stream, expanded, open_wds
+from repvgg.train.batches import Feed
 from repvgg.train.distributed import World
-from repvgg.train.feed import Feed
 from repvgg.train.loop import train
 from repvgg.train.recipes import Keeping, Recipe
 

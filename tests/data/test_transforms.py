@@ -13,7 +13,7 @@ from repvgg.data import Decoded
 from repvgg.data.folder import Folder
 from repvgg.data.images import ImageError
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 PILLOW = {"bilinear": (Image.Resampling.BILINEAR, 1), "bicubic": (Image.Resampling.BICUBIC, 2)}  # and how far rounding may go
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from repvgg.deploy import engines
 from repvgg.deploy.engines import ENGINES, Options
-from repvgg.models import Member, RepVGG
-from repvgg.reparam import reparameterize
+from repvgg.fold.reparam import reparameterize
+from repvgg.models.repvgg import Member, RepVGG
 
 SIZE = (3, 32, 32)
 # Relative error of the logits, of the largest: rounding of some ten layers.

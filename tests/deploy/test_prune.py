@@ -11,18 +11,19 @@ import torch
 from conftest import randomize, relative_error
 from torch import Tensor, nn
 
-from repvgg import zoo
-from repvgg.algebra import ReparamError
 from repvgg.cli import main
-from repvgg.costs import cost
 from repvgg.data import Decoded, Source
 from repvgg.deploy import engines
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.parity import compare, reference
 from repvgg.deploy.prune import prune, pruned
-from repvgg.files import FileError, Preprocessing
-from repvgg.models import Layer
-from repvgg.reparam import as_linear, reparameterize
+from repvgg.disk import FileError
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.reparam import as_linear, reparameterize
+from repvgg.measure.costs import cost
+from repvgg.models import zoo
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.repvgg import Layer
 from repvgg.train.recipes import get_recipe
 
 SIZE = (3, 16, 16)

@@ -12,8 +12,8 @@ from torch import nn
 import repvgg
 from repvgg.deploy.engines import Options, build
 from repvgg.deploy.space_to_batch import SpaceToBatch, space_to_batch, to_batch, to_space
-from repvgg.models import Layer
-from repvgg.reparam import reparameterize
+from repvgg.fold.reparam import reparameterize
+from repvgg.models.repvgg import Layer
 
 
 def dilated(channels: int, dilation: int, kernel: int = 3, **options: Any) -> nn.Conv2d:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from repvgg import cli
-from repvgg.grid import TABLES, Grid, Outcome
+from repvgg.measure.timing import Times
 from repvgg.paper import ablation, table6, table7
 from repvgg.paper.ablation import PRINTED, Findings
+from repvgg.paper.grid import TABLES, Grid, Outcome
 from repvgg.paper.numbers import TABLE6
 from repvgg.paper.result import NothingChosenError, Settings
-from repvgg.timing import Times
 from repvgg.train.recipes import get_recipe
 
 FORMS = {"images": 1000, "equal": 999, "max_rel_err": 1e-6}

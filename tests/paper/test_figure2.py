@@ -8,11 +8,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from repvgg.blocks import BLOCKS
-from repvgg.models import FAMILY, Member, RepVGG
+from repvgg.fold.blocks import BLOCKS
+from repvgg.fold.reparam import reparameterize
+from repvgg.models.repvgg import FAMILY, Member, RepVGG
 from repvgg.paper import figure2
 from repvgg.paper.result import Settings
-from repvgg.reparam import reparameterize
 
 SMALL = Member((1, 2, 5, 1), 0.25, 0.25)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from repvgg.bench.memory import STACKS, stack
-from repvgg.costs import cost
+from repvgg.measure.costs import cost
 from repvgg.paper import figure3
 from repvgg.paper.figure3 import draw
 from repvgg.paper.numbers import PEAK_ACTIVATION

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from repvgg.algebra import ReparamError, add
-from repvgg.blocks import no_1x1, plain, repvgg, with_bn
+from repvgg.fold.algebra import ReparamError, add
+from repvgg.fold.blocks import no_1x1, plain, repvgg, with_bn
+from repvgg.fold.reparam import Branches, as_linear
 from repvgg.paper import figure4
 from repvgg.paper.result import Settings
-from repvgg.reparam import Branches, as_linear
 
 
 def trained(block: Branches) -> Branches:

@@ -14,7 +14,7 @@ from repvgg.paper.result import NothingChosenError, Result, Settings, Table
 
 
 def result(part: str) -> Result:
-    from repvgg.paper.canvas import canvas
+    from repvgg.paper.drawing import canvas
 
     figures = {part: canvas(40, 30)[0]} if part.startswith("figure") else {}
     tables = [] if figures else [Table(f"rows of {part}", ("name", "number"), [("<b>", 1.5), (None, 2)])]

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from repvgg.bench.models import Candidate
+from repvgg.measure.machine import this_machine
 from repvgg.paper import speeds
 from repvgg.paper.numbers import TABLE4, TABLE5
 from repvgg.paper.result import NothingChosenError, Settings
 from repvgg.paper.speeds import QUICK, Speed, chosen, measure, over, significant
-from repvgg.record import machine
 
 MICRO, TRAINING = Candidate("repvgg_micro"), Candidate("repvgg_micro", form="training")
 PLAIN = Candidate("repvgg_micro", form="training", block="plain")
@@ -79,9 +79,9 @@ def test_other_settings_neither_mix_nor_lose_anything(change: dict[str, object],
 
 def test_another_machine_measures_anew(tmp_path: Path, timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     measure([(MICRO, TRAINING)], settings(tmp_path))
-    here = machine()
+    here = this_machine()
     for name, value in (("processor", "Z80"), ("versions", {**here["versions"], "torch": "9.9"})):
-        monkeypatch.setattr("repvgg.record.machine", lambda n=name, v=value: {**here, n: v})
+        monkeypatch.setattr("repvgg.paper.speeds.this_machine", lambda n=name, v=value: {**here, n: v})
         measure([(MICRO, TRAINING)], settings(tmp_path))
     assert timed == [MICRO.name] * 3
 

@@ -4,11 +4,11 @@ import pytest
 
 from repvgg.bench.kernels import Convolution
 from repvgg.deploy.engines import Options
+from repvgg.measure.timing import Times
 from repvgg.paper import table1
 from repvgg.paper.numbers import TABLE1
 from repvgg.paper.result import Settings
 from repvgg.paper.table1 import PAPER, Problem, largest
-from repvgg.timing import Times
 
 GTX_1080TI = sum(row.milliseconds for row in TABLE1) / 1e3  # seconds of one run of the whole table
 

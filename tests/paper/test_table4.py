@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg.baselines import create_baseline, input_size
 from repvgg.bench.models import Candidate
-from repvgg.costs import cost
-from repvgg.models import FAMILY, RepVGG
+from repvgg.measure.costs import cost
+from repvgg.models.baselines import create_baseline, input_size
+from repvgg.models.repvgg import FAMILY, RepVGG
 from repvgg.paper import speeds, table4, table5
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5
 from repvgg.paper.result import Result, Settings

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import pytest
 
 from repvgg.bench.kernels import Convolution
-from repvgg.costs import cost
 from repvgg.deploy.engines import Options
+from repvgg.measure.costs import cost
+from repvgg.measure.timing import Ratio, Times
 from repvgg.paper import winograd
 from repvgg.paper.result import Result, Settings
 from repvgg.paper.winograd import THRESHOLD, conclude, counterparts, shapes, verdict
-from repvgg.timing import Ratio, Times
 
 
 class Machine:

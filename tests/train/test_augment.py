@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 from repvgg.train.augment import train_transform
 from repvgg.train.recipes import RECIPES, Recipe
 

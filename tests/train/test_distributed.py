@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repvgg import zoo
+from repvgg.models import zoo
 from repvgg.train.distributed import ALONE, local_device
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Float64, batch norms still, 20 steps of the same global batches; and an evaluation of 241 images, which two do not divide."""
-    script = str(Path(__file__).with_name("equality.py"))
+    script = str(Path(__file__).parent.parent / "equality.py")
     for size in (1, 2):
         done = run(torchrun(script, str(tmp_path), processes=size))
         assert done.returncode == 0, done.stderr

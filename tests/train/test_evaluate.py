@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import randomize
 
-from repvgg import zoo
 from repvgg.data import open_source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
+from repvgg.models import zoo
 from repvgg.train.evaluate import Accuracy, batches, evaluate, evaluate_model
 from repvgg.train.loop import new_model
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import randomize
 
-from repvgg import zoo
 from repvgg.data import Decoded, Source, open_source
-from repvgg.files import Preprocessing
-from repvgg.reparam import reparameterize
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.manifest import Preprocessing
 from repvgg.train.finetune import started_from
 from repvgg.train.loop import train
 from repvgg.train.recipes import Keeping, get_recipe

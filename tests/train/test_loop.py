@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from repvgg import zoo
 from repvgg.data import DataError, Decoded, Source, open_source
 from repvgg.data.images import ImageError
 from repvgg.data.transforms import Transformed, eval_transform, normalise
-from repvgg.files import FileError, Preprocessing
-from repvgg.models import RepVGG
-from repvgg.reparam import reparameterize, verify
+from repvgg.disk import FileError
+from repvgg.fold.reparam import reparameterize, verify
+from repvgg.models import zoo
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.repvgg import RepVGG
 from repvgg.train import loop
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import Run, new_model, train

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from repvgg import zoo
 from repvgg.data import open_source
-from repvgg.files import FileError
+from repvgg.disk import FileError
+from repvgg.models import zoo
 from repvgg.train.loop import Run, train
 from repvgg.train.recipes import Keeping, get_recipe
 

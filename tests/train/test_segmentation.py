@@ -17,12 +17,12 @@ from roads import make_camvid
 from torch import Tensor, nn
 from torchvision.tv_tensors import Mask
 
-from repvgg import zoo
 from repvgg.data import Source, open_source
 from repvgg.data.masks import open_camvid
-from repvgg.files import Preprocessing
-from repvgg.reparam import reparameterize
-from repvgg.segment import Views
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.views import Views
 from repvgg.train.loop import Run, train
 from repvgg.train.recipes import Keeping, Recipe, get_recipe
 from repvgg.train.segmentation import Overlap, Segmentation
@@ -307,7 +307,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from repvgg import zoo
+from repvgg.models import zoo
 from repvgg.data.masks import open_camvid
 from repvgg.train.distributed import joined
 from repvgg.train.segmentation import Segmentation

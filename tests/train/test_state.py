@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from repvgg.files import FileError
+from repvgg.disk import FileError
 from repvgg.train.state import State, Store, _digest
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import Tensor, nn
 
-from repvgg import zoo
 from repvgg.data import open_source
-from repvgg.models import RepVGG
+from repvgg.models import zoo
+from repvgg.models.repvgg import RepVGG
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import Recipe
 from repvgg.train.trainer import Trainer

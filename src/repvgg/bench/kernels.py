@@ -14,7 +14,7 @@ from torch import nn
 from repvgg.bench.memory import fitting
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
-from repvgg.timing import Times, interleave, synchroniser
+from repvgg.measure.timing import Times, interleave, synchroniser
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg import zoo
 from repvgg.bench.memory import fitting, held, peak
-from repvgg.costs import Cost, cost
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
-from repvgg.record import machine
-from repvgg.reparam import reparameterize
-from repvgg.timing import Ratio, Times, interleave, ratio, synchroniser
+from repvgg.fold.reparam import reparameterize
+from repvgg.measure.costs import Cost, cost
+from repvgg.measure.machine import this_machine
+from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
+from repvgg.models import zoo
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """Rows in the order of the candidates; all ratios are to `reference`."""
 
     rows: list[Row]
@@ -135,7 +135,7 @@ class Report:
                 }
                 for row in self.rows
             ],
-            "machine": machine(),
+            "machine": this_machine(),
         }
 
 
@@ -165,7 +165,7 @@ def bench(
     allow_unfolded: bool = False,
     log: Callable[[str], None] = print,
     progress: Callable[[str], None] | None = None,
-) -> Report:
+) -> BenchReport:
     """Time the candidates, taking turns; the first is the reference.
 
     An engine that cannot run a model is left out of it, with a word, if another one can. input_size: of all, or None for each
@@ -223,7 +223,7 @@ def bench(
         )
         for c, r in ready.items()
     ]
-    return Report(rows, first, rounds, batches)
+    return BenchReport(rows, first, rounds, batches)
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 
 class DataError(ValueError):

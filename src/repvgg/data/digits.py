@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from repvgg.data import Decoded, Source
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 SIZE = 16  # pixels a side, twice the scan's: enough for four halvings
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from repvgg.data import DataError, Source
+from repvgg.data.cache import Arrays, Names, kept
 from repvgg.data.images import SUFFIXES, decode, is_image
-from repvgg.data.index import Arrays, Names, kept
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 MANY = 20_000  # images: fewer are listed in no time
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from repvgg.data import DataError, Images, InMemory, Source
 from repvgg.data.images import decode
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 SMALL = 64  # pixels: images of at most this size are decoded once and kept in memory

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Mask
 
 from repvgg.data import DataError, Source
+from repvgg.data.cache import kept
 from repvgg.data.images import ImageError, decode, decode_mask, is_image, size_of
-from repvgg.data.index import kept
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 IGNORED = 255
 LONGEST = 32  # times as long as wide: resized by its short side, a longer image would fill the memory
@@ -152,3 +153,17 @@ def _verified(pairs: Sequence[tuple[Path, Path]], ids: Ids) -> dict[str, Any]:
 
 def _unequal(photo: Path, size: Sequence[int], mask: Path, mask_size: Sequence[int]) -> str:
     return f"{photo}: has {size[1]} x {size[0]} pixels, its mask {mask} {mask_size[1]} x {mask_size[0]}"
+
+
+class ToNetwork(nn.Module):
+    """A photo at the size that the network sees it in, whole; its mask, if there is one, as it is."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.resize = v2.Resize(preprocessing.resize, InterpolationMode(preprocessing.interpolation), antialias=True)
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Any:
+        if max(image.shape[-2:]) > LONGEST * min(image.shape[-2:]):
+            raise ImageError(f"is more than {LONGEST} times as long as wide")
+        image = self.resize(image)
+        return image if mask is None else (image, mask.as_subclass(Tensor))

@@ -24,7 +24,7 @@ from repvgg.data.hf import VALIDATION_SPLITS, find_columns
 from repvgg.data.images import is_image
 from repvgg.data.masks import Masked
 from repvgg.data.stream import expanded, refuse_damaged
-from repvgg.files import describe
+from repvgg.disk import describe
 
 
 @dataclass(frozen=True)

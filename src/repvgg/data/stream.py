@@ -17,10 +17,11 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from repvgg.data import DataError, Source
+from repvgg.data.cache import kept
 from repvgg.data.hf import VALIDATION_SPLITS, columns
 from repvgg.data.images import decode
-from repvgg.data.index import kept
-from repvgg.files import Preprocessing, describe
+from repvgg.disk import describe
+from repvgg.models.manifest import Preprocessing
 
 BLOCK = 512  # bytes; a tar file ends in blocks of zeros
 BUFFER = 4096  # examples that are shuffled among each other

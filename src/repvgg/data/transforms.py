@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data import Images
 from repvgg.data.images import ImageError
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 
 MAX_WORKERS = 256
 

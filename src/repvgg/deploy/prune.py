@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg import record, zoo
-from repvgg.algebra import LinearMap, ReparamError
-from repvgg.costs import Cost, cost
 from repvgg.data import Source
 from repvgg.deploy import engines
-from repvgg.deploy.gain import Gain, gain
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.parity import folded
-from repvgg.deploy.plain import insert_bn
-from repvgg.models import Layer, RepVGG, Residual, is_deploy_form
-from repvgg.reparam import CONVOLUTIONS, as_linear, inside, refuse_train_mode
+from repvgg.deploy.speedup import Speedup, speedup
+from repvgg.deploy.surgery import insert_bn
+from repvgg.fold.algebra import LinearMap, ReparamError
+from repvgg.fold.reparam import CONVOLUTIONS, as_linear, inside, refuse_train_mode
+from repvgg.measure.costs import Cost, cost
+from repvgg.measure.machine import write_record
+from repvgg.models import zoo
+from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate_model
 from repvgg.train.loop import KEEPING, train
 from repvgg.train.recipes import Keeping, Recipe
@@ -132,7 +133,7 @@ def _read(weight: Tensor, groups: int, into: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Report:
+class PruningReport:
     """Before, at once after, and after training: accuracy on the validation split; and in deploy form, cost and speed."""
 
     path: Path
@@ -140,7 +141,7 @@ class Report:
     cut: Accuracy
     after: Accuracy
     costs: tuple[Cost, Cost]
-    gain: Gain
+    speedup: Speedup
     engine: str
     keep: float
 
@@ -152,7 +153,7 @@ class Report:
             "params": [c.params for c in self.costs],
             "macs": [c.macs for c in self.costs],
             "engine": self.engine,
-            "speed": self.gain.to_json(),
+            "speed": self.speedup.to_json(),
         }
 
 
@@ -169,7 +170,7 @@ def prune(
     workers: int = 0,
     keeping: Keeping = KEEPING,
     log: Log = print,
-) -> Report:
+) -> PruningReport:
     """Prune a model of ours, train it on a source, and measure both. `out` becomes a run folder (see train/loop.py), with the best
     model in deploy form as deploy.safetensors and the figures as pruning.json.
 
@@ -196,6 +197,6 @@ def prune(
     size = manifest.preprocessing.input_size
     costs = cost(deploy, size), cost(best, size)
     runners = [load_engine(network.cpu(), engine, batch_size=BATCH, log=log) for network in (deploy, best)]
-    report = Report(path, before, cut, after, costs, gain(*runners), engine, keep)
-    record.write(Path(out) / "pruning.json", report.to_json())
+    report = PruningReport(path, before, cut, after, costs, speedup(*runners), engine, keep)
+    write_record(Path(out) / "pruning.json", report.to_json())
     return report

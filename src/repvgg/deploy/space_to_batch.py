@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg.models import Layer
+from repvgg.models.repvgg import Layer
 
 
 class SpaceToBatch(nn.Module):

@@ -19,14 +19,14 @@ from matplotlib.figure import Figure
 from repvgg.bench.models import randomise_norms
 from repvgg.data import open_source
 from repvgg.deploy import engines
-from repvgg.files import atomically
-from repvgg.grid import RESNETS, TABLES, Grid, Outcome, run
-from repvgg.paper.canvas import INK, MUTED, POINTWISE, RULE, WIDEST, plot
+from repvgg.disk import atomically
+from repvgg.measure.timing import Times, interleave, ratio, synchroniser
+from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
+from repvgg.paper.grid import RESNETS, TABLES, Grid, Outcome, run
 from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
 from repvgg.paper.result import NothingChosenError, Result, Settings, Table
 from repvgg.paper.speeds import significant
 from repvgg.paper.table4 import spearman
-from repvgg.timing import Times, interleave, ratio, synchroniser
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import get_recipe
 

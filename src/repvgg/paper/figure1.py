@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from repvgg.paper.canvas import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
+from repvgg.paper.drawing import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import TABLE4, TABLE5, ModelSpeed
 from repvgg.paper.result import Result, Settings, Table
 from repvgg.paper.speeds import chosen, significant

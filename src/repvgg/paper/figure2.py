@@ -8,28 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from repvgg import zoo
-from repvgg.algebra import ReparamError
 from repvgg.bench.models import randomise_norms
-from repvgg.blocks import DerivedConv
-from repvgg.models import Layer, RepVGG
-from repvgg.paper.canvas import (
-    IDENTITY,
-    MUTED,
-    NEUTRAL,
-    PANEL,
-    POINTWISE,
-    WIDEST,
-    Colours,
-    box,
-    canvas,
-    dot,
-    plus,
-    wire,
-    write,
-)
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.blocks import DerivedConv
+from repvgg.fold.reparam import Branches, Chain, as_conv, as_linear, reparameterize, verify
+from repvgg.models import zoo
+from repvgg.models.repvgg import Layer, RepVGG
+from repvgg.paper.drawing import IDENTITY, MUTED, NEUTRAL, PANEL, POINTWISE, WIDEST, Colours, box, canvas, dot, plus, wire, write
 from repvgg.paper.result import Result, Settings
-from repvgg.reparam import Branches, Chain, as_conv, as_linear, reparameterize, verify
 
 MODEL = "repvgg_a0"
 LAYERS = 4  # as many as the paper shows

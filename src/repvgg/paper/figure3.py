@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from repvgg.bench.memory import STACKS, resident_growth, stack
-from repvgg.costs import Cost, cost, measure_peak_activation
-from repvgg.paper.canvas import INK, MUTED, POINTWISE, RULE, WIDEST, plot
+from repvgg.measure.costs import Cost, cost, measure_peak_activation
+from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import PEAK_ACTIVATION
 from repvgg.paper.result import Result, Settings, Table
 

@@ -13,26 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from repvgg.algebra import LinearMap, Pair, regroup, widen
 from repvgg.bench.models import randomise_norms
-from repvgg.blocks import repvgg
-from repvgg.paper.canvas import (
-    IDENTITY,
-    INK,
-    MUTED,
-    PAPER,
-    POINT,
-    POINTWISE,
-    RULE,
-    WIDEST,
-    box,
-    canvas,
-    plus,
-    wire,
-    write,
-)
+from repvgg.fold.algebra import LinearMap, Pair, regroup, widen
+from repvgg.fold.blocks import repvgg
+from repvgg.fold.reparam import Branches, as_linear
+from repvgg.paper.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, box, canvas, plus, wire, write
 from repvgg.paper.result import Result, Settings
-from repvgg.reparam import Branches, as_linear
 
 CHANNELS = 4  # beyond these the numbers cannot be read
 CELL, SLIT, VECTOR, ARROW, ROW, LABEL, MARGIN, TOP = 32, 6, 38, 56, 26, 46, 20, 104

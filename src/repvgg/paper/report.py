@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
 
-from repvgg import page, record
 from repvgg.deploy import engines
-from repvgg.files import atomically
-from repvgg.info import print_table
+from repvgg.disk import atomically
+from repvgg.measure.machine import this_machine, write_record
+from repvgg.models.zoo import resolve_name
 from repvgg.paper.result import NothingChosenError, Result, Settings
-from repvgg.zoo import resolve_name
+from repvgg.terminal import print_table
+from repvgg.web import page
 
 # In the order of the page.
 PARTS = (
@@ -72,7 +73,7 @@ def produce(part: str, settings: Settings) -> Result:
 
 def keep(part: str, result: Result, settings: Settings) -> None:
     """Write its JSON and figures."""
-    record.write(settings.out / f"{part}.json", to_record(result, settings))
+    write_record(settings.out / f"{part}.json", to_record(result, settings))
     for name, figure in result.figures.items():
         for kind in ("png", "svg"):
             atomically(settings.out / f"{name}.{kind}", partial(figure.savefig, format=kind, dpi=200))
@@ -114,7 +115,7 @@ def show(part: str, result: Result, settings: Settings, with_json: bool) -> None
 def as_page(results: dict[str, Result], settings: Settings) -> str:
     """One self-contained document."""
     sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
-    about = record.machine()
+    about = this_machine()
     versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
     about = {name.replace("_", " "): value for name, value in about.items() if value is not None}
     sections.append(("Measured on", page.table([*about.items(), ("versions", versions)], ("", ""))))

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg import record
+from repvgg.measure.machine import this_machine, threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from repvgg.deploy.engines import Options
-    from repvgg.timing import Ratio
+    from repvgg.measure.timing import Ratio
 
 
 class NothingChosenError(ValueError):
@@ -72,10 +72,10 @@ class Settings:
     @property
     def where(self) -> str:
         """The GPU, or the processor and how many threads."""
-        here = record.machine()
+        here = this_machine()
         if self.device.startswith("cuda"):
             return str(here["gpu"])
-        return f"{here['processor']}, {record.threads(self.threads or here['threads'])}"
+        return f"{here['processor']}, {threads(self.threads or here['threads'])}"
 
     def options(self, batch_size: int) -> "Options":
         """For building an engine."""

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from repvgg import record, zoo
 from repvgg.bench.models import Candidate, bench
-from repvgg.files import atomically
+from repvgg.disk import atomically
+from repvgg.measure.machine import this_machine
+from repvgg.measure.timing import Ratio, Times, ratio
+from repvgg.models import zoo
 from repvgg.paper.numbers import ModelSpeed
 from repvgg.paper.result import NothingChosenError, Settings
-from repvgg.timing import Ratio, Times, ratio
 
 # What a quick look measures: both ends of the family, the groups, and those they are compared with in the paper's headlines.
 QUICK = (
@@ -140,7 +141,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
         params=last.cost.params,
         macs=last.cost.macs,
         winograd_muls=last.cost.winograd_muls,
-        date=record.machine()["date"],
+        date=this_machine()["date"],
     )
 
 
@@ -187,7 +188,7 @@ def _conditions(settings: Settings) -> dict[str, Any]:
         **({"input_size": settings.input_size} if settings.input_size else {}),
         "channels_last": settings.channels_last,
         "where": settings.where,
-        "versions": {name: version for name, version in record.machine()["versions"].items() if name != "repvgg"},
+        "versions": {name: version for name, version in this_machine()["versions"].items() if name != "repvgg"},
     }
 
 

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from repvgg.bench.kernels import Convolution, time_convolutions
-from repvgg.paper.canvas import MUTED, RULE, WIDEST, plot
+from repvgg.measure.timing import Ratio, Times, ratio
+from repvgg.paper.drawing import MUTED, RULE, WIDEST, plot
 from repvgg.paper.numbers import TABLE1
 from repvgg.paper.result import Result, Settings, Table, interval
-from repvgg.timing import Ratio, Times, ratio
 
 SIZE, CHANNELS, BATCH, RUNS, WARMUP = 56, 2048, 32, 10, 2
 SECONDS, QUICK_SECONDS = 60, 10  # what the whole table may take

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from repvgg.bench.models import Candidate
+from repvgg.measure.timing import Ratio
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, Headline, ModelSpeed
 from repvgg.paper.result import Result, Settings, Table, interval
 from repvgg.paper.speeds import Speed, chosen, measure, over, significant
-from repvgg.timing import Ratio
 
 REFERENCE = "resnet18"
 ENOUGH = 6  # models, for a correlation to mean something

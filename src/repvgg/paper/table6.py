@@ -1,7 +1,7 @@
 """Table 6: B0 without its identity, its 1x1, or both; trained and timed."""
 
-from repvgg.grid import TABLES
 from repvgg.paper import ablation
+from repvgg.paper.grid import TABLES
 from repvgg.paper.result import Result, Settings
 
 

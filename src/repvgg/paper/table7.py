@@ -1,7 +1,7 @@
 """Table 7: B0's block against other structures; and RepVGG blocks in ResNet-50, when not in a hurry."""
 
-from repvgg.grid import RESNETS, TABLES
 from repvgg.paper import ablation
+from repvgg.paper.grid import RESNETS, TABLES
 from repvgg.paper.result import Result, Settings
 
 

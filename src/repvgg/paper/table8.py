@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from repvgg.bench.models import Candidate
 from repvgg.deploy import engines
 from repvgg.deploy.space_to_batch import space_to_batch
+from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
+from repvgg.models.pspnet import PSPNETS
+from repvgg.models.zoo import load, resolve_name
 from repvgg.paper.numbers import TABLE8, Segmentation
 from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
 from repvgg.paper.speeds import Speed, measure, over, significant
-from repvgg.pspnet import PSPNETS
-from repvgg.timing import Ratio, Times, interleave, ratio, synchroniser
-from repvgg.zoo import load, resolve_name
 
 REFERENCE = "pspnet_resnet50"
 QUICK = ("pspnet_repvgg_b1g2_fast", "pspnet_resnet50", "pspnet_repvgg_b1g2")
@@ -235,7 +235,7 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
 def _trained(model: str, settings: Settings) -> dict[str, Any]:
     """A model trained by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
     from repvgg.data import open_source
-    from repvgg.reparam import reparameterize
+    from repvgg.fold.reparam import reparameterize
     from repvgg.train.loop import train
     from repvgg.train.recipes import get_recipe
     from repvgg.train.segmentation import Segmentation as Task
@@ -250,5 +250,5 @@ def _trained(model: str, settings: Settings) -> dict[str, Any]:
     train(model, source, recipe, out, device=settings.device, workers=settings.workers, log=settings.log)
     split = "test" if source.test else "val"
     deploy = reparameterize(load(out / "best.safetensors"))
-    overlap = Task().evaluate_model(deploy, source, split, settings.workers, settings.device)
+    overlap = Task().evaluate_model(deploy, source, split, workers=settings.workers, device=settings.device)
     return {**overlap.figures, "data": source.name, "split": split, "epochs": recipe.epochs, "per_class": overlap.per_class}

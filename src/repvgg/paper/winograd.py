@@ -14,10 +14,10 @@ from typing import Any
 
 from repvgg.bench.kernels import Convolution, time_convolutions
 from repvgg.deploy import engines
-from repvgg.models import FAMILY
-from repvgg.paper.canvas import MUTED, POINTWISE, RULE, WIDEST, plot
+from repvgg.measure.timing import Ratio, Times, ratio
+from repvgg.models.repvgg import FAMILY
+from repvgg.paper.drawing import MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.result import Result, Settings, Table, interval
-from repvgg.timing import Ratio, Times, ratio
 
 # A smaller difference may be one of loops and caches. F(2x2, 3x3) at no cost of its own would give 2.25.
 THRESHOLD = 1.25

@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data.transforms import fit
-from repvgg.files import Preprocessing
+from repvgg.models.manifest import Preprocessing
 from repvgg.train.recipes import Recipe
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from repvgg.data import Images, Source
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
-from repvgg.files import Manifest, Preprocessing
+from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.train.distributed import ALONE, World
-from repvgg.zoo import dtype_of, manifest_of
 
 Network = Callable[[Tensor], Tensor]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from repvgg import zoo
 from repvgg.data import Source
-from repvgg.models import RepVGG
-from repvgg.pspnet import PSPNETS, PSPNet
+from repvgg.models import zoo
+from repvgg.models.pspnet import PSPNETS, PSPNet
+from repvgg.models.repvgg import RepVGG
 
 
 def started_from(

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from repvgg.files import atomically
+from repvgg.disk import atomically
 
 
 class Logs:

@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg import record, zoo
 from repvgg.data import Source
 from repvgg.data.transforms import BadImages, normalise
-from repvgg.files import FileError, atomically
+from repvgg.disk import FileError, atomically
+from repvgg.measure.machine import write_record
+from repvgg.models import zoo
+from repvgg.train.batches import Feed
 from repvgg.train.distributed import joined
-from repvgg.train.feed import Feed
 from repvgg.train.finetune import started_from
 from repvgg.train.logs import Logs, NoLogs, draw_curve, read_lines
 from repvgg.train.progress import Progress
 from repvgg.train.recipes import Keeping, Recipe
+from repvgg.train.signals import StoppedError, StopRequests
 from repvgg.train.state import State, Store
-from repvgg.train.stop import StoppedError, StopRequests
 from repvgg.train.tasks import Evaluation, Task, task_of
 from repvgg.train.trainer import Trainer
 
@@ -313,7 +314,7 @@ class _Session:
             "bad_images": len(bad),
         }
         draw_curve(lines, self.out / "curve.png")
-        record.write(self.out / "summary.json", summary)
+        write_record(self.out / "summary.json", summary)
 
 
 def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn.Module:

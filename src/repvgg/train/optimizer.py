@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.models import RepVGG
-from repvgg.pspnet import PSPNet
-from repvgg.reparam import Branches
+from repvgg.fold.reparam import Branches
+from repvgg.models.repvgg import RepVGG
 from repvgg.train.recipes import Recipe
 
 STAGES = 5  # the stem is the first; the head comes after the last
@@ -30,7 +29,7 @@ def parameter_groups(
     a factor for all that comes after the backbone. With custom_l2 the kernels that it regularises are spared. Raises ValueError
     where stages are not known (outside the family), or the backbone is not.
     """
-    if head_lr != 1 and not isinstance(model, (RepVGG, PSPNet)):
+    if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
         raise ValueError(f"--head-lr: which part of {type(model).__name__} is its head is not known here")
     if layer_decay != 1 and not isinstance(model, RepVGG):
         raise ValueError(f"--layer-decay: the stages of {type(model).__name__} are not known here; it is for the RepVGG family")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from repvgg.files import FileError, atomically
+from repvgg.disk import FileError, atomically
 
 FORMAT = 1
 KEEP = 2

@@ -1,0 +1,1 @@
+"""What a network costs, how long it takes, and on what machine that was measured."""

@@ -1,0 +1,74 @@
+"""What a measured figure has to carry: the machine, the versions, the commit, the time."""
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from repvgg.disk import atomically
+
+PACKAGES = ("repvgg", "repvgg-engine", "torch", "torchvision", "timm", "onnxruntime", "openvino", "ncnn", "MNN", "nncf", "numpy")
+
+
+def this_machine() -> dict[str, Any]:
+    """Processor, cores, threads, memory, GPU, system, versions of what computes, commit of the code."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        if hasattr(os, "sysconf")
+        else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def threads(count: int) -> str:
+    """In words."""
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def write_record(path: Path, figures: dict[str, Any]) -> None:
+    """Figures as JSON, with the machine that they were measured on."""
+    text = json.dumps({**figures, "machine": this_machine()}, indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout this package runs from, if it runs from one; "+" where files were changed since."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        # Installed inside somebody's checkout, it is not that checkout's commit.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)  # noqa: S603
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

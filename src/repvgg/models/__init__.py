@@ -1,0 +1,1 @@
+"""The networks, their names, and their files."""

@@ -1,0 +1,157 @@
+"""State-dict keys of other RepVGG implementations: the official code, timm and mmpretrain, in both forms.
+
+One list of substitutions a scheme, from our keys to theirs; the way back is the same list inverted, and a key counts as
+translated only if it comes back as it was, so that a round trip cannot lose anything.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from repvgg.models.repvgg import FAMILY
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a key of ours is spelled elsewhere, and what gives such a checkpoint away."""
+
+    marker: str  # a regular expression that only this scheme's keys match
+    stem: str
+    stage: str  # of stage {n} (1 to 4)
+    parts: tuple[tuple[str, str], ...]
+    first_stage: int = 1  # how the scheme numbers our first stage
+
+
+SCHEMES = {
+    "official": Scheme(
+        marker=r"^stage0\.rbr_",
+        stem="stage0",
+        stage="stage",
+        parts=(
+            ("block.conv_kxk.", "rbr_dense."),
+            ("block.conv_1x1.", "rbr_1x1."),
+            ("block.identity.", "rbr_identity."),
+            ("block.", "rbr_reparam."),
+            ("se.reduce.", "se.down."),
+            ("se.expand.", "se.up."),
+            ("head.", "linear."),
+        ),
+    ),
+    "timm": Scheme(
+        marker=r"^stem\.(conv_kxk\.conv|reparam_conv)\.",
+        stem="stem",
+        stage="stages.",
+        first_stage=0,
+        parts=(
+            ("block.conv_kxk.", "conv_kxk."),
+            ("block.conv_1x1.", "conv_1x1."),
+            ("block.identity.", "identity."),
+            ("block.", "reparam_conv."),
+            ("se.reduce.", "attn.fc1."),
+            ("se.expand.", "attn.fc2."),
+            ("head.", "head.fc."),
+        ),
+    ),
+    "mmpretrain": Scheme(
+        marker=r"^backbone\.stem\.branch_",
+        stem="backbone.stem",
+        stage="backbone.stage_",
+        parts=(
+            ("block.conv_kxk.conv.", "branch_3x3.conv."),
+            ("block.conv_kxk.bn.", "branch_3x3.norm."),
+            ("block.conv_1x1.conv.", "branch_1x1.conv."),
+            ("block.conv_1x1.bn.", "branch_1x1.norm."),
+            ("block.identity.", "branch_norm."),
+            ("block.", "branch_reparam."),
+            ("se.reduce.", "se_layer.conv1.conv."),
+            ("se.expand.", "se_layer.conv2.conv."),
+            ("head.", "head.fc."),
+        ),
+    ),
+}
+
+
+def to_foreign(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
+    """A state dict of ours in another scheme's keys: `stages.0.1.block.weight` -> `stage1.1.rbr_reparam.weight` (official)."""
+    return {_foreign(key, SCHEMES[scheme]): tensor for key, tensor in tensors.items()}
+
+
+def to_ours(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
+    """The way back. Keys that the scheme does not know stay as they are: a strict load finds them.
+
+    Raises ValueError for two keys that mean the same tensor.
+    """
+    ours = {_ours(key, SCHEMES[scheme]): tensor for key, tensor in tensors.items()}
+    if len(ours) < len(tensors):
+        raise ValueError(f"some of its tensors are there twice, in {scheme} keys and in ours")
+    return ours
+
+
+def _foreign(key: str, s: Scheme) -> str:
+    ours, theirs = next((part for part in s.parts if part[0] in key), ("", ""))
+    key = key.replace(ours, theirs, 1) if ours else key
+    if key.startswith("stem."):
+        return s.stem + key.removeprefix("stem")
+    return re.sub(r"^stages\.(\d)\.", lambda m: f"{s.stage}{int(m[1]) + s.first_stage}.", key)
+
+
+def _ours(key: str, s: Scheme) -> str:
+    ours = re.sub(rf"^{re.escape(s.stem)}\.", "stem.", key)
+    ours = re.sub(rf"^{re.escape(s.stage)}(\d)\.", lambda m: f"stages.{int(m[1]) - s.first_stage}.", ours)
+    for part, theirs in s.parts:
+        # A part follows the layer's index, or opens the key (the classifier).
+        ours, found = re.subn(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{part}", ours, count=1)
+        if found:
+            break
+    return ours if _foreign(ours, s) == key else key
+
+
+def detect(keys: Iterable[str]) -> str | None:
+    """The scheme of a foreign checkpoint ("repvgg" for our own keys), or None if it is none that we know."""
+    keys = list(keys)
+    if any(k.startswith("stem.block.") for k in keys):
+        return "repvgg"
+    return next((name for name, s in SCHEMES.items() if any(re.match(s.marker, k) for k in keys)), None)
+
+
+def infer_arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """`create_model` arguments that fit a state dict in our keys, or None: read off the shapes of its tensors."""
+    weights: dict[tuple[int, int], Tensor] = {}
+    for key, tensor in tensors.items():
+        if (m := re.fullmatch(r"stages\.(\d)\.(\d+)\.block\.(?:conv_kxk\.conv\.)?weight", key)) and tensor.dim() == 4:
+            weights[int(m[1]), int(m[2])] = tensor
+    stem = next((t for k, t in tensors.items() if re.fullmatch(r"stem\.block\.(conv_kxk\.conv\.)?weight", k)), None)
+    head = tensors.get("head.weight")
+    if stem is None or stem.dim() != 4 or head is None or head.dim() != 2:
+        return None
+    depths = tuple(sum(1 for stage, _ in weights if stage == s) for s in range(4))
+    has_se = "stem.se.reduce.weight" in tensors
+    widths = (stem.shape[0], *(weights[s, 0].shape[0] for s in range(4) if (s, 0) in weights))
+    fitting = {
+        name: width
+        for name, member in FAMILY.items()
+        if depths == member.depths
+        and has_se == member.squeeze_excite
+        and 0 < (width := widths[-1] / (512 * member.b)) <= 16
+        and member.widths(width) == widths
+        and _groups(weights, widths) == member.groups
+    }
+    if not fitting:
+        return None
+    name = min(fitting, key=lambda name: abs(fitting[name] - 1))  # B2 is B1 with width=1.25, but nobody calls it that
+    return {
+        "name": name,
+        "num_classes": head.shape[0],
+        "in_chans": stem.shape[1],
+        "width": fitting[name],
+        "small_input": "stages.0.0.block.identity.weight" in tensors,
+    }
+
+
+def _groups(weights: dict[tuple[int, int], Tensor], widths: tuple[int, ...]) -> int:
+    """Of the third layer, counting the stem as the first: the second of stage 2."""
+    third = weights.get((0, 1))
+    return widths[1] // third.shape[1] if third is not None and third.shape[1] else 1

@@ -1,0 +1,124 @@
+"""The manifest of a model file: what it says of its model, as one JSON text.
+
+It says how to build the model, in which form it is, what its classes are called and how images are prepared; for a
+deploy form it also lists the layers one by one, so that an engine without PyTorch, or a pruned net, needs nothing else:
+
+    {"op": "conv2d", "in_channels": 3, "out_channels": 48, "kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1],
+     "dilation": [1, 1], "groups": 1, "activation": "relu", "weight": "stem.block.weight", "bias": "stem.block.bias"}
+    {"op": "squeeze_excite", "channels": 160, "activation": "relu", "path": "stages.0.0.se"}
+    {"op": "global_avg_pool"}
+    {"op": "linear", "in_features": 1280, "out_features": 1000, "weight": "head.weight", "bias": "head.bias"}
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from repvgg.disk import FileError, describe
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From image to input: resize the short side, crop the centre to input_size, scale to 0..1, subtract mean, divide by std."""
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    resize: int = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if len(self.input_size) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in (*self.input_size, self.resize)):
+            raise ValueError("preprocessing: input_size is channels, height, width; sizes are between 1 and 8192 pixels")
+        if not self.input_size[0] == len(self.mean) == len(self.std) or not all(map(math.isfinite, self.mean)):
+            raise ValueError("preprocessing: mean and std need one number for each channel")
+        if not all(0 < s < math.inf for s in self.std):
+            raise ValueError("preprocessing: std is positive")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise ValueError(f"preprocessing: no interpolation {self.interpolation!r}: nearest, bilinear or bicubic")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model file says of its model. `arch`: the arguments of `create_model`, or None for a net known by its layers alone.
+
+    Raises ValueError or TypeError where it contradicts itself.
+    """
+
+    arch: dict[str, Any] | None
+    form: str = "training"
+    classes: list[str] | None = None
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    training: dict[str, Any] = field(default_factory=dict)
+    layers: list[dict[str, Any]] | None = None
+    keys: str = "repvgg"
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, Any] = {"arch": dict | None, "classes": list | None, "training": dict, "layers": list | None, "keys": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is of type {type(getattr(self, name)).__name__}")
+        if self.form not in ("training", "deploy"):
+            raise ValueError(f"no form {self.form!r}: training or deploy")
+        if not all(isinstance(name, str) for name in self.classes or []):
+            raise TypeError("classes are names")
+        arch, channels = self.arch or {}, self.preprocessing.input_size[0]
+        if arch.get("in_chans", channels) != channels:
+            raise ValueError(f"preprocessing for {channels} channels does not fit in_chans={arch['in_chans']}")
+        outputs = arch.get("num_classes") or (self.layers[-1].get("out_features") if self.layers else None)
+        if self.classes is not None and outputs not in (None, len(self.classes)):
+            raise ValueError(f"{len(self.classes)} class names do not fit {outputs} outputs")
+        _refuse_misfits(self.layers or [], self.preprocessing.input_size)
+
+    @property
+    def task(self) -> Literal["labels", "masks"]:
+        """Say what the model gives for an image: a label, or a mask with a class for each pixel."""
+        return "masks" if str((self.arch or {}).get("name")).startswith("pspnet_") else "labels"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Raises `FileError` for what is not a manifest that this version reads."""
+        try:
+            raw = json.loads(text)
+            version = raw["format_version"]
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version!r}, this repvgg reads {FORMAT_VERSION}: upgrade repvgg")
+            given = raw.pop("preprocessing")
+            given.update({name: tuple(given[name]) for name in ("input_size", "mean", "std")})
+            return cls(preprocessing=Preprocessing(**given), **raw)
+        except Exception as error:  # JSON of a stranger: anything may be missing, or of another type
+            raise FileError(f"its manifest cannot be used ({describe(error)})") from None
+
+
+def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:
+    """Follows channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
+    channels, sides = input_size[0], input_size[1:]
+    for i, spec in enumerate(layers):
+        op, before, pooled = spec["op"], channels, not sides
+        if op == "conv2d":
+            expects, channels = spec["in_channels"], spec["out_channels"]
+            geometry = (spec[name] for name in ("kernel_size", "stride", "padding", "dilation"))
+            sides = tuple(_side_after(*numbers) for numbers in zip(sides, *geometry, strict=True))
+        elif op == "linear":
+            expects, channels = spec["in_features"], spec["out_features"]
+        else:
+            expects = spec["channels"] if op == "squeeze_excite" else before
+            sides = () if op == "global_avg_pool" else sides
+        if expects != before or pooled != (op == "linear"):
+            raise ValueError(f"layer {i} of the list, {op}, does not fit the layer before it")
+
+
+def _side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Of a feature map, after a convolution that reaches no farther than the map and makes it no larger."""
+    numbers, reach = (kernel, stride, padding, dilation), dilation * (kernel - 1)
+    sensible = all(type(n) is int and n < 2**31 for n in numbers) and min(kernel, stride, dilation) > 0
+    if not (sensible and 0 <= 2 * padding <= reach < side + 2 * padding):
+        raise ValueError(f"the list of layers has a convolution that cannot be (kernel, stride, padding, dilation: {numbers})")
+    return (side + 2 * padding - reach - 1) // stride + 1

@@ -1,0 +1,194 @@
+"""PSPNet (Zhao et al., CVPR 2017) on a dilated RepVGG, as in Table 8 of the RepVGG paper, or on a dilated ResNet.
+
+    backbone at stride 8  ->  means over 1, 2 x 2, 3 x 3, 6 x 6 bins, beside the map itself  ->  3x3  ->  classes, upsampled
+
+    model = create_model("pspnet_repvgg_a0_fast", num_classes=19)
+    model.eval()(images)        # logits [N, 19, H, W]; in train mode a pair, with those of the auxiliary head
+
+In the full plan every 3x3 of the backbone's last two stages dilates, in the *fast* one only its last five layers.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repvgg.models.repvgg import FAMILY, RepVGG
+
+BINS = (1, 2, 3, 6)
+STRIDE = 8
+FAST = 5  # layers: the last four of stage 4 and the only one of stage 5
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The backbone by its name, and whether only its last layers dilate."""
+
+    backbone: str
+    fast: bool = False
+
+
+PSPNETS: dict[str, Plan] = {
+    **{f"pspnet_{name}{'_fast' if fast else ''}": Plan(name, fast) for name in FAMILY for fast in (False, True)},
+    **{f"pspnet_{name}": Plan(name) for name in ("resnet18", "resnet50", "resnet101")},
+}
+
+
+def create_pspnet(
+    name: str,
+    num_classes: int,
+    in_chans: int = 3,
+    deploy: bool = False,
+    *,
+    pretrained: bool = False,
+    width: float = 1.0,
+    block: str = "repvgg",
+) -> "PSPNet":
+    """A PSPNet by its name, in train mode. pretrained: a ResNet starts from timm's default weights.
+
+    deploy: in deploy form, on a RepVGG; on a ResNet that form comes of folding. Raises ValueError where timm is missing or its
+    weights cannot be fetched.
+    """
+    plan = PSPNETS[name]
+    if plan.backbone in FAMILY:
+        member = FAMILY[plan.backbone]
+        layers = FAST if plan.fast else None
+        backbone: nn.Module = RepVGG(member, 1, in_chans, deploy, STRIDE, width, block=block, dilated_layers=layers)
+        backbone.head = nn.Identity()
+        _, _, _, middle, last = member.widths(width)
+    else:
+        backbone = _resnet(plan.backbone, in_chans, pretrained)
+        middle, last = backbone.feature_info.channels()  # type: ignore[operator, union-attr]
+    return PSPNet(backbone, middle, last, num_classes, deploy)
+
+
+class PSPNet(nn.Module):
+    """Images [N, in_chans, H, W] -> logits [N, num_classes, H, W], any H and W.
+
+    In train mode a pair: these, and those of an auxiliary head on the last stage but one, which the deploy form does not have.
+    Heads are a quarter as wide as the maps that they read (512 channels for ResNet-50).
+    """
+
+    training_only = ("auxiliary",)
+
+    def __init__(self, backbone: nn.Module, middle: int, last: int, num_classes: int, deploy: bool = False) -> None:
+        """middle, last: channels of the backbone's last two stages."""
+        super().__init__()
+        width = max(1, last // 4)
+        self.backbone = backbone
+        self.pyramid = Pyramid(last, width, deploy)
+        self.head = _head(last + len(BINS) * width, width, num_classes, deploy)
+        self.auxiliary = None if deploy else _head(middle, max(1, middle // 4), num_classes)
+
+    @property
+    def num_classes(self) -> int:
+        classifier = self.head.get_submodule("classifier")
+        assert isinstance(classifier, nn.Conv2d)
+        return classifier.out_channels
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        height, width = x.shape[-2:]
+        # With 8 n + 1 pixels a side, map and image have their corners in common; what is added on the right and below is cut off.
+        x = F.pad(x, (0, -(width - 1) % STRIDE, 0, -(height - 1) % STRIDE))
+        middle, last = self._features(x)
+        logits = _upsampled(self.head(self.pyramid(last)), x)[..., :height, :width]
+        if self.training and self.auxiliary is not None:
+            return logits, _upsampled(self.auxiliary(middle), x)[..., :height, :width]
+        return logits
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        """Of the last two stages."""
+        if isinstance(self.backbone, RepVGG):
+            return self.backbone.forward_intermediates(x, 2)
+        return self.backbone(x)  # type: ignore[no-any-return]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New, untrained last layers of `num_classes` outputs in place of the old ones."""
+        for head in (self.head, self.auxiliary):
+            if head is not None:
+                old: Any = head.get_submodule("classifier")
+                new = nn.Conv2d(old.in_channels, num_classes, 1, device=old.weight.device, dtype=old.weight.dtype)
+                head.set_submodule("classifier", new.train(self.training))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the backbone's layers in training and compute the rest again in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def load_backbone(self, tensors: Mapping[str, Tensor]) -> str:
+        """The weights of a RepVGG classifier into the backbone, strictly but for the classifier's head; a line that says so.
+
+        Raises ValueError for weights of another network or form.
+        """
+        own = self.backbone.state_dict()
+        given = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+        unlike = own.keys() ^ given.keys() or {name for name in own if own[name].shape != given[name].shape}
+        if unlike:
+            raise ValueError(f"these weights are not of this backbone, in its form: they differ in {_some(unlike)}")
+        self.backbone.load_state_dict(given)
+        left = sorted(tensors.keys() - given.keys())
+        return f"{len(given)} tensors in the backbone; left out: {', '.join(left) or 'none'}; new: pyramid, head, auxiliary head"
+
+
+class Pyramid(nn.Module):
+    """The map and, beside it, its means over 1, 2 x 2, 3 x 3 and 6 x 6 bins, each through a 1x1 convolution and upsampled."""
+
+    def __init__(self, channels: int, width: int, deploy: bool = False) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Sequential(_conv_bn_relu(channels, width, 1, deploy)) for _ in BINS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        for bins, level in zip(BINS, self.levels, strict=True):
+            means = F.adaptive_avg_pool2d(x, bins)
+            alone = self.training and bins == 1 and x.shape[0] == 1
+            means = _by_running_statistics(level, means) if alone else level(means)
+            maps.append(F.interpolate(means, x.shape[-2:], mode="bilinear", align_corners=True))
+        return torch.cat(maps, 1)
+
+
+def _by_running_statistics(level: Any, x: Tensor) -> Tensor:
+    """A level in train mode on one value a channel, which has no variance to normalise by."""
+    bn = level.bn
+    return F.relu(F.batch_norm(level.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps))
+
+
+def _head(channels: int, width: int, num_classes: int, deploy: bool = False) -> nn.Sequential:
+    layers = _conv_bn_relu(channels, width, 3, deploy)
+    return nn.Sequential(OrderedDict(**layers, dropout=nn.Dropout2d(DROPOUT), classifier=nn.Conv2d(width, num_classes, 1)))
+
+
+def _conv_bn_relu(channels: int, width: int, kernel_size: int, deploy: bool) -> "OrderedDict[str, nn.Module]":
+    """In deploy form as `reparameterize` leaves them."""
+    return OrderedDict(
+        conv=nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=deploy),
+        bn=nn.Identity() if deploy else nn.BatchNorm2d(width),
+        act=nn.ReLU(inplace=True),
+    )
+
+
+def _upsampled(logits: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(logits, like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def _resnet(name: str, in_chans: int, pretrained: bool) -> nn.Module:
+    """timm's, with the feature maps of its last two stages at stride 8."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"pspnet_{name} has its backbone from timm: pip install 'repvgg[bench]'") from None
+    options = {"features_only": True, "output_stride": STRIDE, "out_indices": (3, 4)}
+    try:
+        backbone: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"timm cannot make {name}: {(str(error).splitlines() or [''])[0]}") from error
+    return backbone
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more" if others else first

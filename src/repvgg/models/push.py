@@ -1,0 +1,187 @@
+"""Publish a model on the Hugging Face hub, with a card that says what was measured.
+
+    push_to_hub("runs/cats/best.safetensors", "me/cats", license="mit")
+    model = repvgg.from_pretrained("me/cats")
+
+What is uploaded: model.safetensors (see checkpoint.py), config.json (its manifest, for people and other programs), README.md (the card).
+"""
+
+import copy
+import json
+import os
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from repvgg.disk import FileError
+from repvgg.fold.reparam import reparameterize, verify
+from repvgg.measure.costs import cost
+from repvgg.models import hub, zoo
+from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.version import __version__
+
+MARK = "<!-- Written by repvgg. Take this line away, and the next push will leave this card as it is. -->"
+TASKS = {"val_top1": ("image-classification", "accuracy", "top-1"), "val_mean_iou": ("image-segmentation", "mean_iou", "mean IoU")}
+
+
+def push_to_hub(
+    model: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    license: str = "",
+    private: bool = False,
+    summary: dict[str, Any] | None = None,
+    message: str = "",
+    token: str | None = None,
+) -> str:
+    """Upload a model, or a model file, in the form that it is in; the address of the commit.
+
+    repo_id: USER/NAME, made if it is not there. license: an identifier of the hub's, such as mit. summary: of the run, by default
+    the summary.json beside the file. A card that somebody has made their own is left as it is. Raises `FileError` for a model that
+    cannot be read or uploaded, ValueError without a token.
+    """
+    if not isinstance(model, nn.Module):
+        path = Path(model)
+        with suppress(OSError, ValueError):
+            summary = summary or json.loads((path.parent / "summary.json").read_text())
+        model = zoo.load(path)
+    if model.training:
+        model = copy.deepcopy(model).eval()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        zoo.save(model, folder / hub.MODEL_FILE)
+        (folder / "config.json").write_text(json.dumps(asdict(zoo.manifest_of(model)), indent=2) + "\n")
+        if _may_write_card(repo_id, token):
+            (folder / "README.md").write_text(model_card(model, repo_id, license, summary))
+        return hub.upload(folder, repo_id, message or f"Upload by repvgg {__version__}", private, token)
+
+
+def _may_write_card(repo_id: str, token: str | None) -> bool:
+    try:
+        return MARK in hub.fetch(repo_id, file="README.md", token=token).read_text()
+    except FileError:  # there is none
+        return True
+
+
+def model_card(model: nn.Module, repo_id: str, license: str = "", summary: dict[str, Any] | None = None) -> str:
+    """README.md of a model in eval mode. Figures are those of its training and of its run, and what is computed here: its costs,
+    and how exactly it folds."""
+    manifest = zoo.manifest_of(model)
+    name = str((manifest.arch or {}).get("name", "pruned network"))
+    classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
+    rows = [*_accuracy(manifest), *_costs(model, manifest), *_run(manifest, summary or {})]
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    return f"""---
+{_metadata(manifest, repo_id, license)}
+---
+
+{MARK}
+
+# {repo_id.split("/")[-1]}
+
+`{name}` in {manifest.form} form{classes}, a [RepVGG](https://arxiv.org/abs/2101.03697) model written by repvgg {__version__}.
+
+```python
+import repvgg
+
+model = repvgg.from_pretrained("{repo_id}")  # in eval mode
+deploy = repvgg.reparameterize(model)  # 3x3 convolutions and ReLU
+```
+
+`repvgg predict hf:{repo_id} photo.jpg` does the same from the command line.
+
+| | |
+| --- | --- |
+{table}
+
+{_input(manifest.preprocessing)}
+{_listed(manifest.classes)}"""
+
+
+def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
+    """The card's front matter, as the hub's own library writes it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    arch = str((manifest.arch or {}).get("name", ""))
+    task = "image-segmentation" if arch.startswith("pspnet") else "image-classification"
+    data = _data(manifest)
+    results = [
+        EvalResult(task, data, data, metric, manifest.training[key], metric_name=spoken)
+        for key, (task, metric, spoken) in TASKS.items()
+        if key in manifest.training and data
+    ]
+    card = ModelCardData(
+        library_name="repvgg",
+        pipeline_tag=task,
+        tags=["repvgg", "structural-reparameterization", "pytorch", *([arch] if arch else [])],
+        license=license or None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    return str(card.to_yaml())
+
+
+def _accuracy(manifest: Manifest) -> list[tuple[str, str]]:
+    return [
+        (f"{spoken} on {_data(manifest)}, validation", f"{manifest.training[key]:.2%}")
+        for key, (_, _, spoken) in TASKS.items()
+        if isinstance(manifest.training.get(key), float)
+    ]
+
+
+def _data(manifest: Manifest) -> str:
+    """What it was trained on; of what lies on somebody's disk, the last part of the path."""
+    data = str(manifest.training.get("data", ""))
+    place = data.partition(":")[2] or data
+    return _plain(Path(place).name if place.startswith((".", "/", "~")) else place)
+
+
+def _costs(model: nn.Module, manifest: Manifest) -> list[tuple[str, str]]:
+    size = manifest.preprocessing.input_size
+    deploy = reparameterize(model)
+    c = cost(deploy, size)
+    rows = [
+        ("parameters, deploy form", f"{c.params / 1e6:.2f} M"),
+        ("multiply-adds", f"{c.macs / 1e9:.3f} G"),
+        ("multiplications by Winograd F(2x2, 3x3)", f"{c.winograd_muls / 1e9:.3f} G"),
+    ]
+    if manifest.form == "training":
+        error = verify(model, deploy, size).max_rel_err
+        rows.append(("largest relative error of the deploy form, against float64", f"{error:.1e}"))
+    return rows
+
+
+def _run(manifest: Manifest, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """How it was trained; no paths of the machine that it was trained on."""
+    recipe = manifest.training.get("recipe") or {}
+    shown = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "mixup", "precision")
+    machine = summary.get("machine") or {}
+    rows = [
+        ("recipe", ", ".join(f"{key.replace('_', ' ')} {_plain(recipe[key])}" for key in shown if recipe.get(key))),
+        ("source", _plain(manifest.training.get("source", ""))),
+        ("training time", f"{float(summary.get('seconds') or 0) / 60:.1f} min" if summary.get("seconds") else ""),
+        ("trained on", _plain(machine.get("gpu") or machine.get("processor") or "")),
+    ]
+    return [(what, value) for what, value in rows if value]
+
+
+def _input(p: Preprocessing) -> str:
+    size, mean, std = (" ".join(f"{x:g}" for x in numbers) for numbers in (p.input_size, p.mean, p.std))
+    return f"Input: {size.replace(' ', ' x ')}, short side resized to {p.resize} ({p.interpolation}), mean {mean}, deviation {std}."
+
+
+def _listed(classes: list[str] | None) -> str:
+    if not classes:
+        return ""
+    more = f" and {len(classes) - 50} more" if len(classes) > 50 else ""
+    return f"\nClasses: {', '.join(map(_plain, classes[:50]))}{more}.\n"
+
+
+def _plain(text: Any) -> str:
+    """A stranger's words, which may hold no markup."""
+    return re.sub(r"[^\w.,:;/()+%@# -]+", " ", str(text))[:200].strip()

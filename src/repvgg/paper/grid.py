@@ -1,0 +1,338 @@
+"""The grid behind Tables 6 and 7: every variant of a network trained with every seed, in one folder.
+
+    run(Grid(Path("ablation"), "digits", get_recipe("demo"), width=0.125, seeds=3), log=print)
+
+    OUT/grid.json             the settings; a grid with others is refused, more variants and seeds are welcome
+    OUT/acb-0/                the run folder of a cell (see train/loop.py), and forms.json: its two forms compared
+    OUT/acb-0.log, .lock      what its training said; held by the process that works on it
+
+Any number of processes, on any machines that share the folder, may run the same grid: each takes the cells that nobody holds. The
+lock is the operating system's, so it falls with the process that held it. What is finished is kept, what was begun goes on.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from repvgg.data import Source, open_source
+from repvgg.disk import FileError, atomically
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.blocks import BLOCKS
+from repvgg.fold.reparam import reparameterize
+from repvgg.measure.machine import write_record
+from repvgg.models import zoo
+from repvgg.models.repvgg import NETWORKS
+from repvgg.train.evaluate import batches
+from repvgg.train.loop import train
+from repvgg.train.recipes import Recipe
+
+TABLES = (
+    *("plain", "no_1x1", "no_identity", "repvgg"),  # Table 6
+    *("identity_no_bn", "post_bn", "relu_in_branch", "dirac", "trivial", "acb", "residual"),  # Table 7
+)
+RESNETS = {"resnet50": {}, "resnet50_repvgg": {"block": "repvgg"}}  # Table 7's last comparison: blocks for the 3x3s of ResNet-50
+VARIANTS = (*TABLES, *(name for name in BLOCKS if name not in TABLES), *RESNETS)
+POLL = 2.0  # seconds between looks at what other processes hold
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained: each of `variants` (names in `VARIANTS`) with seeds 0 to seeds - 1, in the order seed by seed.
+
+    arch, width, small_input: the member that the variants are of. limit: at most so many images of each split, the same for all.
+    Raises ValueError for a variant or an arch that there is not.
+    """
+
+    out: Path
+    data: str
+    recipe: Recipe
+    arch: str = "repvgg_b0"
+    width: float = 1.0
+    small_input: bool | None = None
+    limit: int | None = None
+    variants: tuple[str, ...] = ()
+    seeds: int = 1
+    device: str = "cpu"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        arch = zoo.resolve_name(self.arch)
+        reorganised = f"{arch}_residual" in NETWORKS
+        object.__setattr__(self, "arch", arch)
+        object.__setattr__(self, "variants", self.variants or tuple(n for n in TABLES if n != "residual" or reorganised))
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"no variant {unknown[0]!r}: there are {', '.join(VARIANTS)}")
+        if "residual" in self.variants and not reorganised:
+            raise ValueError(f"{arch} has no residual reorganisation: that is Table 7's, of repvgg_b0")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}: at least 1")
+
+    @property
+    def cells(self) -> list["Cell"]:
+        return [Cell(self, variant, seed) for seed in range(self.seeds) for variant in dict.fromkeys(self.variants)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all cells of a folder have in common."""
+        names = ("data", "arch", "width", "small_input", "limit")
+        return {**{name: getattr(self, name) for name in names}, **asdict(self.recipe)}
+
+    def network(self, variant: str) -> tuple[str, dict[str, Any]]:
+        """Name and options of a variant, as `create_model` takes them."""
+        if variant in RESNETS:
+            return "resnet50", dict(RESNETS[variant])
+        options: dict[str, Any] = {"width": self.width}
+        if self.small_input is not None:
+            options["small_input"] = self.small_input
+        return (f"{self.arch}_residual", options) if variant == "residual" else (self.arch, {**options, "block": variant})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished cell. top1: of the last epoch, on the validation split; None where training diverged.
+
+    forms: of the trained network, `images` validated, how many got `equal` predictions in deploy form, the largest relative
+    difference of logits `max_rel_err`, both in float32; or why it is `refused`.
+    """
+
+    variant: str
+    seed: int
+    top1: float | None = None
+    seconds: float = 0.0
+    forms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    grid: Grid
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.grid.out / self.name
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """None while it is not finished."""
+        if _read(self.folder / "diverged.json"):
+            return Outcome(self.variant, self.seed)
+        summary, forms = _read(self.folder / "summary.json"), _read(self.folder / "forms.json")
+        if not summary or not forms:
+            return None
+        forms.pop("machine", None)
+        return Outcome(self.variant, self.seed, summary["last_top1"], summary["seconds"], forms)
+
+    @property
+    def state(self) -> str:
+        """For people: its accuracy, or how far it is."""
+        if outcome := self.outcome:
+            return "diverged" if outcome.top1 is None else f"{outcome.top1:.2%}"
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        epochs = [json.loads(line) for line in lines if "val_top1" in line and line.startswith("{") and line.endswith("}")]
+        return f"epoch {epochs[-1]['epoch'] + 1}: {epochs[-1]['val_top1']:.1%}" if epochs else "begun"
+
+
+def run(grid: Grid, log: Callable[[str], None] = print) -> list[Outcome]:
+    """Work until every cell is finished, by this process or another. Raises ValueError, before any work, for settings that do not
+    fit the data, or are not those that the folder was begun with."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("a grid is spread over processes by starting it several times, each alone: not under torchrun")
+    source = open_source(grid.data).limited(grid.limit)
+    _try_out(grid, source)
+    _settle(grid)
+    with Board(grid, log) as board:
+        while left := [cell for cell in grid.cells if cell.outcome is None]:
+            if not any(_take(cell, source, board) for cell in left):
+                board.waiting(left)
+                time.sleep(POLL)
+    return [outcome for cell in grid.cells if (outcome := cell.outcome)]
+
+
+def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_size: int = 250) -> dict[str, Any]:
+    """A trained network in both forms on the validation split, in float32: see `Outcome.forms`."""
+    try:
+        deploy = reparameterize(model.eval())
+    except ReparamError as error:
+        return {"refused": str(error)}
+    networks = [m.to(device, memory_format=torch.channels_last) for m in (model, deploy)]  # type: ignore[call-overload]
+    images, equal, off, size = 0, 0, 0.0, 0.0
+    with torch.no_grad():
+        for x, labels in batches(source.val, source.preprocessing, batch_size, device=device):
+            x = x[labels >= 0]  # the others could not be read
+            wanted, got = (network(x) for network in networks)
+            images += len(x)
+            equal += int((wanted.argmax(1) == got.argmax(1)).sum())
+            off, size = max(off, float((got - wanted).abs().max())), max(size, float(wanted.abs().max()))
+    return {"images": images, "equal": equal, "max_rel_err": off / size if size else 0.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- one cell
+
+
+def _take(cell: Cell, source: Source, board: "Board") -> bool:
+    """Work on a cell if nobody else does; whether this process did."""
+    with _claim(cell.grid.out / f"{cell.name}.lock") as mine:
+        if not mine or cell.outcome:
+            return False
+        board.begins(cell)
+        _work(cell, source)
+        board.ends(cell)
+        return True
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Whether nobody else held this lock; if so it is held within."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _work(cell: Cell, source: Source) -> None:
+    grid = cell.grid
+    arch, options = grid.network(cell.variant)
+    # To the cell's own log goes also what would be drawn over the board.
+    with (grid.out / f"{cell.name}.log").open("a") as file, redirect_stderr(file):
+        if not (cell.folder / "summary.json").exists():
+            say = partial(print, file=file, flush=True)
+            how: dict[str, Any] = {"seed": cell.seed, "device": grid.device, "workers": grid.workers, "log": say, **options}
+            try:
+                train(arch, source, grid.recipe, cell.folder, **how)
+            except FloatingPointError as error:  # a result too
+                write_record(cell.folder / "diverged.json", {"reason": str(error)})
+                return
+        forms = compare_forms(zoo.load(cell.folder / "last.safetensors"), source, grid.device)
+        write_record(cell.folder / "forms.json", forms)
+
+
+# ---------------------------------------------------------------------------------------------------------------- settings
+
+
+def _try_out(grid: Grid, source: Source) -> None:
+    """Every variant can be built."""
+    for variant in grid.variants:
+        arch, options = grid.network(variant)
+        with torch.device("meta"):
+            zoo.create_model(arch, num_classes=len(source.classes), in_chans=source.preprocessing.input_size[0], **options)
+
+
+def _settle(grid: Grid) -> None:
+    """The folder is this grid's. Raises ValueError, naming what differs, if it is another's."""
+    path = grid.out / "grid.json"
+    wanted = json.loads(json.dumps(grid.settings))
+    try:
+        grid.out.mkdir(parents=True, exist_ok=True)
+        with FileLock(grid.out / "grid.lock"):
+            if not path.exists():
+                atomically(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=2) + "\n"))
+    except OSError as error:
+        raise FileError(f"{grid.out}: cannot hold a grid ({error.strerror})") from None
+    found = {**asdict(Recipe()), **(_read(path) or {})}  # a recipe's fields may have been fewer then
+    if other := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
+        differences = ", ".join(f"{name} {found.get(name)} there and {wanted.get(name)} here" for name in other)
+        raise ValueError(f"{grid.out} holds a grid with other settings ({differences}): name another --out")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise FileError(f"{path}: cannot be read as JSON: remove it, and what it stood for is done again") from None
+    return found if isinstance(found, dict) else None
+
+
+# ------------------------------------------------------------------------------------------------------------------- board
+
+
+class Board:
+    """A live table of all cells, those of other processes too, in a terminal; a line for each cell elsewhere."""
+
+    def __init__(self, grid: Grid, log: Callable[[str], None]) -> None:
+        self.grid, self.log, self.live = grid, log, None
+        self.mine: Cell | None = None
+        self.waited = False
+
+    def __enter__(self) -> "Board":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            # The console keeps today's stderr: while a cell trains, sys.stderr is its log.
+            console = Console(file=sys.stderr)
+            live: Any = Live(console=console, get_renderable=self._table, refresh_per_second=1, redirect_stderr=False)
+            self.live = live
+            live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def begins(self, cell: Cell) -> None:
+        self.mine, self.waited = cell, False
+        if self.live is None:
+            self.log(f"{cell.name} ...")
+
+    def ends(self, cell: Cell) -> None:
+        self.mine = None
+        if self.live is None:
+            self.log(f"{cell.name}: {cell.state}; {self._summary()}")
+
+    def waiting(self, left: list[Cell]) -> None:
+        if self.live is None and not self.waited:
+            self.log(f"other processes work on {', '.join(cell.name for cell in left)}: waiting for them")
+        self.waited = True
+
+    def _summary(self) -> str:
+        cells = self.grid.cells
+        done = [outcome for cell in cells if (outcome := cell.outcome)]
+        times = [outcome.seconds for outcome in done if outcome.seconds]
+        mean = statistics.mean(times) if times else 0.0
+        each = f", {mean / 60:.1f} minutes each" if mean >= 60 else f", {mean:.0f} s each" if mean else ""
+        return f"{len(done)} of {len(cells)} cells done{each}"
+
+    def _table(self) -> Any:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+
+        seeds = range(self.grid.seeds)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for header in ("", *(f"seed {seed}" for seed in seeds)):
+            table.add_column(header)
+        for variant in dict.fromkeys(self.grid.variants):
+            row = [Cell(self.grid, variant, seed) for seed in seeds]
+            table.add_row(variant, *(f"{'> ' if cell == self.mine else ''}{cell.state}" for cell in row))
+        return Group(f"{self.grid.out}: {self._summary()}", table)

@@ -1,0 +1,1 @@
+"""Labels and masks of images, and of whole data sets."""

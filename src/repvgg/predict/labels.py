@@ -1,0 +1,85 @@
+"""Labels and probabilities of image files."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.data.images import ImageError, decode, is_image
+from repvgg.data.transforms import eval_transform, normalise
+from repvgg.models.zoo import dtype_of, manifest_of
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first; or why it could not be read."""
+
+    path: str
+    labels: list[tuple[str, float]]
+    error: str | None = None
+
+
+def predict(
+    model: nn.Module, patterns: Sequence[str], batch_size: int = 32, top: int = 5, device: str = "cpu"
+) -> Iterator[Prediction]:
+    """Predictions for files, folders (all images below them) and globs, in order, with the model's own preprocessing.
+
+    An image that cannot be read yields a Prediction with an error; the others go on. Raises `ImageError` where a pattern fits
+    nothing, ValueError for a batch size or `top` below 1.
+    """
+    if batch_size < 1 or top < 1:
+        raise ValueError("--batch-size and --top are at least 1")
+    if not patterns:
+        raise ValueError("no images: name files, folders or globs")
+    manifest = manifest_of(model)
+    transform = eval_transform(manifest.preprocessing)
+    channels = manifest.preprocessing.input_size[0]
+    paths = expand(patterns)
+    model = model.to(device).eval()
+    for start in range(0, len(paths), batch_size):
+        chunk = paths[start : start + batch_size]
+        inputs: dict[str, Tensor] = {}
+        errors: dict[str, str] = {}
+        for path in chunk:
+            try:
+                inputs[path] = transform(decode(path, channels))
+            except ImageError as error:
+                errors[path] = str(error)
+        labels: dict[str, list[tuple[str, float]]] = {}
+        if inputs:
+            images = normalise(torch.stack(list(inputs.values())).to(device), manifest.preprocessing)
+            with torch.inference_mode():
+                probabilities = model(images.to(dtype_of(model))).float().softmax(1).cpu()
+            labels = dict(zip(inputs, named(probabilities, manifest.classes, top), strict=True))
+        for path in chunk:
+            yield Prediction(path, labels.get(path, []), errors.get(path))
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Paths of the images that files, folders and globs name, each once, sorted within a pattern."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        matches = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute too
+        images = [str(image) for match in matches for image in _images(Path(match))]
+        if not images:
+            raise ImageError(f"{pattern}: {'a folder without images' if path.is_dir() else 'no such file, and no file fits it'}")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def _images(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if is_image(p) and p.is_file()) if path.is_dir() else [path]
+
+
+def named(probabilities: Tensor, classes: list[str] | None, top: int) -> list[list[tuple[str, float]]]:
+    """The `top` likeliest classes of each image, by name."""
+    best = probabilities.topk(min(top, probabilities.shape[1]))
+    names = classes or [str(i) for i in range(probabilities.shape[1])]
+    return [
+        [(names[i], p) for i, p in zip(indices, values, strict=True)]
+        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

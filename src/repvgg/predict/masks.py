@@ -1,0 +1,173 @@
+"""Masks of images: whole or in overlapping windows, at one scale or several, as they are or mirrored too.
+
+    for answer in predict_masks(model, ["street/*.jpg"], views=Views(slide=True, scales=(0.75, 1.0, 1.25), flip=True)):
+        print(answer.path, answer.shares)
+
+What an image is shown as is a `Views`; the class probabilities of all views are averaged. One view is not averaged with anything.
+"""
+
+import colorsys
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from repvgg.data.images import ImageError, decode
+from repvgg.data.masks import ToNetwork
+from repvgg.data.transforms import normalise
+from repvgg.disk import atomically
+from repvgg.models.pspnet import PSPNet
+from repvgg.models.views import WHOLE, Views, placed, segment
+from repvgg.models.zoo import manifest_of
+from repvgg.predict.labels import expand
+
+# The usual colours of Cityscapes; CamVid's names are here as well. Other classes get colours of their own.
+COLOURS = {
+    "road": (128, 64, 128),
+    "sidewalk": (244, 35, 232),
+    "pavement": (244, 35, 232),
+    "building": (70, 70, 70),
+    "wall": (102, 102, 156),
+    "fence": (190, 153, 153),
+    "pole": (153, 153, 153),
+    "traffic light": (250, 170, 30),
+    "traffic sign": (220, 220, 0),
+    "sign": (220, 220, 0),
+    "vegetation": (107, 142, 35),
+    "tree": (107, 142, 35),
+    "terrain": (152, 251, 152),
+    "sky": (70, 130, 180),
+    "person": (220, 20, 60),
+    "pedestrian": (220, 20, 60),
+    "rider": (255, 0, 0),
+    "car": (0, 0, 142),
+    "truck": (0, 0, 70),
+    "bus": (0, 60, 100),
+    "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230),
+    "bicycle": (119, 11, 32),
+    "bicyclist": (119, 11, 32),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ image files
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """What was seen in one image, or why it could not be read. image: uint8 [3, H, W]; mask: class ids, uint8 [H, W]; shares: of
+    the pixels, by class, the largest first."""
+
+    path: str
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    shares: dict[str, float] | None = None
+    error: str | None = None
+
+
+class Masker:
+    """A PSPNet and what it takes to make masks of decoded images.
+
+    Raises ValueError for a model that gives no masks, or more classes than a mask can hold.
+    """
+
+    def __init__(self, model: nn.Module, device: str = "cpu", views: Views = WHOLE) -> None:
+        if not isinstance(model, PSPNet):
+            raise ValueError("this model gives labels, not masks: --out, --slide, --scales and --flip are for a PSPNet")
+        if model.num_classes > 255:
+            raise ValueError(f"{model.num_classes} classes: a mask holds 255")
+        self.preprocessing, self.device, self.views = manifest_of(model).preprocessing, device, views
+        self.to_network, self.network = ToNetwork(self.preprocessing), placed(model, device)
+
+    @torch.inference_mode()
+    def __call__(self, small: Tensor, size: tuple[int, int]) -> Tensor:
+        """Class ids, uint8 [*size], of a photo [C, H, W] that `to_network` has resized."""
+        x = normalise(small.unsqueeze(0).to(self.device), self.preprocessing)
+        scores = segment(self.network, x, size, self.preprocessing.input_size[1:], self.views)
+        return scores[0].argmax(0).to(torch.uint8).cpu()
+
+
+def predict_masks(model: nn.Module, patterns: Sequence[str], device: str = "cpu", views: Views = WHOLE) -> Iterator[MaskPrediction]:
+    """Masks for files, folders (all images below them) and globs, in order, at each image's own size.
+
+    An image that cannot be read yields a MaskPrediction with an error; the others go on. Raises `ImageError` where a pattern fits
+    nothing, ValueError as `Masker` does.
+    """
+    if not patterns:
+        raise ValueError("no images: name files, folders or globs")
+    masker, names = Masker(model, device, views), class_names(model)
+    for path in expand(patterns):
+        try:
+            image = decode(path, masker.preprocessing.input_size[0])
+            small = masker.to_network(image)
+        except ImageError as error:
+            yield MaskPrediction(path, error=str(error) if str(error).startswith(path) else f"{path}: {error}")
+            continue
+        mask = masker(small, (image.shape[1], image.shape[2]))
+        yield MaskPrediction(path, image.expand(3, -1, -1), mask, _shares(mask, names))
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Those it carries, or numbers."""
+    return manifest_of(model).classes or [str(i) for i in range(int(model.num_classes))]  # type: ignore[arg-type]
+
+
+def _shares(mask: Tensor, names: Sequence[str]) -> dict[str, float]:
+    counts = mask.flatten().bincount(minlength=len(names)).tolist()
+    order = sorted(range(len(names)), key=lambda i: -counts[i])
+    return {names[i]: counts[i] / mask.numel() for i in order if counts[i]}
+
+
+def write_masks(answers: Iterable[MaskPrediction], out: Path, names: Sequence[str]) -> Iterator[MaskPrediction]:
+    """Writes NAME.png (class ids, with colours for viewers) and NAME_overlay.jpg of each into a folder; at the end masks.json.
+
+    Yields what it has written. Raises ValueError for two images of one name.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    palette, found = colours(names), dict[str, dict[str, Any]]()
+    for answer in answers:
+        if answer.image is not None and answer.mask is not None:
+            name = Path(answer.path).stem
+            if name in found:
+                raise ValueError(f"{answer.path}: {found[name]['path']} has the same name: give each folder an --out of its own")
+            write_mask(answer.mask, palette, out / f"{name}.png")
+            _save(overlay(answer.image, answer.mask, palette), out / f"{name}_overlay.jpg", format="JPEG", quality=90)
+            found[name] = {"path": answer.path, "mask": f"{name}.png", "overlay": f"{name}_overlay.jpg", "shares": answer.shares}
+        yield answer
+    text = json.dumps({"classes": list(names), "images": list(found.values())}, indent=1) + "\n"
+    atomically(out / "masks.json", lambda path: path.write_text(text))
+
+
+def colours(names: Sequence[str]) -> Any:
+    """uint8 [classes, 3]: the usual ones of what is in a street, for other classes hues as far from their neighbours' as can be."""
+    rows = [
+        COLOURS.get(name.lower()) or tuple(round(255 * x) for x in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.75, 0.9))
+        for i, name in enumerate(names)
+    ]
+    return np.array(rows, dtype=np.uint8)
+
+
+def overlay(image: Tensor, mask: Tensor, palette: Any) -> Image.Image:
+    """The photo, half covered by its mask's colours."""
+    photo = image.permute(1, 2, 0).numpy().astype(np.uint16)
+    return Image.fromarray(((photo + palette[mask.numpy()]) // 2).astype(np.uint8))
+
+
+def write_mask(mask: Tensor, palette: Any, path: Path) -> None:
+    """Class ids as PNG, with colours for viewers."""
+    image = Image.fromarray(mask.numpy())
+    image.putpalette(palette.tobytes())
+    _save(image, path, format="PNG")
+
+
+def _save(image: Image.Image, path: Path, **options: Any) -> None:
+    data = io.BytesIO()
+    image.save(data, **options)
+    atomically(path, lambda temporary: temporary.write_bytes(data.getvalue()))

@@ -1,0 +1,70 @@
+"""machine.py: what stands beside a measured figure."""
+
+import json
+import shutil
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+import repvgg
+from repvgg.measure import machine
+from repvgg.measure.machine import this_machine, write_record
+
+
+def test_the_machine() -> None:
+    machine = this_machine()
+    expected = "processor cores threads memory_gib gpu system python versions commit date"
+    assert list(machine) == expected.split()
+    assert machine["processor"]
+    assert machine["cores"] >= 1
+    assert machine["threads"] == torch.get_num_threads()
+    assert 0.1 < machine["memory_gib"] < 1e5
+    assert machine["versions"]["torch"] == torch.__version__.split("+")[0] or machine["versions"]["torch"] == torch.__version__
+    assert "numpy" in machine["versions"]
+    assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(machine["date"]) < timedelta(minutes=1)
+
+
+def test_figures_are_written_with_the_machine(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figures.json"
+    write_record(path, {"top1": 0.9, "times": [1, 2]})
+    written = json.loads(path.read_text())
+    assert written["top1"] == 0.9
+    assert written["times"] == [1, 2]
+    assert written["machine"]["python"] == this_machine()["python"]
+    assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    code = tmp_path / "src" / "machine.py"
+    code.parent.mkdir()
+    code.write_text("first")
+    monkeypatch.setattr(machine, "__file__", str(code))
+    assert machine._commit() is None  # no checkout
+    git("init", "-q")
+    (tmp_path / "theirs").write_text("")
+    git("add", "theirs")
+    git("commit", "-qm", "a checkout that the code is not part of")
+    assert machine._commit() is None
+    git("add", "src")
+    git("commit", "-qm", "now it is")
+    assert machine._commit() == git("rev-parse", "--short", "HEAD")
+    code.write_text("changed")
+    assert machine._commit() == git("rev-parse", "--short", "HEAD") + "+"
+
+
+def test_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert machine._commit() is None
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert this_machine()["versions"].get("repvgg") in (None, repvgg.__version__)

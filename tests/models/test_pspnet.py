@@ -1,0 +1,265 @@
+"""pspnet.py: geometry by hand, both plans, both forms, every size; and what a fold must not lose."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize, relative_error
+from torch import Tensor, nn
+
+import repvgg
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.pspnet import PSPNETS, PSPNet, Pyramid, _by_running_statistics
+from repvgg.models.repvgg import FAMILY, Layer, RepVGG
+
+NARROW = ("pspnet_repvgg_micro", "pspnet_repvgg_a0_fast", "pspnet_repvgg_b1g2")
+
+
+def narrow(name: str, num_classes: int = 5, **options: Any) -> PSPNet:
+    """Random statistics, few channels."""
+    width = {} if "resnet" in name else {"width": 0.125}
+    model = repvgg.create_model(name, num_classes=num_classes, **{**width, **options})
+    assert isinstance(model, PSPNet)
+    return randomize(model, (4, model_channels(model), 65, 65))
+
+
+def model_channels(model: PSPNet) -> int:
+    return next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+def dilations(model: nn.Module) -> list[int]:
+    """Of the 3x3 convolutions of a RepVGG backbone, in deploy form."""
+    assert isinstance(model, PSPNet)
+    blocks: list[Any] = [layer.block for layer in model.backbone.modules() if isinstance(layer, Layer)]
+    return [block.dilation[0] for block in blocks]
+
+
+def test_every_member_has_both_plans_and_the_papers_baselines_are_there() -> None:
+    assert len(PSPNETS) == 2 * len(FAMILY) + 3
+    assert set(PSPNETS) < set(repvgg.list_models())
+    assert zoo.resolve_name("PSPNet-RepVGG-B1g2-fast") == "pspnet_repvgg_b1g2_fast"
+
+
+@pytest.mark.parametrize("name", ["a0", "b1g2"])
+def test_which_layers_dilate(name: str) -> None:
+    """All 3x3 of the last two stages, by 2 and by 4; in the fast plan the last four of stage 4 and the one of stage 5."""
+    _, two, three, four, five = 1, *FAMILY[f"repvgg_{name}"].depths
+    with torch.device("meta"):
+        full = repvgg.create_model(f"pspnet_repvgg_{name}", deploy=True)
+        fast = repvgg.create_model(f"pspnet_repvgg_{name}_fast", deploy=True)
+    before = [1] * (1 + two + three)
+    assert five == 1
+    assert dilations(full) == before + [2] * four + [4]
+    assert dilations(fast) == before + [1] * (four - 4) + [2] * 4 + [4]
+
+
+@pytest.mark.parametrize(("name", "middle", "last"), [("pspnet_repvgg_b1g2", 512, 2048), ("pspnet_resnet50", 1024, 2048)])
+def test_the_originals_widths(name: str, middle: int, last: int) -> None:
+    """512 channels in the head and in each level for ResNet-50, 256 in the auxiliary head."""
+    with torch.device("meta"):
+        model = repvgg.create_model(name, num_classes=19)
+    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items() if key.endswith("weight") and t.dim() == 4}
+    assert shapes["pyramid.levels.2.conv.weight"] == (last // 4, last, 1, 1)
+    assert shapes["head.conv.weight"] == (last // 4, 2 * last, 3, 3)
+    assert shapes["head.classifier.weight"] == (19, last // 4, 1, 1)
+    assert shapes["auxiliary.conv.weight"] == (middle // 4, middle, 3, 3)
+
+
+def test_pyramid_by_hand() -> None:
+    """Means of bins by slicing, and bilinear upsampling with aligned corners by matrix products."""
+    pyramid = randomize(Pyramid(4, 2).double(), (3, 4, 12, 18))
+    x = torch.randn(2, 4, 12, 18, dtype=torch.float64)
+    wanted = [x]
+    for bins, level in zip((1, 2, 3, 6), pyramid.levels, strict=True):
+        means = x.view(2, 4, bins, 12 // bins, bins, 18 // bins).mean((3, 5))
+        small = level(means)
+        rows, columns = _aligned(12, bins), _aligned(18, bins)
+        wanted.append(torch.einsum("yi,ncij,xj->ncyx", rows, small, columns))
+    assert relative_error(pyramid(x), torch.cat(wanted, 1)) < 1e-12
+
+
+def _aligned(size: int, bins: int) -> Tensor:
+    """[size, bins]: corners lie on corners."""
+    weights = torch.zeros(size, bins, dtype=torch.float64)
+    for i in range(size):
+        at = i * (bins - 1) / (size - 1)
+        low = min(int(at), bins - 1)
+        high = min(low + 1, bins - 1)
+        weights[i, low] += 1 - (at - low)
+        weights[i, high] += at - low
+    return weights
+
+
+def test_a_size_of_8n_plus_1_is_not_padded_and_any_other_is_its_corner() -> None:
+    """The rule of the original, (size - 1) % 8 == 0, and what the others are made to obey it."""
+    model = narrow("pspnet_repvgg_micro").double()
+    x = torch.randn(1, 3, 41, 33, dtype=torch.float64)
+    with torch.no_grad():
+        middle, last = model._features(x)
+        assert last.shape[-2:] == middle.shape[-2:] == (6, 5)
+        whole = F.interpolate(model.head(model.pyramid(last)), (41, 33), mode="bilinear", align_corners=True)
+        assert relative_error(model(x), whole) < 1e-12
+        cut = model(x[..., :37, :30])
+        padded = model(F.pad(x[..., :37, :30], (0, 3, 0, 4)))
+        assert cut.shape == (1, 5, 37, 30)
+        assert relative_error(cut, padded[..., :37, :30]) < 1e-12
+
+
+@pytest.mark.parametrize("size", [(33, 33), (40, 25), (7, 50), (1, 1)])
+@pytest.mark.parametrize("name", NARROW)
+def test_both_forms_agree_at_any_size(name: str, size: tuple[int, int]) -> None:
+    model = narrow(name)
+    deploy = reparameterize(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+    assert not deploy.fold_report.left  # type: ignore[union-attr]
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        single = relative_error(deploy(x), model.double()(x.double()))
+        exact = relative_error(reparameterize(model)(x.double()), model(x.double()))
+    assert deploy(x).shape == (2, 5, *size)
+    assert single < 3e-6
+    assert exact < 1e-12
+
+
+@pytest.mark.parametrize("name", ["pspnet_resnet18", "pspnet_resnet50"])
+def test_resnets_fold_whole(name: str) -> None:
+    pytest.importorskip("timm")
+    model = narrow(name).double()
+    deploy = reparameterize(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+    x = torch.randn(1, 3, 41, 30, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(deploy(x), model(x)) < 1e-12
+        assert [f.shape[-1] for f in model._features(F.pad(x, (0, 3)))] == [5, 5]
+
+
+def test_the_auxiliary_head_is_for_training_only() -> None:
+    model = narrow("pspnet_repvgg_micro")
+    x = torch.randn(2, 3, 33, 40)
+    logits, auxiliary = model.train()(x)
+    assert logits.shape == auxiliary.shape == (2, 5, 33, 40)
+    assert isinstance(model.eval()(x), Tensor)
+    deploy = reparameterize(model)
+    assert isinstance(deploy, PSPNet)
+    assert deploy.auxiliary is None
+    assert not any(name.startswith("auxiliary") for name in deploy.state_dict())
+    assert model.auxiliary is not None
+    built = repvgg.create_model("pspnet_repvgg_micro", num_classes=5, width=0.125, deploy=True)
+    built.load_state_dict(deploy.state_dict())  # strictly
+    assert torch.equal(built.eval()(x), deploy(x))
+
+
+def test_one_image_in_train_mode() -> None:
+    """Trap 16: the first level has one value a channel, which cannot be normalised by its own variance."""
+    model = narrow("pspnet_repvgg_micro").train()
+    before = model.pyramid.levels[0].get_submodule("bn").state_dict()["running_mean"].clone()
+    x = torch.randn(1, 3, 33, 33)
+    logits, auxiliary = model(x)
+    (logits.sum() + auxiliary.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert torch.equal(model.pyramid.levels[0].get_submodule("bn").state_dict()["running_mean"], before)
+    level: Any = model.pyramid.levels[0]
+    means = torch.randn(1, level.conv.in_channels, 1, 1)
+    by_hand = _by_running_statistics(level, means)
+    assert torch.allclose(by_hand, level.eval()(means))
+
+
+def test_files_there_and_back(tmp_path: Path) -> None:
+    for name in ("pspnet_repvgg_micro_fast", "pspnet_resnet18"):
+        if "resnet" in name:
+            pytest.importorskip("timm")
+        model = narrow(name)
+        x = torch.randn(1, 3, 33, 33)
+        for form in (model, reparameterize(model)):
+            repvgg.save(form, tmp_path / "a.safetensors", classes="abcde")
+            again = repvgg.load(tmp_path / "a.safetensors")
+            assert torch.equal(again(x), form(x))
+            manifest = zoo.manifest_of(again)
+            assert manifest.form == ("training" if form is model else "deploy")
+            assert manifest.arch == zoo.manifest_of(model).arch
+
+
+def test_a_new_classifier() -> None:
+    model = narrow("pspnet_repvgg_micro")
+    body = model.pyramid.state_dict()
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert all(out.shape[1] == 7 for out in model.train()(torch.randn(2, 3, 17, 17)))
+    assert all(
+        torch.equal(t, body[name]) for name, t in model.pyramid.state_dict().items() if "running" not in name and "num" not in name
+    )
+
+
+def test_a_classifiers_weights_in_the_backbone() -> None:
+    classifier = randomize(repvgg.create_model("repvgg_micro", num_classes=7, width=0.125))
+    model = narrow("pspnet_repvgg_micro")
+    said = model.load_backbone(classifier.state_dict())
+    assert said.endswith("tensors in the backbone; left out: head.bias, head.weight; new: pyramid, head, auxiliary head")
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, classifier.state_dict()[name])
+    assert isinstance(classifier, RepVGG)
+    wrong: list[nn.Module] = [
+        repvgg.create_model("repvgg_micro", width=0.25),
+        repvgg.create_model("repvgg_a0", width=0.125),
+        reparameterize(classifier),
+    ]
+    for other in wrong:
+        with pytest.raises(ValueError, match=r"these weights are not of this backbone, in its form: they differ in s.* more"):
+            model.load_backbone(other.state_dict())
+
+
+def test_the_papers_weights_go_into_the_backbone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    released = randomize(repvgg.create_model("repvgg_a0"))
+    repvgg.save(released, tmp_path / "a0.safetensors")
+    monkeypatch.setattr(zoo, "pretrained_file", lambda name, revision: tmp_path / f"{name.removeprefix('repvgg_')}.safetensors")
+    model = repvgg.create_model("pspnet_repvgg_a0_fast", num_classes=4, pretrained=True)
+    assert isinstance(model, PSPNet)
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, released.state_dict()[name])
+    assert zoo.manifest_of(model).training["backbone"].startswith("349 tensors in the backbone; left out: head.bias")
+    with pytest.raises(ValueError, match="there are no weights of pspnet_repvgg_a0, only of its backbone"):
+        zoo.open_model("pspnet_repvgg_a0")
+
+
+def test_options_that_do_not_fit_are_named() -> None:
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("pspnet_repvgg_a0", {"output_stride": 16}, "pspnet_repvgg_a0 takes no output_stride"),
+        ("pspnet_repvgg_a0", {"small_input": True}, "pspnet_repvgg_a0 takes no small_input"),
+        ("pspnet_resnet18", {"width": 0.5}, "pspnet_resnet18 takes no width"),
+        ("pspnet_resnet18", {"pretrained": "main"}, "pretrained=True takes no revision"),
+        ("pspnet_repvgg_a0", {"num_classes": 0}, "at least 1"),
+        ("pspnet_resnet34", {}, "no model 'pspnet_resnet34': did you mean"),
+    ]
+    for name, options, complaint in cases:
+        with pytest.raises(ValueError, match=complaint):
+            repvgg.create_model(name, **options)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    x = torch.randn(2, 3, 25, 25)
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = narrow("pspnet_repvgg_micro").train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)  # dropout
+        logits, auxiliary = model(x)
+        (logits.square().mean() + auxiliary.square().mean()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
+
+
+def test_synchronised_batch_norms_are_of_the_training_form(tmp_path: Path) -> None:
+    """What the paper's recipe leaves: a file that folds."""
+    model = narrow("pspnet_repvgg_micro")
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert zoo.manifest_of(synchronised).form == "training"
+    repvgg.save(synchronised, tmp_path / "a.safetensors")
+    x = torch.randn(1, 3, 33, 33)
+    assert torch.equal(repvgg.load(tmp_path / "a.safetensors")(x), model(x))
+    deploy = reparameterize(synchronised)
+    assert zoo.manifest_of(deploy).form == "deploy"
+    assert relative_error(deploy(x), model(x)) < 1e-5

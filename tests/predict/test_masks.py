@@ -1,0 +1,173 @@
+"""segment.py: windows, scales and mirrors by hand; masks and overlays as files; what cannot be read."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize, relative_error
+from PIL import Image
+from roads import COLOURS, make_camvid, road
+from torch import Tensor, nn
+
+from repvgg.data.images import ImageError, decode, decode_mask
+from repvgg.data.masks import CAMVID
+from repvgg.data.transforms import normalise
+from repvgg.models import zoo
+from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.views import Views, segment, starts
+from repvgg.predict.masks import colours, predict_masks, write_masks
+
+X = torch.randn(1, 3, 20, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def lopsided(x: Tensor) -> Tensor:
+    """A network that sees where its left border is: mirrors and windows change what it says."""
+    ramp = torch.linspace(0, 1, x.shape[3], dtype=x.dtype)
+    return torch.stack([x[:, 0], x[:, 1] * ramp, x[:, 2] + ramp], 1)
+
+
+@pytest.mark.parametrize(("length", "window"), [(7, 7), (8, 7), (20, 7), (713, 713), (2048, 713), (1024, 713), (100, 1)])
+def test_windows_cover_all_and_overlap_by_a_third(length: int, window: int) -> None:
+    found = starts(length, window)
+    assert found[0] == 0
+    assert found[-1] == length - window
+    assert all(0 < b - a <= max(1, round(window * 2 / 3 + 0.5)) for a, b in pairwise(found))
+    assert set().union(*(range(a, a + window) for a in found)) == set(range(length))
+
+
+def test_one_view_is_the_network_itself() -> None:
+    assert torch.equal(segment(lopsided, X, (20, 31), (9, 9)), lopsided(X))
+    larger = segment(lopsided, X, (40, 62), (9, 9))
+    assert torch.equal(larger, F.interpolate(lopsided(X), (40, 62), mode="bilinear"))
+
+
+def test_windows_by_hand() -> None:
+    total, count = torch.zeros(1, 3, 20, 31, dtype=torch.float64), torch.zeros(20, 31, dtype=torch.float64)
+    for top in (0, 6, 11):
+        for left in (0, 6, 12, 18, 22):
+            total[..., top : top + 9, left : left + 9] += lopsided(X[..., top : top + 9, left : left + 9]).softmax(1)
+            count[top : top + 9, left : left + 9] += 1
+    got = segment(lopsided, X, (20, 31), (9, 9), Views(slide=True))
+    assert relative_error(got.exp(), total / count) < 1e-12
+    whole = segment(lopsided, X, (20, 31), (99, 99), Views(slide=True))  # an image smaller than the window is one window
+    assert relative_error(whole.exp(), lopsided(X).softmax(1)) < 1e-12
+
+
+def test_scales_and_mirrors_by_hand() -> None:
+    views = []
+    for size in ((10, 16), (30, 46)):
+        x = F.interpolate(X, size, mode="bilinear")
+        for seen in (lopsided(x).softmax(1), lopsided(x.flip(3)).softmax(1).flip(3)):
+            views.append(F.interpolate(seen, (20, 31), mode="bilinear"))
+    got = segment(lopsided, X, (20, 31), (9, 9), Views(scales=(0.5, 1.5), flip=True))
+    assert relative_error(got.exp(), torch.stack(views).mean(0)) < 1e-12
+    assert torch.allclose(got.exp().sum(1), torch.ones(1, 20, 31, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.0), (9.0,), (float("nan"),)])
+def test_scales_that_make_no_sense(scales: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="scales are above 0 and at most 8"):
+        Views(scales=scales)
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    net = zoo.create_model("pspnet_repvgg_micro", num_classes=11, width=0.125)
+    p = Preprocessing((3, 48, 64), 48)
+    zoo.remember(net, Manifest(zoo.manifest_of(net).arch, classes=CAMVID, preprocessing=p))
+    return randomize(net, (4, 3, 48, 64))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_camvid(tmp_path / "camvid", 2, 2, 2) / "test"
+
+
+def test_masks_against_the_model_itself(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    photo, _ = road(5, (70, 50))  # of another size than the model was trained with
+    Image.fromarray(photo).save(photos / "tall.png")
+    answers = list(predict_masks(model, [str(photos)]))
+    assert [Path(a.path).name for a in answers] == ["tall.png", "test_000.png", "test_001.png"]
+    p = zoo.manifest_of(model).preprocessing
+    for answer in answers:
+        image = decode(answer.path)
+        height, width = image.shape[1:]
+        short = 48 / min(height, width)
+        small = torch.nn.functional.interpolate(
+            image[None].float(), (int(height * short), int(width * short)), mode="bilinear", antialias=True
+        )
+        with torch.no_grad():
+            scores = model(normalise(small.round().to(torch.uint8) if min(height, width) != 48 else image[None], p))
+        wanted = F.interpolate(scores, (height, width), mode="bilinear")[0].argmax(0)
+        assert answer.mask is not None
+        assert answer.mask.shape == (height, width)
+        assert (answer.mask == wanted).float().mean() > 0.99
+        assert answer.shares is not None
+        assert sum(answer.shares.values()) == pytest.approx(1)
+        assert list(answer.shares.values()) == sorted(answer.shares.values(), reverse=True)
+        for name, share in answer.shares.items():
+            assert share == (answer.mask == CAMVID.index(name)).double().mean().item()
+
+
+def test_files_that_are_written(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "masks"
+    answers = list(write_masks(predict_masks(model, [str(photos)]), out, CAMVID))
+    stems = ["test_000", "test_001"]
+    files = {f"{stem}{end}" for stem in stems for end in (".png", "_overlay.jpg")} | {"masks.json"}
+    assert {path.name for path in out.iterdir()} == files
+    listed = json.loads((out / "masks.json").read_text())
+    assert listed["classes"] == CAMVID
+    palette = colours(CAMVID)
+    for answer, entry in zip(answers, listed["images"], strict=True):
+        assert answer.mask is not None
+        assert answer.image is not None
+        assert (entry["path"], entry["shares"]) == (answer.path, answer.shares)
+        assert torch.equal(decode_mask(out / entry["mask"]), answer.mask)
+        shown = np.asarray(Image.open(out / entry["mask"]).convert("RGB"))
+        assert np.array_equal(shown, palette[answer.mask.numpy()])
+        blended = np.asarray(Image.open(out / entry["overlay"])).astype(float)
+        wanted = (answer.image.permute(1, 2, 0).numpy().astype(float) + palette[answer.mask.numpy()]) / 2
+        assert np.abs(blended - wanted).mean() < 12  # JPEG, of noise
+
+
+def test_two_images_of_one_name_are_refused(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    (photos / "deep").mkdir()
+    (photos / "deep/test_000.png").write_bytes((photos / "test_000.png").read_bytes())
+    with pytest.raises(ValueError, match=r"test_000.png: .*test_000.png has the same name: give each folder an --out of its own"):
+        list(write_masks(predict_masks(model, [str(photos)]), tmp_path / "out", CAMVID))
+
+
+def test_what_cannot_be_read_is_said_and_the_others_go_on(model: nn.Module, photos: Path) -> None:
+    (photos / "a.png").write_bytes(b"damaged")
+    Image.new("RGB", (2000, 3)).save(photos / "b.png")
+    answers = list(predict_masks(model, [str(photos)]))
+    assert [a.error is None for a in answers] == [False, False, True, True]
+    assert str(answers[0].error).startswith(f"{photos}/a.png: not an image")
+    assert answers[1].error == f"{photos}/b.png: is more than 32 times as long as wide"
+    with pytest.raises(ImageError, match="no such file"):
+        list(predict_masks(model, [str(photos / "none.png")]))
+    with pytest.raises(ValueError, match="no images"):
+        list(predict_masks(model, []))
+
+
+def test_a_classifier_gives_no_masks(photos: Path) -> None:
+    classifier = zoo.create_model("repvgg_micro", num_classes=3, width=0.125).eval()
+    with pytest.raises(ValueError, match="this model gives labels, not masks"):
+        next(predict_masks(classifier, [str(photos)]))
+
+
+def test_colours_are_told_apart() -> None:
+    for names in (CAMVID, [f"class {i}" for i in range(40)]):
+        palette: Any = colours(names)
+        assert palette.dtype == np.uint8
+        assert len({tuple(row) for row in palette.tolist()}) == len(names)
+    assert colours(["road"])[0].tolist() == [128, 64, 128]
+    assert len(COLOURS) == 4

@@ -1,0 +1,276 @@
+"""app.py: the page's folder, its server, and the page itself in a real browser where there is one."""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize, relative_error
+from PIL import Image
+from torch import nn
+
+from repvgg import cli
+from repvgg.data.images import decode
+from repvgg.data.transforms import eval_transform, normalise
+from repvgg.deploy.operators import read, summary
+from repvgg.fold.reparam import reparameterize
+from repvgg.models import zoo
+from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.web import app
+
+CLASSES = ["cat", "<b>dog</b>", "owl"]
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(autouse=True)
+def _packages() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+
+def small(channels: int = 3, side: int = 32, interpolation: str = "bilinear") -> nn.Module:
+    model = zoo.create_model("repvgg_micro", num_classes=3, in_chans=channels, width=0.125)
+    p = Preprocessing((channels, side, side), side + 8, interpolation, (0.4,) * channels, (0.3,) * channels)
+    randomize(model, (16, channels, side, side))
+    return zoo.remember(model, Manifest(zoo.manifest_of(model).arch, classes=CLASSES, preprocessing=p))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return small()
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of the right names."""
+    folder = tmp_path_factory.mktemp("runtime") / "dist"
+    folder.mkdir()
+    for name in app.RUNTIME:
+        (folder / name).write_text(name)
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def page(model: nn.Module, runtime: Path) -> Path:
+    Image.fromarray(np.zeros((2000, 50, 3), np.uint8)).save(runtime / "tall.jpg")
+    zoo.save(model, runtime / "m.safetensors")
+    words = ["web", str(runtime / "m.safetensors"), str(runtime / "tall.jpg")]
+    cli.main([*words, "--out", str(runtime / "web"), "--runtime", str(runtime), "--no-serve"])
+    return runtime / "web" / "index.html"
+
+
+def silent(line: str) -> None:
+    pass
+
+
+# -------------------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_the_folder_holds_all_that_the_page_needs(page: Path) -> None:
+    told = json.loads((page.parent / "model.json").read_text())
+    assert (told["name"], told["classes"], told["preprocessing"]["resize"]) == ("repvgg_micro", CLASSES, 40)
+    assert all(form["error"] < 1e-5 for form in told["forms"].values())
+    named = {"index.html", "app.js", "style.css", "model.json", "example-00.png", "training.onnx", "deploy.onnx", *app.RUNTIME}
+    assert {path.name for path in page.parent.iterdir()} == named
+    with Image.open(page.parent / "example-00.png") as example:
+        assert example.size == (26, 1024)
+
+
+def test_one_file_has_branches_and_the_other_has_none(model: nn.Module, page: Path) -> None:
+    training, deploy = (read(page.parent / f"{form}.onnx") for form in ("training", "deploy"))
+    names = [operator.name for operator in training]
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert names.count("BatchNormalization") == norms  # not merged into convolutions
+    assert names.count("Conv") == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert "and no other operator" in summary(deploy)
+
+
+def test_the_demo_goes_on_in_the_browser(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what an earlier one has left."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "index.html").touch()
+    zoo.save(model, tmp_path / "run" / "last.safetensors")
+    done: list[Any] = []
+    monkeypatch.setattr(app, "build", lambda model, *rest: done.append(rest[:2]))
+    monkeypatch.setattr(app, "serve", lambda *rest: done.append(rest[:2]))
+    cli.main(["demo", "--out", str(tmp_path), "--web"])
+    assert done == [(tmp_path / "web", (str(tmp_path / "scans"),)), (tmp_path / "web", 8000)]
+
+
+def test_what_is_refused(model: nn.Module, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="in deploy form, and the page shows both forms: name the file that it was folded from"):
+        app.build(reparameterize(model), tmp_path / "web", (), runtime)
+    with pytest.raises(ValueError, match="a PSPNet makes masks"):
+        app.build(zoo.create_model("pspnet_repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path / "web", (), runtime)
+    with pytest.raises(ValueError, match=r"--runtime .*: does not hold onnxruntime-web's ort\.wasm\.min\.mjs"):
+        app.build(model, tmp_path / "web", (), tmp_path)
+    monkeypatch.setattr("repvgg.web.app.shutil.which", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="there is no npm: install Node"):
+        app.build(model, tmp_path / "web", (), None)
+    assert not (tmp_path / "web").exists()
+
+
+def test_npm_is_asked_once(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a script in npm's place."""
+    with tarfile.open(tmp_path / "fetched.tgz", "w:gz") as archive:
+        archive.add(runtime / "dist", "package/dist")
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f'#!/bin/sh\n[ "$2" = {app.PACKAGE} ] && cp "{tmp_path}/fetched.tgz" package.tgz\necho >> "{tmp_path}/asked"\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent), prepend=os.pathsep)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        assert [path.read_text() for path in app.runtime_files(log=silent)] == list(app.RUNTIME)
+    assert (tmp_path / "asked").read_text().count("\n") == 1
+    npm.write_text("#!/bin/sh\necho 'npm error network' >&2\nexit 1\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"npm cannot fetch onnxruntime-web@.* \(npm error network\): check the connection"):
+        app.runtime_files(log=silent)
+    assert not (tmp_path / "other").exists()
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    with app.server(folder) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join()
+
+
+def test_the_server(tmp_path: Path) -> None:
+    (tmp_path / "x.mjs").write_text("1")
+    with served(tmp_path) as address:
+        with urllib.request.urlopen(f"{address}/x.mjs") as answer:
+            headers = dict(answer.headers)
+        with pytest.raises(ValueError, match=r"--port \d+: cannot be used \(.*\); name another"):
+            app.server(tmp_path, int(address.rpartition(":")[2]))
+    assert headers["Content-type"] == "text/javascript"
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+
+
+# -------------------------------------------------------------------------------------------------------------------- the browser
+
+
+class Browser:
+    """Chromium without a window, by its DevTools protocol."""
+
+    def __init__(self, socket: Any) -> None:
+        self.socket, self.number = socket, 0
+
+    async def do(self, method: str, **parameters: Any) -> Any:
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": parameters})
+        while True:
+            answer = await self.socket.receive_json(timeout=60)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    async def value(self, script: str) -> Any:
+        found = await self.do("Runtime.evaluate", expression=f"JSON.stringify({script})", awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return json.loads(found["result"].get("value", "null"))
+
+    async def until(self, state: str) -> None:
+        for _ in range(600):
+            if await self.value("document.body ? document.body.dataset.state ?? null : null") == state:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(await self.value("document.body.innerText"))
+
+    async def drop(self, file: Path) -> None:
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            await self.do("Input.dispatchDragEvent", type=kind, x=300, y=300, data=data)
+
+
+async def visit(folder: Path, images: list[Path], profile: Path, picture: Path | None = None) -> list[dict[str, Any]]:
+    """What the page says of images that are dropped on it."""
+    import aiohttp
+
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+    command = [str(CHROMIUM), *flags, "--window-size=1100,1250", "about:blank"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            if (profile / "DevToolsActivePort").exists() and (profile / "DevToolsActivePort").read_text().strip():
+                break
+            await asyncio.sleep(0.1)
+        port = (profile / "DevToolsActivePort").read_text().split()[0]
+        with served(folder) as address:
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+                    pages = [target for target in await answer.json() if target["type"] == "page"]
+                async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                    browser = Browser(socket)
+                    await browser.do("Page.navigate", url=address)
+                    await browser.until("ready")
+                    found = []
+                    for image in images:
+                        await browser.value("document.body.dataset.state = 'waiting'")
+                        await browser.drop(image)
+                        await browser.until("done")
+                        found.append({**await browser.value("self.answer"), "text": await browser.value("document.body.innerText")})
+                    if picture:
+                        import base64
+
+                        shot = await browser.do("Page.captureScreenshot", captureBeyondViewport=True)
+                        picture.write_bytes(base64.b64decode(shot["data"]))
+        return found
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+@pytest.mark.parametrize(("channels", "interpolation"), [(3, "bilinear"), (1, "bicubic")])
+def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    try:
+        parts = app.runtime_files(log=silent)
+    except ValueError as error:
+        pytest.skip(str(error))
+    network = small(channels, interpolation=interpolation)
+    random = np.random.default_rng(0)
+    files = []
+    for i, shape in enumerate([(61, 47, 3), (20, 33, 3), (300, 211, 4)]):  # to be shrunk, enlarged, and with alpha
+        coarse = random.integers(0, 256, (6, 5, shape[2]), dtype=np.uint8)
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(coarse).resize(shape[1::-1]).save(files[-1])
+    (tmp_path / "no.png").write_text("no image")
+    folder = app.build(network, tmp_path / "web", [str(files[0])], parts[0].parent, silent).parent
+    *answers, refused = asyncio.run(visit(folder, [*files, tmp_path / "no.png"], tmp_path / "profile"))
+    p = zoo.manifest_of(network).preprocessing
+    # Torchvision resizes in whole numbers, as the page does, where the processor has AVX2; elsewhere a level may be another.
+    bound = 1e-5 if torch.backends.cpu.get_cpu_capability().startswith("AVX") else 2e-2
+    for answer, file in zip(answers, files, strict=True):
+        pixels = eval_transform(p)(decode(file, channels))[None]
+        with torch.no_grad():
+            wanted = reparameterize(network).double()(normalise(pixels, p).double())
+        assert answer["same"]
+        assert answer["difference"] < 1e-5
+        assert answer["speedup"] > 0
+        assert len(answer["times"]["deploy"]) == len(answer["times"]["training"]) >= 3
+        for logits in answer["logits"].values():
+            assert relative_error(torch.tensor([logits]), wanted) < bound  # so every pixel was prepared alike
+        assert "The same answer, and the deploy form has" in answer["text"]
+        assert CLASSES[int(wanted.argmax())] in answer["text"]  # as text, whatever it holds
+    assert "This is not an image that your browser can read" in refused["text"]
