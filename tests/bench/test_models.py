@@ -10,7 +10,7 @@ from torch import nn
 
 from repvgg.bench.models import Candidate, Report, bench, candidates, network, randomise_norms
 from repvgg.deploy import engines
-from repvgg.fold.reparam import Branches
+from repvgg.fold.as_linear import Branches
 from repvgg.info import show_reports
 from repvgg.measure.timing import Times
 from repvgg.models import zoo

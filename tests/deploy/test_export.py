@@ -20,7 +20,7 @@ from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import FORMATS, FromPixels, Shape, export, real_images, report_of, resize_and_crop
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.repvgg import FAMILY

@@ -20,7 +20,7 @@ from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import Shape, export, report_of
 from repvgg.deploy.load import Runner, exported_file, fastest, load_engine, measure, open_model
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.pspnet import PSPNet

@@ -26,7 +26,7 @@ from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import FORMATS, report_of
 from repvgg.deploy.parity import compare, reference
 from repvgg.disk import atomically, cache_folder, describe
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import interleave, synchroniser
 from repvgg.models import zoo

@@ -30,7 +30,7 @@ from repvgg.deploy.load import Runner
 from repvgg.deploy.parity import folded
 from repvgg.deploy.speedup import Gain, gain
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.checkpoint import METADATA_KEY
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate
