@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from repvgg.deploy import engines
 from repvgg.deploy.engines import ENGINES, Options
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.repvgg import Member, RepVGG
+from repvgg.models.names import Member
+from repvgg.models.repvgg import RepVGG
 
 SIZE = (3, 32, 32)
 # Relative error of the logits, of the largest: rounding of some ten layers.

@@ -22,7 +22,7 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 
 CLASSES = ["cat", "dog", "owl"]
 QUICK = [name for name in FORMATS if name != "aotinductor"]

@@ -18,6 +18,7 @@ from repvgg.deploy.runner import Runner
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.pspnet import PSPNet
 from repvgg.predict.labels import predict
@@ -89,7 +90,7 @@ def test_a_network_of_somebody_else_and_files(model: nn.Module, images: Tensor, 
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(engine(x), conv(x))
-    zoo.save(model, tmp_path / "m.safetensors")
+    save(model, tmp_path / "m.safetensors")
     assert relative_error(load_engine(tmp_path / "m.safetensors", "eager")(images), wanted(model, images)) < 1e-5
     with pytest.raises(ReparamError, match="is in train mode"):
         load_engine(nn.Sequential(nn.BatchNorm2d(3)), "eager")
@@ -124,7 +125,7 @@ def test_masks_are_left_to_pytorch(tmp_path: Path) -> None:
     has("onnxruntime", "onnxscript")
     model = zoo.create_model("pspnet_repvgg_micro_fast", num_classes=3, width=0.125).eval()
     zoo.remember(model, replace(zoo.manifest_of(model), preprocessing=Preprocessing((3, 40, 40), 40)))
-    zoo.save(model, tmp_path / "m.safetensors")
+    save(model, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"m\.safetensors: masks of images of any size are made by PyTorch: leave out --engine"):
         open_model(str(tmp_path / "m.safetensors"), "auto", "fp32", 1, "cpu", silent)
     assert isinstance(open_model(str(tmp_path / "m.safetensors"), "", "fp32", 1, "cpu", silent), PSPNet)

@@ -23,6 +23,7 @@ from repvgg.fold.as_linear import as_linear
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.repvgg import Layer
 from repvgg.train.recipes import get_recipe
@@ -120,14 +121,14 @@ def test_any_share_of_the_channels(keep: float, images: Tensor) -> None:
 def test_a_pruned_net_is_a_file_of_its_own(form: str, images: Tensor, tmp_path: Path) -> None:
     model = network()
     small = pruned(reparameterize(model) if form == "deploy" else model, images, 0.3)
-    zoo.save(small, tmp_path / "small.safetensors")
-    again = zoo.load(tmp_path / "small.safetensors")
+    save(small, tmp_path / "small.safetensors")
+    again = load(tmp_path / "small.safetensors")
     manifest = zoo.manifest_of(again)
     assert manifest.form == form
     assert (manifest.arch or {})["widths"] == [2, 2, 2, 5, 5, 10, 10, 10, 10, 19]
     assert torch.equal(again(images), small(images))
     with pytest.raises(ValueError, match="timm has no pruned networks"):
-        zoo.save(small, tmp_path / "timm.safetensors", to_keys="timm")
+        save(small, tmp_path / "timm.safetensors", to_keys="timm")
     smaller = pruned(again, images, 0.5)  # and can be pruned again
     assert cost(smaller, SIZE).macs < 0.5 * cost(again, SIZE).macs
 
@@ -140,14 +141,14 @@ def test_a_pruned_net_runs_in_every_engine(engine: str, images: Tensor, tmp_path
     if engine not in engines.installed("fp32", log=lambda line: None):
         pytest.skip(f"{engine} is not installed")
     path = tmp_path / "small.safetensors"
-    zoo.save(pruned(reparameterize(network()), images, 0.3), path)  # widths that are no multiple of anything
+    save(pruned(reparameterize(network()), images, 0.3), path)  # widths that are no multiple of anything
     runner = load_engine(path, engine, batch_size=4, input_size=SIZE)
-    assert compare(runner(images), reference(zoo.load(path), images)).ok
+    assert compare(runner(images), reference(load(path), images)).ok
     if engine == "native":  # and without PyTorch
         import repvgg_engine
 
         net = repvgg_engine.load(path)
-        assert compare(torch.from_numpy(net(images.numpy())), reference(zoo.load(path), images)).ok
+        assert compare(torch.from_numpy(net(images.numpy())), reference(load(path), images)).ok
 
 
 # ------------------------------------------------------------------------------------------------------------ with training
@@ -182,7 +183,7 @@ def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source
     assert figures["macs"] == [c.macs for c in report.costs]
     assert figures["accuracy"]["after"]["top1"] == report.after.top1
     assert figures["speed"]["ratio"]["value"] > 0
-    best, deploy = (zoo.load(tmp_path / "p" / f"{name}.safetensors") for name in ("best", "deploy"))
+    best, deploy = (load(tmp_path / "p" / f"{name}.safetensors") for name in ("best", "deploy"))
     manifest = zoo.manifest_of(best)
     assert (manifest.form, (manifest.arch or {})["block"]) == ("training", "plain" if form == "deploy" else "repvgg")
     assert manifest.preprocessing == P
@@ -198,7 +199,7 @@ def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source
 def test_the_command(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, width=0.25, small_input=True)
     gray = Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,))
-    zoo.save(randomize(small, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=gray)
+    save(randomize(small, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=gray)
     words = f"--data digits --epochs 1 --limit 64 --out {tmp_path / 'p'}".split()
     main(["prune", str(tmp_path / "m.safetensors"), "--keep", "0.5", "--json", *words])
     figures = json.loads(capsys.readouterr().out)

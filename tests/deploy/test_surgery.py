@@ -13,7 +13,8 @@ from repvgg.deploy.surgery import equalise, insert_bn
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
-from repvgg.models.repvgg import PlainNet, layer_list
+from repvgg.models.load import load, save
+from repvgg.models.plain import PlainNet, layer_list
 
 
 def deploy(name: str = "repvgg_micro", width: float = 0.25) -> nn.Module:
@@ -63,8 +64,8 @@ def test_inserted_batch_norms_change_nothing_train_and_fold_back(images: Tensor,
     assert not folded.fold_report.left  # type: ignore[union-attr]
     assert folded.state_dict().keys() == model.state_dict().keys()
     assert relative_error(exact(folded, images), exact(model, images)) < 1e-5
-    zoo.save(training, tmp_path / "m.safetensors")
-    again = zoo.load(tmp_path / "m.safetensors")
+    save(training, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors")
     manifest = zoo.manifest_of(again)
     assert manifest.arch is not None
     assert (manifest.form, manifest.arch["block"]) == ("training", "plain")

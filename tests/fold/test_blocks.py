@@ -31,7 +31,8 @@ from repvgg.fold.blocks import (
     with_bn,
 )
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.repvgg import FAMILY, Member, RepVGG
+from repvgg.models.names import FAMILY, Member
+from repvgg.models.repvgg import RepVGG
 
 
 def test_the_block_is_equation_1() -> None:
@@ -258,7 +259,8 @@ def test_trap_11_conv1x1_is_a_convolution(
 TRAINING_STEP = """
 import torch
 from repvgg.fold.blocks import BLOCKS
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 torch.manual_seed(0)
 stems = [RepVGG(FAMILY["repvgg_a0"], width=0.25, block=name).stem for name in BLOCKS]

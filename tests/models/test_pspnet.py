@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 import repvgg
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models import zoo
-from repvgg.models.pspnet import PSPNETS, PSPNet, Pyramid, _by_running_statistics
-from repvgg.models.repvgg import FAMILY, Layer, RepVGG
+from repvgg.models import pretrained, zoo
+from repvgg.models.load import open_model
+from repvgg.models.names import FAMILY, PSPNETS, resolve_name
+from repvgg.models.pspnet import PSPNet, Pyramid, _by_running_statistics
+from repvgg.models.repvgg import Layer, RepVGG
 
 NARROW = ("pspnet_repvgg_micro", "pspnet_repvgg_a0_fast", "pspnet_repvgg_b1g2")
 
@@ -40,7 +42,7 @@ def dilations(model: nn.Module) -> list[int]:
 def test_every_member_has_both_plans_and_the_papers_baselines_are_there() -> None:
     assert len(PSPNETS) == 2 * len(FAMILY) + 3
     assert set(PSPNETS) < set(repvgg.list_models())
-    assert zoo.resolve_name("PSPNet-RepVGG-B1g2-fast") == "pspnet_repvgg_b1g2_fast"
+    assert resolve_name("PSPNet-RepVGG-B1g2-fast") == "pspnet_repvgg_b1g2_fast"
 
 
 @pytest.mark.parametrize("name", ["a0", "b1g2"])
@@ -214,14 +216,15 @@ def test_a_classifiers_weights_in_the_backbone() -> None:
 def test_the_papers_weights_go_into_the_backbone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     released = randomize(repvgg.create_model("repvgg_a0"))
     repvgg.save(released, tmp_path / "a0.safetensors")
-    monkeypatch.setattr(zoo, "pretrained_file", lambda name, revision: tmp_path / f"{name.removeprefix('repvgg_')}.safetensors")
+    files = {"repvgg_a0": tmp_path / "a0.safetensors"}
+    monkeypatch.setattr(pretrained, "pretrained_file", lambda name, revision: files[name])
     model = repvgg.create_model("pspnet_repvgg_a0_fast", num_classes=4, pretrained=True)
     assert isinstance(model, PSPNet)
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, released.state_dict()[name])
     assert zoo.manifest_of(model).training["backbone"].startswith("349 tensors in the backbone; left out: head.bias")
     with pytest.raises(ValueError, match="there are no weights of pspnet_repvgg_a0, only of its backbone"):
-        zoo.open_model("pspnet_repvgg_a0")
+        open_model("pspnet_repvgg_a0")
 
 
 def test_options_that_do_not_fit_are_named() -> None:

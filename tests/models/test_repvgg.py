@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from repvgg.fold.blocks import Conv1x1
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.repvgg import FAMILY, NETWORKS, Layer, RepVGG, Residual, is_deploy_form, layer_list
+from repvgg.models.names import FAMILY, NETWORKS
+from repvgg.models.plain import layer_list
+from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
 
 PAPER = {name: member for name, member in FAMILY.items() if name != "repvgg_micro"}
 IN_TIMM = set(PAPER) - {"repvgg_b1g2", "repvgg_b2g2", "repvgg_b3g2"}

@@ -25,10 +25,13 @@ from torch import Tensor, nn
 import repvgg
 from repvgg.disk import FileError
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models import baselines, checkpoint, zoo
+from repvgg.models import baselines, checkpoint, pretrained, zoo
 from repvgg.models.checkpoint import METADATA_KEY
+from repvgg.models.load import open_model
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.repvgg import FAMILY, PlainNet, RepVGG
+from repvgg.models.names import FAMILY, resolve_name
+from repvgg.models.plain import PlainNet
+from repvgg.models.repvgg import RepVGG
 
 Tensors = dict[str, Tensor]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,9 +81,9 @@ def assert_round_trip(model: nn.Module, path: Path, side: int = 64) -> nn.Module
 
 
 def test_the_papers_spelling_is_accepted() -> None:
-    assert zoo.resolve_name("RepVGG-A0") == "repvgg_a0"
-    assert zoo.resolve_name("RepVGG-B2g4") == "repvgg_b2g4"
-    assert zoo.resolve_name("RepVGG-D2se") == "repvgg_d2se"
+    assert resolve_name("RepVGG-A0") == "repvgg_a0"
+    assert resolve_name("RepVGG-B2g4") == "repvgg_b2g4"
+    assert resolve_name("RepVGG-D2se") == "repvgg_d2se"
     assert isinstance(repvgg.create_model("RepVGG-A0", width=0.1), RepVGG)
     assert {"repvgg_a0", "repvgg_b3g4", "repvgg_d2se", "resnet18", "efficientnet_b0"} <= set(repvgg.list_models())
 
@@ -115,7 +118,7 @@ def test_comparators_take_no_options_of_the_family(options: dict[str, Any]) -> N
     ],
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "pretrained_file", lambda *_: pytest.fail("fetched before the options were looked at"))
+    monkeypatch.setattr(pretrained, "pretrained_file", lambda *_: pytest.fail("fetched before the options were looked at"))
     with pytest.raises(ValueError, match=reason):
         repvgg.create_model("repvgg_a0", **options)
 
@@ -124,7 +127,7 @@ def test_the_residual_reorganisation_there_and_back(tmp_path: Path) -> None:
     """Table 7's: its layers are plain unless other blocks are asked for, and it has no list of layers, being no stack of them."""
     model = randomize(repvgg.create_model("repvgg_b0_residual", num_classes=5, width=0.125))
     assert zoo.manifest_of(model).arch["block"] == "plain"  # type: ignore[index]
-    assert zoo.is_family("repvgg_b0_residual")
+    assert zoo.takes("repvgg_b0_residual", "small_input")
     for form in (model, reparameterize(model)):
         repvgg.save(form, tmp_path / "a.safetensors")
         again = repvgg.load(tmp_path / "a.safetensors")
@@ -168,12 +171,12 @@ def test_every_model_is_made_in_train_mode() -> None:
 
 def test_a_name_or_a_file(tmp_path: Path) -> None:
     repvgg.save(member("repvgg_micro", "training"), tmp_path / "model.safetensors")
-    assert_same_tensors(zoo.open_model(str(tmp_path / "model.safetensors")), member("repvgg_micro", "training"))
+    assert_same_tensors(open_model(str(tmp_path / "model.safetensors")), member("repvgg_micro", "training"))
     for missing in ("model.pth", "repvgg_a0.safetensors"):
         with pytest.raises(FileError, match="no such file"):
-            zoo.open_model(str(tmp_path / missing))
+            open_model(str(tmp_path / missing))
     with pytest.raises(ValueError, match="no model 'repvgg_q0'"):
-        zoo.open_model("repvgg_q0")
+        open_model("repvgg_q0")
 
 
 # -------------------------------------------------------------------------------------------------------- there and back
@@ -804,7 +807,7 @@ def test_pretrained_weights_come_from_the_hub(hub: HubServer, tmp_path: Path) ->
 
 def test_a_damaged_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
-    monkeypatch.setattr(zoo, "pretrained_file", lambda *_: path)
+    monkeypatch.setattr(pretrained, "pretrained_file", lambda *_: path)
     path.write_bytes(b"<html>please log in</html>")
     with pytest.raises(FileError, match="not a model file"):
         repvgg.create_model("repvgg_a0", pretrained=True)
