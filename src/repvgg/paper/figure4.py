@@ -96,7 +96,8 @@ def _branch(module: nn.Module, total: LinearMap) -> Branch:
 def draw(block: Branches) -> Figure:
     """Draw `block` (eval mode, at most 4 channels in and out) through the three steps, its kernels as heat maps.
 
-    All share one colour scale. A row for each branch; in each kernel, output channels from top to bottom and input channels from left to right.
+    All share one colour scale. A row for each branch; in each kernel output channels run from top to bottom, input channels from
+    left to right.
     Raises `ValueError` for more channels, `ReparamError` where the block cannot be folded.
     """
     s = steps(block)
