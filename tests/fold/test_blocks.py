@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import PaddingMode, ReparamError
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import (
     BLOCKS,
     UNFOLDABLE,
@@ -29,7 +30,7 @@ from repvgg.fold.blocks import (
     repvgg,
     with_bn,
 )
-from repvgg.fold.reparam import Branches, reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.repvgg import FAMILY, Member, RepVGG
 
 

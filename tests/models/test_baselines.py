@@ -10,7 +10,7 @@ from conftest import error_of_deviation, randomize, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models.baselines import BASELINES, create_baseline, input_size, list_baselines
 from repvgg.models.repvgg import FAMILY
