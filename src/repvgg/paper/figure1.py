@@ -57,7 +57,7 @@ def run(settings: Settings) -> Result:
 
 
 def draw(rows: Sequence[ModelSpeed], here: Sequence[float]) -> Figure:
-    """Both scatter plots; `here` holds examples a second in the order of `rows`."""
+    """Draw both scatter plots; `here` holds examples a second in the order of `rows`."""
     figure, panels = plot(1150, 520, 2)
     both = [float(row.speed) for row in rows], here
     for axes, title, speeds in zip(panels, ("paper: GTX 1080Ti", "this machine"), both, strict=True):
@@ -90,7 +90,7 @@ def _scatter(axes: Axes, rows: Sequence[ModelSpeed], speeds: Sequence[float]) ->
 
 
 def _short(printed: str) -> str:
-    """ "A0", "R50", "X101", "Reg 3.2GF", "Eff B0", "VGG-16"."""
+    """Shorten a name for the plot: "A0", "R50", "X101", "Reg 3.2GF", "Eff B0", "VGG-16"."""
     kind = next(kind for kind in KINDS if printed.startswith(kind))
     return KINDS[kind][2] + printed.removeprefix(kind)
 
@@ -109,7 +109,7 @@ PLACES: tuple[tuple[float, float, str, str], ...] = (
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """A name beside each point, where it covers no other point or name; the first place where there is no such place."""
+    """Write a name beside each point, where it covers no other point or name; the first place where there is no such place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 

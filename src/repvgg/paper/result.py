@@ -1,4 +1,4 @@
-"""What the paper's tables and figures share: how to measure, and what comes out."""
+"""The parts that the paper's tables and figures share: settings to measure by, and the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class NothingChosenError(ValueError):
-    """None of the models asked for is in this table or figure."""
+    """A table or figure has none of the models that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,13 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. models: names as create_model takes them, none for all; engine: "" for each part's own choice (eager, as a
-    rule); batch_size, rounds: None for those of PROTOCOLS; quick: minutes instead of tens of minutes, and marked so; out: the
-    folder; log: told of progress. data, workers: what models are trained on, and processes that load it; input_size: pixels a
-    side, None for each model's own."""
+    """The settings to measure by.
+
+    data, workers: what models are trained on, and how many processes load it; models: names as create_model takes them, none for
+    all; engine: "" for each part's own choice (eager, as a rule); batch_size, rounds: None for those of PROTOCOLS; input_size:
+    pixels a side, None for each model's own; quick: minutes instead of tens of minutes, and marked so; out: the folder; log: takes
+    lines of progress.
+    """
 
     data: str = ""
     workers: int = 0
@@ -72,14 +75,14 @@ class Settings:
 
     @property
     def where(self) -> str:
-        """The GPU, or the processor and how many threads."""
+        """The name of the GPU, or of the processor and how many threads."""
         here = this_machine()
         if self.device.startswith("cuda"):
             return str(here["gpu"])
         return f"{here['processor']}, {threads(self.threads or here['threads'])}"
 
     def options(self, batch_size: int) -> "Options":
-        """For building an engine."""
+        """Return the options that an engine is built with."""
         from repvgg.deploy.engines import Options
 
         return Options(
@@ -118,5 +121,5 @@ class Result:
 
 
 def interval(r: "Ratio") -> dict[str, float]:
-    """For JSON."""
+    """Return a ratio and its interval for JSON."""
     return {"ratio": r.value, "low": r.low, "high": r.high}

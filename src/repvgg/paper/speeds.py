@@ -71,7 +71,10 @@ class Speed:
 
 
 def over(fast: Speed, slow: Speed) -> Ratio:
-    """How many times faster, through the reference that both took turns with: what the machine did in between cancels."""
+    """Return how many times faster `fast` is than `slow`, through the reference with which both took turns.
+
+    What the machine did in between cancels.
+    """
     assert fast.reference == slow.reference
     fast_, slow_ = (_times([s / r for s, r in zip(speed.seconds, speed.reference_seconds, strict=True)]) for speed in (fast, slow))
     return ratio(slow_, fast_)
@@ -82,7 +85,10 @@ def _times(seconds: Sequence[float]) -> Times:
 
 
 def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
-    """The rows whose models were asked for; a quick look's own choice where none were. Raises NothingChosenError for no row."""
+    """Return the rows whose models were asked for; a quick look's own choice where none were.
+
+    Raises NothingChosenError for no row.
+    """
     names = [resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
     found = [row for row in rows if not names or row.model in names]
     if not found:
@@ -91,7 +97,7 @@ def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
 
 
 def measure(pairs: Sequence[tuple[Candidate, Candidate]], settings: Settings) -> list[Speed]:
-    """The speed of the first of each pair, taking turns with the second, its reference.
+    """Measure the speed of the first of each pair, taking turns with the second, its reference.
 
     What is in `settings.out / "speeds.json"` from the same machine under the same settings is not measured again.
     """
@@ -182,7 +188,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _conditions(settings: Settings) -> dict[str, Any]:
-    """What a speed depends on beside the pair that is timed."""
+    """Return all that a speed depends on beside the pair that is timed."""
     return {
         **asdict(settings.protocol),
         **({"input_size": settings.input_size} if settings.input_size else {}),
@@ -193,5 +199,5 @@ def _conditions(settings: Settings) -> dict[str, Any]:
 
 
 def significant(value: float) -> str:
-    """At least three digits."""
+    """Write a number with at least three digits."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -31,7 +31,7 @@ def run(settings: Settings) -> Result:
 
 
 def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: Settings) -> Result:
-    """The rows that were asked for, the headlines that compare two of them, and what speed goes with. Also of Table 5."""
+    """Return the rows that were asked for, the headlines that compare two of them, and what speed goes with. Also of Table 5."""
     rows = chosen(printed, settings)
     speeds = measure_models([row.model for row in rows], settings)
     claims = _claims(speeds)
@@ -51,13 +51,13 @@ def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: 
 
 
 def measure_models(models: Sequence[str], settings: Settings) -> dict[str, Speed]:
-    """Each model's speed in deploy form, taking turns with ResNet-18."""
+    """Measure each model's speed in deploy form, taking turns with ResNet-18."""
     candidates = [Candidate(model, settings.engine or "eager", settings.precision) for model in (*models, REFERENCE)]
     return dict(zip(models, measure([(c, candidates[-1]) for c in candidates[:-1]], settings), strict=True))
 
 
 def protocol(speeds: dict[str, Speed], settings: Settings) -> str:
-    """How the paper measured, and how we did."""
+    """Say how the paper measured, and how we did."""
     p = settings.protocol
     lowered = [f"{model} {speed.batch_size}" for model, speed in speeds.items() if speed.batch_size != p.batch_size]
     return (
@@ -104,12 +104,12 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
 
 
 def _beside(ours: str, printed: str) -> str:
-    """Ours; and what the paper prints, where that is something else."""
+    """Write our figure, and the paper's where that is another."""
     return ours if ours == printed else f"{ours} (paper {printed})"
 
 
 def _claims(speeds: dict[str, Speed]) -> list[tuple[Headline, Ratio]]:
-    """The paper's, where both models were timed, and what was found."""
+    """Return the paper's claims whose two models were timed, and what was found."""
     return [(h, over(speeds[h.fast], speeds[h.slow])) for h in HEADLINES if h.fast in speeds and h.slow in speeds]
 
 
@@ -129,7 +129,7 @@ def _agreement(claims: Sequence[tuple[Headline, Ratio]]) -> str:
 
 
 def _correlations(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> dict[str, Any]:
-    """Over the rows for which the paper counts MULs: the more of them, the slower, so -1 is perfect."""
+    """Correlate costs with speed over the rows for which the paper counts MULs: the more of them, the slower, so -1 is perfect."""
     counted = [row for row in rows if row.muls_b is not None]
     paper = [row.speed for row in counted]
     here = [speeds[row.model].images_per_second for row in counted]
@@ -150,7 +150,7 @@ def _correlation_table(found: dict[str, Any]) -> list[Table]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their mean rank; NaN of fewer than two values, or where all are equal."""
+    """Return the rank correlation, ties sharing their mean rank; NaN of fewer than two values, or where all are equal."""
     try:
         return statistics.correlation(_ranks(a), _ranks(b))
     except statistics.StatisticsError:

@@ -69,7 +69,7 @@ def run(settings: Settings) -> Result:
 
 
 def chosen(settings: Settings) -> list[str]:
-    """PSPNets that were asked for, in the table or not; else the table's, or a quick look's own choice."""
+    """Return the PSPNets that were asked for, in the table or not; else the table's, or a quick look's own choice."""
     names = [resolve_name(name) for name in settings.models]
     found = [name for name in names if name in PSPNETS]
     if names and not found:
@@ -183,7 +183,7 @@ def _why(dilated: Sequence[Dilated]) -> str:
 
 
 def _engines(settings: Settings) -> list[str]:
-    """The one asked for, or all that are at hand."""
+    """Return the engine asked for, or all that are at hand."""
     if settings.engine:
         return [settings.engine]
     here = [name for name, known in engines.ENGINES.items() if all(find_spec(package) for package in known.packages)]
@@ -191,14 +191,14 @@ def _engines(settings: Settings) -> list[str]:
 
 
 def layers(channels: int, dilation: int) -> nn.Module:
-    """Some of stage 4 in deploy form, with random weights, in eval mode."""
+    """Return some layers of stage 4 in deploy form, with random weights, in eval mode."""
     torch.manual_seed(0)
     convs = [nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation) for _ in range(LAYERS)]
     return nn.Sequential(*convs).eval()
 
 
 def _dilated_if_it_can(engine: str, settings: Settings) -> Dilated | None:
-    """None for an engine that runs whole networks alone."""
+    """Build dilated layers in an engine; None if it runs whole networks alone."""
     try:
         return _dilated(engine, QUICK_SHAPE if settings.quick else SHAPE, settings)
     except ValueError as error:
@@ -233,7 +233,7 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
 
 
 def _trained(model: str, settings: Settings) -> dict[str, Any]:
-    """A model trained by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
+    """Train a model by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
     from repvgg.data import open_source
     from repvgg.fold.reparameterize import reparameterize
     from repvgg.train.loop import train

@@ -37,7 +37,7 @@ def run(settings: Settings) -> Result:
 
 
 def _members(settings: Settings) -> list[str]:
-    """Those asked for; all of the paper's where none are."""
+    """Return the members asked for; all of the paper's where none are."""
     names = [resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
     found = [name for name in FAMILY if (name in names if names else name not in BEYOND)]
     if not found:
