@@ -10,7 +10,7 @@ from conftest import randomize
 
 from repvgg import info
 from repvgg.data import open_source
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.repvgg import FAMILY
 from repvgg.predict.labels import Prediction

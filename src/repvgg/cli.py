@@ -58,8 +58,8 @@ def run_web(
         serve: the page to this machine, until Ctrl-C.
     """
     from repvgg.models.zoo import load
-    from repvgg.web import build
-    from repvgg.web import serve as run
+    from repvgg.web.app import build
+    from repvgg.web.app import serve as run
 
     build(load(model), out, images, runtime, _say)
     if serve:
@@ -208,7 +208,8 @@ def evaluate(
     if source.masks:
         from repvgg.train.segmentation import Segmentation
 
-        overlap = Segmentation().evaluate_model(network, source, split, workers, _device(device), _views(slide, scales, flip))
+        how: Any = {"workers": workers, "device": _device(device), "views": _views(slide, scales, flip)}
+        overlap = Segmentation().evaluate_model(network, source, split, **how)
         show_overlap(overlap, source.classes, json)
         return
     if _asks_for_masks(None, slide, scales, flip):

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from repvgg.data import Source, open_source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 from repvgg.disk import atomically
-from repvgg.fold.reparam import Branches, Verification, reparameterize, verify
+from repvgg.fold.as_linear import Branches
+from repvgg.fold.proof import Verification, verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import this_machine, write_record
 from repvgg.measure.timing import Ratio, Times, interleave, ratio
 from repvgg.models import zoo

@@ -15,9 +15,9 @@ from repvgg.train.recipes import RECIPES, get_recipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from repvgg.bench.models import Report
-    from repvgg.deploy.prune import Report as Pruned
-    from repvgg.deploy.quantize import Report as Quantized
+    from repvgg.bench.models import BenchReport
+    from repvgg.deploy.prune import PruningReport
+    from repvgg.deploy.quantize import QuantizationReport
     from repvgg.predict.datasets import Summary
     from repvgg.predict.labels import Prediction
     from repvgg.predict.masks import MaskPrediction
@@ -282,7 +282,7 @@ def show_predicted(summary: "Summary", as_json: bool, always: bool = True) -> No
     print(f"{summary.images:,} images{unread} in {parts}{here}: {summary.out}")
 
 
-def show_quantization(report: "Quantized", as_json: bool) -> None:
+def show_quantization(report: "QuantizationReport", as_json: bool) -> None:
     """Figures of `repvgg quantize`."""
     if as_json:
         _print_json(report.to_json())
@@ -293,29 +293,29 @@ def show_quantization(report: "Quantized", as_json: bool) -> None:
         for i, layer in enumerate(report.layers)
     ]
     print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
-    before, after, (slow, fast) = report.before, report.after, report.gain.images_per_second
+    before, after, (slow, fast) = report.before, report.after, report.speedup.images_per_second
     print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
-    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.gain.ratio}")
+    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup.ratio}")
     print(report.path)
 
 
-def show_pruning(report: "Pruned", as_json: bool) -> None:
+def show_pruning(report: "PruningReport", as_json: bool) -> None:
     """Figures of `repvgg prune`."""
     if as_json:
         _print_json(report.to_json())
         return
-    accuracies, (large, small), speeds = (report.before, report.after), report.costs, report.gain.images_per_second
+    accuracies, (large, small), speeds = (report.before, report.after), report.costs, report.speedup.images_per_second
     rows = [
         (name, f"{accuracy.top1:.2%}", _millions(c.params), _billions(c.macs), f"{speed:,.1f}")
         for name, accuracy, c, speed in zip(("before", "after"), accuracies, (large, small), speeds, strict=True)
     ]
     print_table(("", "top-1", "params", "MACs", f"images/s, {report.engine}"), rows, title="Deploy form")
     print(f"{report.keep:.0%} of the channels: top-1 {report.cut.top1:.2%} before training, then {report.after.top1:.2%}")
-    print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.gain.ratio} the speed")
+    print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.speedup.ratio} the speed")
     print(report.path)
 
 
-def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -> None:
+def show_reports(reports: Sequence["BenchReport"], out: Path | None, as_json: bool) -> None:
     """Figures of `repvgg bench`, one for each batch size: tables or JSON, and a file."""
     each = [report.to_json() for report in reports]
     figures = each[0] if len(each) == 1 else {"reports": each}
@@ -335,7 +335,7 @@ def show_reports(reports: Sequence["Report"], out: Path | None, as_json: bool) -
     )
 
 
-def _show_report(report: "Report") -> None:
+def _show_report(report: "BenchReport") -> None:
     rows = [
         (
             row.candidate.model

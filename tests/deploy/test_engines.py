@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy import engines
 from repvgg.deploy.engines import ENGINES, Options
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.repvgg import Member, RepVGG
 
 SIZE = (3, 32, 32)

@@ -1,10 +1,8 @@
 """export.py: every file computes what PyTorch does in float64, or is not there."""
 
-import importlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +16,11 @@ from torchvision.transforms import v2
 
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.export import FORMATS, FromPixels, Shape, export, real_images, report_of, resize_and_crop
+from repvgg.deploy.export import FromPixels, Shape, export, real_images, resize_and_crop
+from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.repvgg import FAMILY
@@ -54,9 +53,8 @@ def needs(name: str) -> None:
 
 
 def opened(path: Path, to: str, images: Tensor) -> Engine:
-    module: Any = importlib.import_module(f"repvgg.deploy.engines.{FORMATS[to].module}")
-    engine: Engine = module.open_file(path, Options(tuple(images.shape[1:]), len(images)))  # type: ignore[arg-type]
-    return engine
+    options = Options(tuple(images.shape[1:]), len(images))  # type: ignore[arg-type]
+    return engines.runtime(FORMATS[to].module).open_file(path, options)
 
 
 def exact(network: nn.Module, images: Tensor) -> Tensor:
@@ -132,8 +130,7 @@ def test_metadata_is_inside_where_the_format_has_a_place(model: nn.Module, tmp_p
     for to in ("onnx", "openvino"):
         needs(to)
         path = export(model, to, tmp_path, log=silent)
-        module: Any = importlib.import_module(f"repvgg.deploy.engines.{FORMATS[to].module}")
-        manifest = Manifest.from_json(module.metadata(path))
+        manifest = Manifest.from_json(engines.runtime(FORMATS[to].module).metadata(path) or "")
         assert (manifest.classes, manifest.preprocessing, manifest.form) == (CLASSES, P, "deploy")
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from repvgg.deploy.int8 import RoundedConv, round_convolutions, rounded, rounded_weight
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import as_conv, as_linear, reparameterize
+from repvgg.fold.as_linear import as_conv, as_linear
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 
 

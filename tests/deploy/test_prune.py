@@ -20,7 +20,8 @@ from repvgg.deploy.parity import compare, reference
 from repvgg.deploy.prune import prune, pruned
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import as_linear, reparameterize
+from repvgg.fold.as_linear import as_linear
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import zoo
 from repvgg.models.manifest import Preprocessing

@@ -14,9 +14,9 @@ from repvgg.data import Decoded, Source
 from repvgg.deploy import quantize as quantizing
 from repvgg.deploy.int8 import RoundedConv
 from repvgg.deploy.load import load_engine
-from repvgg.deploy.quantize import Quantization, Report, quantize
+from repvgg.deploy.quantize import Quantization, QuantizationReport, quantize
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
 
@@ -49,7 +49,7 @@ def source(model: nn.Module) -> Source:
     return Source("self-labelled", images, images, CLASSES, P, recipe="demo")
 
 
-def mean_snr(report: Report) -> float:
+def mean_snr(report: QuantizationReport) -> float:
     return sum(layer.snr for layer in report.layers) / len(report.layers)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import repvgg
 from repvgg.deploy.engines import Options, build
 from repvgg.deploy.space_to_batch import SpaceToBatch, space_to_batch, to_batch, to_space
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.repvgg import Layer
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy.surgery import equalise, insert_bn
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.repvgg import PlainNet, layer_list
 

@@ -15,6 +15,7 @@ from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import PaddingMode, ReparamError
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import (
     BLOCKS,
     UNFOLDABLE,
@@ -30,7 +31,7 @@ from repvgg.fold.blocks import (
     repvgg,
     with_bn,
 )
-from repvgg.fold.reparam import Branches, reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.repvgg import FAMILY, Member, RepVGG
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import repvgg
 from repvgg.fold.algebra import ReparamError
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import BLOCKS, UNFOLDABLE, with_bn
-from repvgg.fold.reparam import Branches, reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.fold.replace import ReplaceReport, replace_conv
 from repvgg.models.repvgg import RepVGG
 

@@ -11,7 +11,7 @@ from rounding import rounding
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models.baselines import BASELINES, create_baseline, input_size, list_baselines
 from repvgg.models.repvgg import FAMILY

@@ -11,7 +11,7 @@ from rounding import rounding
 from torch import Tensor, nn
 
 import repvgg
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.pspnet import PSPNETS, PSPNet, Pyramid, _by_running_statistics
 from repvgg.models.repvgg import FAMILY, Layer, RepVGG

@@ -12,7 +12,7 @@ from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.fold.blocks import Conv1x1
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.repvgg import FAMILY, NETWORKS, Layer, RepVGG, Residual, is_deploy_form, layer_list
 
 PAPER = {name: member for name, member in FAMILY.items() if name != "repvgg_micro"}

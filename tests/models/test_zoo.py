@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import repvgg
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import baselines, checkpoint, zoo
 from repvgg.models.checkpoint import METADATA_KEY
 from repvgg.models.manifest import Manifest, Preprocessing

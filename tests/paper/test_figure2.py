@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from repvgg.fold.blocks import BLOCKS
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.repvgg import FAMILY, Member, RepVGG
 from repvgg.paper import figure2
 from repvgg.paper.result import Settings

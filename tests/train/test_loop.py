@@ -20,7 +20,8 @@ from repvgg.data import DataError, Decoded, Source, open_source
 from repvgg.data.images import ImageError
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.repvgg import RepVGG

@@ -19,7 +19,7 @@ from torchvision.tv_tensors import Mask
 
 from repvgg.data import Source, open_source
 from repvgg.data.masks import open_camvid
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.views import Views
@@ -307,7 +307,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from repvgg import zoo
+from repvgg.models import zoo
 from repvgg.data.masks import open_camvid
 from repvgg.train.distributed import joined
 from repvgg.train.segmentation import Segmentation

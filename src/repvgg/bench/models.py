@@ -21,7 +21,7 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
@@ -103,7 +103,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """Rows in the order of the candidates; all ratios are to `reference`."""
 
     rows: list[Row]
@@ -165,7 +165,7 @@ def bench(
     allow_unfolded: bool = False,
     log: Callable[[str], None] = print,
     progress: Callable[[str], None] | None = None,
-) -> Report:
+) -> BenchReport:
     """Time the candidates, taking turns; the first is the reference.
 
     An engine that cannot run a model is left out of it, with a word, if another one can. input_size: of all, or None for each
@@ -223,7 +223,7 @@ def bench(
         )
         for c, r in ready.items()
     ]
-    return Report(rows, first, rounds, batches)
+    return BenchReport(rows, first, rounds, batches)
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:

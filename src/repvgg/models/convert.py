@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 
 LARGEST = 320  # pixels a side that the two forms are compared on: rounding is the same on more, and float64 slow

@@ -13,7 +13,7 @@ deploy form it also lists the layers one by one, so that an engine without PyTor
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from repvgg.disk import FileError, describe
 
@@ -73,6 +73,11 @@ class Manifest:
         if self.classes is not None and outputs not in (None, len(self.classes)):
             raise ValueError(f"{len(self.classes)} class names do not fit {outputs} outputs")
         _refuse_misfits(self.layers or [], self.preprocessing.input_size)
+
+    @property
+    def task(self) -> Literal["labels", "masks"]:
+        """Say what the model gives for an image: a label, or a mask with a class for each pixel."""
+        return "masks" if str((self.arch or {}).get("name")).startswith("pspnet_") else "labels"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

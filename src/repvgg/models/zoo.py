@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.disk import FileError, describe
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.fold.replace import replace_conv
 from repvgg.models import baselines, checkpoint, hub, keys
 from repvgg.models.manifest import Manifest, Preprocessing

@@ -10,8 +10,10 @@ from torch import nn
 
 from repvgg.bench.models import randomise_norms
 from repvgg.fold.algebra import ReparamError
+from repvgg.fold.as_linear import Branches, Chain, as_conv, as_linear
 from repvgg.fold.blocks import DerivedConv
-from repvgg.fold.reparam import Branches, Chain, as_conv, as_linear, reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.repvgg import Layer, RepVGG
 from repvgg.paper.drawing import IDENTITY, MUTED, NEUTRAL, PANEL, POINTWISE, WIDEST, Colours, box, canvas, dot, plus, wire, write

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from repvgg.bench.models import randomise_norms
 from repvgg.fold.algebra import LinearMap, Pair, regroup, widen
+from repvgg.fold.as_linear import Branches, as_linear
 from repvgg.fold.blocks import repvgg
-from repvgg.fold.reparam import Branches, as_linear
 from repvgg.paper.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, box, canvas, plus, wire, write
 from repvgg.paper.result import Result, Settings
 

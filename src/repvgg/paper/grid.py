@@ -31,7 +31,7 @@ from repvgg.data import Source, open_source
 from repvgg.disk import FileError, atomically
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import write_record
 from repvgg.models import zoo
 from repvgg.models.repvgg import NETWORKS

@@ -235,7 +235,7 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
 def _trained(model: str, settings: Settings) -> dict[str, Any]:
     """A model trained by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
     from repvgg.data import open_source
-    from repvgg.fold.reparam import reparameterize
+    from repvgg.fold.reparameterize import reparameterize
     from repvgg.train.loop import train
     from repvgg.train.recipes import get_recipe
     from repvgg.train.segmentation import Segmentation as Task
@@ -250,5 +250,5 @@ def _trained(model: str, settings: Settings) -> dict[str, Any]:
     train(model, source, recipe, out, device=settings.device, workers=settings.workers, log=settings.log)
     split = "test" if source.test else "val"
     deploy = reparameterize(load(out / "best.safetensors"))
-    overlap = Task().evaluate_model(deploy, source, split, settings.workers, settings.device)
+    overlap = Task().evaluate_model(deploy, source, split, workers=settings.workers, device=settings.device)
     return {**overlap.figures, "data": source.name, "split": split, "epochs": recipe.epochs, "per_class": overlap.per_class}

@@ -36,9 +36,11 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 from repvgg.data.images import ImageError, decode
 from repvgg.data.shards import Item, Shards, open_shards
 from repvgg.data.transforms import eval_transform, leave_signals_to_the_main_process, normalise
-from repvgg.deploy.load import Runner, exported_file, open_model
+from repvgg.deploy.formats import exported_file
+from repvgg.deploy.load import open_model
+from repvgg.deploy.runner import Runner
 from repvgg.disk import FileError, atomically
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.pspnet import PSPNETS, PSPNet
 from repvgg.models.views import WHOLE, Views
 from repvgg.models.zoo import dtype_of, file_of, is_file, manifest_of
