@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import randomize, relative_error
-from repvgg.fold.reparam import reparameterize
 from rounding import rounding
 
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
