@@ -11,8 +11,8 @@ from conftest import randomize
 from repvgg import info
 from repvgg.data import open_source
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models import zoo
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.load import save
+from repvgg.models.names import FAMILY
 from repvgg.predict.labels import Prediction
 from repvgg.train.evaluate import Accuracy
 from repvgg.train.loop import new_model
@@ -70,8 +70,8 @@ def test_a_comparator(capsys: Captured) -> None:
 def test_a_file(tmp_path: Path, capsys: Captured) -> None:
     source = open_source("digits")
     model = randomize(new_model("repvgg_micro", source, log=str, width=0.25), (32, 1, 16, 16))
-    zoo.save(model, tmp_path / "a.safetensors", training={"val_top1": 0.5, "recipe": {"epochs": 3}})
-    zoo.save(reparameterize(model), tmp_path / "b.safetensors")
+    save(model, tmp_path / "a.safetensors", training={"val_top1": 0.5, "recipe": {"epochs": 3}})
+    save(reparameterize(model), tmp_path / "b.safetensors")
     info.show(str(tmp_path / "a.safetensors"), as_json=False)
     table = capsys.readouterr().out
     assert "a.safetensors, training form, input 1 x 16 x 16" in table

@@ -57,7 +57,7 @@ def run_web(
         port: of the local server.
         serve: the page to this machine, until Ctrl-C.
     """
-    from repvgg.models.zoo import load
+    from repvgg.models.load import load
     from repvgg.web.app import build
     from repvgg.web.app import serve as run
 
@@ -354,7 +354,7 @@ def export(
     """
     from repvgg.deploy.export import Shape, real_images
     from repvgg.deploy.export import export as run
-    from repvgg.models.zoo import open_model
+    from repvgg.models.load import open_model
 
     network = open_model(model)
     shape = Shape(batch_size or None, any_size, pixels, image_size)
@@ -416,7 +416,7 @@ def quantize(
     from repvgg.deploy.quantize import Quantization
     from repvgg.deploy.quantize import quantize as run
     from repvgg.info import show_quantization
-    from repvgg.models.zoo import open_model
+    from repvgg.models.load import open_model
 
     settings = Quantization(images, bias_correction, equalise, keep, max_drop, qat_epochs, qat_lr)
     source = open_source(data).limited(limit, seed)
@@ -459,7 +459,7 @@ def _prune(default: Recipe) -> Callable[..., None]:
         from repvgg.data import open_source
         from repvgg.deploy.prune import prune as run
         from repvgg.info import show_pruning
-        from repvgg.models.zoo import open_model
+        from repvgg.models.load import open_model
 
         source = open_source(data).limited(limit, seed)
         report = run(

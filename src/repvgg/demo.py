@@ -20,7 +20,7 @@ from repvgg.fold.proof import Verification, verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import this_machine, write_record
 from repvgg.measure.timing import Ratio, Times, interleave, ratio
-from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.repvgg import Layer, RepVGG
 from repvgg.terminal import print_table
 from repvgg.train.evaluate import Accuracy, evaluate_model
@@ -59,10 +59,10 @@ def run(out: Path, seed: int = 0) -> None:
     trained = train(ARCH, source, get_recipe("demo"), out / "run", seed=seed)
     assert isinstance(trained.model, RepVGG)
     print("\n2. Fold every block into one 3x3 convolution, and prove it")
-    model = zoo.load(out / "run" / "last.safetensors")
+    model = load(out / "run" / "last.safetensors")
     deploy = reparameterize(model)
     proof = verify(model, deploy, source.preprocessing.input_size)
-    zoo.save(deploy, out / "deploy.safetensors")
+    save(deploy, out / "deploy.safetensors")
     print(f"   {deploy.fold_report}\n   whole model: {proof}")
     accuracies = evaluate_model(model, source), evaluate_model(deploy, source)
     images, labels = _held_out(source)

@@ -33,11 +33,13 @@ def show(name_or_file: str, as_json: bool) -> None:
     import torch
 
     from repvgg.models import zoo
+    from repvgg.models.load import is_file, open_model
+    from repvgg.models.names import resolve_name
 
-    if zoo.is_file(name_or_file):
-        _show_model(name_or_file, zoo.open_model(name_or_file), as_json)
+    if is_file(name_or_file):
+        _show_model(name_or_file, open_model(name_or_file), as_json)
         return
-    name = zoo.resolve_name(name_or_file)
+    name = resolve_name(name_or_file)
     if zoo.is_built_folded(name):
         with torch.device("meta"):  # shapes are enough
             model = zoo.create_model(name, deploy=True)
@@ -74,8 +76,7 @@ def _show_family(as_json: bool) -> None:
 
     from repvgg.measure.costs import cost
     from repvgg.models import zoo
-    from repvgg.models.pspnet import PSPNETS
-    from repvgg.models.repvgg import FAMILY
+    from repvgg.models.names import FAMILY, PSPNETS, list_models
 
     rows: list[dict[str, Any]] = []
     for name, member in FAMILY.items():
@@ -116,7 +117,7 @@ def _show_family(as_json: bool) -> None:
     ]
     print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
     print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
-    print("Comparators: " + ", ".join(name for name in zoo.list_models() if name not in FAMILY and name not in PSPNETS))
+    print("Comparators: " + ", ".join(name for name in list_models() if name not in FAMILY and name not in PSPNETS))
 
 
 def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:

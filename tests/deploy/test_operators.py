@@ -15,7 +15,7 @@ from repvgg.deploy.operators import plain_stack, read, summary
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 
 CONV, RELU = Operator("Conv", (3, 3)), Operator("Relu")
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from repvgg.bench.models import Candidate
 from repvgg.deploy import engines
 from repvgg.measure.costs import cost
-from repvgg.models.baselines import create_baseline, input_size
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.baselines import create_baseline
+from repvgg.models.names import BASELINES, FAMILY
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper import speeds, table4, table5
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5
 from repvgg.paper.result import Result, Settings
@@ -25,7 +26,7 @@ CHEAP = ("repvgg_a0", "repvgg_a1", "repvgg_a2", "repvgg_b0", "resnet18", "resnet
 def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
     import torch
 
-    model, size = candidate.model, 224 if candidate.model in FAMILY else input_size(candidate.model)
+    model, size = candidate.model, 224 if candidate.model in FAMILY else BASELINES[candidate.model].input_size
     with torch.device("meta"):
         network = RepVGG(FAMILY[model], deploy=True) if model in FAMILY else create_baseline(model)
     counted = cost(network, (3, size, size))

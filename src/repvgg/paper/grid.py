@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,13 +28,14 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from repvgg.data import Source, open_source
-from repvgg.disk import FileError, atomically
+from repvgg.disk import FileError, Log, atomically
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import write_record
 from repvgg.models import zoo
-from repvgg.models.repvgg import NETWORKS
+from repvgg.models.load import load
+from repvgg.models.names import NETWORKS, resolve_name
 from repvgg.train.evaluate import batches
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe
@@ -69,7 +70,7 @@ class Grid:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        arch = zoo.resolve_name(self.arch)
+        arch = resolve_name(self.arch)
         reorganised = f"{arch}_residual" in NETWORKS
         object.__setattr__(self, "arch", arch)
         object.__setattr__(self, "variants", self.variants or tuple(n for n in TABLES if n != "residual" or reorganised))
@@ -155,7 +156,7 @@ class Cell:
         return f"epoch {epochs[-1]['epoch'] + 1}: {epochs[-1]['val_top1']:.1%}" if epochs else "begun"
 
 
-def run(grid: Grid, log: Callable[[str], None] = print) -> list[Outcome]:
+def run(grid: Grid, log: Log = print) -> list[Outcome]:
     """Work until every cell is finished, by this process or another. Raises ValueError, before any work, for settings that do not
     fit the data, or are not those that the folder was begun with."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -231,7 +232,7 @@ def _work(cell: Cell, source: Source) -> None:
             except FloatingPointError as error:  # a result too
                 write_record(cell.folder / "diverged.json", {"reason": str(error)})
                 return
-        forms = compare_forms(zoo.load(cell.folder / "last.safetensors"), source, grid.device)
+        forms = compare_forms(load(cell.folder / "last.safetensors"), source, grid.device)
         write_record(cell.folder / "forms.json", forms)
 
 
@@ -279,7 +280,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 class Board:
     """A live table of all cells, those of other processes too, in a terminal; a line for each cell elsewhere."""
 
-    def __init__(self, grid: Grid, log: Callable[[str], None]) -> None:
+    def __init__(self, grid: Grid, log: Log) -> None:
         self.grid, self.log, self.live = grid, log, None
         self.mine: Cell | None = None
         self.waited = False

@@ -10,7 +10,7 @@ from importlib import import_module
 from repvgg.deploy import engines
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine, write_record
-from repvgg.models.zoo import resolve_name
+from repvgg.models.names import resolve_name
 from repvgg.paper.result import NothingChosenError, Result, Settings
 from repvgg.terminal import print_table
 from repvgg.web import page

@@ -1,10 +1,11 @@
 """The parts that the paper's tables and figures share: settings to measure by, and the result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg.disk import Log
 from repvgg.measure.machine import this_machine, threads
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Settings:
     device: str = "cpu"
     quick: bool = False
     out: Path = Path("paper")
-    log: Callable[[str], None] = field(default=print, compare=False)
+    log: Log = field(default=print, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (("batch_size", self.batch_size), ("rounds", self.rounds), ("threads", self.threads)):

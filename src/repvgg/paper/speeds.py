@@ -21,7 +21,7 @@ from repvgg.deploy.fastest import fastest
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, ratio
-from repvgg.models import zoo
+from repvgg.models.names import resolve_name
 from repvgg.paper.numbers import ModelSpeed
 from repvgg.paper.result import NothingChosenError, Settings
 
@@ -94,7 +94,7 @@ def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
 
     Raises NothingChosenError for no row.
     """
-    names = [zoo.resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
+    names = [resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
     found = [row for row in rows if not names or row.model in names]
     if not found:
         raise NothingChosenError(f"it has no {' or '.join(names)}: its models are {', '.join(row.model for row in rows)}")

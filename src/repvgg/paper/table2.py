@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from repvgg.models.repvgg import FAMILY, Member, RepVGG
+from repvgg.models.names import FAMILY, Member
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper.numbers import TABLE2, Stage
 from repvgg.paper.result import Result, Settings, Table
 

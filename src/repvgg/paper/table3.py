@@ -1,6 +1,6 @@
 """Table 3: the members by their layers and multipliers, from the family data; and what follows from them."""
 
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 from repvgg.paper.numbers import TABLE3, Multipliers
 from repvgg.paper.result import Result, Settings, Table
 

@@ -13,8 +13,8 @@ from repvgg.bench.models import Candidate
 from repvgg.deploy import engines
 from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
-from repvgg.models.pspnet import PSPNETS
-from repvgg.models.zoo import load, resolve_name
+from repvgg.models.load import load
+from repvgg.models.names import PSPNETS, resolve_name
 from repvgg.paper.numbers import TABLE8, Segmentation
 from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
 from repvgg.paper.speeds import Speed, measure, over, significant

@@ -3,8 +3,7 @@
 from dataclasses import asdict
 
 from repvgg.bench.models import Candidate
-from repvgg.models.repvgg import FAMILY
-from repvgg.models.zoo import resolve_name
+from repvgg.models.names import FAMILY, resolve_name
 from repvgg.paper.numbers import TABLE4, TABLE6
 from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
 from repvgg.paper.speeds import QUICK, Speed, measure, significant

@@ -15,7 +15,7 @@ from typing import Any
 from repvgg.bench.kernels import Convolution, time_convolutions
 from repvgg.deploy import engines
 from repvgg.measure.timing import Ratio, Times, ratio
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 from repvgg.paper.drawing import MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.result import Result, Settings, Table, interval
 
