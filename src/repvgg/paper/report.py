@@ -20,7 +20,7 @@ PARTS = (
     "figure1",
     "table4",
     "table5",
-    "forms",
+    "training_vs_deploy",
     "table6",
     "table7",
     "figure2",
@@ -44,7 +44,7 @@ def paper(part: str, settings: Settings, with_json: bool = False) -> None:
         raise ValueError(f"the paper has no {part!r} here: did you mean {', '.join(close)}?")
     for model in settings.models:
         resolve_name(model)
-    engines.check(settings.engine or "eager", settings.precision, settings.device)
+    engines.check(settings.one_engine, settings.precision, settings.device)
     settings.out.mkdir(parents=True, exist_ok=True)
     if part != "all":
         show(part, produce(part, settings), settings, with_json)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from repvgg.measure.timing import Ratio
 
 
+BEST = "best"  # as an engine: each model's own fastest verified one
+
+
 class NothingChosenError(ValueError):
     """A table or figure has none of the models that were asked for."""
 
@@ -42,10 +45,10 @@ PROTOCOLS = {
 class Settings:
     """The settings to measure by.
 
-    data, workers: what models are trained on, and how many processes load it; models: names as create_model takes them, none for
-    all; engine: "" for each part's own choice (eager, as a rule); batch_size, rounds: None for those of PROTOCOLS; input_size:
-    pixels a side, None for each model's own; quick: minutes instead of tens of minutes, and marked so; out: the folder; log: takes
-    lines of progress.
+    data, workers: what models are trained on, and how many processes load it. models: names as create_model takes them, none for
+    all. engine: its name, "best" for each model's fastest that computes what PyTorch does, "" for each part's own choice.
+    batch_size, rounds: None for those of PROTOCOLS. input_size: pixels a side, None for each model's own. quick: minutes instead of
+    tens of minutes, and marked so. out: the folder. log: takes lines of progress.
     """
 
     data: str = ""
@@ -72,6 +75,16 @@ class Settings:
     def protocol(self) -> Protocol:
         usual = PROTOCOLS["cuda" if self.device.startswith("cuda") else "cpu", self.quick]
         return Protocol(self.batch_size or usual.batch_size, self.rounds or usual.rounds, usual.batches, usual.warmup)
+
+    @property
+    def named_engine(self) -> str:
+        """The engine asked for by its name; "" where none is."""
+        return "" if self.engine == BEST else self.engine
+
+    @property
+    def one_engine(self) -> str:
+        """The engine of a part that runs everything in one: eager unless another is named."""
+        return self.named_engine or "eager"
 
     @property
     def where(self) -> str:

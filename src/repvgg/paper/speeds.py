@@ -13,7 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from repvgg.bench.models import Candidate, bench
+import torch
+
+from repvgg.bench.models import Candidate, bench, network
+from repvgg.deploy.engines import Options
+from repvgg.deploy.fastest import fastest
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, ratio
@@ -50,6 +54,7 @@ class Speed:
     macs: int
     winograd_muls: int
     date: str
+    engine: str = "eager"
 
     @property
     def images_per_second(self) -> float:
@@ -96,6 +101,29 @@ def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
     return found
 
 
+def in_its_engine(model: str, settings: Settings) -> Candidate:
+    """Return a model in the engine to time it in: the one named, else its own fastest that computes what PyTorch does.
+
+    A quick look takes eager where none is named.
+    """
+    if settings.named_engine or (settings.quick and not settings.engine):
+        return Candidate(model, settings.one_engine, settings.precision)
+    options = Options(
+        input_size=_input_size(settings) or zoo.default_preprocessing({"name": model, "in_chans": 3}).input_size,
+        batch_size=settings.protocol.batch_size,
+        precision=settings.precision,
+        threads=settings.threads or torch.get_num_threads(),
+        channels_last=settings.channels_last,
+        device=settings.device,
+    )
+    folded, _ = network(Candidate(model))
+    return Candidate(model, fastest(folded, options, lambda line: settings.log(f"{model}: {line}")), settings.precision)
+
+
+def _input_size(settings: Settings) -> tuple[int, int, int] | None:
+    return (3, settings.input_size, settings.input_size) if settings.input_size else None
+
+
 def measure(pairs: Sequence[tuple[Candidate, Candidate]], settings: Settings) -> list[Speed]:
     """Measure the speed of the first of each pair, taking turns with the second, its reference.
 
@@ -132,7 +160,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
         threads=settings.threads,
         channels_last=settings.channels_last,
         device=settings.device,
-        input_size=(3, settings.input_size, settings.input_size) if settings.input_size else None,
+        input_size=_input_size(settings),
         log=settings.log,
         progress=lambda line: None,
     )
@@ -148,6 +176,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
         macs=last.cost.macs,
         winograd_muls=last.cost.winograd_muls,
         date=this_machine()["date"],
+        engine=candidate.engine,
     )
 
 

@@ -36,7 +36,7 @@ PAPER = Problem(CHANNELS, BATCH)
 
 
 def run(settings: Settings) -> Result:
-    engine, runs = settings.engine or "eager", settings.rounds or (3 if settings.quick else RUNS)
+    engine, runs = settings.one_engine, settings.rounds or (3 if settings.quick else RUNS)
     options = settings.options(1)
     _, (pilot,) = time_convolutions([PILOT], options, engine=engine, rounds=3, warmup=1, log=settings.log)
     budget = QUICK_SECONDS if settings.quick else SECONDS

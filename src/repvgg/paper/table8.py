@@ -44,7 +44,7 @@ class Dilated:
 def run(settings: Settings) -> Result:
     scaled = _scaled(settings)
     models = chosen(settings)
-    engine = settings.engine or "eager"
+    engine = settings.one_engine
     reference = Candidate(REFERENCE, engine, settings.precision)
     candidates = {(m, form): Candidate(m, engine, settings.precision, form) for m in models for form in FORMS}
     speeds = dict(zip(candidates, measure([(c, reference) for c in candidates.values()], scaled), strict=True))
@@ -184,8 +184,8 @@ def _why(dilated: Sequence[Dilated]) -> str:
 
 def _engines(settings: Settings) -> list[str]:
     """Return the engine asked for, or all that are at hand."""
-    if settings.engine:
-        return [settings.engine]
+    if settings.named_engine:
+        return [settings.named_engine]
     here = [name for name, known in engines.ENGINES.items() if all(find_spec(package) for package in known.packages)]
     return [name for name in here if settings.precision in engines.precisions(name, settings.device)]
 
@@ -202,7 +202,7 @@ def _dilated_if_it_can(engine: str, settings: Settings) -> Dilated | None:
     try:
         return _dilated(engine, QUICK_SHAPE if settings.quick else SHAPE, settings)
     except ValueError as error:
-        if settings.engine:
+        if settings.named_engine:
             raise
         settings.log(f"left out: {error}")
         return None

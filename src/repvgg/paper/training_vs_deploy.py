@@ -13,7 +13,7 @@ PAPER_GAIN = next(row.speed for row in TABLE4 if row.model == "repvgg_b0") / TAB
 
 
 def run(settings: Settings) -> Result:
-    engine = settings.engine or "eager"
+    engine = settings.one_engine
     members = _members(settings)
     forms = [(Candidate(m, engine, settings.precision), Candidate(m, engine, settings.precision, "training")) for m in members]
     structures = [Candidate("repvgg_b0", engine, settings.precision, "training", row.block) for row in TABLE6]

@@ -119,8 +119,8 @@ def counterparts(c: Convolution) -> dict[str, Convolution]:
 
 def _engines(settings: Settings) -> list[str]:
     """Return the engine asked for; or all that are installed (in a quick look, eager alone)."""
-    if settings.engine or settings.quick:
-        return [settings.engine or "eager"]
+    if settings.named_engine or settings.quick:
+        return [settings.one_engine]
     found = []
     for name in engines.ENGINES:
         try:
@@ -137,7 +137,7 @@ def _tests(engine: str, settings: Settings) -> list[Comparison]:
     try:
         return [_compare(engine, convolution, settings) for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)]
     except ValueError as error:
-        if settings.engine:
+        if settings.named_engine:
             raise
         settings.log(f"left out: {error}")
         return []
