@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from repvgg.train.guard import Guard
 
@@ -104,16 +106,16 @@ def joined(device: str) -> Iterator[World]:
 def _meet(rank: int, size: int, backend: str) -> None:
     """Make the process group. Raises ValueError with the remedy where that cannot be done."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+        store, _, _ = next(rendezvous("env://", timeout=MEETING))
         meeting = _meeting(store, rank, size)
-        dist.init_process_group(backend, store=dist.PrefixStore(meeting, store), rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=PrefixStore(meeting, store), rank=rank, world_size=size, timeout=TIMEOUT)
     except (dist.DistError, ValueError, OSError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"cannot meet the other processes at {where} ({reason}): give torchrun another --master-port") from None
 
 
-def _meeting(store: dist.Store, rank: int, size: int) -> str:
+def _meeting(store: Store, rank: int, size: int) -> str:
     """Agree on a name under which these very processes exchange addresses.
 
     The agent's store outlives an attempt, and with it the addresses of dead processes; how many attempts there were, machines do
