@@ -78,8 +78,8 @@ def refuse_ids(name: str, column: str, labels: set[int]) -> None:
     """Raise DataError for integers without names that number no classes: few of a wide range."""
     if max(labels) > 1000 + 10 * len(labels):
         raise DataError(
-            f"{name}: column {column!r} holds {len(labels):,} distinct integers from {min(labels)} to {max(labels)}, which are ids: "
-            "number the classes from 0 in a row, or make it a ClassLabel"
+            f"{name}: column {column!r} holds {len(labels):,} distinct integers from {min(labels)} to {max(labels)}, which are "
+            "ids: number the classes from 0 in a row, or make it a ClassLabel"
         )
 
 

@@ -44,7 +44,7 @@ from repvgg.models.views import WHOLE, Views
 from repvgg.models.zoo import dtype_of, file_of, is_file, manifest_of
 from repvgg.predict.labels import named
 from repvgg.predict.masks import Masker, class_names, colours, write_mask
-from repvgg.train.progress import PLAIN_EVERY
+from repvgg.terminal import PLAIN_EVERY
 
 SETTINGS = "_settings.json"
 FORMAT = 1
