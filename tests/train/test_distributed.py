@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repvgg.models import zoo
+from repvgg.models.load import load
 from repvgg.train.distributed import ALONE, local_device
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -45,9 +45,7 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": t for name in ("best", "last") for key, t in zoo.load(out / f"{name}.safetensors").state_dict().items()
-    }
+    return {f"{name}.{key}": t for name in ("best", "last") for key, t in load(out / f"{name}.safetensors").state_dict().items()}
 
 
 @pytest.fixture(scope="module")

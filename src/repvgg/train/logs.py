@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import atomically, describe
+from repvgg.disk import Log, atomically, describe
 
 
 class Logs:
@@ -20,7 +20,7 @@ class Logs:
         step: int = 0,
         wandb: str = "",
         settings: dict[str, Any] | None = None,
-        log: Callable[[str], object] = print,
+        log: Log = print,
     ) -> None:
         """Go on after `step`: what was written of later steps will come again. out: None in a process that does not write.
 
@@ -85,7 +85,7 @@ def _add(board: Any, curves: dict[str, float], step: int) -> None:
         board.add_scalar(name, value, step)
 
 
-def _board(out: Path, step: int, log: Callable[[str], object]) -> Any:
+def _board(out: Path, step: int, log: Log) -> Any:
     """None where TensorBoard is not installed, or its installation is broken: that is no reason not to train."""
     if not find_spec("tensorboard"):
         return None

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from repvgg.data import Source
+from repvgg.disk import Log
 from repvgg.models import zoo
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import joined
 from repvgg.train.finetune import started_from
 from repvgg.train.recipes import Keeping, Recipe
-from repvgg.train.session import Log, Run, Session
+from repvgg.train.session import Run, Session
 from repvgg.train.tasks import task_of
 from repvgg.train.trainer import Trainer
 
@@ -84,7 +85,7 @@ def train(
 def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn.Module:
     """`create_model` for this source: its classes, its channels, and `small_input` for small images."""
     channels, height, width = source.preprocessing.input_size
-    if "small_input" not in options and max(height, width) <= 64 and zoo.is_family(arch):
+    if "small_input" not in options and max(height, width) <= 64 and zoo.takes(arch, "small_input"):
         log(f"images of {height} x {width} pixels: small_input is on (stem and first stage at stride 1)")
         options["small_input"] = True
     model = zoo.create_model(arch, num_classes=len(source.classes), in_chans=channels, **options)

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -16,9 +16,9 @@ from torch import nn
 
 from repvgg.data import Source
 from repvgg.data.transforms import BadImages, normalise
-from repvgg.disk import FileError, atomically, hold
+from repvgg.disk import FileError, Log, atomically, hold
 from repvgg.measure.machine import write_record
-from repvgg.models import zoo
+from repvgg.models.load import save
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import LostError
 from repvgg.train.logs import Logs, draw_curve, read_lines
@@ -31,7 +31,6 @@ from repvgg.train.trainer import Trainer, out_of_memory
 
 LOG_EVERY = 20  # steps; so late, at most, a loss that is no number is noticed; before anything is saved always
 TROUBLE = 1000  # what processes agree on where one cannot read its images; no signal has this number
-Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Session:
         assert course.last is not None
         score = {f"val_{course.last.measure}": course.last.score}
         training = {"data": self.source.name, "epoch": course.epochs, **score, "seed": self.settings["seed"]}
-        zoo.save(
+        save(
             self.trainer.best_model,
             self.out / f"{name}.safetensors",
             classes=self.source.classes,
