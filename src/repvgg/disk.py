@@ -3,9 +3,10 @@
 import errno
 import glob
 import os
+import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,44 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:
+    except OSError:  # somebody else's
         return True
     return True
+
+
+_held: set[Path] = set()  # a process loses its lock on a file when it closes any handle of it, so none is opened twice
+
+
+@contextmanager
+def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep every other process out of a folder while the `with` block runs.
+
+    The lock is the system's, on the file `.lock`: it ends with the process, however that dies, and processes forked from it do
+    not inherit it. Raises `FileError`, naming the process and machine that hold the folder.
+    """
+    import fcntl
+
+    path, here = Path(folder).resolve() / ".lock", f"process {os.getpid()} on {socket.gethostname()}"
+    if path in _held:
+        raise FileError(f"{folder}: {here}, which is this one, works in it already")
+    with ExitStack() as stack:
+        try:
+            while True:
+                file = stack.enter_context(path.open("a+"))
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break  # else its last holder has just removed it
+            file.truncate(0)
+            file.write(here)
+            file.flush()
+        except BlockingIOError:
+            raise FileError(f"{folder}: {path.read_text()[:300]} works in it: wait for it, or name another folder") from None
+        except OSError as error:
+            raise FileError(f"{folder}: cannot be locked ({error.strerror})") from None
+        _held.add(path)
+        stack.callback(_held.discard, path)
+        stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 def describe(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from conftest import randomize
 
 from repvgg.cli import show_models as info
 from repvgg.data import open_source
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.load import save
 from repvgg.models.names import FAMILY
 from repvgg.train.loop import new_model

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomize, relative_error
+from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.cli import main
@@ -19,7 +20,8 @@ from repvgg.deploy.parity import compare, reference
 from repvgg.deploy.prune import prune, pruned
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import as_linear, reparameterize
+from repvgg.fold.as_linear import as_linear
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import zoo
 from repvgg.models.load import load, save
@@ -88,8 +90,9 @@ def test_silent_channels_go_first_and_nothing_changes(
     layers = [m for m in model.modules() if isinstance(m, Layer)]
     wide = [as_linear(layer.block).out_channels for layer in layers]
     assert (zoo.manifest_of(small).arch or {})["widths"] == [channels // 2 for channels in wide]
-    assert relative_error(exact(small, images), exact(model, images)) < 1e-10
-    assert relative_error(exact(reparameterize(small), images), exact(model, images)) < 1e-10
+    allowed = rounding(model, images.double())
+    assert relative_error(exact(small, images), exact(model, images)) <= allowed
+    assert relative_error(exact(reparameterize(small), images), exact(model, images)) <= allowed
 
 
 def test_the_choice_depends_on_what_a_channel_brings_and_not_on_its_scale(images: Tensor) -> None:
@@ -101,8 +104,8 @@ def test_the_choice_depends_on_what_a_channel_brings_and_not_on_its_scale(images
         stem.weight.mul_(gain.view(-1, 1, 1, 1))  # type: ignore[operator, union-attr]
         stem.bias.mul_(gain)  # type: ignore[operator, union-attr]
         reader.weight.div_(gain.view(1, -1, 1, 1))  # type: ignore[operator, union-attr]
-    first, second = (exact(pruned(m, images, 0.75), images) for m in (model, scaled))
-    assert relative_error(second, first) < 1e-10
+    first, second = (pruned(m, images, 0.75) for m in (model, scaled))
+    assert relative_error(exact(second, images), exact(first, images)) <= rounding(first, images.double())
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.3, 0.9])

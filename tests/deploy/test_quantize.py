@@ -16,7 +16,7 @@ from repvgg.deploy.int8 import RoundedConv
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.quantize import Quantization, QuantizationReport, quantize
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize, relative_error
+from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.deploy.surgery import equalise, insert_bn
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.plain import PlainNet, layer_list
@@ -43,7 +44,7 @@ def images() -> Tensor:
 def test_equalising_changes_no_logits_and_evens_the_ranges(name: str, width: float, images: Tensor) -> None:
     model = deploy(name, width).double()
     even = equalise(model)
-    assert relative_error(exact(even, images), exact(model, images)) < 1e-12
+    assert relative_error(exact(even, images), exact(model, images)) <= rounding(model, images.double())
     first, second = (even.get_submodule(f"stages.2.{i}.block") for i in (1, 2))
     assert isinstance(first, nn.Conv2d)
     assert isinstance(second, nn.Conv2d)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import repvgg
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost, measure_peak_activation, num_paths
 from repvgg.models.names import FAMILY
 from repvgg.models.repvgg import RepVGG

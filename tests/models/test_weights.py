@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import repvgg
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import keys, weights
 from repvgg.models.convert import convert
 from repvgg.models.plain import PlainNet

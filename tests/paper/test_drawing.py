@@ -7,8 +7,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import repvgg, with_bn
-from repvgg.fold.reparam import Branches, reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.names import Member
 from repvgg.models.repvgg import RepVGG
 from repvgg.paper import figure2, figure4

@@ -53,7 +53,7 @@ def test_b0s_structures_are_built_as_table_6_has_them() -> None:
     from torch import nn
 
     from repvgg.bench.models import network
-    from repvgg.fold.reparam import Branches
+    from repvgg.fold.as_linear import Branches
 
     for row in TABLE6:
         model, _ = network(Candidate("repvgg_micro", form="training", block=row.block))

@@ -9,7 +9,7 @@ import torch
 from conftest import randomize
 
 from repvgg.data import Decoded, Source, open_source
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing

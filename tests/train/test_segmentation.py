@@ -19,7 +19,7 @@ from torchvision.tv_tensors import Mask
 
 from repvgg.data import Source, open_source
 from repvgg.data.masks import open_camvid
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing

@@ -24,7 +24,7 @@ from repvgg import cli
 from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.deploy.operators import read, summary
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import save
 from repvgg.models.manifest import Manifest, Preprocessing

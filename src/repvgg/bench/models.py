@@ -22,7 +22,7 @@ from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.disk import Log
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser

@@ -16,7 +16,7 @@ from repvgg.deploy.fastest import fastest
 from repvgg.deploy.formats import exported_file
 from repvgg.deploy.runner import Runner
 from repvgg.disk import Log
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import open_model as open_pytorch
 from repvgg.models.names import PSPNETS

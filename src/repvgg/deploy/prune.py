@@ -25,7 +25,8 @@ from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import insert_bn
 from repvgg.disk import Log
 from repvgg.fold.algebra import LinearMap, ReparamError
-from repvgg.fold.reparam import CONVOLUTIONS, as_linear, inside, refuse_train_mode
+from repvgg.fold.as_linear import CONVOLUTIONS, as_linear
+from repvgg.fold.guards import inside, refuse_train_mode
 from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import write_record
 from repvgg.models import zoo

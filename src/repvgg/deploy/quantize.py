@@ -32,7 +32,7 @@ from repvgg.deploy.runner import Runner
 from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
 from repvgg.disk import Log
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate

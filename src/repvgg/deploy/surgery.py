@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import LinearMap, ReparamError, balance
-from repvgg.fold.reparam import as_linear, refuse_train_mode
+from repvgg.fold.as_linear import as_linear
+from repvgg.fold.guards import refuse_train_mode
 from repvgg.models import zoo
 from repvgg.models.plain import layer_list
 

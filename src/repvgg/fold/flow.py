@@ -18,6 +18,9 @@ from torch import Tensor
 
 from repvgg.fold.algebra import LinearMap, Pair, ReparamError, add, compose, concat, identity, pick, scale
 
+PART_BOUND = 1e-10  # relative error of one folded stretch in float64; rounding alone is some 1e-15
+TINY = 1e-300
+
 Kind = Literal["convolution", "norm", "scale", "other", "same"]
 
 
@@ -377,3 +380,22 @@ def _operator(v: Value) -> Operator:
 def _cost(m: LinearMap, multiplications: int) -> float:
     """For each pixel of the input: those that a stride skips cost nothing."""
     return multiplications / math.prod(m.stride)
+
+
+def check(stretch: Stretch) -> float:
+    """Relative float64 error of a stretch, on noise just large enough for every tap, border and a second step.
+
+    Raises `ReparamError` where it is more than rounding.
+    """
+    m = stretch.map
+    geometry = zip(m.kernel_size, m.dilation, m.stride, m.padding, strict=True)
+    size = [max(d * (k - 1) + 1 + 2 * s + p, p + 1) for k, d, s, p in geometry]
+    noise = torch.Generator().manual_seed(m.in_channels * 31 + m.kernel_size[0])
+    x = torch.randn(2, m.in_channels, *size, generator=noise, dtype=torch.float64).to(m.kernel.device)
+    wanted, got = stretch.run(x), m(x)
+    error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=TINY)) if wanted.shape == got.shape else math.inf
+    if not error <= PART_BOUND:
+        raise ReparamError(
+            f"its folded form differs by {error:.1e} (bound {PART_BOUND:.0e}); please report this", stretch.target.name
+        )
+    return error

@@ -4,7 +4,8 @@ import os
 
 from repvgg.disk import Log
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.load import load, save
 from repvgg.models.zoo import manifest_of
 

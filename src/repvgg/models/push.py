@@ -20,7 +20,8 @@ from typing import Any
 from torch import nn
 
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import hub
 from repvgg.models.load import load, save

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import UNFOLDABLE, Conv1x1, SqueezeExcite, deploy_conv, find_block, with_bn
-from repvgg.fold.reparam import Branches
 from repvgg.models.names import Member
 
 

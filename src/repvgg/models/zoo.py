@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.families import DEFAULTS, Request, family_of
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import resolve_name

@@ -29,7 +29,7 @@ def run(settings: Settings) -> Result:
 
 
 def members() -> tuple[Multipliers, ...]:
-    """Table 3 as our family data have it."""
+    """Read Table 3 off our family data."""
     return tuple(
         Multipliers(name, (1, *FAMILY[name].depths), FAMILY[name].a, FAMILY[name].b) for name in (row.model for row in TABLE3)
     )

@@ -40,7 +40,7 @@ from repvgg.deploy.formats import exported_file
 from repvgg.deploy.load import open_model
 from repvgg.deploy.runner import Runner
 from repvgg.disk import FileError, Log, atomically
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.load import file_of, is_file
 from repvgg.models.names import PSPNETS
 from repvgg.models.pspnet import PSPNet
@@ -48,7 +48,7 @@ from repvgg.models.views import WHOLE, Views
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.labels import named
 from repvgg.predict.masks import Masker, class_names, colours, write_mask
-from repvgg.train.progress import PLAIN_EVERY
+from repvgg.terminal import PLAIN_EVERY
 
 SETTINGS = "_settings.json"
 FORMAT = 1
