@@ -16,6 +16,7 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
+from repvgg.predict.where import Cluster
 from repvgg.train.recipes import Keeping, Recipe, get_recipe
 from repvgg.version import __version__
 
@@ -212,7 +213,7 @@ def evaluate(
         overlap = Segmentation().evaluate_model(network, source, split, **how)
         show_overlap(overlap, source.classes, json)
         return
-    if _asks_for_masks(None, slide, scales, flip):
+    if _asks_for_masks("", slide, scales, flip):
         raise ValueError(f"--slide, --scales and --flip are for masks, {source.name} has labels")
     source = replace(source, val=source.split(split))
     show_accuracy(evaluate_model(network, source, batch_size, workers, _device(device)), source.classes, json)
@@ -228,8 +229,8 @@ def _views(slide: bool, scales: str, flip: bool) -> Any:
     return Views(slide, sizes, flip)
 
 
-def _asks_for_masks(out: Path | None, slide: bool, scales: str, flip: bool) -> bool:
-    return out is not None or slide or scales != "1" or flip
+def _asks_for_masks(out: str, slide: bool, scales: str, flip: bool) -> bool:
+    return bool(out) or slide or scales != "1" or flip
 
 
 def convert(source: Positional[Path], target: Positional[Path], to_keys: Keys | None = None) -> None:
@@ -252,8 +253,9 @@ def predict(
     split: str = "val",
     batch_size: int = 32,
     top: int = 5,
-    out: Path | None = None,
+    out: str = "",
     part_size: int = 1024,
+    cluster: OmitArgPrefixes[Cluster] = Cluster(),  # noqa: B008 - frozen
     slide: bool = False,
     scales: str = "1",
     flip: bool = False,
@@ -269,12 +271,14 @@ def predict(
         model: a model file, hf:USER/NAME, a name for its pretrained weights, or an exported file or its folder.
         images: files, folders and globs.
         data: instead of images: any folder, hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS, or as for eval; no labels are
-            needed. It goes on where it was, and torchrun shares the work out.
+            needed; or a URL of images or Parquet files, such as s3://BUCKET/PHOTOS. The same command goes on where it was.
         split: of the data.
         batch_size: images at a time; masks are made one at a time.
         top: how many labels an image.
-        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json. With --data: folder for part-*.parquet.
+        out: of masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json. With --data: folder for Parquet files, with
+            --ray also a URL.
         part_size: with --data: images a part; of hf-stream and wds, a part is a file of the data.
+        cluster: where a whole data set is predicted.
         slide: of masks: in windows of the training crop's size, which overlap, instead of the whole image.
         scales: of masks: of the image, several with commas, averaged: 0.75,1,1.25.
         flip: of masks: average with the mirrored image.
@@ -285,13 +289,11 @@ def predict(
         json: print one JSON object an image; with --data, one in the end.
     """
     if data:
-        if images or out is None:
+        if images or not out:
             raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
         from repvgg.info import show_predicted
-        from repvgg.predict.datasets import Job, predict_data
-        from repvgg.train.distributed import local_device
+        from repvgg.predict.job import Job
 
-        rank = int(_process())
         job = Job(
             model,
             data,
@@ -303,29 +305,33 @@ def predict(
             top=top,
             part_size=part_size,
             views=_views(slide, scales, flip),
-            device=local_device(_device(device)),
+            device=_device(device),
             workers=workers,
-            rank=rank,
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
         )
-        summary = predict_data(job, log=_say if rank == 0 else str)
-        show_predicted(summary, json, always=rank == 0)
+        if cluster.ray:
+            from repvgg.predict.cluster import predict_on_ray
+
+            show_predicted(predict_on_ray(job, cluster, _say), json)
+            return
+        from repvgg.predict.datasets import predict_data
+
+        show_predicted(predict_data(job, _say), json)
         return
     from repvgg.deploy.load import open_model
     from repvgg.info import show_masks, show_predictions
-    from repvgg.models.pspnet import PSPNet
+    from repvgg.models.zoo import manifest_of
     from repvgg.predict.labels import expand
     from repvgg.predict.labels import predict as run
 
     at_once = min(batch_size, len(expand(images))) if images else batch_size
     network = open_model(model, engine, precision, at_once, _device(device), _say)
-    if not isinstance(network, PSPNet) and not _asks_for_masks(out, slide, scales, flip):
+    if manifest_of(network).task == "labels" and not _asks_for_masks(out, slide, scales, flip):
         show_predictions(run(network, images, batch_size, top, _device(device)), json)
         return
     from repvgg.predict.masks import class_names, predict_masks, write_masks
 
     answers = predict_masks(network, images, _device(device), _views(slide, scales, flip))
-    show_masks(write_masks(answers, out, class_names(network)) if out else answers, json)
+    show_masks(write_masks(answers, Path(out), class_names(network)) if out else answers, json)
 
 
 def export(

@@ -18,7 +18,6 @@ from repvgg.deploy.formats import exported_file
 from repvgg.deploy.runner import Runner
 from repvgg.fold.reparam import reparameterize
 from repvgg.models import zoo
-from repvgg.models.pspnet import PSPNETS, PSPNet
 
 Log = Callable[[str], object]
 
@@ -70,11 +69,11 @@ def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, 
     model = exported or zoo.open_model(name_or_path)
     if isinstance(model, nn.Module) and not engine:
         return model
-    if isinstance(model, PSPNet):
+    if isinstance(model, nn.Module) and zoo.manifest_of(model).task == "masks":
         raise ValueError(f"{name_or_path}: masks of images of any size are made by PyTorch: leave out --engine")
     if engine in engines.ENGINES and not engines.precisions(engine, device):
         device = "cpu"
     runner = load_engine(model, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
-    if exported and runner.manifest and (runner.manifest.arch or {}).get("name") in PSPNETS:
+    if exported and runner.manifest and runner.manifest.task == "masks":
         raise ValueError(f"{exported}: masks of images of any size are made by PyTorch: name the model file")
     return runner
