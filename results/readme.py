@@ -56,30 +56,15 @@ def headline() -> str:
     assert engine is not None
     rows = rivals.short(engine)
     if predictions is not None:
-        differ = ", ".join(f"{name}: {f['differ']}" for name, f in predictions["engines"].items() if name.endswith("high"))
-        rows.append([f"predictions unlike float64's, {_images(predictions)}", differ, "", ""])
+        kept = {name.split()[0]: f for name, f in predictions["engines"].items() if name.endswith("high")}
+        images = next(iter(kept.values()))["images"]
+        model, differ = predictions["model"]["name"], ", ".join(f"{f['differ']} in {name}" for name, f in kept.items())
+        rows.append([f"predictions unlike float64's, of {images:,} on CIFAR-10 (`{model}`)", differ, "", ""])
     if cifar10 is not None:
-        forms = " and ".join(f"{top1:.2%} in {form}" for form, top1 in cifar10["top1"].items())
-        same = f"{cifar10['equal_predictions']:,} predictions the same"
-        rows.append(
-            [f"top-1 on CIFAR-10, {cifar10['minutes']:.0f} minutes of training (`repvgg_micro`)", f"{forms}, {same}", "", ""]
-        )
-    return (
-        table(
-            [
-                f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}",
-                "our engine",
-                "fastest of the others",
-                "ours over it",
-            ],
-            rows,
-        )
-        + "\n"
-    )
-
-
-def _images(predictions: dict[str, Any]) -> str:
-    return f"{next(iter(predictions['engines'].values()))['images']:,} CIFAR-10 images"
+        forms = ", ".join(f"{top1:.2%}" for top1 in cifar10["top1"].values())
+        rows.append([f"its top-1, training form and deploy form, after {cifar10['minutes']:.0f} minutes", forms, "", ""])
+    first = f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}"
+    return table([first, "our engine", "fastest of the others", "ours over it"], rows) + "\n"
 
 
 def measured() -> str:

@@ -4,6 +4,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "isa.h"
 #include "net.h"
 
 struct repvgg_net {
@@ -31,6 +32,11 @@ int guarded(char *error, size_t size, const Work &work) {
 }  // namespace
 
 extern "C" {
+
+int32_t repvgg_abi_version(size_t sizes[3]) {
+    if (sizes) sizes[0] = sizeof(repvgg_layer), sizes[1] = sizeof(repvgg_options), sizes[2] = sizeof(repvgg_images);
+    return REPVGG_ABI_VERSION;
+}
 
 repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error, size_t size) {
     repvgg_net *net = nullptr;
@@ -72,7 +78,7 @@ const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i) {
 
 int64_t repvgg_weight_bytes(const repvgg_net *net, int32_t layer, const char *name) {
     const repvgg::Algorithm *algorithm = net && name ? net->net.find(layer, name) : nullptr;
-    return algorithm ? net->net.weight_floats(layer, *algorithm) * static_cast<int64_t>(sizeof(float)) : 0;
+    return algorithm ? net->net.weight_bytes(layer, *algorithm) : 0;
 }
 
 void repvgg_profile(repvgg_net *net, double *seconds) {

@@ -8,6 +8,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+Log = Callable[[str], object]
+"""Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
+
 
 class FileError(ValueError):
     """A model file that is missing, damaged, of another kind or hostile; the message names it and the remedy."""
@@ -94,7 +97,7 @@ def unescaped(text: str) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An error of somebody else's code in a few words."""
+    """Tell an error of somebody else's code in a few words."""
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
 
 

@@ -17,7 +17,7 @@ from repvgg.deploy import fastest as choosing
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.fastest import fastest, measure
 from repvgg.deploy.load import load_engine
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.train.loop import new_model
 
 

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from repvgg.fold.blocks import BLOCKS
-from repvgg.fold.reparam import reparameterize
-from repvgg.models.repvgg import FAMILY, Member, RepVGG
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.names import FAMILY, Member
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper import figure2
 from repvgg.paper.result import Settings
 

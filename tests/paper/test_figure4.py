@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError, add
+from repvgg.fold.as_linear import Branches, as_linear
 from repvgg.fold.blocks import no_1x1, plain, repvgg, with_bn
-from repvgg.fold.reparam import Branches, as_linear
 from repvgg.paper import figure4
 from repvgg.paper.result import Settings
 

@@ -24,8 +24,9 @@ from repvgg import cli
 from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.deploy.operators import read, summary
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import save
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.web import app
 
@@ -64,7 +65,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(model: nn.Module, runtime: Path) -> Path:
     Image.fromarray(np.zeros((2000, 50, 3), np.uint8)).save(runtime / "tall.jpg")
-    zoo.save(model, runtime / "m.safetensors")
+    save(model, runtime / "m.safetensors")
     words = ["web", str(runtime / "m.safetensors"), str(runtime / "tall.jpg")]
     cli.main([*words, "--out", str(runtime / "web"), "--runtime", str(runtime), "--no-serve"])
     return runtime / "web" / "index.html"
@@ -100,7 +101,7 @@ def test_the_demo_goes_on_in_the_browser(model: nn.Module, tmp_path: Path, monke
     """With what an earlier one has left."""
     (tmp_path / "run").mkdir()
     (tmp_path / "index.html").touch()
-    zoo.save(model, tmp_path / "run" / "last.safetensors")
+    save(model, tmp_path / "run" / "last.safetensors")
     done: list[Any] = []
     monkeypatch.setattr(app, "build", lambda model, *rest: done.append(rest[:2]))
     monkeypatch.setattr(app, "serve", lambda *rest: done.append(rest[:2]))

@@ -14,13 +14,12 @@ from torch import nn
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.parity import compare, reference
-from repvgg.disk import atomically, cache_folder, describe
+from repvgg.disk import Log, atomically, cache_folder, describe
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import interleave, synchroniser
 
 # Rounds of the search, and how many times slower than the best an engine may be in them to go on to the next.
 KNOCKOUT = ((1, 2.0), (5, 1.15), (15, 1.0))
-Log = Callable[[str], object]
 
 
 def fastest(model: nn.Module, options: Options, log: Log = print) -> str:

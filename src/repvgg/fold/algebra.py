@@ -69,6 +69,9 @@ class LinearMap:
         """Each output channel is a multiple of the same input channel, as in a batch norm."""
         return self.pointwise and self.groups == self.in_channels == self.out_channels
 
+    def to(self, device: torch.device | str) -> "LinearMap":
+        return replace(self, kernel=self.kernel.to(device), bias=self.bias.to(device))
+
     def __call__(self, x: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros" and any(padding):
@@ -145,6 +148,32 @@ def add(*maps: LinearMap) -> LinearMap:
     return LinearMap(kernel, bias, maps[0].stride, padding, dilation, groups, mode)
 
 
+def concat(*maps: LinearMap) -> LinearMap:
+    """The outputs of branches that see the same input, one behind the other along the channels.
+
+    Raises `ReparamError` where their strides, or their paddings once widened, disagree.
+    """
+    total = sum(m.out_channels for m in maps)
+    zero = maps[0].kernel.new_zeros
+    shifted, start = [], 0
+    for m in maps:
+        around = start, total - start - m.out_channels
+        kernel = regroup(m, 1).kernel
+        kernel = torch.cat([zero(around[0], *kernel.shape[1:]), kernel, zero(around[1], *kernel.shape[1:])])
+        bias = torch.cat([zero(around[0]), m.bias, zero(around[1])])
+        shifted.append(replace(m, kernel=kernel, bias=bias, groups=1))
+        start += m.out_channels
+    return add(*shifted)
+
+
+def pick(m: LinearMap, channels: Tensor) -> LinearMap:
+    """The map whose outputs are these channels of `m`'s, in this order; channels: [n], int64."""
+    if torch.equal(channels, torch.arange(m.out_channels, device=channels.device)):
+        return m
+    m = regroup(m, 1)
+    return replace(m, kernel=m.kernel[channels], bias=m.bias[channels])
+
+
 def compose(first: LinearMap, *others: LinearMap) -> LinearMap:
     """`others[-1](... others[0](first(x)))`, where one of each two neighbours is 1x1 (with a batch norm: equations 3 and 4)."""
     for second in others:
@@ -155,6 +184,8 @@ def compose(first: LinearMap, *others: LinearMap) -> LinearMap:
 def _compose(first: LinearMap, second: LinearMap) -> LinearMap:
     if first.out_channels != second.in_channels:
         raise ReparamError(f"{first.out_channels} channels go into a map of {second.in_channels}")
+    if first.scales_channels and first.stride == (1, 1):
+        return _scale_then(first, second)
     if second.pointwise:
         return _then_pointwise(first, second)
     if first.kernel_size == (1, 1) and first.stride == (1, 1):
@@ -194,6 +225,16 @@ def _pointwise_then(first: LinearMap, second: LinearMap) -> LinearMap:
     kernel = torch.einsum("gomhw,gmi->goihw", b, a).flatten(0, 1)
     bias = torch.einsum("gomhw,gm->go", b, first.bias.view(groups, -1)).flatten() + second.bias
     return replace(second, kernel=kernel, bias=bias, groups=groups, padding=outer.padding, padding_mode=outer.padding_mode)
+
+
+def _scale_then(first: LinearMap, second: LinearMap) -> LinearMap:
+    """A batch norm, and then a convolution: as `_pointwise_then`, without building a dense diagonal."""
+    if any(second.padding) and second.padding_mode == "zeros" and bool((first.bias != 0).any()):
+        raise ReparamError(f"a shift would cross the border of a padded {_by(second.kernel_size)}")
+    by_group = _by_group(second)
+    bias = (by_group.sum((-2, -1)) * first.bias.view(second.groups, 1, -1)).sum(-1).flatten() + second.bias
+    kernel = (by_group * first.kernel.view(second.groups, 1, -1, 1, 1)).flatten(0, 1)
+    return replace(second, kernel=kernel, bias=bias)
 
 
 def balance(first: LinearMap, second: LinearMap) -> tuple[LinearMap, LinearMap]:

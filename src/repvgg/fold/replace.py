@@ -15,25 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError, compose
-from repvgg.fold.blocks import DerivedConv, find_block
-from repvgg.fold.reparam import (
+from repvgg.fold.as_linear import (
     CONVOLUTIONS,
     Branches,
     Chain,
-    Pairs,
-    altered,
     as_linear,
-    check_part,
     conv_padding,
-    find_pairs,
-    inside,
     is_batch_norm,
     is_foldable,
-    refuse_lost_pairs,
-    refuse_uncopyable,
     split_activation,
     why_unknown,
 )
+from repvgg.fold.blocks import DerivedConv, find_block
+from repvgg.fold.guards import altered, inside, refuse_uncopyable
+from repvgg.fold.proof import check_part
+from repvgg.fold.trace import Pairs, find_pairs, refuse_lost_pairs
 
 
 @dataclass

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from repvgg.data import DataError
 from repvgg.data.shards import Item, Shards
-from repvgg.disk import FileError, atomically, describe, escaped, unescaped
+from repvgg.disk import FileError, Log, atomically, describe, escaped, unescaped
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
 from repvgg.predict.datasets import engine_name, maker, opened
@@ -60,7 +60,6 @@ PIXELS = pa.schema(
         pa.field("size", pa.list_(pa.int32())),
     ]
 )
-Log = Callable[[str], object]
 
 
 def predict_on_ray(job: Job, cluster: Cluster, log: Log = print) -> Summary:

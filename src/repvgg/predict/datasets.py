@@ -20,8 +20,8 @@ from torch import nn
 from repvgg.data.shards import Shards
 from repvgg.deploy.load import open_model
 from repvgg.deploy.runner import Runner
-from repvgg.disk import FileError, atomically
-from repvgg.fold.reparam import reparameterize
+from repvgg.disk import FileError, Log, atomically
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
 from repvgg.predict.job import Job, Summary
@@ -30,8 +30,6 @@ from repvgg.predict.meter import Meter
 from repvgg.predict.remote import open_data
 from repvgg.predict.rows import Labels, Masks
 from repvgg.train.tasks import task_of_model
-
-Log = Callable[[str], object]
 
 
 def predict_data(job: Job, log: Log = print) -> Summary:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from repvgg.data.shards import Shards
 from repvgg.deploy.formats import exported_file
 from repvgg.disk import FileError, hold
-from repvgg.models.zoo import file_of, is_file
+from repvgg.models.load import file_of, is_file
 from repvgg.predict.job import Job
 
 SETTINGS = "_settings.json"

@@ -2,12 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
+from repvgg.disk import Log
 from repvgg.train.progress import PLAIN_EVERY
-
-Log = Callable[[str], object]
 
 
 class Meter:

@@ -16,6 +16,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from repvgg.disk import Log
+
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -178,7 +180,7 @@ def check(name: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"the engine {name} has no {precision} on {device}" + (f": it has {', '.join(has)}" if has else ""))
 
 
-def installed(precision: str, device: str = "cpu", log: Callable[[str], object] = print) -> list[str]:
+def installed(precision: str, device: str = "cpu", log: Log = print) -> list[str]:
     """Return the names of the engines that are here and have this precision; `log` hears of each that is not here."""
     found = []
     for name in ENGINES:

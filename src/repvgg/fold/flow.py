@@ -1,0 +1,401 @@
+"""Find the parts of a computation that are one linear map, whatever classes or files they come from.
+
+A computation is a list of values, each made from earlier ones. A value whose operator is linear is a linear map of each earlier
+value that all its paths come from: a batch norm of a convolution, a sum of branches, a part of a concatenation. `stretches` chooses
+those maps that take the place of several operators and cost no more multiplications than these did. Front ends (`modules.py` for
+PyTorch, `onnx.py` for files) write a computation down as values, and write the stretches back.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repvgg.fold.algebra import LinearMap, Pair, ReparamError, add, compose, concat, identity, pick, scale
+
+PART_BOUND = 1e-10  # relative error of one folded stretch in float64; rounding alone is some 1e-15
+TINY = 1e-300
+
+Kind = Literal["convolution", "norm", "scale", "other", "same"]
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A linear operator: the map of its output, given those of its inputs; and how it is run on tensors, for the proof.
+
+    channels: of its output, None for as many as go in; reads: of its input, where it fits one number only.
+    multiplications: for each pixel of its output.
+    """
+
+    kind: Kind
+    apply: Callable[..., LinearMap]
+    run: Callable[..., Tensor]
+    channels: int | None = None
+    reads: int | None = None
+    multiplications: int = 0
+
+
+@dataclass(eq=False, repr=False)
+class Value:
+    """A value of a computation. Without an operator it is an input, or what something that is not linear gives.
+
+    says: what makes it, for a reader of the report ("a ReLU"); why: what kept it from being read as linear.
+    """
+
+    name: str
+    inputs: tuple["Value", ...] = ()
+    operator: Operator | None = None
+    says: str = ""
+    why: str = ""
+
+    @property
+    def is_norm(self) -> bool:
+        return self.operator is not None and self.operator.kind == "norm"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# ---------------------------------------------------------------------------------------------------------------- operators
+
+
+def mapped(
+    kind: Kind,
+    own: Callable[[int], LinearMap],
+    run: Callable[[Tensor], Tensor],
+    channels: int | None = None,
+    reads: int | None = None,
+    multiplications: int = 0,
+) -> Operator:
+    """An operator of one input that is the map `own(channels that go in)`: a convolution, a batch norm, a pool."""
+
+    def apply(m: LinearMap) -> LinearMap:
+        return compose(m, own(m.out_channels).to(m.kernel.device))
+
+    return Operator(kind, apply, run, channels, reads, multiplications)
+
+
+def convolved(own: Callable[[], LinearMap], run: Callable[[Tensor], Tensor], shape: torch.Size, groups: int) -> Operator:
+    """A convolution with a kernel of `shape` [out, in / groups, kh, kw]."""
+    return mapped("convolution", lambda _: own(), run, shape[0], shape[1] * groups, math.prod(shape))
+
+
+def normed(own: Callable[[], LinearMap], run: Callable[[Tensor], Tensor], channels: int) -> Operator:
+    """A batch norm."""
+    return mapped("norm", lambda _: own(), run, channels, channels, channels)
+
+
+def same() -> Operator:
+    """What changes nothing: an identity, a dropout in eval mode."""
+    return Operator("same", lambda m: m, lambda x: x)
+
+
+def scaled(weight: Tensor, bias: Tensor) -> Operator:
+    """`weight x + bias`; both of one number, or one for each channel."""
+    weight, bias = weight.double().flatten(), bias.double().flatten()
+
+    def own(channels: int) -> LinearMap:
+        if {weight.numel(), bias.numel()} - {1, channels}:
+            raise ReparamError("its constant does not have one number for each channel")
+        return scale(weight.expand(channels).contiguous(), bias.expand(channels).contiguous())
+
+    return mapped("scale", own, lambda x: x * weight.view(-1, 1, 1).to(x) + bias.view(-1, 1, 1).to(x))
+
+
+def padded(rows: int, columns: int) -> Operator:
+    """Zeros around the image, as many on one side as on the other."""
+
+    def own(channels: int) -> LinearMap:
+        return replace(identity(channels), padding=(rows, columns))
+
+    return mapped("other", own, lambda x: F.pad(x, (columns, columns, rows, rows)))
+
+
+def pooled(size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) -> Operator:
+    """An average over windows, whose padding counts."""
+
+    def own(channels: int) -> LinearMap:
+        kernel = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)), dtype=torch.float64)
+        return LinearMap(kernel, kernel.new_zeros(channels), stride, padding, groups=channels)
+
+    return mapped("other", own, lambda x: F.avg_pool2d(x, size, stride, padding, divisor_override=divisor))
+
+
+def summed(*signs: int) -> Operator:
+    """The sum of its inputs, each times its sign."""
+
+    def apply(*maps: LinearMap) -> LinearMap:
+        return add(*(replace(m, kernel=m.kernel * s, bias=m.bias * s) for m, s in zip(maps, signs, strict=True)))
+
+    return Operator("other", apply, lambda *xs: sum(x * s for x, s in zip(xs, signs, strict=True)))  # type: ignore[arg-type]
+
+
+def concatenated() -> Operator:
+    """Its inputs one behind the other along the channels."""
+    return Operator("other", concat, lambda *xs: torch.cat(xs, dim=1))
+
+
+def picked(channels: Iterable[int]) -> Operator:
+    """Some channels of its input, in some order."""
+    index = torch.tensor(list(channels))
+    return Operator("other", lambda m: pick(m, index.to(m.kernel.device)), lambda x: x[:, index.to(x.device)], index.numel())
+
+
+def part_of_norm(norm: Operator, start: int, count: int, total: int) -> Operator:
+    """A batch norm of `total` channels on `count` of them, from `start` on."""
+    whole = norm.apply(identity(total))
+
+    def run(x: Tensor) -> Tensor:
+        return norm.run(F.pad(x, (0, 0, 0, 0, start, total - start - count)))[:, start : start + count]
+
+    gain, shift = (t[start : start + count] for t in (whole.kernel.flatten(), whole.bias))
+    return normed(lambda: scale(gain, shift), run, count)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the pass
+
+
+@dataclass(eq=False)
+class Stretch:
+    """`target` is the map `map` of `source`; of what computed it, `inside` (the target last) is needed by nothing else."""
+
+    source: Value
+    target: Value
+    map: LinearMap
+    inside: list[Value]
+
+    def run(self, x: Tensor) -> Tensor:
+        """What its operators compute, one after the other."""
+        known = {self.source: x}
+
+        def value(v: Value) -> Tensor:
+            if v not in known:
+                assert v.operator is not None
+                known[v] = v.operator.run(*map(value, v.inputs))
+            return known[v]
+
+        return value(self.target)
+
+
+@dataclass
+class Flow:
+    """A computation: its values, each after those it is made from, and those of them that are read from outside.
+
+    refuse: why a front end could not write a stretch, if so. left: batch norms that no stretch took in, and why.
+    """
+
+    values: list[Value]
+    outputs: set[Value] = field(default_factory=set)
+    device: torch.device | str = "cpu"
+    refuse: Callable[[Stretch], str | None] = lambda _: None
+    left: dict[Value, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._read()
+        for v in list(self.values):
+            if v.is_norm:
+                self._spread(v)
+        self._read()
+
+    def _spread(self, norm: Value) -> None:
+        """A batch norm of concatenated convolutions becomes a concatenation of batch norms."""
+        (together,) = norm.inputs
+        if together.operator is None or together.operator.apply is not concat or together in self.outputs:
+            return
+        ends = [(p, p.operator.channels) for p in together.inputs if p.operator and p.operator.kind == "convolution"]
+        if self.readers[together] != [norm] or any(self.readers[p] != [together] or p in self.outputs for p in together.inputs):
+            return
+        assert norm.operator is not None
+        total, start, parts = norm.operator.channels or 0, 0, []
+        if len(ends) < len(together.inputs) or sum(count or 0 for _, count in ends) != total:
+            return
+        for i, (p, count) in enumerate(ends):
+            assert count is not None
+            parts.append(Value(f"{norm.name}.{i}", (p,), part_of_norm(norm.operator, start, count, total), norm.says))
+            start += count
+        norm.inputs, norm.operator = tuple(parts), concatenated()
+        at = self.values.index(norm)
+        self.values[at:at] = parts
+        self.values.remove(together)
+
+    def _read(self) -> None:
+        self.readers: dict[Value, list[Value]] = defaultdict(list)
+        for v in self.values:
+            for source in v.inputs:
+                self.readers[source].append(v)
+        self.channels = self._count_channels()
+
+    def stretches(self) -> Iterator[Stretch]:
+        """Yield each linear stretch that becomes one convolution, exactly and at no more multiplications than before."""
+        for part in self._parts():
+            yield from _Part(self, part).stretches()
+
+    def _count_channels(self) -> dict[Value, int]:
+        count: dict[Value, int] = {}
+        for v in self.values:
+            if v.operator is None:
+                continue
+            if v.operator.reads is not None:
+                count[v.inputs[0]] = v.operator.reads
+            known = [count[i] for i in v.inputs if i in count]
+            if v.operator.channels is not None:
+                count[v] = v.operator.channels
+            elif len(known) == len(v.inputs):
+                count[v] = sum(known) if v.operator.apply is concat else max(known)
+        for v in reversed(self.values):  # what a pool or a pad reads has as many channels as it gives
+            if v in count and v.operator is not None and len(v.inputs) == 1 and v.operator.channels is None:
+                count.setdefault(v.inputs[0], count[v])
+        return count
+
+    def _parts(self) -> list[list[Value]]:
+        """Return the linear values that hang together; a sum of values with no common origin begins another part."""
+        origins: dict[Value, set[Value]] = {}
+        parts: dict[Value, list[Value]] = {}
+        for v in self.values:
+            common = set.intersection(*(origins[i] for i in v.inputs)) if v.operator is not None else set()
+            origins[v] = common | {v}
+            if common:
+                joined = {id(parts[i]): parts[i] for i in v.inputs if i in parts}
+                merged = [w for part in joined.values() for w in part] + [v]
+                parts.update(dict.fromkeys(merged, merged))
+        order = {v: n for n, v in enumerate(self.values)}
+        return [sorted(part, key=order.__getitem__) for part in {id(part): part for part in parts.values()}.values()]
+
+
+class _Part:
+    """Linear values that hang together: the map of each from each earlier one, and the choice among them."""
+
+    def __init__(self, flow: Flow, values: list[Value]) -> None:
+        self.flow, self.values, self.mine = flow, values, set(values)
+        self.maps: dict[Value, dict[Value, LinearMap]] = {}
+        self.refusals: dict[tuple[Value, Value], str] = {}
+        for v in values:
+            for source in v.inputs:
+                self.maps.setdefault(source, self._itself(source))
+            self.maps[v] = self._maps_of(v)
+
+    def _itself(self, v: Value) -> dict[Value, LinearMap]:
+        count = self.flow.channels.get(v)
+        return {} if count is None else {v: identity(count).to(self.flow.device)}
+
+    def _maps_of(self, v: Value) -> dict[Value, LinearMap]:
+        found = {}
+        inputs = [self.maps[i] for i in v.inputs]
+        for source in inputs[0]:
+            if all(source in maps for maps in inputs):
+                try:
+                    found[source] = _operator(v).apply(*(maps[source] for maps in inputs))
+                except ReparamError as error:
+                    self.refusals[v, source] = error.reason
+        return found | self._itself(v)
+
+    def stretches(self) -> Iterator[Stretch]:
+        readers, needed, chosen = self.flow.readers, set(), []
+        needed = {v for v in self.values if v in self.flow.outputs or not self.mine.issuperset(readers[v])}
+        for v in reversed(self.values):
+            if v in needed:
+                best = self._best(v, needed)
+                needed.update({best.source} if best else v.inputs)
+                if best:
+                    chosen.append(best)
+        inside = {v for stretch in chosen for v in stretch.inside}
+        self.flow.left |= {v: self._why_left(v) for v in self.values if v.is_norm and v in needed and v not in inside}
+        return reversed(chosen)
+
+    def _best(self, v: Value, needed: set[Value]) -> Stretch | None:
+        """The stretch that ends in this value and spares most, or takes most in."""
+        best, most = None, (0.0, 0)
+        for source, m in self.maps[v].items():
+            inside = self._inside(source, v, needed) if source is not v else []
+            work = [w for w in inside if _operator(w).kind != "same"]
+            if len(work) < 2 or not any(_operator(w).kind == "convolution" for w in work):
+                continue
+            spared = sum(self._cost(w, source) for w in inside) - _cost(m, m.kernel.numel())
+            stretch = Stretch(source, v, m, inside)
+            if spared >= 0 and (spared, len(inside)) > most and not self.flow.refuse(stretch):
+                best, most = stretch, (spared, len(inside))
+        return best
+
+    def _inside(self, source: Value, target: Value, needed: set[Value]) -> list[Value]:
+        """Values between the two that nothing else reads, the target among them."""
+        between, todo = {target}, [target]
+        while todo:
+            more = [i for i in todo.pop().inputs if i is not source and i not in between]
+            between.update(more)
+            todo += more
+        inside: list[Value] = []
+        for w in reversed(self.values):
+            alone = w not in needed and all(r in inside for r in self.flow.readers[w])
+            if w in between and (w is target or alone or (w not in needed and self._spreads(w))):
+                inside.insert(0, w)
+        return inside
+
+    def _spreads(self, v: Value) -> bool:
+        """A batch norm that each of the convolutions which read it can take in, at no more multiplications."""
+        if v in self.flow.outputs or not v.is_norm:
+            return False
+        maps = [(r, self.maps[r].get(v.inputs[0])) for r in self.flow.readers[v] if r in self.mine]
+        return len(maps) == len(self.flow.readers[v]) and all(
+            m is not None and _operator(r).kind == "convolution" and m.kernel.numel() <= _operator(r).multiplications
+            for r, m in maps
+        )
+
+    def _cost(self, v: Value, source: Value) -> float:
+        return _cost(self.maps[v][source], _operator(v).multiplications)
+
+    def _why_left(self, v: Value) -> str:
+        return f"{self._why_not_before(v)}, and {self._why_not_after(v)}"
+
+    def _why_not_before(self, v: Value) -> str:
+        source = v.inputs[0]
+        if source not in self.mine:
+            return source.why or f"{source.says} comes before it"
+        others = [r.says for r in self.flow.readers[source] if r is not v]
+        if others or source in self.flow.outputs:
+            return f"{others[0] if others else 'another module'} reads what comes before it too"
+        return next((why for (w, _), why in self.refusals.items() if w is v), "what comes before it takes in no batch norm")
+
+    def _why_not_after(self, v: Value) -> str:
+        readers = self.flow.readers[v]
+        if v in self.flow.outputs or not readers:
+            return "it is read from outside"
+        for r in readers:
+            if r not in self.mine:
+                return r.why or f"{r.says} comes after it"
+            if why := self.refusals.get((r, v.inputs[0])):
+                return why
+        return f"{readers[0].says} after it takes in no batch norm"
+
+
+def _operator(v: Value) -> Operator:
+    assert v.operator is not None
+    return v.operator
+
+
+def _cost(m: LinearMap, multiplications: int) -> float:
+    """For each pixel of the input: those that a stride skips cost nothing."""
+    return multiplications / math.prod(m.stride)
+
+
+def check(stretch: Stretch) -> float:
+    """Relative float64 error of a stretch, on noise just large enough for every tap, border and a second step.
+
+    Raises `ReparamError` where it is more than rounding.
+    """
+    m = stretch.map
+    geometry = zip(m.kernel_size, m.dilation, m.stride, m.padding, strict=True)
+    size = [max(d * (k - 1) + 1 + 2 * s + p, p + 1) for k, d, s, p in geometry]
+    noise = torch.Generator().manual_seed(m.in_channels * 31 + m.kernel_size[0])
+    x = torch.randn(2, m.in_channels, *size, generator=noise, dtype=torch.float64).to(m.kernel.device)
+    wanted, got = stretch.run(x), m(x)
+    error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=TINY)) if wanted.shape == got.shape else math.inf
+    if not error <= PART_BOUND:
+        raise ReparamError(
+            f"its folded form differs by {error:.1e} (bound {PART_BOUND:.0e}); please report this", stretch.target.name
+        )
+    return error
