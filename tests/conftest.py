@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # the same sums in the same order everywhere, and no w
 
 
 # The same examples in every run, so that a failure is never somebody else's; and no verdict on speed.
-settings.register_profile("repvgg", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repvgg", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repvgg")
 
 
