@@ -11,10 +11,10 @@ from torch import nn
 
 from repvgg.disk import FileError
 from repvgg.fold.replace import replace_conv
-from repvgg.models import baselines, weights
+from repvgg.models import baselines, pretrained, weights
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import BASELINES, FAMILY, NETWORKS, PSPNETS
-from repvgg.models.pretrained import imagenet_classes, pretrained_weights
+from repvgg.models.pretrained import imagenet_classes
 from repvgg.models.pspnet import create_pspnet
 from repvgg.models.repvgg import RepVGG
 
@@ -75,14 +75,17 @@ def _create_repvgg(r: Request) -> Made:
     manifest = Manifest(arch, preprocessing=_repvgg_preprocessing(arch))
     if not r.pretrained:
         return model, manifest
-    tensors, origin = pretrained_weights(r.name, "main" if r.pretrained is True else r.pretrained)
+    revision = "main" if r.pretrained is True else r.pretrained
+    source = pretrained.pretrained_file(r.name, revision)
+    tensors, _ = weights.read(source)
     classes = imagenet_classes() if r.num_classes == 1000 else None
     if classes is None:
         tensors.update({name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")})
     try:
         weights.fill(model, tensors)
     except ValueError as error:
-        raise FileError(f"{origin['source']}: {error}") from None
+        raise FileError(f"{source}: {error}") from None
+    origin = {"source": pretrained.REPO.format(name=r.name), "revision": revision}
     return model, replace(manifest, classes=classes, training=origin)
 
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from torch import Tensor
-
-from repvgg.models import hub, weights
+from repvgg.models import hub
 
 RELEASED = ("a0", "a1", "a2", "b0", "b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se")
 REPO = "timm/{name}.rvgg_in1k"
@@ -19,12 +17,6 @@ def pretrained_file(name: str, revision: str = "main") -> Path:
         raise ValueError(f"no weights were released for {name}; there are repvgg_{{{','.join(RELEASED)}}}")
     repo = REPO.format(name=name)
     return hub.cached(repo, revision) or hub.fetch(repo, revision)  # they do not change: what was fetched once needs no network
-
-
-def pretrained_weights(name: str, revision: str = "main") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return this member's weights in training form, in our keys, and what a manifest says of their origin."""
-    tensors, _ = weights.read(pretrained_file(name, revision))
-    return tensors, {"source": REPO.format(name=name), "revision": revision}
 
 
 def imagenet_classes() -> list[str]:

@@ -48,7 +48,7 @@ from repvgg.models.views import WHOLE, Views
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.labels import named
 from repvgg.predict.masks import Masker, class_names, colours, write_mask
-from repvgg.train.progress import PLAIN_EVERY
+from repvgg.terminal import PLAIN_EVERY
 
 SETTINGS = "_settings.json"
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""cli.py as a user meets it: the whole road on digits, and one line for everything that cannot work."""
+"""The commands as a user meets it: the whole road on digits, and one line for everything that cannot work."""
 
 import io
 import json
