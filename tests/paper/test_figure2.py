@@ -135,3 +135,10 @@ def test_what_a_block_folds_into_is_drawn_from_it() -> None:
     found = words(figure2.draw_block(BLOCKS["acb"](4, 8, stride=2)))
     assert found.count("stride 2") == 4
     assert {"1×3", "3×1"} < set(found)
+
+
+def test_operators_of_a_block_are_as_many_as_the_paper_says() -> None:
+    pytest.importorskip("timm")
+    _, deploy = both_forms()
+    rows = {network: (paper, here) for network, paper, here in figure2._fragments(deploy).rows}
+    assert rows == {"NASNet-A": (13, None), "ResNet-18": (2, 2), "ResNet-50": (3, 3), "RepVGG, deploy form": (1, 1)}
