@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from PIL import Image
 from rounding import REPORTED
 
 from repvgg import cli
+from repvgg.cli import entry
 from repvgg.data import open_source
 from repvgg.models import zoo
-from repvgg.models.load import load
+from repvgg.models.load import load, save
+from repvgg.models.zoo import create_model
 from repvgg.version import __version__
 
 Captured = pytest.CaptureFixture[str]
@@ -204,7 +207,66 @@ def test_the_recipe_named_gives_the_defaults_and_flags_change_them(tmp_path: Pat
     assert "best val top-1" in capsys.readouterr().out
 
 
+def test_a_run_folder_stands_for_its_best_model(run: Path, scans: Path, capsys: Captured) -> None:
+    shown = []
+    for model in (run / "run", run / "run" / "best.safetensors"):
+        capsys.readouterr()
+        assert repvgg("predict", model, scans, "--json") == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != ""
+
+
+def test_names_of_strangers_cannot_steer_the_terminal(run: Path, scans: Path, tmp_path: Path, capsys: Captured) -> None:
+    model = load(run / "deploy.safetensors")
+    save(model, tmp_path / "m.safetensors", classes=[f"{i}\n\x1b[2Jfine" for i in range(10)])
+    scan = tmp_path / "a\n\x1b]0;b.png"
+    scan.write_bytes(sorted(scans.iterdir())[0].read_bytes())
+    (tmp_path / "bad\x1b[2J.png").write_text("no image")
+    assert repvgg("predict", tmp_path / "m.safetensors", scan, tmp_path / "bad\x1b[2J.png") == 2
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    assert r"a\n\x1b]0;b.png" in shown.out
+    assert r"\n\x1b[2Jfine" in shown.out
+    assert r"bad\x1b[2J.png" in shown.err
+    assert repvgg("info", tmp_path / "m.safetensors") == 0
+    assert repvgg("eval", tmp_path / "m.safetensors", "--data", "digits", "--limit", 20) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_convert_writes_the_same_bytes_each_time(run: Path, tmp_path: Path) -> None:
+    for suffix in (".safetensors", ".pth"):
+        files = [tmp_path / f"{i}{suffix}" for i in range(3)]
+        for file in files:
+            convert = [sys.executable, "-m", "repvgg", "convert", str(run / "run/best.safetensors"), str(file)]
+            subprocess.run(convert, check=True, capture_output=True, timeout=300)
+        assert len({file.read_bytes() for file in files}) == 1
+
+
 # ------------------------------------------------------------------------------------------------- what cannot work: one line
+
+
+def test_a_backbone_has_no_labels(scans: Path, tmp_path: Path, capsys: Captured) -> None:
+    save(create_model("repvgg_micro", num_classes=0, in_chans=1, width=0.0625), tmp_path / "b.safetensors")
+    for words in (["predict", tmp_path / "b.safetensors", scans], ["eval", tmp_path / "b.safetensors", "--data", "digits"]):
+        assert "b.safetensors: a backbone, which gives no labels: train a head on it first" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "out of memory: take a smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), "out of memory: take"),
+        (RuntimeError("shapes\n\x1b[2J differ"), r"RuntimeError: shapes \x1b[2J differ (REPVGG_DEBUG=1 shows where)"),
+        (TypeError("no len()"), "TypeError: no len() (REPVGG_DEBUG=1 shows where)"),
+        (KeyError("x"), "KeyError: 'x'"),
+    ],
+)
+def test_no_error_is_a_traceback(error: Exception, line: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(entry, "_run", fail)
+    assert refused(capsys, "info").startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +333,9 @@ def test_eval_convert_predict_and_info_refuse(run: Path, scans: Path, tmp_path: 
         (["predict", file, scans, "--batch-size", 0], "--batch-size and --top are at least 1"),
         (["predict", file, scans, "--top", 0], "--batch-size and --top are at least 1"),
         (["predict", tmp_path, scans], "is a folder, not a model file"),
+        (["trian", "--data", "digits"], "no command 'trian': did you mean train?"),
+        (["train", "--data", "digits", "--epoch", 3], "train --epoch: did you mean --epochs?"),
+        (["info", "repvgg_nano"], "no model 'repvgg_nano': did you mean repvgg_a"),
         (["info", tmp_path / "zero.safetensors"], "is empty"),
         (["info", "vgg61"], "no model 'vgg61'"),
         (["recipe", "nope"], "no recipe 'nope': light, heavy, cifar, finetune, pspnet, camvid, demo"),
@@ -328,6 +393,44 @@ def test_help_imports_nothing_heavy() -> None:
 def test_the_library_imports_no_torchvision_timm_or_datasets() -> None:
     code = "import sys, repvgg; m = repvgg.create_model('repvgg_micro', num_classes=2).eval(); repvgg.reparameterize(m); "
     assert in_a_process(code + "print(*{'torchvision', 'timm', 'datasets', 'matplotlib'} & set(sys.modules))") == "\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_a_terminal_that_closes_ends_it_but_not_under_nohup() -> None:
+    code = (
+        "import sys, time; from repvgg.cli import entry\n"
+        "entry._run = lambda words: (print('on', flush=True), time.sleep(100))\nentry.main([])"
+    )
+    for ignored, code_of_hangup in ((False, 129), (True, 143)):
+        before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, preexec_fn=before) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "on\n"
+            process.send_signal(signal.SIGHUP)
+            if ignored:
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == code_of_hangup
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_any_limit_of_memory_ends_in_a_line_or_in_success(run: Path, scans: Path) -> None:
+    commands = [["info", str(run / "deploy.safetensors")], ["predict", str(run / "deploy.safetensors"), str(scans)]]
+    ends = set()
+    for command in commands:
+        for limit in range(100, 1100, 100):
+
+            def limited(limit: int = limit) -> None:
+                resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
+
+            words = [sys.executable, "-m", "repvgg", *command]
+            done = subprocess.run(words, preexec_fn=limited, capture_output=True, text=True, timeout=300)
+            ends.add(done.returncode)
+            assert done.returncode in (0, 2), (limit, done.stderr)
+            if done.returncode:
+                assert "damaged" not in done.stderr
+                assert "Traceback" not in done.stderr
+    assert ends == {0, 2}
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

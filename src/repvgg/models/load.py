@@ -65,8 +65,10 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     """Return the model of a file, in eval mode, in the file's form and dtype, with its `manifest`.
 
     Reads our files, and official, timm and mmpretrain checkpoints of either form. Every tensor must find its place and every
-    place its tensor: raises `FileError` otherwise. Where dtypes are mixed, the model is in the widest.
+    place its tensor: raises `FileError` otherwise. Where dtypes are mixed, the model is in the widest. A run folder stands for its
+    best model.
     """
+    path = _in_run_folder(path)
     tensors, manifest, left_out = weights.read(path)
     try:
         return _restore(tensors, manifest or _manifest_from_content(tensors, left_out))
@@ -115,9 +117,15 @@ def is_file(name_or_path: str) -> bool:
 def file_of(name_or_path: str) -> Path:
     """Return the path of the model file that is meant; of a hub repository, its local copy."""
     if not name_or_path.startswith(HUB):
-        return Path(name_or_path)
+        return _in_run_folder(name_or_path)
     repo, _, pinned = name_or_path.removeprefix(HUB).partition("@")
     return hub.fetch(repo, pinned or "main")
+
+
+def _in_run_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the best model of a run folder; any other path as it is."""
+    best = Path(path) / "best.safetensors"
+    return best if best.is_file() else Path(path)
 
 
 def _restore(tensors: dict[str, Tensor], manifest: Manifest) -> nn.Module:
