@@ -25,7 +25,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | None]:
-    """Tensors and manifest (None in a stranger's file) of a safetensors file or a PyTorch checkpoint.
+    """Return the tensors and the manifest (None in a stranger's file) of a safetensors file or a PyTorch checkpoint.
 
     Of a checkpoint with several dictionaries ("model", "ema", "optimizer", ...) the tensors are those of the network. Raises
     `FileError`.
@@ -55,8 +55,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | No
 
 
 def is_pickle(start: bytes) -> bool:
-    """By content, not by name: a zip archive, or a bare pickle. A safetensors file may begin with the same byte as those, since
-    it begins with its header's length; but then, after those 8 bytes, comes the header."""
+    """Say by content, not by name, whether it is a zip archive or a bare pickle.
+
+    A safetensors file may begin with the same byte as those, since it begins with its header's length; but then, after those 8
+    bytes, comes the header.
+    """
     return start.startswith((ZIP, b"\x80")) and start[8:9] != b"{"
 
 
@@ -71,7 +74,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
-    """Read the state dict in a checkpoint: by content the one of a RepVGG, of several the average rather than the last."""
+    """Read the state dict in a checkpoint: the one with a RepVGG's keys, and an average rather than the last."""
     holders = [(name, holder) for name, holder in dictionaries(read_pickle(path)) if any(map(_is_tensor, holder.values()))]
     found = [{name: t for name, t in holder.items() if _is_tensor(t) and isinstance(name, str)} for _, holder in holders]
     known = [i for i, tensors in enumerate(found) if keys.locate(tensors)] or [i for i, tensors in enumerate(found) if tensors]
@@ -87,7 +90,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _refuse_damage(tensors: Mapping[str, Tensor]) -> None:
-    """Raises `FileError` naming the first tensor that no trained network has."""
+    """Raise `FileError` naming the first tensor that no trained network has."""
     for name, tensor in tensors.items():
         dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not dense or tensor.dtype not in (*FLOATS, torch.int64):
