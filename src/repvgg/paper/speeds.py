@@ -21,7 +21,6 @@ from repvgg.deploy.fastest import fastest
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, ratio
-from repvgg.models import zoo
 from repvgg.models.names import resolve_name
 from repvgg.models.zoo import default_preprocessing
 from repvgg.paper.numbers import ModelSpeed

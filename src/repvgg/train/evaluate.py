@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from repvgg.data import Images, Source
 from repvgg.data.resident import Resident
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
+from repvgg.models.finite import finite
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.train.distributed import ALONE, World
@@ -112,7 +113,7 @@ def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, worke
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dtype = dtype_of(model)
     data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
-    return evaluate(lambda x: model(x.to(dtype)), data, len(source.classes))
+    return evaluate(lambda x: finite(model, x.to(dtype)), data, len(source.classes))
 
 
 def check_fit(manifest: Manifest, source: Source) -> None:
