@@ -59,8 +59,11 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise FileError(f"{folder}: {here}, which is this one, works in it already")
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("a+"))
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                file = stack.enter_context(path.open("a+"))
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break  # else its last holder has just removed it
             file.truncate(0)
             file.write(here)
             file.flush()
@@ -70,6 +73,7 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
             raise FileError(f"{folder}: cannot be locked ({error.strerror})") from None
         _held.add(path)
         stack.callback(_held.discard, path)
+        stack.callback(path.unlink, missing_ok=True)
         yield
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from predicting import command, parts, rows, run
 from roads import make_camvid
+from rounding import REPORTED
 
 import repvgg
 from repvgg.data import open_source
@@ -54,7 +55,7 @@ def test_predictions_against_the_model_itself(job: Job) -> None:
     for row, expected in zip(found, wanted, strict=True):
         best = expected.topk(3)
         assert row["labels"] == [str(i) for i in best.indices.tolist()]
-        assert row["probabilities"] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert row["probabilities"] == pytest.approx(best.values.tolist(), abs=REPORTED)
     settings = json.loads((Path(job.out) / "_settings.json").read_text())
     assert (settings["data"], settings["engine"], settings["top"]) == ("digits", "pytorch", 3)
 
@@ -74,7 +75,7 @@ def test_an_image_that_cannot_be_read_has_its_reason(files: Path, photos: Path, 
     for answer in (answer for answer in wanted if not answer.error):
         row = found.pop(str(Path(answer.path).relative_to(photos / "val")))
         assert row["labels"] == [name for name, _ in answer.labels]
-        assert row["probabilities"] == pytest.approx([x for _, x in answer.labels], abs=1e-5)
+        assert row["probabilities"] == pytest.approx([x for _, x in answer.labels], abs=REPORTED)
         assert (row["label"], row["error"]) == (Path(answer.path).parent.name, None)
     assert not found
 

@@ -26,9 +26,9 @@ from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
 from repvgg.predict.job import Job, Summary
 from repvgg.predict.loading import Loaded, load
-from repvgg.predict.meter import Meter
 from repvgg.predict.remote import open_data
 from repvgg.predict.rows import Labels, Masks
+from repvgg.terminal import Progress
 from repvgg.train.tasks import task_of_model
 
 
@@ -50,13 +50,13 @@ def predict_data(job: Job, log: Log = print) -> Summary:
         missing = [shard for shard in range(shards.count) if not folder.part(out, shard).exists()]
         if len(missing) < shards.count:
             log(f"{shards.count - len(missing)} of {shards.count} parts are there: going on")
-        with Meter(_images(shards, missing), log) as meter:
+        with Progress(_images(shards, missing), log) as progress:
             images = load(shards, missing, made.decoder, images_at_once, job.workers)
             for shard in missing:
-                rows = _rows(images, made, meter)
+                rows = _rows(images, made, progress)
                 atomically(folder.part(out, shard), partial(folder.write, schema=made.schema, batches=rows))
         counts = folder.counted([str(folder.part(out, shard)) for shard in range(shards.count)])
-        return Summary(job.out, shards.count, *counts, meter.images, meter.seconds)
+        return Summary(job.out, shards.count, *counts, progress.done, progress.seconds)
 
 
 def opened(job: Job, engine: str, log: Log) -> nn.Module:
@@ -102,11 +102,11 @@ def _save(out: Path, path: str, data: bytes) -> None:
     atomically(out / path, lambda temporary: temporary.write_bytes(data))
 
 
-def _rows(images: Iterator[Loaded], made: Labels | Masks, meter: Meter) -> Iterator[pa.RecordBatch]:
+def _rows(images: Iterator[Loaded], made: Labels | Masks, progress: Progress) -> Iterator[pa.RecordBatch]:
     """Yield the rows of one shard."""
     for loaded in images:
         rows = made.rows(loaded)
-        meter.add(len(rows))
+        progress.add(len(rows), lambda: f"{progress.done / max(progress.seconds, 1e-9):,.0f} img/s", "images")
         yield rows
         if loaded.batch.last:
             return
