@@ -68,6 +68,7 @@ def test_it_is_let_go_of_after_an_error_and_held_once_in_a_process(tmp_path: Pat
             pass
     with hold(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_folder_is_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files written whole or not at all, the cache folder, and how errors of files are told."""
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -58,8 +59,11 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise FileError(f"{folder}: {here}, which is this one, works in it already")
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("a+"))
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                file = stack.enter_context(path.open("a+"))
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break  # else its last holder has just removed it
             file.truncate(0)
             file.write(here)
             file.flush()
@@ -69,7 +73,31 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
             raise FileError(f"{folder}: cannot be locked ({error.strerror})") from None
         _held.add(path)
         stack.callback(_held.discard, path)
+        stack.callback(path.unlink, missing_ok=True)
         yield
+
+
+def escaped(name: str) -> str:
+    """Return a file name, or what was made of one, as printable text; `unescaped` undoes it.
+
+    File names are bytes: what is no UTF-8 in them, and what would move a terminal's cursor, becomes \\xNN, and a backslash two.
+    """
+    if name.isprintable() and "\\" not in name:
+        return name
+    return "".join(c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in _bytes(c)) for c in name.replace("\\", "\\\\"))
+
+
+def _bytes(character: str) -> bytes:
+    return os.fsencode(character) if "\udc80" <= character <= "\udcff" else character.encode("utf-8", "surrogatepass")
+
+
+def unescaped(text: str) -> str:
+    """Return the file name that `escaped` made `text` of."""
+    if "\\" not in text:
+        return text
+    found = re.split(rb"(\\\\|\\x[0-9a-f]{2})", text.encode())
+    parts = [b"\\" if part == b"\\\\" else bytes([int(part[2:], 16)]) if part[:2] == b"\\x" else part for part in found]
+    return os.fsdecode(b"".join(parts))
 
 
 def describe(error: BaseException) -> str:
