@@ -12,9 +12,9 @@ from torch import nn
 
 from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, resembles_batch_norm, why_unknown
 from repvgg.fold.guards import inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable
-from repvgg.fold.pairs import fold_pairs
 from repvgg.fold.proof import check_part
 from repvgg.fold.report import FoldReport
+from repvgg.fold.stretches import fold_stretches
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def reparameterize(model: nn.Module) -> nn.Module:
             setattr(module, name, None)
     folded = _fold_blocks(deployed, "", report, {})
     if any(resembles_batch_norm(m) for m in folded.modules()):
-        fold_pairs(folded, report)
+        folded = fold_stretches(folded, report)
     folded.fold_report = report  # type: ignore[assignment]
     return folded
 
