@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test test-slow check wheel sanitize clean
+.PHONY: setup demo test test-slow check wheel sanitize soak clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/repvgg demo --out demo
@@ -31,6 +31,10 @@ wheel: $(VENV)/pip.stamp
 # The native engine's tests in builds that watch memory, undefined behaviour and races.
 sanitize: setup
 	engine/tests/sanitize.sh $(BIN)/python
+
+# Ten minutes of random calls of the native engine: the same answers all the time, and flat memory.
+soak: setup
+	$(BIN)/python engine/tests/soak.py --seconds 600
 
 clean:
 	rm -rf $(VENV) demo dist build engine/build .mypy_cache .ruff_cache .pytest_cache .hypothesis

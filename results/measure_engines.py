@@ -8,7 +8,6 @@ A part that is not named keeps its figures. Speeds come of one run for each batc
 turns. Load and memory come of a process for each engine, begun twice: with empty caches, and with those that the first left.
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -27,8 +26,9 @@ from repvgg.bench.memory import held, peak
 from repvgg.bench.models import Candidate, bench, candidates, network
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
-from repvgg.deploy.export import FORMATS, export, real_images
-from repvgg.deploy.load import fastest
+from repvgg.deploy.export import export, real_images
+from repvgg.deploy.fastest import fastest
+from repvgg.deploy.formats import FORMATS
 from repvgg.deploy.parity import compare, reference
 from repvgg.measure.machine import write_record
 from repvgg.models.zoo import manifest_of
@@ -115,8 +115,8 @@ def predictions(file: str, data: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for to, known in FORMATS.items():
             path = export(model, to, folder, log=say)
-            module: Any = importlib.import_module(f"repvgg.deploy.engines.{known.module}")
-            found[to] = asdict(compare(module.open_file(path, options).in_turns(images, 50), wanted))
+            runtime = engines.runtime(known.module)
+            found[to] = asdict(compare(runtime.open_file(path, options).in_turns(images, 50), wanted))
             say(f"{to}: {found[to]}")
     return {"model": manifest_of(model).arch, "data": Path(data).name, "formats": found}
 

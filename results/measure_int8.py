@@ -16,7 +16,7 @@ import torch
 from repvgg import create_model, load
 from repvgg.data import Decoded, open_source
 from repvgg.data import Source as Images
-from repvgg.deploy.quantize import RUNTIMES, Quantization, quantize
+from repvgg.deploy.quantize import INT8, Quantization, quantize
 from repvgg.measure.machine import write_record
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import manifest_of, remember
@@ -62,11 +62,11 @@ def speed() -> None:
     preprocessing = Preprocessing((3, 224, 224), 224)
     source = Images("random pixels", images, images, [str(i) for i in range(10)], preprocessing)
     remember(model.eval(), replace(manifest_of(model), preprocessing=preprocessing))
-    for to in RUNTIMES:
+    for to in INT8:
         with tempfile.TemporaryDirectory() as folder:
             report = quantize(model, source, to, folder, settings=Quantization(images=32), log=say)
-        say(f"{to}: {report.gain.images_per_second}, {report.gain.ratio}")
-        keep("speed", to, {"model": "repvgg_a0", "input_size": [3, 224, 224], **report.gain.to_json()})
+        say(f"{to}: {report.speedup.images_per_second}, {report.speedup.ratio}")
+        keep("speed", to, {"model": "repvgg_a0", "input_size": [3, 224, 224], **report.speedup.to_json()})
 
 
 def keep(part: str, name: str, figures: dict[str, Any]) -> None:

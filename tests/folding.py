@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from repvgg.fold.as_linear import Branches
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.fold.report import FoldReport
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 EXACT = 1e-12
 

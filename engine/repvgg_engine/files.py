@@ -1,12 +1,13 @@
 """Model files of `repvgg` in deploy form, without PyTorch: safetensors whose metadata lists the layers one by one.
 
 Files of strangers are hostile: every length is checked against the file's before it is used, and whatever is wrong becomes one
-`EngineError` that names the file.
+`EngineError` that names the file. Weights are read into memory, once: what happens to the file afterwards changes no answer.
 """
 
 import json
 import math
-import mmap
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from repvgg_engine.library import EngineError
 
 FORMAT_VERSION = 1
 MOST_HEADER = 100_000_000
+# Of mean / std and of std: far from what float32 holds, and farther from any that makes sense.
+MOST_SHIFT = 1e15
+CHANGED = "changed while it was read: write model files beside the old ones, and rename them"
 DTYPES = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "BF16": np.uint16}
 
 
@@ -36,43 +40,63 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Model:
-    """What a file holds. mapping: of the file, in which most weights lie."""
+    """What a file holds."""
 
-    mapping: mmap.mmap
     layers: list[Layer]
     preprocessing: Preprocessing
     classes: list[str] | None
 
 
 def read(path: Path) -> Model:
-    """The model of a file, whose weights stay in the file, mapped, where it holds them in float32. Raises `EngineError`."""
+    """Return the model of a file. Raises `EngineError`."""
     try:
-        return _Reader(path).model()
+        # Without O_NONBLOCK a named pipe would wait for somebody to write into it.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return _Reader(file).model()
+        finally:
+            os.close(file)
     except EngineError as error:
         raise EngineError(_one_line(f"{path}: {error}")) from None
     except OSError as error:
         raise EngineError(_one_line(f"{path}: cannot be read ({error.strerror})")) from None
+    except MemoryError:
+        raise EngineError(_one_line(f"{path}: there is not enough memory for its weights")) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise EngineError(_one_line(f"{path}: not a model file, or a damaged one ({reason})")) from None
 
 
 class _Reader:
-    def __init__(self, path: Path) -> None:
-        if path.is_dir():
-            raise EngineError("is a folder, not a model file")
-        with path.open("rb") as file:
-            start = file.read(8)
-            size = path.stat().st_size
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
-                raise EngineError("is not a safetensors file, or is truncated")
-            header = file.read(length)
-            self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.data = np.frombuffer(self.mapping, np.uint8)[8 + length :]
-        self.header = json.loads(header)
+    def __init__(self, file: int) -> None:
+        self.file, self.before = file, os.fstat(file)
+        if not stat.S_ISREG(self.before.st_mode):
+            raise EngineError(f"is a {'folder' if stat.S_ISDIR(self.before.st_mode) else 'device or a pipe'}, not a model file")
+        start = self._bytes(0, min(8, self.before.st_size))
+        length = int.from_bytes(start.tobytes(), "little")
+        if len(start) < 8 or not 2 <= length <= min(self.before.st_size - 8, MOST_HEADER):
+            raise EngineError("is not a safetensors file, or is truncated")
+        self.header = json.loads(self._bytes(8, length).tobytes())
         if not isinstance(self.header, dict):
             raise EngineError("has a header that is no dictionary")
+        self.data, self.left = 8 + length, self.before.st_size - 8 - length
+
+    def _bytes(self, start: int, length: int) -> NDArray[np.uint8]:
+        """Return so many bytes of the file."""
+        data = np.empty(length, np.uint8)
+        done = 0
+        while done < length:
+            got = os.preadv(self.file, [data.data[done:]], start + done)
+            if got == 0:
+                raise EngineError(CHANGED)
+            done += got
+        return data
+
+    def _check_unchanged(self) -> None:
+        """Refuse a file that was written to while it was read: its weights may be of two models."""
+        now = os.fstat(self.file)
+        if (now.st_size, now.st_mtime_ns) != (self.before.st_size, self.before.st_mtime_ns):
+            raise EngineError(CHANGED)
 
     def model(self) -> Model:
         metadata = self.header.pop("__metadata__", {})
@@ -90,8 +114,10 @@ class _Reader:
         given = manifest["preprocessing"]
         channels, height, width = (_number(n, 1, 8192) for n in given["input_size"])
         mean, std = (tuple(float(x) for x in given[name]) for name in ("mean", "std"))
-        if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean)) or not all(0 < s < math.inf for s in std):
+        if not len(mean) == len(std) == channels:
             raise EngineError("has a mean and std that do not fit its channels")
+        if not all(1 / MOST_SHIFT < s < MOST_SHIFT and abs(m) <= MOST_SHIFT * s for m, s in zip(mean, std, strict=True)):
+            raise EngineError(f"has a mean {list(mean)} and std {list(std)} that turn images into no finite numbers")
         preprocessing = Preprocessing(height, width, _number(given["resize"], 1, 8192), str(given["interpolation"]), mean, std)
         layers: list[Layer] = []
         sides: tuple[int, ...] = (height, width)
@@ -104,7 +130,8 @@ class _Reader:
         classes = manifest.get("classes")
         if classes is not None and (not all(isinstance(c, str) for c in classes) or len(classes) != channels):
             raise EngineError("has class names that do not fit its outputs")
-        return Model(self.mapping, layers, preprocessing, classes)
+        self._check_unchanged()
+        return Model(layers, preprocessing, classes)
 
     def _layer(self, spec: dict[str, Any], channels: int, sides: tuple[int, ...]) -> tuple[Layer, int, tuple[int, ...]]:
         """The layer, and the channels and sides of what it gives for a map of so many channels and those sides."""
@@ -155,13 +182,14 @@ class _Reader:
         if entry["dtype"] not in DTYPES:
             raise EngineError(f"has {name} of type {entry['dtype']}: {', '.join(DTYPES)} are read")
         dtype = np.dtype(DTYPES[entry["dtype"]])
-        start, end = (_number(n, 0, len(self.data)) for n in entry["data_offsets"])
+        size = self.before.st_size - self.data
+        start, end = (_number(n, 0, size) for n in entry["data_offsets"])
         if tuple(entry["shape"]) != shape or end - start != math.prod(shape) * dtype.itemsize:
             raise EngineError(f"has {name} of shape {entry['shape']} in {end - start} bytes, not {list(shape)} in {entry['dtype']}")
-        raw: NDArray[Any] = self.data[start:end]
-        if start % dtype.itemsize or raw.ctypes.data % dtype.itemsize:
-            raw = raw.copy()
-        raw = raw.view(dtype.newbyteorder("<"))
+        self.left -= end - start  # or a small file could hold as many layers as fill the memory
+        if self.left < 0:
+            raise EngineError(f"has {name}, whose bytes belong to other layers too")
+        raw: NDArray[Any] = self._bytes(self.data + start, end - start).view(dtype.newbyteorder("<"))
         if entry["dtype"] == "BF16":
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         with np.errstate(over="ignore"):

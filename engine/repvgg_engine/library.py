@@ -5,6 +5,7 @@ from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_siz
 from pathlib import Path
 from typing import Any
 
+ABI_VERSION = 1
 CONV, SQUEEZE_EXCITE, POOL = 0, 1, 2
 LARGE_BATCH = 4
 
@@ -53,6 +54,10 @@ def _open() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"repvgg_engine is not built here: pip install ./engine ({error})") from None
+    sizes = (c_size_t * 3)()
+    ours = [ctypes.sizeof(struct) for struct in (LayerStruct, OptionsStruct, ImagesStruct)]
+    if not hasattr(library, "repvgg_abi_version") or library.repvgg_abi_version(sizes) != ABI_VERSION or list(sizes) != ours:
+        raise ImportError(f"{path} belongs to another version of repvgg_engine: pip install --force-reinstall ./engine")
     failing: list[Any] = [c_char_p, c_size_t]
     library.repvgg_create.argtypes = [POINTER(LayerStruct), c_int32, POINTER(OptionsStruct), *failing]
     library.repvgg_create.restype = c_void_p

@@ -5,7 +5,6 @@ logits = net(images)                  # float32 [N, C, H, W], or uint8 [N, H, W,
 """
 
 import ctypes
-import mmap
 import os
 import weakref
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from repvgg_engine.files import Preprocessing, read
 from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite, in_channels
 from repvgg_engine.library import (
     CONV,
-    LARGE_BATCH,
     LIBRARY,
     POOL,
     SQUEEZE_EXCITE,
@@ -58,14 +56,13 @@ class Net:
         self.precision, self.preprocessing, self.classes = precision, preprocessing, classes
         self.threads = available_threads() if threads is None else threads
         self.tuning: tune.Tuning | None = None
-        self.mapping: mmap.mmap | None = None  # of the file that weights lie in
-        self._packed: set[bool] = set()  # whether they were for calls of few images (False), of many (True)
         structs = (LayerStruct * len(self.layers))(*[_struct(layer) for layer in self.layers])
         options = OptionsStruct(self.threads, pin, precision == "bf16", None)
         message = Message()
         self._net = LIBRARY.repvgg_create(structs, len(structs), options, *message.room)
         message.check(self._net)
-        self._finalizer = weakref.finalize(self, LIBRARY.repvgg_destroy, self._net)
+        # Not when Python exits: another thread may be in a call then, and the memory goes with the process.
+        weakref.finalize(self, LIBRARY.repvgg_destroy, self._net).atexit = False
 
     def __call__(self, images: NDArray[Any]) -> Array:
         """Logits [N, classes], or, of a net that ends before its pool, the feature map [N, C, H, W]. Raises `EngineError`."""
@@ -97,14 +94,7 @@ class Net:
             scale, shift = self._scale_and_shift()
             given.scale, given.shift = (a.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for a in (scale, shift))
         message.check(LIBRARY.repvgg_run(self._net, given, output.ctypes.data, *message.room))
-        self._give_back(large=len(images) >= LARGE_BATCH)
         return output.reshape(len(images), -1) if any(isinstance(layer, Pool) for layer in self.layers) else output
-
-    def _give_back(self, large: bool) -> None:
-        """The memory of the file's weights, which are packed now; they are read again if they are packed otherwise."""
-        if self.mapping is not None and large not in self._packed:
-            self.mapping.madvise(mmap.MADV_DONTNEED)
-            self._packed.add(large)
 
     def algorithms(self, layer: int) -> list[str]:
         """Those that fit a layer: "direct", and Winograd's with m x m outputs a tile, "F2", "F4", ...; in bf16 first "direct bf16",
@@ -116,7 +106,6 @@ class Net:
 
     def choose(self, layer: int, algorithm: str, large_batch: bool | None = None) -> None:
         """How a layer is computed, for calls of many images, of few, or (None) for all."""
-        self._packed.clear()
         for batch in (0, 1) if large_batch is None else (int(large_batch),):
             message = Message()
             message.check(LIBRARY.repvgg_choose(self._net, batch, layer, algorithm.encode(), *message.room))
@@ -158,9 +147,7 @@ def load(
     layers = model.layers
     if features:
         layers = layers[: next((i for i, layer in enumerate(layers) if isinstance(layer, Pool)), len(layers))]
-    net = build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit)
-    net.mapping = model.mapping
-    return net
+    return build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit)
 
 
 def build(

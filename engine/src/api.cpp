@@ -2,7 +2,9 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <stdexcept>
 
+#include "isa.h"
 #include "net.h"
 
 struct repvgg_net {
@@ -31,37 +33,57 @@ int guarded(char *error, size_t size, const Work &work) {
 
 extern "C" {
 
+int32_t repvgg_abi_version(size_t sizes[3]) {
+    if (sizes) sizes[0] = sizeof(repvgg_layer), sizes[1] = sizeof(repvgg_options), sizes[2] = sizeof(repvgg_images);
+    return REPVGG_ABI_VERSION;
+}
+
 repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error, size_t size) {
     repvgg_net *net = nullptr;
-    guarded(error, size, [&] { net = new repvgg_net{{layers, count, *options}}; });
+    guarded(error, size, [&] {
+        if (!layers || !options) throw std::invalid_argument("no layers, or no options");
+        net = new repvgg_net{{layers, count, *options}};
+    });
     return net;
 }
 
 void repvgg_destroy(repvgg_net *net) { delete net; }
 
 int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_t width, int32_t shape[3], char *error, size_t size) {
-    return guarded(error, size, [&] { net->net.output_shape(height, width, shape); });
+    return guarded(error, size, [&] {
+        if (!net || !shape) throw std::invalid_argument("no net, or no shape");
+        net->net.output_shape(height, width, shape);
+    });
 }
 
 int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size) {
-    return guarded(error, size, [&] { net->net.run(*images, output); });
+    return guarded(error, size, [&] {
+        if (!net || !images || !images->data || !output) throw std::invalid_argument("no net, no images or no output");
+        if (images->bytes && !(images->scale && images->shift)) throw std::invalid_argument("images of bytes have a scale and a shift");
+        net->net.run(*images, output);
+    });
 }
 
 int repvgg_choose(repvgg_net *net, int32_t batch, int32_t layer, const char *algorithm, char *error, size_t size) {
-    return guarded(error, size, [&] { net->net.choose(batch, layer, algorithm); });
+    return guarded(error, size, [&] {
+        if (!net || !algorithm) throw std::invalid_argument("no net, or no algorithm");
+        net->net.choose(batch, layer, algorithm);
+    });
 }
 
 const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i) {
-    const repvgg::Algorithm *algorithm = net->net.fitting(layer, i);
+    const repvgg::Algorithm *algorithm = net ? net->net.fitting(layer, i) : nullptr;
     return algorithm ? algorithm->name : nullptr;
 }
 
 int64_t repvgg_weight_bytes(const repvgg_net *net, int32_t layer, const char *name) {
-    const repvgg::Algorithm *algorithm = net->net.find(layer, name);
-    return algorithm ? net->net.weight_floats(layer, *algorithm) * static_cast<int64_t>(sizeof(float)) : 0;
+    const repvgg::Algorithm *algorithm = net && name ? net->net.find(layer, name) : nullptr;
+    return algorithm ? net->net.weight_bytes(layer, *algorithm) : 0;
 }
 
-void repvgg_profile(repvgg_net *net, double *seconds) { net->net.profile(seconds); }
+void repvgg_profile(repvgg_net *net, double *seconds) {
+    if (net && seconds) net->net.profile(seconds);
+}
 
 const char *repvgg_instruction_sets(void) { return repvgg::instruction_sets(); }
 }

@@ -22,41 +22,41 @@ struct Tile {
 
 /// Where a block's numbers lie in scratch memory. Tiles are taken in groups of at most c.rows, about equally many in each.
 struct Block {
-    long tiles, groups, depth;      // depth: of a tile in V, in floats
-    long v_product, m_product;      // from one product to the next; not a power of two, or they would all meet in one set of the cache
+    int64_t tiles, groups, depth;  // depth: of a tile in V, in floats
+    int64_t v_product, m_product;      // from one product to the next; not a power of two, or they would all meet in one set of the cache
     Tile *tile;
     float *v, *m;
 
-    Block(const Conv &c, long tiles, int pack, bool one_sum, float *scratch) : tiles(tiles) {
+    Block(const Conv &c, int64_t tiles, int pack, bool one_sum, float *scratch) : tiles(tiles) {
         groups = ceil_div(tiles, c.rows);
-        depth = ceil_div(c.k, WIDTH * pack) * WIDTH;
+        depth = ceil_div(c.depth, WIDTH * pack) * WIDTH;
         v_product = tiles * depth + LINE;
         m_product = one_sum ? 0 : tiles * MAX_PANEL * WIDTH + LINE;
         tile = reinterpret_cast<Tile *>(scratch);
-        v = scratch + ceil_div(tiles * static_cast<long>(sizeof(Tile) / sizeof(float)), LINE) * LINE;
+        v = scratch + ceil_div(tiles * static_cast<int64_t>(sizeof(Tile) / sizeof(float)), LINE) * LINE;
         m = v + c.products * v_product;
     }
-    long first(long group) const { return tiles * group / groups; }
-    long floats(const Conv &c) const { return m + c.products * m_product + tiles * MAX_PANEL * WIDTH - reinterpret_cast<float *>(tile); }
+    int64_t first(int64_t group) const { return tiles * group / groups; }
+    int64_t floats(const Conv &c) const { return m + c.products * m_product + tiles * MAX_PANEL * WIDTH - reinterpret_cast<float *>(tile); }
 };
 
 /// Where one tile of V lies: the vector `index` of its channels, of product p.
 template <class Element>
 struct Target {
     float *at;
-    long product, block;
+    int64_t product, block;
     REPVGG_INLINE void put(int p, int index, Vec v) const {
         Element::put(at + p * product + index / Element::pack * block, index % Element::pack, v);
     }
 };
 
 struct Direct {
-    static constexpr int outputs = 1, samples = 1, products = 0, stride = 0;
+    static constexpr int outputs = 1, samples = 1, frequencies = 0, stride = 0;
     static constexpr bool one_sum = true;
 
     template <class Element>
     static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &, Target<Element> target) {
-        const int vectors = static_cast<int>(ceil_div(c.k, WIDTH));
+        const int vectors = static_cast<int>(ceil_div(c.depth, WIDTH));
         if (c.joined > c.kernel[1]) return joined_input<Element>(c, tile, target, vectors);
         for (int p = 0; p < c.products; p++) {
             const int y = p * c.joined / c.kernel[1], x = p * c.joined % c.kernel[1];
@@ -72,24 +72,24 @@ struct Direct {
         const int row = c.kernel[1] * c.in_channels;
         for (int y = 0; y < c.kernel[0]; y++)
             for (int i = 0; i < row; i += WIDTH) store(numbers + y * row + i, load(tile.in + y * c.dilation[0] * c.in.row + i));
-        store(numbers + c.k, Vec{});
+        store(numbers + c.depth, Vec{});
         for (int v = 0; v < vectors; v++) target.put(0, v, load(numbers + v * WIDTH));
     }
 
     template <class Finish>
-    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, long, int channel, const Finish &finish) {
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, int64_t, int channel, const Finish &finish) {
         prefetch_to_write(tile.out + 8 * c.out.pixel + channel);
         finish(tile.out, load(m));
     }
 
     /// For lanes of output channels from `weights` on, and the k-th number of each product: sink(product, numbers of the lanes).
     template <class Sink>
-    static void weights(const Conv &c, const float *weights, int lanes, int k, const Sink &sink) {
+    static void weights(const ConvShape &c, const float *weights, int lanes, int k, const Sink &sink) {
         const int taps = c.kernel[0] * c.kernel[1], channel = k % c.in_channels;
-        for (int p = 0; p < c.products; p++) {
+        for (int p = 0; p < products_of(c, 0); p++) {
             const int tap = p * c.joined + k / c.in_channels;
             double numbers[WIDTH] = {};
-            for (int lane = 0; lane < lanes; lane++) numbers[lane] = weights[(static_cast<long>(lane) * c.in_channels + channel) * taps + tap];
+            for (int lane = 0; lane < lanes; lane++) numbers[lane] = weights[(static_cast<int64_t>(lane) * c.in_channels + channel) * taps + tap];
             sink(p, numbers);
         }
     }
@@ -98,15 +98,15 @@ struct Direct {
 template <int OUTPUTS, int STRIDE>
 struct Tiled {
     using Line = Winograd<OUTPUTS, STRIDE>;
-    static constexpr int outputs = OUTPUTS, samples = Line::samples, products = Line::products, stride = STRIDE;
+    static constexpr int outputs = OUTPUTS, samples = Line::samples, frequencies = Line::frequencies, stride = STRIDE;
     static constexpr bool one_sum = false;
 
     template <class Element>
     static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &next, Target<Element> target) {
-        const long row = c.dilation[0] * c.in.row, column = c.dilation[1] * c.in.pixel;
+        const int64_t row = c.dilation[0] * c.in.row, column = c.dilation[1] * c.in.pixel;
         const int vectors = static_cast<int>(ceil_div(c.in_channels, WIDTH));
         for (int v = 0; v < vectors; v++) {
-            Vec across[samples][products], line[samples], out[products];
+            Vec across[samples][frequencies], line[samples], out[frequencies];
             const float *in = tile.in + v * WIDTH, *ahead = v + 1 < vectors ? in + WIDTH : next.in;
             for (int i = 0; i < samples; i++) {
                 each<samples>([&](auto j) REPVGG_INLINE_LAMBDA {
@@ -115,22 +115,22 @@ struct Tiled {
                 });
                 Line::input(line, across[i]);
             }
-            for (int j = 0; j < products; j++) {
+            for (int j = 0; j < frequencies; j++) {
                 each<samples>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = across[i.value][j]; });
                 Line::input(line, out);
-                each<products>([&](auto i) REPVGG_INLINE_LAMBDA { target.put(i.value * products + j, v, out[i.value]); });
+                each<frequencies>([&](auto i) REPVGG_INLINE_LAMBDA { target.put(i.value * frequencies + j, v, out[i.value]); });
             }
         }
     }
 
     template <class Finish>
-    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, long product, int channel, const Finish &finish) {
-        const long row = c.dilation[0] * c.out.row, column = c.dilation[1] * c.out.pixel;
-        Vec down[outputs][products], line[products], out[outputs];
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, int64_t product, int channel, const Finish &finish) {
+        const int64_t row = c.dilation[0] * c.out.row, column = c.dilation[1] * c.out.pixel;
+        Vec down[outputs][frequencies], line[frequencies], out[outputs];
         for (int i = 0; i < outputs; i++)
             each<outputs>([&](auto j) REPVGG_INLINE_LAMBDA { prefetch_to_write(tile.out + i * row + j.value * column + channel); });
-        for (int j = 0; j < products; j++) {
-            each<products>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = load(m + (i.value * products + j) * product); });
+        for (int j = 0; j < frequencies; j++) {
+            each<frequencies>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = load(m + (i.value * frequencies + j) * product); });
             Line::output(line, out);
             each<outputs>([&](auto i) REPVGG_INLINE_LAMBDA { down[i.value][j] = out[i.value]; });
         }
@@ -144,36 +144,36 @@ struct Tiled {
 
     /// As in Direct. In double, so that it adds no error but one rounding.
     template <class Sink>
-    static void weights(const Conv &c, const float *weights, int lanes, int k, const Sink &sink) {
-        double taps[3][3][WIDTH] = {}, across[3][products][WIDTH] = {};
+    static void weights(const ConvShape &c, const float *weights, int lanes, int k, const Sink &sink) {
+        double taps[3][3][WIDTH] = {}, across[3][frequencies][WIDTH] = {};
         for (int lane = 0; lane < lanes; lane++)
-            for (int t = 0; t < 9; t++) taps[t / 3][t % 3][lane] = weights[(static_cast<long>(lane) * c.in_channels + k) * 9 + t];
+            for (int t = 0; t < 9; t++) taps[t / 3][t % 3][lane] = weights[(static_cast<int64_t>(lane) * c.in_channels + k) * 9 + t];
         for (int row = 0; row < 3; row++)
-            for (int j = 0; j < products; j++)
+            for (int j = 0; j < frequencies; j++)
                 for (int t = 0; t < 3; t++)
                     for (int lane = 0; lane < WIDTH; lane++) across[row][j][lane] += Line::weights.at[j][t] * taps[row][t][lane];
-        for (int i = 0; i < products; i++)
-            for (int j = 0; j < products; j++) {
+        for (int i = 0; i < frequencies; i++)
+            for (int j = 0; j < frequencies; j++) {
                 double numbers[WIDTH] = {};
                 for (int t = 0; t < 3; t++)
                     for (int lane = 0; lane < WIDTH; lane++) numbers[lane] += Line::weights.at[i][t] * across[t][j][lane];
-                sink(i * products + j, numbers);
+                sink(i * frequencies + j, numbers);
             }
     }
 };
 
 template <class Algorithm>
 void find_tiles(const Conv &c, const Piece &piece, Tile *tile) {
-    const long rows = c.tiles[0], columns = c.tiles[1];
-    long image = piece.first / (rows * columns), y = piece.first / columns % rows, x = piece.first % columns;
+    const int64_t rows = c.tiles[0], columns = c.tiles[1];
+    int64_t image = piece.first / (rows * columns), y = piece.first / columns % rows, x = piece.first % columns;
     const float *in = piece.in + piece.group * c.in_channels;
     float *out = piece.out + piece.group * c.out_channels;
-    const auto exist = [&](int axis, long first) {
-        const long left = ceil_div(c.size[axis] - first, Algorithm::one_sum ? 1 : c.dilation[axis]);
+    const auto exist = [&](int axis, int64_t first) {
+        const int64_t left = ceil_div(c.size[axis] - first, Algorithm::one_sum ? 1 : c.dilation[axis]);
         return static_cast<int>(left < Algorithm::outputs ? left : Algorithm::outputs);
     };
-    for (long t = piece.first; t < piece.last; t++, tile++) {
-        const long row = c.origins[0][y], column = c.origins[1][x];
+    for (int64_t t = piece.first; t < piece.last; t++, tile++) {
+        const int64_t row = c.origins[0][y], column = c.origins[1][x];
         tile->in = in + image * c.in.image + row * c.stride[0] * c.in.row + column * c.stride[1] * c.in.pixel;
         tile->out = out + image * c.out.image + row * c.out.row + column * c.out.pixel;
         tile->rows = exist(0, row);
@@ -188,16 +188,16 @@ void find_tiles(const Conv &c, const Piece &piece, Tile *tile) {
 /// Multiplies the block's V by one panel's weights.
 template <class Algorithm, class Element>
 void multiply_panel(const Conv &c, const Block &block, const float *weights, int vectors) {
-    const long k = ceil_div(c.k, Element::pack);
+    const int64_t k = ceil_div(c.depth, Element::pack);
     // The weights of the next product, this many cache lines for each k: each group of tiles fetches its share.
-    const long lines = ceil_div(vectors * WIDTH, LINE);
+    const int64_t lines = ceil_div(vectors * WIDTH, LINE);
     const int share = static_cast<int>(ceil_div(lines, block.groups));
     for (int p = 0; p < c.products; p++) {
-        for (long start = 0; start < k; start += CHUNK) {
-            const long length = k - start < CHUNK ? k - start : CHUNK;
+        for (int64_t start = 0; start < k; start += CHUNK) {
+            const int64_t length = k - start < CHUNK ? k - start : CHUNK;
             const float *next = weights + length * vectors * WIDTH;
-            for (long g = 0; g < block.groups; g++) {
-                const long first = block.first(g), rows = block.first(g + 1) - first;
+            for (int64_t g = 0; g < block.groups; g++) {
+                const int64_t first = block.first(g), rows = block.first(g + 1) - first;
                 const float *v = block.v + p * block.v_product + first * block.depth + start * rows;
                 float *m = block.m + p * block.m_product + first * vectors * WIDTH;
                 const bool add = start > 0 || (Algorithm::one_sum && p > 0);
@@ -213,20 +213,20 @@ template <class Algorithm, class Element>
 void run(const Conv &c, const Piece &piece) {
     const Block block(c, piece.last - piece.first, Element::pack, Algorithm::one_sum, piece.scratch);
     find_tiles<Algorithm>(c, piece, block.tile);
-    for (long g = 0; g < block.groups; g++) {
-        const long first = block.first(g), rows = block.first(g + 1) - first;
-        for (long r = 0; r < rows; r++) {
+    for (int64_t g = 0; g < block.groups; g++) {
+        const int64_t first = block.first(g), rows = block.first(g + 1) - first;
+        for (int64_t r = 0; r < rows; r++) {
             const Target<Element> target{block.v + first * block.depth + r * WIDTH, block.v_product, rows * WIDTH};
             Algorithm::template input<Element>(c, block.tile[first + r], block.tile[first + r + (first + r + 1 < block.tiles)], target);
         }
     }
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
-    const long vector_weights = c.products * ceil_div(c.k, Element::pack) * WIDTH;
+    const int64_t vector_weights = c.products * ceil_div(c.depth, Element::pack) * WIDTH;
     for (int panel = piece.first_panel; panel < piece.last_panel; panel++) {
         const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
-        multiply_panel<Algorithm, Element>(c, block, c.weights + (static_cast<long>(piece.group) * vectors + start) * vector_weights, width);
-        const float *bias = c.bias + (static_cast<long>(piece.group) * vectors + start) * WIDTH;
-        for (long t = 0; t < block.tiles; t++)
+        multiply_panel<Algorithm, Element>(c, block, c.weights + (static_cast<int64_t>(piece.group) * vectors + start) * vector_weights, width);
+        const float *bias = c.bias + (static_cast<int64_t>(piece.group) * vectors + start) * WIDTH;
+        for (int64_t t = 0; t < block.tiles; t++)
             for (int v = 0; v < width; v++) {
                 const int channel = (start + v) * WIDTH, lanes = c.out_channels - channel;
                 const bool whole = lanes >= WIDTH || c.groups == 1;  // a group's last lanes would be the next group's first
@@ -243,15 +243,16 @@ void run(const Conv &c, const Piece &piece) {
 
 /// Packs the weights of a panel: [product][k][vector][lane].
 template <class Algorithm, class Element>
-void pack(const Conv &c, const float *weights, int group, int panel, float *packed) {
+void pack(const ConvShape &c, const float *weights, int group, int panel, float *packed) {
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
     const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
-    const long k = ceil_div(c.k, Element::pack), filter = static_cast<long>(c.in_channels) * c.kernel[0] * c.kernel[1];
-    packed += (static_cast<long>(group) * vectors + start) * c.products * k * WIDTH;
+    const int products = products_of(c, Algorithm::frequencies), depth = depth_of(c, Algorithm::frequencies);
+    const int64_t k = ceil_div(depth, Element::pack), filter = static_cast<int64_t>(c.in_channels) * c.kernel[0] * c.kernel[1];
+    packed += (static_cast<int64_t>(group) * vectors + start) * products * k * WIDTH;
     for (int v = 0; v < width; v++) {
         const int channel = (start + v) * WIDTH, left = c.out_channels - channel, lanes = left < WIDTH ? left : WIDTH;
-        const float *of_lanes = weights + (static_cast<long>(group) * c.out_channels + channel) * filter;
-        for (int i = 0; i < c.k; i++)
+        const float *of_lanes = weights + (static_cast<int64_t>(group) * c.out_channels + channel) * filter;
+        for (int i = 0; i < depth; i++)
             Algorithm::weights(c, of_lanes, lanes, i, [&](int p, const double *numbers) {
                 float *to = packed + ((p * k + i / Element::pack) * width + v) * WIDTH;
                 for (int lane = 0; lane < WIDTH; lane++) Element::weight(to + lane, i % Element::pack, static_cast<float>(numbers[lane]));

@@ -16,13 +16,13 @@ using Element = Float32;
 #endif
 
 template <class A>
-long scratch(const Conv &c, long tiles) {
+int64_t scratch(const Conv &c, int64_t tiles) {
     return Block(c, tiles, Element::pack, A::one_sum, nullptr).floats(c);
 }
 
 template <class A>
 constexpr Algorithm algorithm(const char *name) {
-    return {name, A::outputs, A::samples, A::products, A::stride, Element::pack, run<A, Element>, pack<A, Element>, scratch<A>};
+    return {name, A::outputs, A::samples, A::frequencies, A::stride, Element::pack, run<A, Element>, pack<A, Element>, scratch<A>};
 }
 
 constexpr Algorithm algorithms[] = {
@@ -34,22 +34,22 @@ constexpr Algorithm algorithms[] = {
 
 /// Planes to pixels. CHANNELS: how many, where the compiler should know.
 template <int CHANNELS>
-void interleave(const float *row, long plane, int channels, long width, long pixel, float *out) {
+void interleave(const float *row, int64_t plane, int channels, int64_t width, int64_t pixel, float *out) {
     const int count = CHANNELS ? CHANNELS : channels;
-    for (long x = 0; x < width; x++)
-        for (long c = 0; c < count; c++) out[x * pixel + c] = row[c * plane + x];
+    for (int64_t x = 0; x < width; x++)
+        for (int64_t c = 0; c < count; c++) out[x * pixel + c] = row[c * plane + x];
 }
 
 void read_floats(const float *image, int channels, const int size[2], int first_row, int last_row, const Map &map, float *out) {
-    const long plane = static_cast<long>(size[0]) * size[1];
+    const int64_t plane = static_cast<int64_t>(size[0]) * size[1];
     const auto read_row = channels == 3 && map.pixel == 3 ? interleave<3> : interleave<0>;
-    for (long y = first_row; y < last_row; y++) read_row(image + y * size[1], plane, channels, size[1], map.pixel, out + y * map.row);
+    for (int64_t y = first_row; y < last_row; y++) read_row(image + y * size[1], plane, channels, size[1], map.pixel, out + y * map.row);
 }
 
 void read_bytes(const uint8_t *image, int channels, const int size[2], int first_row, int last_row, const float *scale,
                 const float *shift, const Map &map, float *out) {
-    for (long y = first_row; y < last_row; y++)
-        for (long x = 0; x < size[1]; x++) {
+    for (int64_t y = first_row; y < last_row; y++)
+        for (int64_t x = 0; x < size[1]; x++) {
             const uint8_t *from = image + (y * size[1] + x) * channels;
             float *to = out + y * map.row + x * map.pixel;
             for (int c = 0; c < channels; c++) to[c] = static_cast<float>(from[c]) * scale[c] + shift[c];
@@ -57,22 +57,22 @@ void read_bytes(const uint8_t *image, int channels, const int size[2], int first
 }
 
 void write(const float *map, const Map &strides, int channels, const int size[2], float *image) {
-    const long plane = static_cast<long>(size[0]) * size[1];
-    for (long y = 0; y < size[0]; y++)
-        for (long x = 0; x < size[1]; x++) {
+    const int64_t plane = static_cast<int64_t>(size[0]) * size[1];
+    for (int64_t y = 0; y < size[0]; y++)
+        for (int64_t x = 0; x < size[1]; x++) {
             const float *from = map + y * strides.row + x * strides.pixel;
             float *to = image + y * size[1] + x;
-            for (long c = 0; c < channels; c++) to[c * plane] = from[c];
+            for (int64_t c = 0; c < channels; c++) to[c * plane] = from[c];
         }
 }
 
 void pool(const float *map, const Map &strides, int channels, const int size[2], float *means) {
     const float scale = 1.0f / (static_cast<float>(size[0]) * static_cast<float>(size[1]));
-    for (long c = 0; c < channels; c += WIDTH) {
+    for (int64_t c = 0; c < channels; c += WIDTH) {
         Vec sum{};
-        for (long y = 0; y < size[0]; y++) {
+        for (int64_t y = 0; y < size[0]; y++) {
             Vec row{};  // rows first: shorter sums, smaller rounding errors
-            for (long x = 0; x < size[1]; x++) row += load(map + y * strides.row + x * strides.pixel + c);
+            for (int64_t x = 0; x < size[1]; x++) row += load(map + y * strides.row + x * strides.pixel + c);
             sum += row;
         }
         store(means + c, sum * splat(scale));
@@ -82,21 +82,21 @@ void pool(const float *map, const Map &strides, int channels, const int size[2],
 void excite(const Excite &e, float *map, const Map &strides, const int size[2], float *scratch) {
     float *means = scratch, *hidden = means + e.channels + WIDTH, *gate = hidden + e.hidden + WIDTH;
     pool(map, strides, e.channels, size, means);
-    for (long h = 0; h < e.hidden; h++) {
+    for (int64_t h = 0; h < e.hidden; h++) {
         float sum = e.reduce_bias[h];
-        for (long c = 0; c < e.channels; c++) sum += e.reduce[h * e.channels + c] * means[c];
+        for (int64_t c = 0; c < e.channels; c++) sum += e.reduce[h * e.channels + c] * means[c];
         hidden[h] = sum > 0 ? sum : 0;
     }
-    for (long c = 0; c < e.channels; c++) {
+    for (int64_t c = 0; c < e.channels; c++) {
         float sum = e.expand_bias[c];
-        for (long h = 0; h < e.hidden; h++) sum += e.expand[c * e.hidden + h] * hidden[h];
+        for (int64_t h = 0; h < e.hidden; h++) sum += e.expand[c * e.hidden + h] * hidden[h];
         gate[c] = 1 / (1 + expf(-sum));
     }
-    for (long c = e.channels; c < e.channels + WIDTH; c++) gate[c] = 0;  // lanes beyond the last channel stay zero
-    for (long y = 0; y < size[0]; y++)
-        for (long x = 0; x < size[1]; x++) {
+    for (int64_t c = e.channels; c < e.channels + WIDTH; c++) gate[c] = 0;  // lanes beyond the last channel stay zero
+    for (int64_t y = 0; y < size[0]; y++)
+        for (int64_t x = 0; x < size[1]; x++) {
             float *pixel = map + y * strides.row + x * strides.pixel;
-            for (long c = 0; c < e.channels; c += WIDTH) {
+            for (int64_t c = 0; c < e.channels; c += WIDTH) {
                 const Vec scaled = load(pixel + c) * load(gate + c);
                 store(pixel + c, e.relu ? relu(scaled) : scaled);
             }

@@ -1,6 +1,19 @@
-// What the machine-independent half of the engine (net.cpp) asks of the half that is compiled once for each instruction set
+// What the machine-independent half of the engine (net.cpp, plan.cpp) asks of the half that is compiled once for each instruction set
 // (kernels.cpp). Plain data and function pointers only: a function compiled for AVX-512 must never be linked in the place of its
 // portable twin, so the two halves share no inline function with external linkage.
+//
+// The words:
+//     sample      a number of the input map that a tile reads
+//     tile        m x m outputs that are computed together, from (m + 2) x (m + 2) samples; for the direct algorithm one output
+//     frequency   a row of Winograd's transform: a tile has m + 2 across
+//     product     a matrix product over tiles and channels: one for each pair of frequencies (Winograd), or for each tap (direct)
+//     tap         a weight's place in the kernel; a 3x3 kernel has 9
+//     group       of channels, as in a grouped convolution; or, where it is of tiles, those that the micro-kernel multiplies at a time
+//     panel       of a group's output channels: as many vectors as the micro-kernel multiplies at a time
+//     block       of tiles: as many as fit a core's cache once they are transformed
+//     piece       a block times some panels: what a thread computes in one go
+//     slot        a thread's number in a job, and the scratch memory that goes with it
+//     lane        one number of a vector
 #pragma once
 
 #include <cstdint>
@@ -12,24 +25,30 @@ constexpr int MOST_JOINED = 64;
 
 /// Where the numbers of a feature map lie: NHWC, distances in floats. The channels of a pixel are contiguous.
 struct Map {
-    long pixel, row, image;
+    int64_t pixel, row, image;
 };
 
-/// A convolution on maps of one size, by one algorithm.
-struct Conv {
+/// What a convolution is, whatever the size of its input: made when a net is loaded.
+struct ConvShape {
     int groups, in_channels, out_channels;  // channels of one group
     int kernel[2], stride[2], dilation[2];
     bool relu;
-    int joined;   // direct: so many taps of the kernel are one sum: 1, or a row, which meets contiguous numbers, or all where they are few
-    int products;  // matrix products that a block of tiles takes
-    int k;         // channels that each of them sums over
-    int panels;    // the output channels of a group are cut into so many panels
-    int rows;      // tiles that are multiplied at a time
+    int joined;  // direct: so many taps are one product: 1, or a row, which meets contiguous numbers, or all where they are few
+    int panels;  // of a group
+    int rows;    // tiles that are multiplied at a time
+};
+
+/// How an algorithm cuts its output into tiles: made for each plan.
+struct ConvTiling {
+    int products, depth;          // matrix products of a block, and the numbers that each of them sums over
+    int size[2], tiles[2];        // rows and columns of the output, and of tiles
+    const int *origins[2];        // first output row of each row of tiles, first output column of each column of tiles
+};
+
+/// A convolution by one algorithm on maps that have their places.
+struct Conv : ConvShape, ConvTiling {
     Map in, out;
-    int size[2];                        // rows and columns of the output
-    const int *origins[2];              // first output row of each row of tiles, first output column of each column of tiles
-    int tiles[2];
-    const float *weights, *bias;        // packed; bias: one number for each lane of each vector
+    const float *weights, *bias;  // packed; bias: one number for each lane of each vector
 };
 
 /// A piece of it for one thread: tiles [first, last) of all images, panels [first_panel, last_panel) of one group.
@@ -37,7 +56,7 @@ struct Piece {
     const float *in;  // sample (-padding, -padding) of the first image
     float *out;       // sample (0, 0)
     int group, first_panel, last_panel;
-    long first, last;
+    int64_t first, last;
     float *scratch;
 };
 
@@ -48,16 +67,16 @@ struct Excite {
     const float *reduce, *reduce_bias, *expand, *expand_bias;
 };
 
-/// One way to compute a convolution: tiles of outputs x outputs; `samples` inputs across, `products` multiplications across.
+/// One way to compute a convolution. Numbers are across: a tile has outputs x outputs outputs.
 struct Algorithm {
     const char *name;
-    int outputs, samples, products, stride;  // outputs = 1, products = 0: direct, for any geometry
-    int packed;                              // channels in 32 bits of inputs and weights: 1, or 2 in bfloat16
+    int outputs, samples, frequencies, stride;  // direct, for any geometry: 1 output, 0 frequencies
+    int packed;                                 // channels in 32 bits of inputs and weights: 1, or 2 in bfloat16
     void (*run)(const Conv &, const Piece &);
     /// Transforms and packs the weights of one panel of one group; `weights` are the layer's own.
-    void (*pack)(const Conv &, const float *weights, int group, int panel, float *packed);
+    void (*pack)(const ConvShape &, const float *weights, int group, int panel, float *packed);
     /// Floats of scratch memory that a piece of `tiles` tiles needs.
-    long (*scratch)(const Conv &, long tiles);
+    int64_t (*scratch)(const Conv &, int64_t tiles);
 };
 
 struct Kernels {
@@ -76,10 +95,16 @@ struct Kernels {
     void (*excite)(const Excite &, float *map, const Map &, const int size[2], float *scratch);
 };
 
+/// Matrix products that a block takes, and the numbers that each of them sums over, by an algorithm of so many frequencies.
+static inline int products_of(const ConvShape &c, int frequencies) {
+    return frequencies ? frequencies * frequencies : c.kernel[0] * c.kernel[1] / c.joined;
+}
+static inline int depth_of(const ConvShape &c, int frequencies) { return frequencies ? c.in_channels : c.joined * c.in_channels; }
+
 /// Vectors of output channels before panel `i` of `panels`.
-static inline int panel_start(int vectors, int panels, int i) { return static_cast<int>(static_cast<long>(vectors) * i / panels); }
+static inline int panel_start(int vectors, int panels, int i) { return static_cast<int>(static_cast<int64_t>(vectors) * i / panels); }
 
 /// Vectors, or blocks, that `n` takes in units of `of`.
-static inline long ceil_div(long n, long of) { return (n + of - 1) / of; }
+static inline int64_t ceil_div(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
 }  // namespace repvgg

@@ -11,7 +11,7 @@ namespace repvgg {
 
 class Memory {
   public:
-    explicit Memory(long floats) {
+    explicit Memory(int64_t floats) {
         const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
         size_ = bytes + HUGE_PAGE;
         base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -22,39 +22,34 @@ class Net {
     /// The algorithm of that name, if it is one and fits the layer; otherwise null.
     const Algorithm *find(int layer, const char *name) const;
     const Algorithm *fitting(int layer, int i) const;
-    long weight_floats(int layer, const Algorithm &algorithm) const;
+    int64_t weight_bytes(int layer, const Algorithm &algorithm) const;
     void profile(double *seconds);
 
   private:
     /// Threads, and what they share. A forked process has none of its parent's threads, and its locks may be held by them; so it
     /// makes a runtime of its own, and leaves the old one where it is.
     struct Runtime {
-        Runtime(int threads, bool pin, int forks) : pool(threads, pin), forks(forks) {}
-        Pool pool;
+        Runtime(int threads, bool pin, int forks) : pool(Pool::shared(threads, pin)), forks(forks) {}
+        const std::shared_ptr<Pool> pool;
         const int forks;
-        std::mutex mutex;  // of `idle`, and of the net's choices and weights
+        std::mutex mutex;  // of `idle`, and of the net's choices and list of weights
         std::vector<std::unique_ptr<Plan>> idle;
     };
 
     Runtime &runtime();
-    void add(const repvgg_layer &layer);
     /// A plan for n images of that size, and which choice of algorithms it follows.
     std::unique_ptr<Plan> take_plan(Runtime &runtime, int n, const int size[2], int &choice);
-    std::shared_ptr<Memory> packed(Runtime &runtime, int layer, const Algorithm &algorithm);
+    std::vector<std::shared_ptr<Weights>> chosen_weights(bool many);
+    void pack(Runtime &runtime, int layer, Weights &weights) const;
 
     const Kernels *kernels_;
     std::vector<const Algorithm *> algorithms_;  // the first is direct
     const int threads_;
     const bool pin_;
     std::vector<std::unique_ptr<Layer>> layers_;
-    std::vector<std::vector<Weights>> weights_;  // of each layer, by algorithm
+    std::vector<std::vector<std::shared_ptr<Weights>>> weights_;  // of each layer, by algorithm
     int choices_ = 0;  // made so far: plans of earlier ones are not used again
     std::atomic<Runtime *> runtime_{nullptr};
 };
-
-/// The best kernels of those names that this processor has. Throws std::invalid_argument where there are none.
-const Kernels *find_kernels(const char *isa, bool bf16);
-/// Names of the instruction sets, best first.
-const char *instruction_sets();
 
 }  // namespace repvgg

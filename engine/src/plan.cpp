@@ -10,16 +10,16 @@ namespace repvgg {
 namespace {
 
 /// Transformed tiles and their products should stay in a core's second-level cache.
-constexpr long BLOCK_BYTES = 640 << 10;
+constexpr int64_t BLOCK_BYTES = 640 << 10;
 /// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
-constexpr long BLOCKS_OF_WEIGHTS = 32;
+constexpr int64_t BLOCKS_OF_WEIGHTS = 32;
 /// Fewer rows than this for each thread, or so many times more weights than transformed inputs, and threads share out output channels
 /// rather than tiles: each weight is then read once, though each input is transformed by every thread.
-constexpr long FEW_TILES = 8, MANY_WEIGHTS = 8;
+constexpr int64_t FEW_TILES = 8, MANY_WEIGHTS = 8;
 /// From so many blocks a thread on, blocks are of whole groups of tiles; fewer would then be unequal work for the threads.
-constexpr long WHOLE_GROUPS = 4;
-constexpr long ALIGNMENT = 1024;
-constexpr long MOST_FLOATS = 1L << 36;
+constexpr int64_t WHOLE_GROUPS = 4;
+constexpr int64_t ALIGNMENT = 1024;
+constexpr int64_t MOST_FLOATS = int64_t{1} << 36;
 
 /// First outputs of the tiles along an axis. A convolution of dilation d is d interleaved plain ones.
 std::vector<int> tile_origins(int size, int dilation, int outputs) {
@@ -29,67 +29,53 @@ std::vector<int> tile_origins(int size, int dilation, int outputs) {
     return origins;
 }
 
-long round_up(long n, long to) { return ceil_div(n, to) * to; }
+int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 }  // namespace
 
-Conv with_algorithm(Conv c, const Algorithm &algorithm) {
-    c.products = algorithm.products ? algorithm.products * algorithm.products : c.kernel[0] * c.kernel[1] / c.joined;
-    c.k = algorithm.products ? c.in_channels : c.joined * c.in_channels;
-    return c;
-}
-
-void output_size(const Layer &layer, int index, const int size[2], int out[2]) {
-    const repvgg_layer &spec = layer.spec;
-    for (int axis = 0; axis < 2; axis++) {
-        out[axis] = spec.op == REPVGG_POOL ? 1 : size[axis];
-        if (spec.op != REPVGG_CONV) continue;
-        const long reach = static_cast<long>(spec.dilation[axis]) * (spec.kernel[axis] - 1), padded = size[axis] + 2L * spec.padding[axis];
-        if (padded <= reach || padded > 1 << 20)
-            throw std::invalid_argument("images of that size do not fit layer " + std::to_string(index) + ": its input would be " +
-                                        std::to_string(size[0]) + " x " + std::to_string(size[1]));
-        out[axis] = static_cast<int>((padded - reach - 1) / spec.stride[axis] + 1);
-    }
-}
-
-Plan::Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<Weights> weights, int n, const int size[2],
-           int threads)
+Plan::Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<std::shared_ptr<Weights>> weights, int n,
+           const int size[2], int threads)
     : kernels_(kernels), layers_(layers), weights_(std::move(weights)), n_(n) {
     tensors_.emplace_back(layers[0]->spec.in_channels, size);
-    int current = 0;
-    for (int i = 0; i < static_cast<int>(layers.size()); i++) {
-        add_step(i, current, weights_[i]);
-        current = steps_.back().out;
-    }
+    for (int i = 0; i < static_cast<int>(layers.size()); i++) add_step(i, i > 0 ? steps_.back().out : 0);
     choose_local(threads);
     place(threads);
 }
 
-void Plan::add_step(int index, int in, const Weights &weights) {
+void Plan::add_step(int index, int in) {
     const Layer &layer = *layers_[index];
     Step step{};
-    step.layer = index, step.in = in, step.algorithm = weights.algorithm;
-    step.out = layer.spec.op == REPVGG_SQUEEZE_EXCITE ? in : in + 1;
-    if (step.out != in) {
+    step.layer = index, step.in = in, step.out = in;
+    if (layer.spec.op != REPVGG_SQUEEZE_EXCITE) {  // which works in place
         int size[2];
         output_size(layer, index, tensors_[in].size, size);
-        tensors_.emplace_back(layer.spec.op == REPVGG_POOL ? layer.spec.in_channels : layer.spec.out_channels, size);
+        tensors_.emplace_back(layer.out_channels(), size);
+        step.out++;
     }
-    if (layer.spec.op == REPVGG_CONV) {
-        Tensor &from = tensors_[in];
-        step.conv = with_algorithm(layer.conv, *step.algorithm);
-        for (int axis = 0; axis < 2; axis++) {
-            const int dilation = step.algorithm->products ? layer.spec.dilation[axis] : 1;
-            step.conv.size[axis] = tensors_[step.out].size[axis];
-            step.origins[axis] = tile_origins(step.conv.size[axis], dilation, step.algorithm->outputs);
-            step.conv.tiles[axis] = static_cast<int>(step.origins[axis].size());
-            const int last = *std::max_element(step.origins[axis].begin(), step.origins[axis].end());
-            from.border[axis] = layer.spec.padding[axis];
-            from.extent[axis] = std::max(from.size[axis] + 2 * from.border[axis],
-                                         last * layer.spec.stride[axis] + (step.algorithm->samples - 1) * dilation + 1);
-        }
+    if (layer.is_conv()) {
+        step.algorithm = weights_[index]->algorithm;
+        set_tiling(step);
     }
     steps_.push_back(std::move(step));
+}
+
+/// Cuts the output into tiles, and sees to it that the input map reaches as far as they read.
+void Plan::set_tiling(Step &step) {
+    const Layer &layer = *layers_[step.layer];
+    Tensor &from = tensors_[step.in];
+    static_cast<ConvShape &>(step.conv) = layer.shape;
+    step.conv.products = products_of(layer.shape, step.algorithm->frequencies);
+    step.conv.depth = depth_of(layer.shape, step.algorithm->frequencies);
+    for (int axis = 0; axis < 2; axis++) {
+        const int dilation = step.algorithm->frequencies ? layer.spec.dilation[axis] : 1;
+        step.conv.size[axis] = tensors_[step.out].size[axis];
+        step.origins[axis] = tile_origins(step.conv.size[axis], dilation, step.algorithm->outputs);
+        step.conv.tiles[axis] = static_cast<int>(step.origins[axis].size());
+        const int last = *std::max_element(step.origins[axis].begin(), step.origins[axis].end());
+        from.border[axis] = layer.spec.padding[axis];
+        from.extent[axis] = std::max(from.size[axis] + 2 * from.border[axis],
+                                     last * layer.spec.stride[axis] + (step.algorithm->samples - 1) * dilation + 1);
+    }
 }
 
 /// Early layers, whose maps are larger than their weights, run image by image, so that maps stay in the cache; the others layer by
@@ -99,9 +85,9 @@ void Plan::choose_local(int threads) {
     for (const Step &step : steps_) {
         const repvgg_layer &spec = layers_[step.layer]->spec;
         const Tensor &in = tensors_[step.in], &out = tensors_[step.out];
-        const long maps = static_cast<long>(in.size[0]) * in.size[1] * in.channels + static_cast<long>(out.size[0]) * out.size[1] * out.channels;
-        const long weights = static_cast<long>(spec.out_channels) * step.conv.in_channels * spec.kernel[0] * spec.kernel[1];
-        if (spec.op == REPVGG_POOL || (spec.op == REPVGG_CONV && maps < weights)) break;
+        const int64_t maps = static_cast<int64_t>(in.size[0]) * in.size[1] * in.channels + static_cast<int64_t>(out.size[0]) * out.size[1] * out.channels;
+        const int64_t weights = static_cast<int64_t>(spec.out_channels) * step.conv.in_channels * spec.kernel[0] * spec.kernel[1];
+        if (spec.op == REPVGG_POOL || (layers_[step.layer]->is_conv() && maps < weights)) break;
         local_steps_++;
     }
     for (int i = 0; i < local_steps_; i++) tensors_[steps_[i].in].local = true;
@@ -109,12 +95,12 @@ void Plan::choose_local(int threads) {
 }
 
 /// Gives each tensor its place, tensors that are alike the same two in turn: their borders are zero from the start and stay so.
-long Plan::layout(bool local) {
+int64_t Plan::layout(bool local) {
     struct Buffer {
         int like, last;  // tensors: the first and the last that it was given to
     };
     std::vector<Buffer> buffers;
-    long end = 0;
+    int64_t end = 0;
     const int count = static_cast<int>(tensors_.size());
     for (int i = 0; i < count; i++) {
         Tensor &t = tensors_[i];
@@ -151,13 +137,14 @@ void Plan::place(int threads) {
     }
     slot_offset_ = layout(false);
     scratch_offset_ = layout(true);
-    long scratch = 0;
+    int64_t scratch = 0;
     for (Step &step : steps_) {
-        if (layers_[step.layer]->spec.op == REPVGG_CONV) {
+        if (layers_[step.layer]->is_conv()) {
             cut(step, threads);
             scratch = std::max(scratch, step.algorithm->scratch(step.conv, step.block));
         } else {
-            scratch = std::max(scratch, 4L * layers_[step.layer]->spec.in_channels + 4 * kernels_.width + layers_[step.layer]->spec.out_channels);
+            const repvgg_layer &spec = layers_[step.layer]->spec;  // room for squeeze-excite's means, hidden numbers and gates
+            scratch = std::max(scratch, 4 * static_cast<int64_t>(spec.in_channels) + spec.out_channels + 4 * kernels_.width);
         }
     }
     slot_floats_ = scratch_offset_ + round_up(scratch, ALIGNMENT);
@@ -167,17 +154,16 @@ void Plan::place(int threads) {
 /// Cuts a convolution into pieces: as few as fit the cache, but no fewer than there are threads.
 void Plan::cut(Step &step, int threads) {
     Conv &c = step.conv;
-    const Weights &weights = weights_[step.layer];
     c.in = tensors_[step.in].map, c.out = tensors_[step.out].map;
     c.origins[0] = step.origins[0].data(), c.origins[1] = step.origins[1].data();
-    c.weights = weights.packed->floats(), c.bias = layers_[step.layer]->bias.data();
+    c.weights = weights_[step.layer]->packed->floats(), c.bias = layers_[step.layer]->bias.data();
     const bool local = &step - steps_.data() < local_steps_;
-    step.tiles = static_cast<long>(c.tiles[0]) * c.tiles[1] * (local ? 1 : n_);
-    const long tile_bytes = (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<long>(sizeof(float));
+    step.tiles = static_cast<int64_t>(c.tiles[0]) * c.tiles[1] * (local ? 1 : n_);
+    const int64_t tile_bytes = (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<int64_t>(sizeof(float));
     const int wanted = local ? 1 : static_cast<int>(ceil_div(threads, c.groups));
     step.splits = 1;
-    const long weight_bytes = static_cast<long>(c.groups) * c.products * c.k * c.out_channels * static_cast<long>(sizeof(float)) / step.algorithm->packed;
-    long blocks = ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
+    const int64_t weight_bytes = packed_floats(c, *step.algorithm, 1) * static_cast<int64_t>(sizeof(float));
+    int64_t blocks = ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
     if (blocks < wanted) {
         if (step.tiles < FEW_TILES * wanted || step.tiles * MANY_WEIGHTS < c.out_channels) step.splits = std::min<int>(wanted, c.panels);
         else blocks = wanted;
@@ -190,7 +176,7 @@ void Plan::cut(Step &step, int threads) {
 }
 
 int Plan::items(const Step &step) const {
-    if (layers_[step.layer]->spec.op == REPVGG_CONV) return step.conv.groups * step.splits * step.blocks;
+    if (layers_[step.layer]->is_conv()) return step.conv.groups * step.splits * step.blocks;
     return &step - steps_.data() < local_steps_ ? 1 : n_;
 }
 
@@ -209,7 +195,7 @@ void Plan::run_item(const Step &step, int item, int slot, int image) {
     Layer &layer = *layers_[step.layer];
     const Tensor &in = tensors_[step.in], &out = tensors_[step.out];
     float *scratch = memory_->floats() + slot_offset_ + slot * slot_floats_ + scratch_offset_;
-    if (layer.spec.op == REPVGG_CONV) {
+    if (layer.is_conv()) {
         // Blocks change fastest, so that threads work with the same weights.
         const int block = item % step.blocks, split = item / step.blocks % step.splits;
         Piece piece;
@@ -230,7 +216,7 @@ void Plan::run_item(const Step &step, int item, int slot, int image) {
 
 void Plan::read(const repvgg_images &images, int image, int band, int bands, int slot) {
     const Tensor &t = tensors_[0];
-    const long offset = static_cast<long>(image) * t.channels * t.size[0] * t.size[1];
+    const int64_t offset = static_cast<int64_t>(image) * t.channels * t.size[0] * t.size[1];
     const int first = panel_start(t.size[0], bands, band), last = panel_start(t.size[0], bands, band + 1);
     float *to = inside(t, slot, image);
     if (images.bytes)
@@ -252,7 +238,7 @@ void Plan::run(Pool &pool, const repvgg_images &images, float *output) {
     for (size_t s = local_steps_; s < steps_.size(); s++)
         pool.run(items(steps_[s]), [&](int item, int slot) { run_item(steps_[s], item, slot, 0); });
     const Tensor &last = tensors_.back();
-    const long floats = static_cast<long>(last.channels) * last.size[0] * last.size[1];
+    const int64_t floats = static_cast<int64_t>(last.channels) * last.size[0] * last.size[1];
     pool.run(floats * n_ > 1 << 16 ? n_ : 1, [&](int item, int slot) {
         const int end = floats * n_ > 1 << 16 ? item + 1 : n_;
         for (int image = item; image < end; image++) kernels_.write(inside(last, slot, image), last.map, last.channels, last.size, output + image * floats);

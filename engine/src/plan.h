@@ -1,41 +1,28 @@
 // How a net runs on n images of one size: where each feature map lies, how each layer is cut into pieces, in which order.
 #pragma once
 
-#include <atomic>
 #include <memory>
+#include <mutex>
 #include <vector>
 
-#include "kernels.h"
-#include "memory.h"
+#include "layer.h"
 #include "pool.h"
-#include "repvgg_engine.h"
 
 namespace repvgg {
 
-/// An operator of the net, with what holds for images of any size.
-struct Layer {
-    repvgg_layer spec;
-    Conv conv;                     // a convolution's channels, kernel and panels; the rest is the plan's
-    std::vector<float> bias;       // a number for each lane of each vector of each group
-    const Algorithm *choice[2];    // for few images, for many
-    std::atomic<int64_t> nanoseconds{0};
-};
-
+/// A convolution's weights as one algorithm wants them.
 struct Weights {
-    const Algorithm *algorithm;
-    std::shared_ptr<Memory> packed;
+    explicit Weights(const Algorithm *algorithm) : algorithm(algorithm) {}
+    const Algorithm *const algorithm;
+    std::once_flag once;
+    std::unique_ptr<Memory> packed;
 };
-
-/// The convolution's share of a plan that its algorithm decides: how many products, over how many channels.
-Conv with_algorithm(Conv conv, const Algorithm &algorithm);
-
-/// Rows and columns of what a layer makes of a map of that size. Throws std::invalid_argument where it cannot be.
-void output_size(const Layer &layer, int index, const int size[2], int out[2]);
 
 class Plan {
   public:
     /// weights: one for each layer, empty for those that are no convolutions.
-    Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<Weights> weights, int n, const int size[2], int threads);
+    Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<std::shared_ptr<Weights>> weights, int n,
+         const int size[2], int threads);
 
     /// Not by two threads at once.
     void run(Pool &pool, const repvgg_images &images, float *output);
@@ -48,7 +35,7 @@ class Plan {
         int channels, size[2], border[2], extent[2];
         bool local;  // one image at a time, in each thread's own memory
         Map map;
-        long offset;  // of the padded map of the first image, in floats
+        int64_t offset;  // of the padded map of the first image, in floats
         Tensor(int channels, const int size[2])
             : channels(channels), size{size[0], size[1]}, border{0, 0}, extent{size[0], size[1]}, local(false), map{}, offset(0) {}
     };
@@ -57,15 +44,16 @@ class Plan {
         Conv conv;
         const Algorithm *algorithm;
         std::vector<int> origins[2];
-        long tiles, block;   // of all images that it takes at once, and of a piece
+        int64_t tiles, block;   // of all images that it takes at once, and of a piece
         int blocks, splits;  // how many pieces of the tiles, and of the panels
     };
 
-    void add_step(int index, int in, const Weights &weights);
+    void add_step(int index, int in);
+    void set_tiling(Step &step);
     void choose_local(int threads);
     void place(int threads);
     void cut(Step &step, int threads);
-    long layout(bool local);
+    int64_t layout(bool local);
     int items(const Step &step) const;
     void run_item(const Step &step, int item, int slot, int image);
     void read(const repvgg_images &images, int image, int band, int bands, int slot);
@@ -74,11 +62,11 @@ class Plan {
 
     const Kernels &kernels_;
     std::vector<std::unique_ptr<Layer>> &layers_;
-    std::vector<Weights> weights_;
+    std::vector<std::shared_ptr<Weights>> weights_;
     int n_, local_steps_ = 0;
     std::vector<Tensor> tensors_;
     std::vector<Step> steps_;
-    long slot_offset_, slot_floats_, scratch_offset_;
+    int64_t slot_offset_, slot_floats_, scratch_offset_;
     std::unique_ptr<Memory> memory_;
 };
 

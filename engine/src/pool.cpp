@@ -47,6 +47,44 @@ void pin_to(std::thread &thread, int index) {
 
 }  // namespace
 
+namespace {
+
+std::atomic<int> forks_so_far{0};
+std::mutex shared_mutex;  // of the list below
+
+struct Shared {
+    int threads, forks;
+    bool pin;
+    std::weak_ptr<Pool> pool;
+};
+
+std::vector<Shared> &shared_pools() {
+    static auto *pools = new std::vector<Shared>;  // for ever: threads may still ask for one when the process ends
+    return *pools;
+}
+
+}  // namespace
+
+int Pool::forks() {
+    // The list's lock is held over a fork, so that no other thread's half-done change is copied.
+    static const int registered = pthread_atfork([] { shared_mutex.lock(); }, [] { shared_mutex.unlock(); }, [] { forks_so_far++, shared_mutex.unlock(); });
+    (void)registered;
+    return forks_so_far.load();
+}
+
+std::shared_ptr<Pool> Pool::shared(int threads, bool pin) {
+    const int now = forks();
+    std::lock_guard<std::mutex> lock(shared_mutex);
+    auto &pools = shared_pools();
+    pools.erase(std::remove_if(pools.begin(), pools.end(), [](const Shared &s) { return s.pool.expired(); }), pools.end());
+    for (const Shared &s : pools)
+        if (s.threads == threads && s.pin == pin && s.forks == now)
+            if (auto pool = s.pool.lock()) return pool;
+    auto pool = std::make_shared<Pool>(threads, pin);
+    pools.push_back({threads, now, pin, pool});
+    return pool;
+}
+
 Pool::Pool(int threads, bool pin) {
     for (int slot = 1; slot < threads; slot++) {
         try {

@@ -14,6 +14,11 @@ namespace repvgg {
 
 class Pool {
   public:
+    /// The pool of this process for so many threads: nets that run in turns share it.
+    static std::shared_ptr<Pool> shared(int threads, bool pin);
+    /// How often this process has been forked off another: pools of a parent have no threads here.
+    static int forks();
+
     /// threads: that work at a job, its caller among them. pin: each further one to a processor of its own.
     Pool(int threads, bool pin);
     ~Pool();

@@ -48,6 +48,11 @@ typedef struct {
 
 typedef struct repvgg_net repvgg_net;
 
+/* Of this interface; a program compares what it was compiled with and what it runs with. sizes (may be NULL): bytes of repvgg_layer,
+ * repvgg_options and repvgg_images as the library has them. */
+#define REPVGG_ABI_VERSION 1
+REPVGG_API int32_t repvgg_abi_version(size_t sizes[3]);
+
 REPVGG_API repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error, size_t size);
 REPVGG_API void repvgg_destroy(repvgg_net *net);
 

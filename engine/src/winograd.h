@@ -176,7 +176,7 @@ REPVGG_INLINE void apply_columns(const Vec *in, Vec *out) {
 /// OUTPUTS outputs of a 3-tap filter of stride 1.
 template <int OUTPUTS, int STRIDE>
 struct Winograd {
-    static constexpr int outputs = OUTPUTS, samples = OUTPUTS + 2, products = OUTPUTS + 2;
+    static constexpr int outputs = OUTPUTS, samples = OUTPUTS + 2, frequencies = OUTPUTS + 2;
     static constexpr ToomCook<OUTPUTS, 3> cook{points<OUTPUTS, 3>};
     struct Input {
         static constexpr auto matrix = cook.input;
@@ -184,10 +184,10 @@ struct Winograd {
     struct Output {
         static constexpr auto matrix = cook.output;
     };
-    static constexpr Matrix<products, 3> weights = cook.weights;
+    static constexpr Matrix<frequencies, 3> weights = cook.weights;
 
     static REPVGG_INLINE void input(const Vec *samples, Vec *out) { apply_rows<Input>(samples, out); }
-    static REPVGG_INLINE void output(const Vec *products, Vec *out) { apply_columns<Output>(products, out); }
+    static REPVGG_INLINE void output(const Vec *sums, Vec *out) { apply_columns<Output>(sums, out); }
 };
 
 template <int OUTPUTS>
@@ -204,7 +204,7 @@ constexpr Matrix<2 * OUTPUTS + 1, 3> strided_weights(const ToomCook<OUTPUTS, 2> 
 /// Stride 2: the even samples meet the two outer taps, in a Winograd algorithm of their own; the odd ones meet the middle tap alone.
 template <int OUTPUTS>
 struct Winograd<OUTPUTS, 2> {
-    static constexpr int outputs = OUTPUTS, samples = 2 * OUTPUTS + 1, products = 2 * OUTPUTS + 1;
+    static constexpr int outputs = OUTPUTS, samples = 2 * OUTPUTS + 1, frequencies = 2 * OUTPUTS + 1;
     static constexpr ToomCook<OUTPUTS, 2> cook{points<OUTPUTS, 2>};
     struct Input {
         static constexpr auto matrix = cook.input;
@@ -212,7 +212,7 @@ struct Winograd<OUTPUTS, 2> {
     struct Output {
         static constexpr auto matrix = cook.output;
     };
-    static constexpr Matrix<products, 3> weights = strided_weights<OUTPUTS>(cook);
+    static constexpr Matrix<frequencies, 3> weights = strided_weights<OUTPUTS>(cook);
 
     static REPVGG_INLINE void input(const Vec *samples, Vec *out) {
         Vec even[OUTPUTS + 1];
@@ -220,9 +220,9 @@ struct Winograd<OUTPUTS, 2> {
         apply_rows<Input>(even, out);
         for (int i = 0; i < OUTPUTS; i++) out[OUTPUTS + 1 + i] = samples[2 * i + 1];
     }
-    static REPVGG_INLINE void output(const Vec *products, Vec *out) {
-        apply_columns<Output>(products, out);
-        for (int i = 0; i < OUTPUTS; i++) out[i] += products[OUTPUTS + 1 + i];
+    static REPVGG_INLINE void output(const Vec *sums, Vec *out) {
+        apply_columns<Output>(sums, out);
+        for (int i = 0; i < OUTPUTS; i++) out[i] += sums[OUTPUTS + 1 + i];
     }
 };
 

@@ -1,13 +1,16 @@
 """Small nets and model files for the tests."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from repvgg_engine import instruction_sets
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite
 
+HAS_BF16 = "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
 PREPROCESSING = Preprocessing(32, 32, 32, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 

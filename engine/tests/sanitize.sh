@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The engine's tests under AddressSanitizer with UBSan, and under ThreadSanitizer. Usage: sanitize.sh PYTHON
+# The engine's tests and a fuzz run (tests/fuzz.py) under AddressSanitizer with UBSan, and under ThreadSanitizer. Usage: sanitize.sh PYTHON
 set -euo pipefail
 python=$(realpath -s "$1")
 cd "$(dirname "$0")/.."
@@ -15,6 +15,7 @@ for kind in address,undefined thread; do
     # Python is not built for it, so the sanitizer's library has to come first, and C++'s, whose exceptions it watches. -P: not the
     # package in this folder, which is not built. Leaks have a test of their own; the tuner has no C++ of its own, and is too
     # slow in such builds.
-    LD_PRELOAD="$library $(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=$folder/package "$python" -P -m pytest -q -p no:cacheprovider \
-        tests/test_engine_{conv,files,net}.py -k "not leak and not fork"
+    watched() { LD_PRELOAD="$library $(g++ -print-file-name=libstdc++.so.6)" PYTHONPATH=$folder/package:tests "$python" -P "$@"; }
+    watched tests/fuzz.py --cases 1000
+    watched -m pytest -q -p no:cacheprovider tests/test_engine_{conv,files,library,net}.py -k "not leak and not fork"
 done

@@ -1,6 +1,7 @@
 """Model files: what is read, and what strangers may try."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
-from nets import images, model_file, plain_net, write
+from nets import conv, images, model_file, plain_net, write
 from repvgg_engine import EngineError, Net, load
 
 
@@ -68,6 +69,11 @@ def manifest(**values: Any) -> Any:
     return changed
 
 
+def preprocessing(**values: Any) -> Any:
+    given = {"input_size": [3, 32, 32], "resize": 32, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    return manifest(preprocessing=given | values)
+
+
 def layer(index: int, **values: Any) -> Any:
     def changed(header: dict[str, Any], data: bytes) -> bytes:
         text = json.loads(header["__metadata__"]["repvgg"])
@@ -88,6 +94,10 @@ def layer(index: int, **values: Any) -> Any:
         (manifest(layers=[3]), "not a model file"),
         (manifest(classes=["one"]), "class names that do not fit"),
         (manifest(preprocessing={"input_size": [3, 32, 10**9]}), "1000000000"),
+        (preprocessing(mean=[0.5, 1e300, 0.5]), r"mean \[0.5, 1e\+300, 0.5\] and std .* no finite numbers"),
+        (preprocessing(std=[0.5, 1e-300, 0.5]), "no finite numbers"),
+        (preprocessing(std=[0.5, float("nan"), 0.5]), "no finite numbers"),
+        (layer(2, weight="l1.weight", in_channels=40, groups=1), "layer 2 has l1.weight"),
         (lambda header, data: (header.pop("__metadata__"), data)[1], "has no list of layers"),
         (lambda header, data: (header.pop("l1.weight"), data)[1], "layer 1 wants a tensor l1.weight, which the file lacks"),
         (lambda header, data: data[:-4], "layer 7 has 222132 where a number"),
@@ -133,6 +143,53 @@ def test_what_is_no_model_file(tmp_path: Path, content: bytes, reason: str) -> N
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(EngineError, match=reason):
+        load(path)
+
+
+def test_a_file_changed_under_a_net(path: Path, tmp_path: Path) -> None:
+    """Overwritten, truncated or removed between calls of one image and of many, which take their weights at different times."""
+    other = model_file(tmp_path / "other.safetensors", plain_net(seed=1)).read_bytes()
+    for change in (lambda: path.write_bytes(other), lambda: path.write_bytes(b""), path.unlink):
+        model_file(path, plain_net())
+        net = load(path, accuracy="exact", threads=1)
+        few, many = Net(plain_net())(images(1)), Net(plain_net())(images(8))
+        assert np.array_equal(net(images(1)), few)
+        change()
+        assert np.array_equal(net(images(8)), many)
+        net.choose(1, "F2")
+        assert np.allclose(net(images(8)), many, atol=1e-4)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 10**6])
+def test_a_file_changed_while_it_is_read(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, reads = os.preadv, iter(range(100))
+
+    def then_change(*words: Any) -> int:
+        if next(reads) == 5:
+            path.write_bytes(content)
+        return read(*words)
+
+    monkeypatch.setattr(os, "preadv", then_change)
+    with pytest.raises(EngineError, match="changed while it was read"):
+        load(path)
+
+
+def test_a_named_pipe_is_no_model_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(EngineError, match="is a device or a pipe, not a model file"):
+        load(tmp_path / "pipe")
+
+
+def test_three_thousand_layers_of_one_tensor(tmp_path: Path) -> None:
+    """They would take gigabytes from a file of a megabyte."""
+    layers = [conv(np.random.default_rng(0), 64, 64, padding=(1, 1)) for _ in range(2)]
+    path = model_file(tmp_path / "net.safetensors", [conv(np.random.default_rng(0), 3, 64), *layers])
+    header, data = parts(path)
+    text = json.loads(header["__metadata__"]["repvgg"])
+    text["layers"] += [text["layers"][1]] * 3000
+    header["__metadata__"]["repvgg"] = json.dumps(text)
+    put(path, header, data)
+    with pytest.raises(EngineError, match=r"layer 3 has l1\.weight, whose bytes belong to other layers too"):
         load(path)
 
 

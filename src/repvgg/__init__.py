@@ -26,12 +26,12 @@ _HOME = {
     "verify": "fold.proof",
     "FileError": "disk",
     "create_model": "models.zoo",
-    "from_pretrained": "models.zoo",
+    "from_pretrained": "models.load",
     "push_to_hub": "models.push",
-    "list_models": "models.zoo",
+    "list_models": "models.names",
     "load_engine": "deploy.load",
-    "load": "models.zoo",
-    "save": "models.zoo",
+    "load": "models.load",
+    "save": "models.load",
 }
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from repvgg.fold.replace import replace_conv as replace_conv
     from repvgg.measure.costs import cost as cost
     from repvgg.measure.costs import num_paths as num_paths
+    from repvgg.models.load import from_pretrained as from_pretrained
+    from repvgg.models.load import load as load
+    from repvgg.models.load import save as save
+    from repvgg.models.names import list_models as list_models
     from repvgg.models.push import push_to_hub as push_to_hub
     from repvgg.models.zoo import create_model as create_model
-    from repvgg.models.zoo import from_pretrained as from_pretrained
-    from repvgg.models.zoo import list_models as list_models
-    from repvgg.models.zoo import load as load
-    from repvgg.models.zoo import save as save
 
 __all__ = sorted([*_HOME, "__version__"])
 

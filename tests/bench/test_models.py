@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg.bench.models import Candidate, Report, bench, candidates, network, randomise_norms
+from repvgg.bench.models import BenchReport, Candidate, bench, candidates, network, randomise_norms
+from repvgg.cli.show_results import show_reports
 from repvgg.deploy import engines
 from repvgg.fold.as_linear import Branches
-from repvgg.info import show_reports
 from repvgg.measure.timing import Times
 from repvgg.models import zoo
 
@@ -19,7 +19,7 @@ MICRO = Candidate("repvgg_micro")
 TRAINING = Candidate("repvgg_micro", form="training")
 
 
-def quick(*wanted: Candidate, **options: Any) -> Report:
+def quick(*wanted: Candidate, **options: Any) -> BenchReport:
     few = {"batch_size": 2, "rounds": 3, "batches": 2, "warmup": 1, "input_size": (3, 32, 32), "log": lambda line: None}
     return bench(wanted, **{**few, **options})
 

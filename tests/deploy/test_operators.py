@@ -8,14 +8,14 @@ from conftest import randomize
 from torch import nn
 
 from repvgg import cli
-from repvgg.deploy.engines import Operator
-from repvgg.deploy.engines.graph import Signature, to_onnx
+from repvgg.deploy.engines import Operator, Signature
+from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import Shape, export
 from repvgg.deploy.operators import plain_stack, read, summary
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 
 CONV, RELU = Operator("Conv", (3, 3)), Operator("Relu")
 

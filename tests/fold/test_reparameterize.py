@@ -14,7 +14,8 @@ from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import repvgg, with_bn
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_b0", "regnetx_032"])

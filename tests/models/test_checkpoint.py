@@ -33,7 +33,7 @@ from repvgg.disk import FileError, atomically
 from repvgg.models import checkpoint, keys, zoo
 from repvgg.models.checkpoint import METADATA_KEY
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.repvgg import PlainNet
+from repvgg.models.plain import PlainNet
 
 LAYERS: list[dict[str, Any]] = [
     {

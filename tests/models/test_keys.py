@@ -8,7 +8,8 @@ from foreign import FORMS, NARROW, SCHEMES, in_keys, state
 from torch import Tensor
 
 from repvgg.models import keys
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 timm = pytest.importorskip("timm")
 

@@ -10,7 +10,8 @@ from torch import nn
 from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import repvgg, with_bn
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.repvgg import Member, RepVGG
+from repvgg.models.names import Member
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper import figure2, figure4
 from repvgg.paper.drawing import canvas, wire, write
 

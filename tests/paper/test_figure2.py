@@ -10,7 +10,8 @@ from torch import nn
 
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.repvgg import FAMILY, Member, RepVGG
+from repvgg.models.names import FAMILY, Member
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper import figure2
 from repvgg.paper.result import Settings
 

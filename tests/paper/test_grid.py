@@ -17,6 +17,7 @@ from rich.console import Console
 from repvgg.data import open_source
 from repvgg.disk import FileError
 from repvgg.models import zoo
+from repvgg.models.load import load
 from repvgg.paper import grid as grids
 from repvgg.paper.grid import RESNETS, TABLES, VARIANTS, Board, Cell, Grid, Outcome, compare_forms, run
 from repvgg.train.loop import new_model, train
@@ -59,7 +60,7 @@ def test_every_variant_with_every_seed_once(tmp_path: Path, trained: list[str]) 
         assert summary["seed"] == o.seed
         assert o.forms["equal"] == o.forms["images"] == 64
         assert o.forms["max_rel_err"] < 1e-4
-        arch = zoo.manifest_of(zoo.load(tmp_path / "new" / f"{o.variant}-{o.seed}" / "last.safetensors")).arch
+        arch = zoo.manifest_of(load(tmp_path / "new" / f"{o.variant}-{o.seed}" / "last.safetensors")).arch
         assert arch is not None
         assert (arch["block"], arch["width"], arch["small_input"]) == (o.variant, 0.125, True)
     assert words[0] == "plain-0 ..."

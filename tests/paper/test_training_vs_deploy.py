@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from repvgg.bench.models import Candidate
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 from repvgg.paper import speeds
 from repvgg.paper import training_vs_deploy as forms
 from repvgg.paper.numbers import TABLE6

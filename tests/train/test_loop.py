@@ -23,6 +23,7 @@ from repvgg.disk import FileError
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import load
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.repvgg import RepVGG
 from repvgg.train import loop
@@ -103,7 +104,7 @@ def test_saved_models_are_as_accurate_as_they_say(trained: tuple[Run, Path]) -> 
     run, out = trained
     source = open_source("digits")
     for name, recorded in (("last", run.last), ("best", run.best)):
-        model = zoo.load(out / f"{name}.safetensors")
+        model = load(out / f"{name}.safetensors")
         manifest = zoo.manifest_of(model)
         assert manifest.form == "training"
         assert manifest.classes == source.classes
@@ -121,7 +122,7 @@ def test_both_forms_read_every_held_out_scan_alike(trained: tuple[Run, Path]) ->
     source = open_source("digits")
     scans = Transformed(source.val, eval_transform(source.preprocessing))
     images = normalise(torch.stack([scans[i][0] for i in range(360)]), source.preprocessing)
-    model = zoo.load(out / "last.safetensors")
+    model = load(out / "last.safetensors")
     deploy = reparameterize(model)
     with torch.no_grad():
         a, b = model(images), deploy(images)
@@ -188,7 +189,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_saved_model(tmp_path: Path) ->
         quick(tmp_path, Cliff(**{**asdict(QUICK), "epochs": 4}))
     assert "\n" not in str(caught.value)
     for name in ("last", "best"):
-        assert evaluate_model(zoo.load(tmp_path / f"{name}.safetensors"), open_source("digits")).loss < 10
+        assert evaluate_model(load(tmp_path / f"{name}.safetensors"), open_source("digits")).loss < 10
     assert not list(tmp_path.glob(".*"))
 
 
@@ -229,7 +230,7 @@ def test_a_channel_that_is_constant_throughout_still_gives_a_file_that_loads_and
     black = Decoded(torch.zeros(32, 1, 16, 16, dtype=torch.uint8), [i % 10 for i in range(32)])
     source = replace(digits, train=black, val=black, preprocessing=replace(digits.preprocessing, mean=(0.0,)))
     run = train("repvgg_micro", source, QUICK, tmp_path, log=lambda line: None, width=0.25)
-    model = zoo.load(tmp_path / "last.safetensors")
+    model = load(tmp_path / "last.safetensors")
     assert isinstance(model, RepVGG)
     variance = model.get_buffer("stem.block.conv_kxk.bn.running_var")
     assert variance.gt(0).all()
@@ -295,7 +296,7 @@ def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, 
     assert (found := re.fullmatch(r"repvgg: stopped after step (\d+), and saved: the same command goes on", remarks[0]))
     assert (tmp_path / f"state/{int(found[1]):09d}.safetensors").exists()
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    last = zoo.load(tmp_path / "last.safetensors")
+    last = load(tmp_path / "last.safetensors")
     recorded = {line["epoch"] + 1: line["val_top1"] for line in metrics if "val_top1" in line}
     training = zoo.manifest_of(last).training
     assert recorded[training["epoch"]] == training["val_top1"]

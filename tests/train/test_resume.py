@@ -17,7 +17,7 @@ import torch
 
 from repvgg.data import open_source
 from repvgg.disk import FileError
-from repvgg.models import zoo
+from repvgg.models.load import load
 from repvgg.train.loop import Run, train
 from repvgg.train.recipes import Keeping, get_recipe
 
@@ -36,9 +36,7 @@ def quick(out: Path, recipe: Any = QUICK, said: list[str] | None = None, **optio
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": t for name in ("best", "last") for key, t in zoo.load(out / f"{name}.safetensors").state_dict().items()
-    }
+    return {f"{name}.{key}": t for name in ("best", "last") for key, t in load(out / f"{name}.safetensors").state_dict().items()}
 
 
 def same(a: Path, b: Path) -> bool:

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg.disk import Log
+
 Made = TypeVar("Made")
 STACKS = ("residual", "plain")
 CONVOLUTIONS = 4  # in a stack
 
 
-def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Callable[[str], None]) -> Made:
+def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Log) -> Made:
     """`make(batch_size)`, with half the batch as often as memory runs out, and a word each time.
 
     Raises what `make` raises, when it is something else or one image is too much.

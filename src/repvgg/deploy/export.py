@@ -6,13 +6,12 @@ The .json beside a file says what goes in, what comes out, how images are prepar
 was found to be. Formats that can hold the same inside, do.
 """
 
-import importlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,40 +23,15 @@ from torch import Tensor, nn
 
 from repvgg.data import open_source
 from repvgg.deploy import engines
-from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.engines.graph import Signature
+from repvgg.deploy.engines import Engine, Options, Runtime, Signature
+from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.deploy.parity import Parity, compare, folded, reference
-from repvgg.disk import FileError, describe
+from repvgg.disk import FileError, Log, describe
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.pspnet import PSPNet
 from repvgg.train.evaluate import batches
-
-
-@dataclass(frozen=True)
-class Format:
-    """A kind of file. module: of engines/, which writes and opens it; engine: whose packages that needs.
-
-    What it can hold: any number of images, images of any size, uint8 pixels as input.
-    """
-
-    module: str
-    suffix: str
-    engine: str = "eager"
-    any_batch: bool = True
-    pixels: bool = True
-
-
-FORMATS = {
-    "onnx": Format("onnxruntime", ".onnx", "onnxruntime"),
-    "openvino": Format("openvino", ".xml", "openvino"),
-    "ncnn": Format("ncnn", ".ncnn.param", "ncnn", any_batch=False, pixels=False),
-    "mnn": Format("mnn", ".mnn", "mnn", pixels=False),
-    "pt2": Format("graph", ".pt2"),
-    "aotinductor": Format("aotinductor", ".aoti.pt2", "aotinductor"),
-}
-
 
 LARGE = 3 * 512 * 512  # numbers in an image of which eight in float64 take too long
 
@@ -146,7 +120,7 @@ def export(
     name: str = "model",
     shape: Shape = Shape(),
     images: Tensor | None = None,
-    log: Callable[[str], object] = print,
+    log: Log = print,
 ) -> Path:
     """Fold a model of ours, write it into the folder `out` as NAME with the format's suffix, and prove the file. Returns its path.
 
@@ -177,9 +151,9 @@ def export(
         samples.append(random_images(replace(signature, size=(channels, height + height // 2, width + width // 4))))
     with staged(out) as folder:
         path = folder / (name + FORMATS[to].suffix)
-        module: Any = importlib.import_module(f"repvgg.deploy.engines.{FORMATS[to].module}")
-        module.write(deploy, signature, path, manifest.to_json())
-        found = [_prove(_opened(module, path, signature, x), original, x) for x in samples]
+        runtime = engines.runtime(FORMATS[to].module)
+        runtime.write(deploy, signature, path, manifest.to_json())
+        found = [_prove(_opened(runtime, path, signature, x), original, x) for x in samples]
         report = max(found, key=lambda parity: parity.error.relative)
         if bad := next((parity for parity in found if not parity.ok), None):
             raise ValueError(f"the {to} file computes something else, so it was not kept: {bad}")
@@ -227,11 +201,6 @@ def write_report(path: Path, to: str, signature: Signature, manifest: Manifest, 
     report_of(path).write_text(json.dumps(told, indent=2) + "\n")
 
 
-def report_of(path: Path) -> Path:
-    """Where the report on an exported file lies."""
-    return path.with_name(path.name + ".json")
-
-
 @contextmanager
 def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder inside `out` whose files move to `out` when all went well, and are gone otherwise. Raises `FileError`."""
@@ -255,10 +224,10 @@ def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
                 out.rmdir()  # which does nothing unless it is empty
 
 
-def _opened(module: Any, path: Path, signature: Signature, images: Tensor) -> Engine:
+def _opened(runtime: Runtime, path: Path, signature: Signature, images: Tensor) -> Engine:
     _, channels, height, width = images.shape
     try:
-        engine: Engine = module.open_file(path, Options((channels, height, width), signature.batch or 4))
+        engine = runtime.open_file(path, Options((channels, height, width), signature.batch or 4))
     except Exception as error:  # of any runtime
         raise ValueError(f"{path.name} cannot be loaded back ({describe(error).splitlines()[0]})") from None
     return replace(engine, batch_size=signature.batch or engine.batch_size)

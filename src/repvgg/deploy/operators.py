@@ -4,44 +4,42 @@ read("exported/a0.onnx")          # [Operator("Conv", (3, 3), ...), Operator("Re
 summary(read("exported/a0.onnx")) # "22 x (3x3 convolution, ReLU) and no other operator, then ReduceMean, Gemm"
 """
 
-import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Operator
-from repvgg.deploy.export import FORMATS
-from repvgg.deploy.load import SUFFIXES
+from repvgg.deploy.formats import FORMATS, SUFFIXES
 from repvgg.disk import describe
 
 
 def read(path: str | os.PathLike[str]) -> list[Operator]:
-    """Operators of an exported file, ours or not, in order. Raises ValueError where it cannot be read, or is of a format that does
-    not tell."""
+    """Return the operators of an exported file, ours or not, in order.
+
+    Raises ValueError where it cannot be read, or is of a format that does not tell.
+    """
     path = Path(path)
-    wanted = FORMATS.get(SUFFIXES.get(path.suffix, ""))
-    module: Any = None
-    if wanted is not None:
-        engines.check(wanted.engine, "fp32")
-        module = importlib.import_module(f"repvgg.deploy.engines.{wanted.module}")
-    if not hasattr(module, "operators"):
-        raise ValueError(f"{path}: operators are listed of .onnx, .xml (OpenVINO) and .param (ncnn) files")
+    untold = f"{path}: operators are listed of .onnx, .xml (OpenVINO) and .param (ncnn) files"
+    if path.suffix not in SUFFIXES:
+        raise ValueError(untold)
+    wanted = FORMATS[SUFFIXES[path.suffix]]
+    engines.check(wanted.engine, "fp32")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        found: list[Operator] = module.operators(path)
+        found = engines.runtime(wanted.module).operators(path)
     except Exception as error:  # of any runtime
-        raise ValueError(
-            f"{path}: cannot be read, it is damaged or of another version ({describe(error).splitlines()[0]})"
-        ) from None
+        reason = describe(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read, it is damaged or of another version ({reason})") from None
+    if found is None:
+        raise ValueError(untold)
     return found
 
 
 def summary(operators: Sequence[Operator]) -> str:
-    """One line: whether they are a plain stack, and what there is beside it."""
+    """Say in one line whether the operators are a plain stack, and what there is beside it."""
     first = next((i for i, operator in enumerate(operators) if operator.kernel), 0)
     depth, end = plain_stack(operators, first)
     before, after = operators[:first], operators[end:]
@@ -54,7 +52,7 @@ def summary(operators: Sequence[Operator]) -> str:
 
 
 def plain_stack(operators: Sequence[Operator], first: int = 0) -> tuple[int, int]:
-    """How many 3x3 convolutions, each with its bias and a ReLU and nothing between, follow from number `first` on; and the
+    """Return how many 3x3 convolutions, each with its bias and a ReLU and nothing between, follow from number `first` on; and the
     number of the operator after them."""
     depth = 0
     while first < len(operators) and operators[first].kernel == (3, 3):

@@ -10,11 +10,11 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,25 +22,27 @@ from torch import Tensor, nn
 
 from repvgg.data import Source
 from repvgg.deploy import engines
-from repvgg.deploy.engines import Options
-from repvgg.deploy.engines.graph import Signature, to_onnx
+from repvgg.deploy.engines import Int8Runtime, Options, Signature
+from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import Shape, described, staged, write_report
+from repvgg.deploy.formats import FORMATS
 from repvgg.deploy.int8 import round_convolutions
-from repvgg.deploy.load import Runner
 from repvgg.deploy.parity import folded
-from repvgg.deploy.speedup import Gain, gain
+from repvgg.deploy.runner import Runner
+from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
+from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
-from repvgg.models.checkpoint import METADATA_KEY
+from repvgg.models.load import load, save
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe, get_recipe
 from repvgg.train.tasks import CLASSIFICATION
 
+INT8 = ("openvino", "onnx")  # of FORMATS
 BATCH = 32  # of the accuracy and the speed
 WATCHED = 32  # images on which the signal-to-noise ratio is measured
-Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,12 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """snr: signal to noise in dB after this layer's ReLU, of the INT8 net against the float one. added: the noise that comes in
-    here, as a share of the signal's power."""
+class LayerNoise:
+    """The noise that rounding adds to a layer.
+
+    snr: signal to noise in dB after its ReLU, of the INT8 net against the float one. added: the noise that comes in here, as a
+    share of the signal's power.
+    """
 
     name: str
     snr: float
@@ -80,15 +85,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Report:
+class QuantizationReport:
     """What INT8 costs and gains: accuracy on the whole validation split, by layer, and speed in the same runtime."""
 
     path: Path
     before: Accuracy
     after: Accuracy
-    layers: list[Layer]
+    layers: list[LayerNoise]
     kept: list[int]
-    gain: Gain
+    speedup: Speedup
     settings: Quantization = field(default_factory=Quantization)
 
     @property
@@ -102,7 +107,7 @@ class Report:
             "accuracy": {name: {**a.figures, "images": a.images} for name, a in (("float", self.before), ("int8", self.after))},
             "layers": [asdict(layer) for layer in self.layers],
             "kept_in_float": self.kept,
-            "speed": self.gain.to_json(),
+            "speed": self.speedup.to_json(),
             "settings": asdict(self.settings),
         }
 
@@ -116,17 +121,17 @@ def quantize(
     settings: Quantization = Quantization(),
     device: str = "cpu",
     log: Log = print,
-) -> Report:
+) -> QuantizationReport:
     """Fold a model of ours, quantise it with images of a source, measure what that does, and write it into the folder `out`.
 
     to: "openvino" or "onnx". device: to train on, if that is asked for; all else is the processor's. Raises ValueError for another
     format, packages that are missing, data that do not fit the model, or a drop that cannot be kept; `ReparamError` for what cannot
     be folded; `FileError` where it cannot be written.
     """
-    if to not in RUNTIMES:
-        raise ValueError(f"no INT8 for {to!r}: there are {', '.join(RUNTIMES)}")
-    runtime = RUNTIMES[to]
-    engines.check(runtime.engine, "fp32")
+    if to not in INT8:
+        raise ValueError(f"no INT8 for {to!r}: there are {', '.join(INT8)}")
+    kind = FORMATS[to]
+    engines.check(kind.engine, "fp32")
     if find_spec("nncf") is None:
         raise ValueError("quantising needs nncf: pip install 'repvgg[deploy]'")
     if source.masks:
@@ -142,33 +147,35 @@ def quantize(
     told = described(manifest, Shape())
     signature = Signature(told.preprocessing.input_size)
     images = torch.cat([x for x, _ in batches(source.limited(settings.images).train, told.preprocessing, BATCH)])
+    runtime = cast(Int8Runtime, engines.runtime(kind.module))
     with staged(out) as folder:
-        plain, path = folder / f".float{runtime.suffix}", folder / f"{name}.int8{runtime.suffix}"
+        plain, path = folder / f".float{kind.suffix}", folder / f"{name}.int8{kind.suffix}"
 
         def runner(file: Path) -> Runner:
             options = Options(signature.size, BATCH)
-            return Runner(runtime.engine, runtime.open_file(file, options), options, manifest)
+            return Runner(kind.engine, runtime.open_file(file, options), options, manifest)
 
         def accuracy(file: Path) -> Accuracy:
             return evaluate(runner(file), batches(source.val, told.preprocessing, BATCH), len(source.classes))
 
-        runtime.write(runtime.read(to_onnx(deploy, signature)), plain, "")
+        runtime.save(runtime.read(to_onnx(deploy, signature)), plain, "")
         before = accuracy(plain)
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
         if settings.qat_epochs:
             deploy = _trained_rounded(deploy, images, source, settings, device, log)
-            zoo.save(deploy, folder / f"{name}.qat.safetensors")
-            runtime.write(runtime.read(to_onnx(deploy, signature)), plain, "")
+            save(deploy, folder / f"{name}.qat.safetensors")
+            runtime.save(runtime.read(to_onnx(deploy, signature)), plain, "")
         while True:
             log(f"quantising on {len(images)} images" + (f", {len(kept)} layers left in float" if kept else ""))
-            runtime.write(_quantised(runtime, plain, images, kept, settings), path, told.to_json())
+            runtime.save(_quantised(runtime, plain, images, kept, settings), path, told.to_json())
             after = accuracy(path)
             layers = _noise(runtime, plain, path, images[:WATCHED], names)
             log(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8")
             if settings.max_drop is None or before.top1 - after.top1 <= settings.max_drop:
                 break
             kept = [*kept, _worst(layers, kept, settings.max_drop)]
-        report = Report(Path(out) / path.name, before, after, layers, sorted(kept), gain(runner(plain), runner(path)), settings)
+        faster = speedup(runner(plain), runner(path))
+        report = QuantizationReport(Path(out) / path.name, before, after, layers, sorted(kept), faster, settings)
         write_report(path, to, signature, told, report.to_json())
         for file in folder.glob(".float*"):
             file.unlink()
@@ -183,7 +190,7 @@ def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings
     recipe = replace(qat_recipe(source), epochs=settings.qat_epochs, lr=settings.qat_lr)
     with tempfile.TemporaryDirectory() as folder:
         train("", source, recipe, folder, init=network, device=device, log=log)
-        return reparameterize(zoo.load(Path(folder) / "best.safetensors"))
+        return reparameterize(load(Path(folder) / "best.safetensors"))
 
 
 def qat_recipe(source: Source) -> Recipe:
@@ -206,7 +213,7 @@ def _names(deploy: nn.Module) -> list[str] | None:
         return None
 
 
-def _worst(layers: list[Layer], kept: list[int], max_drop: float) -> int:
+def _worst(layers: list[LayerNoise], kept: list[int], max_drop: float) -> int:
     """The layer that adds most noise of those still in INT8."""
     left = [i for i in range(len(layers)) if i not in kept]
     if not left:
@@ -214,7 +221,7 @@ def _worst(layers: list[Layer], kept: list[int], max_drop: float) -> int:
     return max(left, key=lambda i: layers[i].added)
 
 
-def _quantised(runtime: Any, plain: Path, images: Tensor, kept: list[int], settings: Quantization) -> Any:
+def _quantised(runtime: Int8Runtime, plain: Path, images: Tensor, kept: list[int], settings: Quantization) -> Any:
     with _quietly():
         import nncf
 
@@ -231,7 +238,7 @@ def _quantised(runtime: Any, plain: Path, images: Tensor, kept: list[int], setti
         )
 
 
-def _noise(runtime: Any, plain: Path, path: Path, images: Tensor, names: list[str] | None) -> list[Layer]:
+def _noise(runtime: Int8Runtime, plain: Path, path: Path, images: Tensor, names: list[str] | None) -> list[LayerNoise]:
     """After each ReLU. It gathers from layer to layer: the layers that hurt are those that add most."""
     found, before = [], 0.0
     exact, rounded = (runtime.activations(file, images.numpy()) for file in (plain, path))
@@ -240,7 +247,7 @@ def _noise(runtime: Any, plain: Path, path: Path, images: Tensor, names: list[st
         share = noise / signal if signal else 0.0
         snr = -10 * float(np.log10(max(share, 1e-20)))
         name = names[i] if names and len(names) == len(exact) else f"ReLU {i}"
-        found.append(Layer(name, snr, share - before))
+        found.append(LayerNoise(name, snr, share - before))
         before = share
     return found
 
@@ -254,88 +261,3 @@ def _quietly() -> Iterator[None]:
 
         nncf.set_log_level(logging.ERROR)
         yield
-
-
-# --------------------------------------------------------------------------------------------------------------- two runtimes
-
-
-class _OpenVINO:
-    engine, suffix = "openvino", ".xml"
-
-    @staticmethod
-    def read(file: Path | bytes) -> Any:
-        from repvgg.deploy.engines import openvino
-
-        return openvino.core().read_model(file)
-
-    @staticmethod
-    def write(network: Any, path: Path, metadata: str) -> None:
-        from repvgg.deploy.engines import openvino
-
-        openvino.save(network, path, metadata)
-
-    @staticmethod
-    def open_file(path: Path, options: Options) -> Any:
-        from repvgg.deploy.engines import openvino
-
-        return openvino.open_file(path, options)
-
-    @staticmethod
-    def layers(network: Any) -> list[str]:
-        """Names of the convolutions and the classifier, in order."""
-        kinds = ("Convolution", "GroupConvolution", "MatMul")
-        return [op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() in kinds]
-
-    @staticmethod
-    def activations(path: Path, images: Any) -> list[Any]:
-        """What comes out of each ReLU."""
-        from repvgg.deploy.engines.openvino import core
-
-        network = core().read_model(path)
-        relus = [op.output(0) for op in network.get_ordered_ops() if op.get_type_name() == "Relu"]
-        count = len(network.outputs)
-        network.add_outputs(relus)
-        results = core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)
-        return [np.array(results[count + i]) for i in range(len(relus))]
-
-
-class _Onnx:
-    engine, suffix = "onnxruntime", ".onnx"
-
-    @staticmethod
-    def read(file: Path | bytes) -> Any:
-        import onnx
-
-        return onnx.load_from_string(file) if isinstance(file, bytes) else onnx.load(file)
-
-    @staticmethod
-    def write(network: Any, path: Path, metadata: str) -> None:
-        del network.metadata_props[:]
-        network.metadata_props.add(key=METADATA_KEY, value=metadata)
-        path.write_bytes(network.SerializeToString())
-
-    @staticmethod
-    def open_file(path: Path, options: Options) -> Any:
-        from repvgg.deploy.engines import onnxruntime
-
-        return onnxruntime.open_file(path, options)
-
-    @staticmethod
-    def layers(network: Any) -> list[str]:
-        """Names of the convolutions and the classifier, in order."""
-        return [node.name for node in network.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-
-    @staticmethod
-    def activations(path: Path, images: Any) -> list[Any]:
-        """What comes out of each ReLU."""
-        import onnx
-        import onnxruntime
-
-        network = onnx.load(path)
-        names = [node.output[0] for node in network.graph.node if node.op_type == "Relu"]
-        network.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
-        session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
-        return list(session.run(names, {"images": images}))
-
-
-RUNTIMES: dict[str, Any] = {"openvino": _OpenVINO, "onnx": _Onnx}

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from repvgg.deploy.load import Runner
+from repvgg.deploy.runner import Runner
 from repvgg.measure.timing import Ratio, interleave, ratio
 
 ROUNDS, BATCHES, WARMUP = 7, 3, 2
 
 
 @dataclass(frozen=True)
-class Gain:
-    """images_per_second: before and after; ratio: of the two, with its 95% interval."""
+class Speedup:
+    """How much faster a network has become. images_per_second: before and after; ratio: of the two, with its 95% interval."""
 
     batch_size: int
     images_per_second: tuple[float, float]
@@ -24,12 +24,12 @@ class Gain:
         return {**asdict(self), "rounds": ROUNDS, "batches": BATCHES}
 
 
-def gain(before: Runner, after: Runner) -> Gain:
-    """Of two runners for images of one size, at the batch size of the first."""
+def speedup(before: Runner, after: Runner) -> Speedup:
+    """Time two runners for images of one size, taking turns, at the batch size of the first."""
     options = before.options
     images = torch.randn(options.batch_size, *options.input_size, generator=torch.Generator().manual_seed(0))
     runners = {"before": before.engine, "after": after.engine}
     calls = {name: partial(engine.run, engine.prepare(images)) for name, engine in runners.items()}
     times = interleave(calls, rounds=ROUNDS, batches=BATCHES, warmup=WARMUP)
     speeds = (options.batch_size / times["before"].median, options.batch_size / times["after"].median)
-    return Gain(options.batch_size, speeds, ratio(times["before"], times["after"]))
+    return Speedup(options.batch_size, speeds, ratio(times["before"], times["after"]))

@@ -412,5 +412,7 @@ def check(stretch: Stretch) -> float:
     wanted, got = stretch.run(x), m(x)
     error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=TINY)) if wanted.shape == got.shape else math.inf
     if not error <= PART_BOUND:
-        raise ReparamError(f"its folded form differs by {error:.1e} (bound {PART_BOUND:.0e}); please report this", stretch.target.name)
+        raise ReparamError(
+            f"its folded form differs by {error:.1e} (bound {PART_BOUND:.0e}); please report this", stretch.target.name
+        )
     return error

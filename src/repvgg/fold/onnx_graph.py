@@ -217,4 +217,3 @@ def _of_attribute(file: OnnxFile, a: AttributeProto) -> np.ndarray[Any, Any] | N
     if a.name == "value":
         return file.array(a.t)
     return np.asarray(helper.get_attribute_value(a)) if a.name.startswith("value_") and "string" not in a.name else None
-

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from repvgg.disk import FileError, describe
+from repvgg.models.names import Task, task_of
 
 FORMAT_VERSION = 1
 
@@ -74,12 +75,17 @@ class Manifest:
             raise ValueError(f"{len(self.classes)} class names do not fit {outputs} outputs")
         _refuse_misfits(self.layers or [], self.preprocessing.input_size)
 
+    @property
+    def task(self) -> Task:
+        """Return what the model gives for an image: labels, or masks. The one place where that is asked."""
+        return task_of((self.arch or {}).get("name"))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises `FileError` for what is not a manifest that this version reads."""
+        """Read what `to_json` wrote. Raises `FileError` for what is not a manifest that this version reads."""
         try:
             raw = json.loads(text)
             version = raw["format_version"]
@@ -93,7 +99,7 @@ class Manifest:
 
 
 def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:
-    """Follows channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
+    """Follow channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
     channels, sides = input_size[0], input_size[1:]
     for i, spec in enumerate(layers):
         op, before, pooled = spec["op"], channels, not sides
@@ -111,7 +117,7 @@ def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -
 
 
 def _side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Of a feature map, after a convolution that reaches no farther than the map and makes it no larger."""
+    """Return a side of the feature map after a convolution that reaches no farther than the map and makes it no larger."""
     numbers, reach = (kernel, stride, padding, dilation), dilation * (kernel - 1)
     sensible = all(type(n) is int and n < 2**31 for n in numbers) and min(kernel, stride, dilation) > 0
     if not (sensible and 0 <= 2 * padding <= reach < side + 2 * padding):

@@ -10,33 +10,19 @@ In the full plan every 3x3 of the backbone's last two stages dilates, in the *fa
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY, PSPNETS
+from repvgg.models.repvgg import RepVGG
 
 BINS = (1, 2, 3, 6)
 STRIDE = 8
 FAST = 5  # layers: the last four of stage 4 and the only one of stage 5
 DROPOUT = 0.1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The backbone by its name, and whether only its last layers dilate."""
-
-    backbone: str
-    fast: bool = False
-
-
-PSPNETS: dict[str, Plan] = {
-    **{f"pspnet_{name}{'_fast' if fast else ''}": Plan(name, fast) for name in FAMILY for fast in (False, True)},
-    **{f"pspnet_{name}": Plan(name) for name in ("resnet18", "resnet50", "resnet101")},
-}
 
 
 def create_pspnet(

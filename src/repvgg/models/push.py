@@ -3,7 +3,8 @@
     push_to_hub("runs/cats/best.safetensors", "me/cats", license="mit")
     model = repvgg.from_pretrained("me/cats")
 
-What is uploaded: model.safetensors (see checkpoint.py), config.json (its manifest, for people and other programs), README.md (the card).
+What is uploaded: model.safetensors (see checkpoint.py), config.json (its manifest, for people and other programs), and the card,
+README.md.
 """
 
 import copy
@@ -22,12 +23,15 @@ from repvgg.disk import FileError
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
-from repvgg.models import hub, zoo
+from repvgg.models import hub
+from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.zoo import manifest_of
 from repvgg.version import __version__
 
 MARK = "<!-- Written by repvgg. Take this line away, and the next push will leave this card as it is. -->"
-TASKS = {"val_top1": ("image-classification", "accuracy", "top-1"), "val_mean_iou": ("image-segmentation", "mean_iou", "mean IoU")}
+PIPELINES = {"labels": "image-classification", "masks": "image-segmentation"}
+MEASURES = {"val_top1": ("accuracy", "top-1"), "val_mean_iou": ("mean_iou", "mean IoU")}
 
 
 def push_to_hub(
@@ -50,13 +54,13 @@ def push_to_hub(
         path = Path(model)
         with suppress(OSError, ValueError):
             summary = summary or json.loads((path.parent / "summary.json").read_text())
-        model = zoo.load(path)
+        model = load(path)
     if model.training:
         model = copy.deepcopy(model).eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        zoo.save(model, folder / hub.MODEL_FILE)
-        (folder / "config.json").write_text(json.dumps(asdict(zoo.manifest_of(model)), indent=2) + "\n")
+        save(model, folder / hub.MODEL_FILE)
+        (folder / "config.json").write_text(json.dumps(asdict(manifest_of(model)), indent=2) + "\n")
         if _may_write_card(repo_id, token):
             (folder / "README.md").write_text(model_card(model, repo_id, license, summary))
         return hub.upload(folder, repo_id, message or f"Upload by repvgg {__version__}", private, token)
@@ -72,7 +76,7 @@ def _may_write_card(repo_id: str, token: str | None) -> bool:
 def model_card(model: nn.Module, repo_id: str, license: str = "", summary: dict[str, Any] | None = None) -> str:
     """README.md of a model in eval mode. Figures are those of its training and of its run, and what is computed here: its costs,
     and how exactly it folds."""
-    manifest = zoo.manifest_of(model)
+    manifest = manifest_of(model)
     name = str((manifest.arch or {}).get("name", "pruned network"))
     classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
     rows = [*_accuracy(manifest), *_costs(model, manifest), *_run(manifest, summary or {})]
@@ -109,11 +113,11 @@ def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     arch = str((manifest.arch or {}).get("name", ""))
-    task = "image-segmentation" if arch.startswith("pspnet") else "image-classification"
+    task = PIPELINES[manifest.task]
     data = _data(manifest)
     results = [
         EvalResult(task, data, data, metric, manifest.training[key], metric_name=spoken)
-        for key, (task, metric, spoken) in TASKS.items()
+        for key, (metric, spoken) in MEASURES.items()
         if key in manifest.training and data
     ]
     card = ModelCardData(
@@ -130,7 +134,7 @@ def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
 def _accuracy(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         (f"{spoken} on {_data(manifest)}, validation", f"{manifest.training[key]:.2%}")
-        for key, (_, _, spoken) in TASKS.items()
+        for key, (_, spoken) in MEASURES.items()
         if isinstance(manifest.training.get(key), float)
     ]
 

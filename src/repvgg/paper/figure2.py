@@ -59,12 +59,12 @@ def run(settings: Settings) -> Result:
 
 
 def count(model: nn.Module) -> int:
-    """Elements of all parameters."""
+    """Count the elements of all parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def draw(model: RepVGG, deploy: RepVGG) -> Figure:
-    """The first layers (four, as in the paper) of the deepest stage of `model`, and below each what it is in `deploy`.
+    """Draw the first layers (four, as in the paper) of the deepest stage of `model`, and below each what it is in `deploy`.
 
     Raises `ValueError` unless `model` is in training form and `deploy` is the same network in deploy form.
     """
@@ -107,7 +107,7 @@ def draw(model: RepVGG, deploy: RepVGG) -> Figure:
 
 
 def draw_block(block: nn.Module) -> Figure:
-    """One block in training form, `Branches` or a `Chain` that begins with them, and what it folds into."""
+    """Draw one block in training form, `Branches` or a `Chain` that begins with them, and what it folds into."""
     body, after = (block[0], list(block)[1:]) if isinstance(block, Chain) else (block, [])
     branches = [_branch(branch) for branch in body.children()]
     chain = [operator for m in after for operator in _operators(m)]
@@ -150,7 +150,7 @@ def _after(layer: Layer) -> list[Operator]:
 
 
 def _operators(module: nn.Module) -> list[Operator]:
-    """The leaves of `module` in order: a convolution with its geometry, "BN", or the name of anything else."""
+    """Return the leaves of `module` in order: a convolution with its geometry, "BN", or the name of anything else."""
     found: list[Operator] = []
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
@@ -194,7 +194,7 @@ def _heading(axes: Axes, y: float, form: str, details: str) -> None:
 
 
 def _block(axes: Axes, x: float, y: float, width: float, branches: Sequence[Sequence[Operator]]) -> None:
-    """The branches of one block, each in its lane, between the point where they part and their sum."""
+    """Draw the branches of one block, each in its lane, between the point where they part and their sum."""
     if len(branches) == 1:
         _chain(axes, x, y, width, branches[0])
         return
@@ -210,7 +210,7 @@ def _block(axes: Axes, x: float, y: float, width: float, branches: Sequence[Sequ
 
 
 def _chain(axes: Axes, x: float, y: float, width: float, chain: Sequence[Operator]) -> None:
-    """Operators one after the other on a wire."""
+    """Draw operators one after the other on a wire."""
     wire(axes, [(x, y), (x + width, y)])
     _boxes(axes, x + width / 2, y, chain)
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,12 +36,16 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 from repvgg.data.images import ImageError, decode
 from repvgg.data.shards import Item, Shards, open_shards
 from repvgg.data.transforms import eval_transform, leave_signals_to_the_main_process, normalise
-from repvgg.deploy.load import Runner, exported_file, open_model
-from repvgg.disk import FileError, atomically
+from repvgg.deploy.formats import exported_file
+from repvgg.deploy.load import open_model
+from repvgg.deploy.runner import Runner
+from repvgg.disk import FileError, Log, atomically
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.pspnet import PSPNETS, PSPNet
+from repvgg.models.load import file_of, is_file
+from repvgg.models.names import PSPNETS
+from repvgg.models.pspnet import PSPNet
 from repvgg.models.views import WHOLE, Views
-from repvgg.models.zoo import dtype_of, file_of, is_file, manifest_of
+from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.labels import named
 from repvgg.predict.masks import Masker, class_names, colours, write_mask
 from repvgg.train.progress import PLAIN_EVERY
@@ -49,7 +53,6 @@ from repvgg.train.progress import PLAIN_EVERY
 SETTINGS = "_settings.json"
 FORMAT = 1
 ROW_GROUP = 1000  # batches, at most
-Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)

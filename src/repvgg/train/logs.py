@@ -2,12 +2,11 @@
 
 import io
 import json
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import atomically
+from repvgg.disk import Log, atomically
 
 
 class Logs:
@@ -19,7 +18,7 @@ class Logs:
         step: int = 0,
         wandb: str = "",
         settings: dict[str, Any] | None = None,
-        log: Callable[[str], object] = print,
+        log: Log = print,
     ) -> None:
         """Go on after `step`: what was written of later steps will come again. Raises ValueError if wandb is not installed."""
         self.path = out / "metrics.jsonl"
@@ -58,7 +57,7 @@ class Logs:
             self.wandb.log(curves, step=step)
 
 
-def _board(out: Path, step: int, log: Callable[[str], object]) -> Any:
+def _board(out: Path, step: int, log: Log) -> Any:
     """None where TensorBoard is not installed, or its installation is broken: that is no reason not to train."""
     if not find_spec("tensorboard"):
         return None

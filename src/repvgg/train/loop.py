@@ -11,7 +11,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,9 +22,10 @@ from torch import nn
 
 from repvgg.data import Source
 from repvgg.data.transforms import BadImages, normalise
-from repvgg.disk import FileError, atomically
+from repvgg.disk import FileError, Log, atomically
 from repvgg.measure.machine import write_record
 from repvgg.models import zoo
+from repvgg.models.load import save
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import joined
 from repvgg.train.finetune import started_from
@@ -38,7 +39,6 @@ from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps
 KEEPING = Keeping()
-Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _Session:
         assert course.last is not None
         score = {f"val_{course.last.measure}": course.last.score}
         training = {"data": self.source.name, "epoch": course.epochs, **score, "seed": self.settings["seed"]}
-        zoo.save(
+        save(
             self.trainer.best_model,
             self.out / f"{name}.safetensors",
             classes=self.source.classes,
@@ -320,7 +320,7 @@ class _Session:
 def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn.Module:
     """`create_model` for this source: its classes, its channels, and `small_input` for small images."""
     channels, height, width = source.preprocessing.input_size
-    if "small_input" not in options and max(height, width) <= 64 and zoo.is_family(arch):
+    if "small_input" not in options and max(height, width) <= 64 and zoo.takes(arch, "small_input"):
         log(f"images of {height} x {width} pixels: small_input is on (stem and first stage at stride 1)")
         options["small_input"] = True
     model = zoo.create_model(arch, num_classes=len(source.classes), in_chans=channels, **options)

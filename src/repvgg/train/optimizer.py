@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.fold.as_linear import Branches
-from repvgg.models.pspnet import PSPNet
 from repvgg.models.repvgg import RepVGG
 from repvgg.train.recipes import Recipe
 
@@ -30,7 +29,7 @@ def parameter_groups(
     a factor for all that comes after the backbone. With custom_l2 the kernels that it regularises are spared. Raises ValueError
     where stages are not known (outside the family), or the backbone is not.
     """
-    if head_lr != 1 and not isinstance(model, (RepVGG, PSPNet)):
+    if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
         raise ValueError(f"--head-lr: which part of {type(model).__name__} is its head is not known here")
     if layer_decay != 1 and not isinstance(model, RepVGG):
         raise ValueError(f"--layer-decay: the stages of {type(model).__name__} are not known here; it is for the RepVGG family")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,10 @@ from repvgg.data import Images, Source
 from repvgg.data.masks import IGNORED, ToNetwork
 from repvgg.data.transforms import BadImages, Transformed, load, normalise
 from repvgg.models.manifest import Preprocessing
-from repvgg.models.pspnet import PSPNet
 from repvgg.models.views import WHOLE, Views, placed, segment
 from repvgg.models.zoo import manifest_of
 from repvgg.train.distributed import ALONE, World
+from repvgg.train.evaluate import check_fit
 from repvgg.train.recipes import Recipe
 
 
@@ -57,8 +57,9 @@ class Overlap:
 
 
 class Segmentation:
-    """See `Task`."""
+    """A mask for each image (see `Task`)."""
 
+    kind: Literal["labels", "masks"] = "masks"
     share = "pixel_accuracy"
 
     def prepared(self, source: Source, recipe: Recipe) -> Source:
@@ -75,9 +76,14 @@ class Segmentation:
         return replace(source, preprocessing=replace(p, input_size=(p.input_size[0], height, width), resize=short))
 
     def check(self, model: nn.Module, source: Source) -> None:
-        """Raises ValueError for a network that gives no masks."""
-        if not isinstance(model, PSPNet):
+        """Raise ValueError for a network that gives no masks, or others than those of the source."""
+        manifest = manifest_of(model)
+        if manifest.task != self.kind:
             raise ValueError(f"{source.name} has masks, which {type(model).__name__} does not give: --arch pspnet_repvgg_a0, say")
+        check_fit(manifest, source)
+
+    def check_views(self, views: Views) -> None:
+        """Accept all views."""
 
     def train_transform(self, recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
         """uint8 photo [C, H, W] and mask [H, W] -> those of the crop; what is outside the photo is of mean colour and no class."""
@@ -169,23 +175,18 @@ class Segmentation:
         model: nn.Module,
         source: Source,
         split: str = "val",
+        *,
+        batch_size: int = 1,
         workers: int = 0,
         device: str = "cpu",
         views: Views = WHOLE,
     ) -> Overlap:
-        """A PSPNet of ours on a split of a source, with the preprocessing that the model carries.
-
-        Raises ValueError if they differ in the number of classes or channels.
-        """
+        """Evaluate a PSPNet on a split of a source, photo by photo, with the preprocessing that it carries (see `Task`)."""
         self.check(model, source)
-        manifest = manifest_of(model)
-        if manifest.preprocessing.input_size[0] != source.preprocessing.input_size[0]:
-            raise ValueError(
-                f"the model takes images of {manifest.preprocessing.input_size[0]} channels, not those of {source.name}"
-            )
-        if manifest.classes is not None and len(manifest.classes) != len(source.classes):
-            raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")
-        p = manifest.preprocessing
+        p = manifest_of(model).preprocessing
         data = self.batches(source.split(split), p, workers=workers, device=device)
         world = replace(ALONE, device=device)
         return self.evaluate(placed(model, device), data, len(source.classes), world, views, p.input_size[1:])
+
+
+SEGMENTATION = Segmentation()

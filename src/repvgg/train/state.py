@@ -9,7 +9,7 @@ Each holds a SHA-256 of all that is in it, and is renamed into place once it is 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from repvgg.disk import FileError, atomically
+from repvgg.disk import FileError, Log, atomically
 
 FORMAT = 1
 KEEP = 2
@@ -37,7 +37,7 @@ class State:
 class Store:
     """The states of one run."""
 
-    def __init__(self, folder: Path, log: Callable[[str], object] = print) -> None:
+    def __init__(self, folder: Path, log: Log = print) -> None:
         self.folder, self.log = folder, log
 
     def save(self, state: State) -> None:

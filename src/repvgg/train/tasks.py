@@ -1,15 +1,21 @@
-"""What is learnt: a label for each image, or a mask. This much the feed, the trainer and the loop know of it, and no more."""
+"""What is learnt: a label for each image, or a mask for each. One `Task` object answers every question that differs between them.
+
+task_of(source).evaluate_model(network, source)
+task_of_model(network).kind                          # "labels" or "masks"
+"""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Protocol
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.data import Images, Source
 from repvgg.data.transforms import BadImages
-from repvgg.models.manifest import Preprocessing
-from repvgg.models.pspnet import PSPNet
+from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.views import WHOLE, Views
+from repvgg.models.zoo import manifest_of
 from repvgg.train import augment, evaluate
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
@@ -31,8 +37,9 @@ class Evaluation(Protocol):
 
 
 class Task(Protocol):
-    """share: the name of what `right` returns."""
+    """What training, evaluation and prediction need to know. share: the name of what `right` returns."""
 
+    kind: Literal["labels", "masks"]
     share: str
 
     def prepared(self, source: Source, recipe: Recipe) -> Source:
@@ -40,7 +47,11 @@ class Task(Protocol):
         ...
 
     def check(self, model: nn.Module, source: Source) -> None:
-        """Raises ValueError for a model that is for something else."""
+        """Raise ValueError where a model and a source do not belong together: in kind, channels or number of classes."""
+        ...
+
+    def check_views(self, views: Views) -> None:
+        """Raise ValueError for views that a model of this kind cannot be shown an image in."""
         ...
 
     def train_transform(self, recipe: Recipe, preprocessing: Preprocessing) -> nn.Module: ...
@@ -71,13 +82,32 @@ class Task(Protocol):
     ) -> Evaluation: ...
 
     def restored(self, confusion: Tensor, **facts: Any) -> Evaluation:
-        """What `evaluate` returned, from its fields."""
+        """Return what `evaluate` returned, from its fields."""
+        ...
+
+    def evaluate_model(
+        self,
+        model: nn.Module,
+        source: Source,
+        split: str = "val",
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        device: str = "cpu",
+        views: Views = WHOLE,
+    ) -> Evaluation:
+        """Evaluate a model or an engine on a split of a source, with the preprocessing that it carries.
+
+        views: how a photo is shown to a network that gives masks, which takes photos one by one whatever the batch size. Raises
+        ValueError where `check` or `check_views` does.
+        """
         ...
 
 
 class Classification:
-    """A label for each image."""
+    """A label for each image (see `Task`)."""
 
+    kind: Literal["labels", "masks"] = "labels"
     share = "top1"
     batches = staticmethod(evaluate.batches)
     evaluate = staticmethod(evaluate.evaluate)
@@ -92,8 +122,14 @@ class Classification:
         return source
 
     def check(self, model: nn.Module, source: Source) -> None:
-        if isinstance(model, PSPNet):
+        manifest = manifest_of(model)
+        if manifest.task != self.kind:
             raise ValueError(f"{source.name} has labels, and a PSPNet gives masks: --data camvid:ROOT or cityscapes:ROOT")
+        evaluate.check_fit(manifest, source)
+
+    def check_views(self, views: Views) -> None:
+        if views != WHOLE:
+            raise ValueError("this model gives labels, not masks: --slide, --scales and --flip are for a PSPNet")
 
     def loss(self, outputs: Any, target: Tensor, recipe: Recipe) -> Tensor:
         return F.cross_entropy(outputs, target, label_smoothing=recipe.label_smoothing)
@@ -104,14 +140,38 @@ class Classification:
     def restored(self, confusion: Tensor, **facts: Any) -> Evaluation:
         return evaluate.Accuracy(**facts, confusion=confusion)
 
+    def evaluate_model(
+        self,
+        model: nn.Module,
+        source: Source,
+        split: str = "val",
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        device: str = "cpu",
+        views: Views = WHOLE,
+    ) -> Evaluation:
+        self.check_views(views)
+        self.check(model, source)
+        return evaluate.evaluate_model(model, replace(source, val=source.split(split)), batch_size, workers, device)
+
 
 CLASSIFICATION = Classification()
 
 
 def task_of(source: Source) -> Task:
-    """What there is to learn from a source."""
-    if not source.masks:
-        return CLASSIFICATION
-    from repvgg.train.segmentation import Segmentation
+    """Return the task that a source has examples of."""
+    return _task("masks" if source.masks else "labels")
 
-    return Segmentation()
+
+def task_of_model(model: nn.Module | Manifest) -> Task:
+    """Return the task that a model, an engine's runner or a manifest is for. Raises ValueError for a network without a manifest."""
+    return _task((model if isinstance(model, Manifest) else manifest_of(model)).task)
+
+
+def _task(kind: Literal["labels", "masks"]) -> Task:
+    if kind == "labels":
+        return CLASSIFICATION
+    from repvgg.train.segmentation import SEGMENTATION  # it needs torchmetrics and more, which labels do not
+
+    return SEGMENTATION

@@ -1,21 +1,22 @@
-"""Engines: what runs a network, one file each, behind one small protocol.
+"""Engines: what runs a network, one file each, behind the protocols `Builder`, `Runtime` and `Int8Runtime`.
 
     engine = build("openvino", model, Options(input_size=(3, 224, 224), precision="bf16"))
     logits = engine(images)                       # float32 [N, C, H, W] -> float32 [N, classes]
 
-A file of this folder has a function `build(model, options) -> Engine`. `model` is in eval mode, is run as it is (fold it first),
-and is not changed. One whose runtime has files of its own has `write(model, signature, path, metadata)` and
-`open_file(path, options) -> Engine` too, `operators(path)`, and `metadata(path)` where they can hold any (see export.py).
+The files of this folder are such builders and runtimes: modules whose functions are the protocol's.
 """
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+from repvgg.disk import Log
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -36,9 +37,23 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """`prepare` puts float32 images [N, C, H, W] in the engine's own form; `run` computes; `finish` gives float32 logits back.
+class Signature:
+    """What a file's graph takes: images [batch, *size].
 
+    batch: None for any number; any_size: any height and width; dtype: float32, or uint8 where normalisation is a part of the graph.
+    """
+
+    size: tuple[int, int, int]
+    batch: int | None = None
+    any_size: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A network that is ready to run, in three steps.
+
+    `prepare` puts float32 images [N, C, H, W] in the engine's own form; `run` computes; `finish` gives float32 logits back.
     They are apart so that `run` can be timed alone. Not safe to call from several threads at once.
     """
 
@@ -53,7 +68,7 @@ class Engine:
         return self.finish(self.run(self.prepare(images)))
 
     def in_turns(self, images: Tensor, at_most: int) -> Tensor:
-        """Logits of any number of images, `at_most` at a time; an engine of one batch size has its last turn filled with zeros."""
+        """Return the logits of any number of images, run `at_most` at a time; a fixed batch is filled up with zeros."""
         turns = []
         for part in images.split(self.batch_size or at_most):
             missing = max(self.batch_size or 1, len(part)) - len(part)
@@ -87,7 +102,10 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Operator:
-    """One of a graph, by its format's own name. kernel: height and width, of a convolution; note: whatever else is worth a word."""
+    """One operator of a graph, by its format's own name.
+
+    kernel: height and width, of a convolution; note: whatever else is worth a word.
+    """
 
     name: str
     kernel: tuple[int, ...] = ()
@@ -96,16 +114,65 @@ class Operator:
     note: str = ""
 
 
+class Builder(Protocol):
+    """What every engine's file has."""
+
+    def build(self, model: nn.Module, options: Options, /) -> Engine:
+        """Return an engine for a model in eval mode, which is run as it is (fold it first) and not changed.
+
+        Raises ValueError for a network that this engine cannot run.
+        """
+
+
+class Runtime(Protocol):
+    """What the file of a runtime that has files of its own has."""
+
+    def write(self, model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
+        """Write the model's graph, and `metadata` where the format has a place for it.
+
+        Raises ValueError for a network that it cannot hold, OSError where the file cannot be written.
+        """
+
+    def open_file(self, path: Path, options: Options, /) -> Engine:
+        """Return an engine for a file. May raise anything for a damaged one."""
+
+    def metadata(self, path: Path) -> str | None:
+        """Return what `write` was given; None where the format has no place for it. May raise anything for a damaged file."""
+
+    def operators(self, path: Path) -> list[Operator] | None:
+        """Return the graph's operators in order; None where the format does not tell. May raise anything for a damaged file."""
+
+
+class Int8Runtime(Runtime, Protocol):
+    """What the file of a runtime that NNCF can quantise for has; a network is its own object for a graph."""
+
+    def read(self, file: Path | bytes) -> Any:
+        """Return the network of a file, or of the bytes of an ONNX file."""
+
+    def save(self, network: Any, path: Path, metadata: str) -> None:
+        """Write a network with its `metadata`."""
+
+    def layers(self, network: Any) -> list[str]:
+        """Return the names of the convolutions and the classifier, in order."""
+
+    def activations(self, path: Path, images: Any) -> list[Any]:
+        """Return what comes out of each ReLU of a file, in order; images: NumPy, float32 [N, C, H, W]."""
+
+
+def runtime(module: str) -> Runtime:
+    """Return the runtime in a file of this folder; see deploy/formats.py for which."""
+    return cast(Runtime, importlib.import_module(f"repvgg.deploy.engines.{module}"))
+
+
 def build(name: str, model: nn.Module, options: Options) -> Engine:
-    """An engine for `model`. Raises ValueError for an unknown or missing engine, or a precision that it does not have."""
+    """Return an engine for `model`. Raises ValueError for an unknown or missing engine, or a precision that it does not have."""
     check(name, options.precision, options.device)
-    module = importlib.import_module(f"repvgg.deploy.engines.{ENGINES[name].module}")
-    engine: Engine = module.build(model, options)
-    return engine
+    builder = cast(Builder, importlib.import_module(f"repvgg.deploy.engines.{ENGINES[name].module}"))
+    return builder.build(model, options)
 
 
 def check(name: str, precision: str, device: str = "cpu") -> None:
-    """Raises ValueError where `build` would: unknown, not installed (with the line that installs it), or without that precision."""
+    """Raise ValueError where `build` would: unknown, not installed (with the line that installs it), or without that precision."""
     has = precisions(name, device)
     if missing := [package for package in ENGINES[name].packages if find_spec(package) is None]:
         raise ValueError(f"the engine {name} needs {', '.join(missing)}: {ENGINES[name].remedy}")
@@ -113,8 +180,8 @@ def check(name: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"the engine {name} has no {precision} on {device}" + (f": it has {', '.join(has)}" if has else ""))
 
 
-def installed(precision: str, device: str = "cpu", log: Callable[[str], object] = print) -> list[str]:
-    """Names of the engines that are here and have this precision; a word on each that is not here."""
+def installed(precision: str, device: str = "cpu", log: Log = print) -> list[str]:
+    """Return the names of the engines that are here and have this precision; `log` hears of each that is not here."""
     found = []
     for name in ENGINES:
         if precision in precisions(name, device):
@@ -127,7 +194,7 @@ def installed(precision: str, device: str = "cpu", log: Callable[[str], object] 
 
 
 def precisions(name: str, device: str = "cpu") -> tuple[str, ...]:
-    """Those that an engine has on a device. Raises ValueError for an unknown engine."""
+    """Return the precisions that an engine has on a device. Raises ValueError for an unknown engine."""
     if name not in ENGINES:
         raise ValueError(f"no engine {name!r}: there are {', '.join(ENGINES)}")
     return ENGINES[name].on_cuda if torch.device(device).type == "cuda" else ENGINES[name].on_cpu

@@ -9,9 +9,9 @@ import torch
 import torch._inductor
 from torch import Tensor, nn
 
-from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines import Engine, Options, Signature
 from repvgg.deploy.engines.eager import in_precision, place
-from repvgg.deploy.engines.graph import Signature, trace
+from repvgg.deploy.engines.graph import trace
 from repvgg.models.checkpoint import METADATA_KEY
 
 
@@ -31,7 +31,7 @@ def write(model: nn.Module, signature: Signature, path: Path, metadata: str = ""
 
 
 def open_file(path: Path, options: Options) -> Engine:
-    """Only for a file that this process has just written: it is machine code, and a stranger's may do anything."""
+    """Open a file that this process has just written, and no other: it is machine code, and a stranger's may do anything."""
     compiled = torch._inductor.aoti_load_package(str(path))
 
     def run(images: Tensor) -> Tensor:
@@ -42,8 +42,16 @@ def open_file(path: Path, options: Options) -> Engine:
     return Engine(lambda images: images.contiguous().cpu(), run, lambda logits: logits.float())
 
 
+def metadata(path: Path) -> None:
+    """Return None: such a file is a program, and is not opened to be asked."""
+
+
+def operators(path: Path) -> None:
+    """Return None, for the same reason."""
+
+
 def _compile(program: torch.export.ExportedProgram, path: Path, settings: dict[str, Any] | None = None) -> None:
-    """Raises ValueError if it cannot be compiled (there is no C++ compiler, for one)."""
+    """Compile a graph into a file. Raises ValueError if it cannot be compiled (there is no C++ compiler, for one)."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)

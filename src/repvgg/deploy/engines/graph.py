@@ -5,7 +5,6 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines import Engine, Options, Signature
 from repvgg.models.checkpoint import METADATA_KEY
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What a graph takes: images [batch, *size]. batch: None for any number; any_size: any height and width; dtype: float32, or
-    uint8 where normalisation is a part of the graph."""
+def example(signature: Signature) -> Tensor:
+    """Return images to trace with: a dimension that may vary is neither 1 nor so small that a feature map shrinks to one pixel."""
+    channels, height, width = signature.size
+    if signature.any_size:
+        height, width = 2 * height, 2 * width
+    return torch.zeros(signature.batch or 2, channels, height, width, dtype=signature.dtype)
 
-    size: tuple[int, int, int]
-    batch: int | None = None
-    any_size: bool = False
-    dtype: torch.dtype = torch.float32
 
-    def example(self) -> Tensor:
-        """Images to trace with: a dimension that may vary is neither 1 nor so small that a feature map shrinks to one pixel."""
-        channels, height, width = self.size
-        if self.any_size:
-            height, width = 2 * height, 2 * width
-        return torch.zeros(self.batch or 2, channels, height, width, dtype=self.dtype)
-
-    @property
-    def dynamic_shapes(self) -> dict[int, Any]:
-        shapes: dict[int, Any] = {} if self.batch else {0: Dim("batch")}
-        return shapes | ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if self.any_size else {})
+def dynamic_shapes(signature: Signature) -> dict[int, Any]:
+    """Return the dimensions of the images that may vary, as torch.export takes them."""
+    shapes: dict[int, Any] = {} if signature.batch else {0: Dim("batch")}
+    return shapes | ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if signature.any_size else {})
 
 
 def trace(model: nn.Module, signature: Signature) -> ExportedProgram:
-    """A copy of the model in float32 on the CPU as a graph. Raises ValueError if it cannot be traced."""
+    """Return a copy of the model in float32 on the CPU as a graph. Raises ValueError if it cannot be traced."""
     with _quietly(), _one_line(model):
         network = copy.deepcopy(model).cpu().float()
-        return torch.export.export(network, (signature.example(),), dynamic_shapes=(signature.dynamic_shapes,))
+        return torch.export.export(network, (example(signature),), dynamic_shapes=(dynamic_shapes(signature),))
 
 
 def to_onnx(model: nn.Module, signature: Signature, metadata: str = "", merge_norms: bool = True) -> bytes:
-    """The bytes of an ONNX file; `metadata` is kept in it. merge_norms: into the convolutions before them.
+    """Return the bytes of an ONNX file, which keeps `metadata`. merge_norms: put batch norms into the convolutions before them.
 
     Raises ValueError if the model cannot be exported.
     """
@@ -71,13 +61,13 @@ def to_onnx(model: nn.Module, signature: Signature, metadata: str = "", merge_no
 
 
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
-    """A pt2 file: the graph, its weights, and `metadata` as an extra file."""
+    """Write a pt2 file: the graph, its weights, and `metadata` as an extra file."""
     with _quietly():
         torch.export.save(trace(model, signature), path, extra_files={METADATA_KEY: metadata})
 
 
 def open_file(path: Path, options: Options) -> Engine:
-    """Only for a file that this process has just written: opening a stranger's may run code."""
+    """Open a file that this process has just written, and no other: opening a stranger's may run code."""
     with _quietly():
         network = torch.export.load(path).module()
 
@@ -87,6 +77,14 @@ def open_file(path: Path, options: Options) -> Engine:
         return logits
 
     return Engine(lambda images: images.cpu(), run, lambda logits: logits.float())
+
+
+def metadata(path: Path) -> None:
+    """Return None: a pt2 file is a program, and is not opened to be asked."""
+
+
+def operators(path: Path) -> None:
+    """Return None, for the same reason."""
 
 
 @contextlib.contextmanager

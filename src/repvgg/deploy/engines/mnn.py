@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.engines.graph import Signature, to_onnx
+from repvgg.deploy.engines import Engine, Options, Signature
+from repvgg.deploy.engines.graph import to_onnx
 
 # The converter's module itself: importing MNN.tools, which wraps it, would pip-install a library of Aliyun's and report home.
 # In a process of its own, because it ends the process when it fails.
@@ -32,7 +32,7 @@ def build(model: nn.Module, options: Options) -> Engine:
 
 
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
-    """Raises ValueError for a network that MNN cannot convert."""
+    """Write an .mnn file. Raises ValueError for a network that MNN cannot convert."""
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
         onnx.write_bytes(to_onnx(model, signature))
@@ -44,7 +44,7 @@ def write(model: nn.Module, signature: Signature, path: Path, metadata: str = ""
 
 
 def open_file(path: Path, options: Options) -> Engine:
-    """Raises ValueError for a file that MNN cannot read."""
+    """Return an engine for an .mnn file. Raises ValueError for one that MNN cannot read."""
     with _quietly():
         import MNN
 
@@ -69,9 +69,17 @@ def open_file(path: Path, options: Options) -> Engine:
     return Engine(prepare, run, lambda logits: torch.from_numpy(logits.copy()))
 
 
+def metadata(path: Path) -> None:
+    """Return None: these files have no place for it."""
+
+
+def operators(path: Path) -> None:
+    """Return None: MNN does not tell."""
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what MNN prints about the processor on stdout, which is for results."""
+    """Silence what MNN prints about the processor on stdout, which is for results."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg.deploy.engines import Engine, Operator, Options
-from repvgg.deploy.engines.graph import Signature
-from repvgg.models.repvgg import layer_list
+from repvgg.deploy.engines import Engine, Operator, Options, Signature
+from repvgg.models.plain import layer_list
 
 MAGIC = 7767517
 RELU, SIGMOID = 1, 4  # ncnn's activation types
@@ -29,7 +28,10 @@ def build(model: nn.Module, options: Options) -> Engine:
 
 
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
-    """`path` (.param) and the weights beside it (.bin). Raises ValueError for a network that is no plain stack in deploy form."""
+    """Write `path` (.param) and the weights beside it (.bin).
+
+    Raises ValueError for a network that is no plain stack in deploy form.
+    """
     layers = layer_list(model)
     if layers is None:
         raise ValueError(f"ncnn files are written of plain networks in deploy form alone, and {type(model).__name__} is none")
@@ -99,7 +101,7 @@ class _File:
 
 
 def open_file(path: Path, options: Options) -> Engine:
-    """Raises ValueError for a file that ncnn cannot read."""
+    """Return an engine for a .param file with its .bin. Raises ValueError for one that ncnn cannot read."""
     net = ncnn.Net()
     net.opt.use_vulkan_compute = False
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
@@ -119,8 +121,12 @@ def open_file(path: Path, options: Options) -> Engine:
     return Engine(lambda x: x.float().contiguous().cpu().numpy(), run, _stacked)
 
 
+def metadata(path: Path) -> None:
+    """Return None: these files have no place for it."""
+
+
 def _layers(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Kinds and parameters. Raises ValueError for a file that is not ncnn's, or is truncated."""
+    """Return kinds and parameters of the layers. Raises ValueError for a file that is not ncnn's, or is truncated."""
     lines = path.read_text().splitlines()
     if lines[:1] != [str(MAGIC)] or len(lines) < 2 or lines[1].split()[:1] != [str(len(lines) - 2)]:
         raise ValueError("ncnn cannot read it")
@@ -132,7 +138,7 @@ def _layers(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 
 def _weight_bytes(path: Path) -> int:
-    """That the layers of our own files read."""
+    """Return how many bytes of weights the layers of one of our own files read."""
     floats = 0
     for kind, given in _layers(path):
         if kind.startswith("Convolution"):
@@ -143,7 +149,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def operators(path: Path) -> list[Operator]:
-    """Of the graph, in order, without its inputs. Raises ValueError for a file that is not ncnn's."""
+    """Return the operators in order, without the inputs. Raises ValueError for a file that is not ncnn's."""
     found = []
     for kind, given in _layers(path):
         relu = "with ReLU" if given.get("9") == str(RELU) else ""

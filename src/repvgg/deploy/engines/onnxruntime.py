@@ -1,13 +1,14 @@
 """ONNX Runtime on the CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 from torch import nn
 
-from repvgg.deploy.engines import Engine, Operator, Options
-from repvgg.deploy.engines.graph import Signature, to_onnx
+from repvgg.deploy.engines import Engine, Operator, Options, Signature
+from repvgg.deploy.engines.graph import to_onnx
 from repvgg.models.checkpoint import METADATA_KEY
 
 DTYPES = {"tensor(float)": torch.float32, "tensor(uint8)": torch.uint8}
@@ -22,7 +23,7 @@ def write(model: nn.Module, signature: Signature, path: Path, metadata: str = ""
 
 
 def open_file(file: Path | bytes, options: Options) -> Engine:
-    """`file`: an ONNX file, or its bytes."""
+    """Return an engine for an ONNX file, or for its bytes."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
     if options.threads:
@@ -39,7 +40,7 @@ def open_file(file: Path | bytes, options: Options) -> Engine:
 
 
 def metadata(path: Path) -> str | None:
-    """What `write` was given."""
+    """Return what `write` was given."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -49,7 +50,7 @@ def metadata(path: Path) -> str | None:
 
 
 def operators(path: Path) -> list[Operator]:
-    """Of the graph, in order."""
+    """Return the graph's operators in order."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -61,3 +62,36 @@ def operators(path: Path) -> list[Operator]:
         kernel, stride = (tuple(about.get(name, ())) for name in ("kernel_shape", "strides"))
         found.append(Operator(node.op_type, kernel, stride, about.get("group", 1)))
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------- INT8
+
+
+def read(file: Path | bytes) -> Any:
+    """Return the graph of an ONNX file, or of its bytes."""
+    import onnx
+
+    return onnx.load_from_string(file) if isinstance(file, bytes) else onnx.load(file)
+
+
+def save(network: Any, path: Path, metadata: str) -> None:
+    """Write a graph, its `metadata` in place of any other."""
+    del network.metadata_props[:]
+    network.metadata_props.add(key=METADATA_KEY, value=metadata)
+    path.write_bytes(network.SerializeToString())
+
+
+def layers(network: Any) -> list[str]:
+    """Return the names of the convolutions and the classifier, in order."""
+    return [node.name for node in network.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+
+
+def activations(path: Path, images: Any) -> list[Any]:
+    """Return what comes out of each ReLU; images: NumPy, float32 [N, C, H, W]."""
+    import onnx
+
+    network = onnx.load(path)
+    names = [node.output[0] for node in network.graph.node if node.op_type == "Relu"]
+    network.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
+    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(names, {"images": images}))

@@ -4,12 +4,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino
 import torch
 from torch import Tensor, nn
 
-from repvgg.deploy.engines import Engine, Operator, Options
-from repvgg.deploy.engines.graph import Signature, to_onnx
+from repvgg.deploy.engines import Engine, Operator, Options, Signature
+from repvgg.deploy.engines.graph import to_onnx
 from repvgg.models.checkpoint import METADATA_KEY
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -17,7 +18,7 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 @cache
 def core() -> openvino.Core:
-    """The only one of this process, for ever.
+    """Return the only Core of this process, for ever.
 
     A Core gives its thread a signal stack of its own, and puts back the one it found when it goes. Of two that go in the order in
     which they came, the second puts back the first one's, which is gone: the next signal, be it a child's end, kills the process.
@@ -30,18 +31,19 @@ def build(model: nn.Module, options: Options) -> Engine:
 
 
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
-    """`path` (.xml) and the weights beside it (.bin), in float32."""
+    """Write `path` (.xml) and the weights beside it (.bin), in float32."""
     network = core().read_model(to_onnx(model, signature))
     save(network, path, metadata)
 
 
 def save(network: Any, path: Path, metadata: str) -> None:
+    """Write a network, its .bin beside it, with its `metadata`."""
     network.set_rt_info(metadata, METADATA_KEY)
     openvino.serialize(network, path, path.with_suffix(".bin"))
 
 
 def open_file(file: Path | bytes, options: Options) -> Engine:
-    """`file`: an .xml with its .bin beside it, or the bytes of an ONNX file."""
+    """Return an engine for an .xml with its .bin beside it, or for the bytes of an ONNX file."""
     settings = {"INFERENCE_PRECISION_HINT": HINTS[options.precision], "PERFORMANCE_HINT": "LATENCY"}
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = str(options.threads)
@@ -64,14 +66,16 @@ def open_file(file: Path | bytes, options: Options) -> Engine:
 
 
 def metadata(path: Path) -> str | None:
-    """What `write` was given."""
+    """Return what `write` was given."""
     network = core().read_model(path)
     return str(network.get_rt_info(METADATA_KEY).astype(str)) if network.has_rt_info(METADATA_KEY) else None
 
 
 def operators(path: Path) -> list[Operator]:
-    """Of the graph, in order, without constants, shapes and what is computed of them alone. A convolution's bias is an Add of its
-    own."""
+    """Return the graph's operators in order, without constants, shapes and what is computed of them alone.
+
+    A convolution's bias is an Add of its own.
+    """
     found: list[Operator] = []
     constant: set[str] = set()
     convolutions: set[str] = set()
@@ -90,3 +94,27 @@ def operators(path: Path) -> list[Operator]:
             biases = kind == "Add" and inputs[0] in convolutions and inputs[1] in constant
             found.append(Operator(kind, note="bias" if biases else ""))
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------- INT8
+
+
+def read(file: Path | bytes) -> Any:
+    """Return the network of an .xml, or of the bytes of an ONNX file."""
+    return core().read_model(file)
+
+
+def layers(network: Any) -> list[str]:
+    """Return the names of the convolutions and the classifier, in order."""
+    kinds = ("Convolution", "GroupConvolution", "MatMul")
+    return [op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() in kinds]
+
+
+def activations(path: Path, images: Any) -> list[Any]:
+    """Return what comes out of each ReLU; images: NumPy, float32 [N, C, H, W]."""
+    network = core().read_model(path)
+    relus = [op.output(0) for op in network.get_ordered_ops() if op.get_type_name() == "Relu"]
+    count = len(network.outputs)
+    network.add_outputs(relus)
+    results = core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)
+    return [np.array(results[count + i]) for i in range(len(relus))]

@@ -1,4 +1,4 @@
-"""web/: the page's folder, its server, and the page itself in a real browser where there is one."""
+"""app.py: the page's folder, its server, and the page itself in a real browser where there is one."""
 
 import asyncio
 import json
@@ -20,13 +20,15 @@ from conftest import randomize, relative_error
 from PIL import Image
 from torch import nn
 
-from repvgg import cli, web
+from repvgg import cli
 from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.deploy.operators import read, summary
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import save
 from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.web import app
 
 CLASSES = ["cat", "<b>dog</b>", "owl"]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -55,7 +57,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of the right names."""
     folder = tmp_path_factory.mktemp("runtime") / "dist"
     folder.mkdir()
-    for name in web.RUNTIME:
+    for name in app.RUNTIME:
         (folder / name).write_text(name)
     return folder.parent
 
@@ -63,7 +65,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(model: nn.Module, runtime: Path) -> Path:
     Image.fromarray(np.zeros((2000, 50, 3), np.uint8)).save(runtime / "tall.jpg")
-    zoo.save(model, runtime / "m.safetensors")
+    save(model, runtime / "m.safetensors")
     words = ["web", str(runtime / "m.safetensors"), str(runtime / "tall.jpg")]
     cli.main([*words, "--out", str(runtime / "web"), "--runtime", str(runtime), "--no-serve"])
     return runtime / "web" / "index.html"
@@ -80,7 +82,7 @@ def test_the_folder_holds_all_that_the_page_needs(page: Path) -> None:
     told = json.loads((page.parent / "model.json").read_text())
     assert (told["name"], told["classes"], told["preprocessing"]["resize"]) == ("repvgg_micro", CLASSES, 40)
     assert all(form["error"] < 1e-5 for form in told["forms"].values())
-    named = {"index.html", "app.js", "style.css", "model.json", "example-00.png", "training.onnx", "deploy.onnx", *web.RUNTIME}
+    named = {"index.html", "app.js", "style.css", "model.json", "example-00.png", "training.onnx", "deploy.onnx", *app.RUNTIME}
     assert {path.name for path in page.parent.iterdir()} == named
     with Image.open(page.parent / "example-00.png") as example:
         assert example.size == (26, 1024)
@@ -99,25 +101,25 @@ def test_the_demo_goes_on_in_the_browser(model: nn.Module, tmp_path: Path, monke
     """With what an earlier one has left."""
     (tmp_path / "run").mkdir()
     (tmp_path / "index.html").touch()
-    zoo.save(model, tmp_path / "run" / "last.safetensors")
+    save(model, tmp_path / "run" / "last.safetensors")
     done: list[Any] = []
-    monkeypatch.setattr(web, "build", lambda model, *rest: done.append(rest[:2]))
-    monkeypatch.setattr(web, "serve", lambda *rest: done.append(rest[:2]))
+    monkeypatch.setattr(app, "build", lambda model, *rest: done.append(rest[:2]))
+    monkeypatch.setattr(app, "serve", lambda *rest: done.append(rest[:2]))
     cli.main(["demo", "--out", str(tmp_path), "--web"])
     assert done == [(tmp_path / "web", (str(tmp_path / "scans"),)), (tmp_path / "web", 8000)]
 
 
 def test_what_is_refused(model: nn.Module, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="in deploy form, and the page shows both forms: name the file that it was folded from"):
-        web.build(reparameterize(model), tmp_path / "web", (), runtime)
+        app.build(reparameterize(model), tmp_path / "web", (), runtime)
     with pytest.raises(ValueError, match="a PSPNet makes masks"):
-        web.build(zoo.create_model("pspnet_repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path / "web", (), runtime)
+        app.build(zoo.create_model("pspnet_repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path / "web", (), runtime)
     with pytest.raises(ValueError, match=r"--runtime .*: does not hold onnxruntime-web's ort\.wasm\.min\.mjs"):
-        web.build(model, tmp_path / "web", (), tmp_path)
-    monkeypatch.setattr("repvgg.web.shutil.which", lambda name: None)
+        app.build(model, tmp_path / "web", (), tmp_path)
+    monkeypatch.setattr("repvgg.web.app.shutil.which", lambda name: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="there is no npm: install Node"):
-        web.build(model, tmp_path / "web", (), None)
+        app.build(model, tmp_path / "web", (), None)
     assert not (tmp_path / "web").exists()
 
 
@@ -127,23 +129,23 @@ def test_npm_is_asked_once(runtime: Path, tmp_path: Path, monkeypatch: pytest.Mo
         archive.add(runtime / "dist", "package/dist")
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()
-    npm.write_text(f'#!/bin/sh\n[ "$2" = {web.PACKAGE} ] && cp "{tmp_path}/fetched.tgz" package.tgz\necho >> "{tmp_path}/asked"\n')
+    npm.write_text(f'#!/bin/sh\n[ "$2" = {app.PACKAGE} ] && cp "{tmp_path}/fetched.tgz" package.tgz\necho >> "{tmp_path}/asked"\n')
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(npm.parent), prepend=os.pathsep)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for _ in range(2):
-        assert [path.read_text() for path in web.runtime_files(log=silent)] == list(web.RUNTIME)
+        assert [path.read_text() for path in app.runtime_files(log=silent)] == list(app.RUNTIME)
     assert (tmp_path / "asked").read_text().count("\n") == 1
     npm.write_text("#!/bin/sh\necho 'npm error network' >&2\nexit 1\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"npm cannot fetch onnxruntime-web@.* \(npm error network\): check the connection"):
-        web.runtime_files(log=silent)
+        app.runtime_files(log=silent)
     assert not (tmp_path / "other").exists()
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    with web.server(folder) as running:
+    with app.server(folder) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         try:
@@ -159,7 +161,7 @@ def test_the_server(tmp_path: Path) -> None:
         with urllib.request.urlopen(f"{address}/x.mjs") as answer:
             headers = dict(answer.headers)
         with pytest.raises(ValueError, match=r"--port \d+: cannot be used \(.*\); name another"):
-            web.server(tmp_path, int(address.rpartition(":")[2]))
+            app.server(tmp_path, int(address.rpartition(":")[2]))
     assert headers["Content-type"] == "text/javascript"
     assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
     assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
@@ -244,7 +246,7 @@ async def visit(folder: Path, images: list[Path], profile: Path, picture: Path |
 def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     try:
-        parts = web.runtime_files(log=silent)
+        parts = app.runtime_files(log=silent)
     except ValueError as error:
         pytest.skip(str(error))
     network = small(channels, interpolation=interpolation)
@@ -255,7 +257,7 @@ def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(coarse).resize(shape[1::-1]).save(files[-1])
     (tmp_path / "no.png").write_text("no image")
-    folder = web.build(network, tmp_path / "web", [str(files[0])], parts[0].parent, silent).parent
+    folder = app.build(network, tmp_path / "web", [str(files[0])], parts[0].parent, silent).parent
     *answers, refused = asyncio.run(visit(folder, [*files, tmp_path / "no.png"], tmp_path / "profile"))
     p = zoo.manifest_of(network).preprocessing
     # Torchvision resizes in whole numbers, as the page does, where the processor has AVX2; elsewhere a level may be another.

@@ -1,4 +1,4 @@
-"""cli.py as a user meets it: the whole road on digits, and one line for everything that cannot work."""
+"""The commands as a user meets it: the whole road on digits, and one line for everything that cannot work."""
 
 import io
 import json
@@ -18,6 +18,7 @@ from PIL import Image
 from repvgg import cli
 from repvgg.data import open_source
 from repvgg.models import zoo
+from repvgg.models.load import load
 from repvgg.version import __version__
 
 Captured = pytest.CaptureFixture[str]
@@ -105,7 +106,7 @@ def test_convert_says_what_it_folded_and_refuses_to_fold_twice(run: Path, tmp_pa
     target = tmp_path / "x.safetensors"
     assert repvgg("convert", run / "run/last.safetensors", target) == 0
     assert "deploy form" in capsys.readouterr().err
-    assert zoo.manifest_of(zoo.load(target)).form == "deploy"
+    assert zoo.manifest_of(load(target)).form == "deploy"
     line = refused(capsys, "convert", target, tmp_path / "y.safetensors")
     assert line == f"{target}: is in deploy form already, there is nothing to fold (--to-keys re-spells its keys)"
     assert repvgg("convert", target, tmp_path / "timm.pth", "--to-keys", "timm") == 0

@@ -1,0 +1,25 @@
+"""The short forms of fuzz.py (`make sanitize`) and soak.py (`make soak`)."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+
+from fuzz import fuzz_files, fuzz_layers
+from soak import MOST_GROWTH, soak
+
+
+def test_hostile_layers() -> None:
+    assert 50 < fuzz_layers(400, seed=0) < 400
+
+
+def test_hostile_files(tmp_path: Path) -> None:
+    assert 5 < fuzz_files(300, seed=0, folder=tmp_path) < 290
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_random_calls_keep_memory_flat(tmp_path: Path) -> None:
+    calls, growth = soak(4, seed=0, path=tmp_path / "net.safetensors")
+    assert calls > 20
+    assert growth < MOST_GROWTH

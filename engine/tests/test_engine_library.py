@@ -1,0 +1,62 @@
+"""The C interface, called as a careless program would: an error in words, never a crash."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+
+from repvgg_engine import EngineError
+from repvgg_engine.library import CONV, LIBRARY, LayerStruct, Message, OptionsStruct
+
+FEW = np.zeros(64, np.float32)  # no kernel here is read: what is wrong with it shows in its sizes
+
+
+def create(**values: Any) -> int:
+    struct = LayerStruct(op=CONV, in_channels=1, out_channels=1, groups=1, weight=FEW.ctypes.data, bias=FEW.ctypes.data)
+    struct.kernel[:] = struct.stride[:] = struct.dilation[:] = 1, 1
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            getattr(struct, name)[:] = value
+        else:
+            setattr(struct, name, value)
+    message = Message()
+    net = LIBRARY.repvgg_create(struct, 1, OptionsStruct(1, 0, 0, None), *message.room)
+    return message.check(net)
+
+
+@pytest.mark.parametrize("side", [46341, 65536])
+def test_sizes_that_overflow(side: int) -> None:
+    with pytest.raises(EngineError, match="layer 0 has more weights than this engine takes"):
+        create(kernel=(side, side))
+    with pytest.raises(EngineError, match="layer 0 has more weights than this engine takes"):
+        create(in_channels=2**20, out_channels=2**20, kernel=(side // 64, 1))
+
+
+def test_sizes_at_the_limit() -> None:
+    """2^29 weights: their bytes are more than 32 bits can say."""
+    net = create(in_channels=2**9, out_channels=1, kernel=(2**10, 2**10))
+    try:
+        assert LIBRARY.repvgg_weight_bytes(net, 0, b"direct") >= 4 * 2**29
+    finally:
+        LIBRARY.repvgg_destroy(net)
+
+
+def test_null_is_an_error() -> None:
+    message = Message()
+    room = message.room
+    for call in (
+        lambda: LIBRARY.repvgg_create(None, 1, OptionsStruct(1, 0, 0, None), *room),
+        lambda: LIBRARY.repvgg_create(LayerStruct(), 1, None, *room),
+        lambda: LIBRARY.repvgg_output_shape(None, 1, 1, (ctypes.c_int32 * 3)(), *room),
+        lambda: LIBRARY.repvgg_run(None, None, None, *room),
+        lambda: LIBRARY.repvgg_choose(None, 0, 0, b"direct", *room),
+    ):
+        with pytest.raises(EngineError, match=r"^no "):
+            message.check(call())
+    assert LIBRARY.repvgg_algorithm(None, 0, 0) is None
+    assert LIBRARY.repvgg_weight_bytes(None, 0, None) == 0
+    LIBRARY.repvgg_profile(None, None)
+    LIBRARY.repvgg_destroy(None)

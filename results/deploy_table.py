@@ -1,0 +1,69 @@
+"""The table of docs/deploy.md: which engine to deploy on, from results/engines.json."""
+
+from typing import Any
+
+from layout import machine, many, table
+
+
+def engines(r: dict[str, Any]) -> str:
+    """Return what to take for each batch size and precision, then every engine's figures."""
+    p, m = r["protocol"], r["machine"]
+    return f"""{p["model"]} at {p["input_size"][-1]} px, {many(p["threads"], "thread")}; medians of {many(p["rounds"], "round")}
+in which all engines took turns, and ratios with 95% intervals.
+
+{_choice(r)}
+
+Every engine, in images a second:
+
+{_each(r)}
+
+Memory is what a process grows by from opening the model file to its first logits, of one image; the time is from and to the same.
+Caches hold what `torch.compile` compiled and which algorithms `native` chose. `--engine auto` took what had {_shares(r)}.
+
+{_predictions(r["predictions"])}
+
+Measured on {machine(m)}: [results/engines.json](../results/engines.json), by `python results/measure_engines.py`.
+"""
+
+
+def _choice(r: dict[str, Any]) -> str:
+    where, rows = f"{r['machine']['processor']}, {many(r['machine']['cores'], 'core')}", []
+    for t in r["speed"]:
+        (name, best), (second, next_best) = sorted(t["engines"].items(), key=lambda item: -item[1]["images_per_second"])[:2]
+        low, high = (best["over_eager"][key] for key in ("low", "high"))
+        over = f"{best['over_eager']['value']:.2f} ({low:.2f} to {high:.2f})"
+        speeds = f"{best['images_per_second']:.0f}", over, f"`{second}`, {next_best['images_per_second']:.0f}"
+        rows.append([where, str(t["batch_size"]), t["precision"], f"`{name}`", *speeds])
+    return table(["processor", "images at a time", "precision", "take", "images/s", "over PyTorch", "next best"], rows)
+
+
+def _each(r: dict[str, Any]) -> str:
+    heads = [f"batch {t['batch_size']}, {t['precision']}" for t in r["speed"]]
+    rows = []
+    for name, loaded in r["load"].items():
+        speeds = [f"{e[name]['images_per_second']:.1f}" if name in (e := t["engines"]) else "" for t in r["speed"]]
+        errors = " / ".join(f"{t['engines'][name]['max_rel_err']:.0e}" for t in r["speed"][:2] if name in t["engines"])
+        times = f"{loaded['seconds']:.1f} s", f"{loaded['seconds_with_empty_caches']:.1f} s"
+        rows.append([f"`{name}`", *speeds, errors, f"{loaded['bytes'] / 2**20:.0f}", *times])
+    return table(["engine", *heads, "error, fp32 / bf16", "memory, MiB", "first logits after", "with empty caches"], rows)
+
+
+def _shares(r: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{t['auto']['share_of_best']:.0%} of the fastest engine's speed at batch {t['batch_size']} (`{t['auto']['taken']}`)"
+        for t in r["speed"]
+        if "auto" in t
+    )
+
+
+def _predictions(r: dict[str, Any]) -> str:
+    rows = [
+        [f"`{to}`", *(f"{f[key]:,}" for key in ("same", "clear", "differ_where_clear")), f"{f['error']['relative']:.0e}"]
+        for to, f in r["formats"].items()
+    ]
+    images = next(iter(r["formats"].values()))["predictions"]
+    return (
+        f"Predictions of {r['model']['name']} on {images:,} test images of CIFAR-10, exported file beside PyTorch in "
+        "float64; a prediction is clear where its two best logits are farther apart than twice the largest error:\n\n"
+        + table(["file", "the same", "clear", "clear and different", "error"], rows)
+    )

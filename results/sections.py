@@ -1,0 +1,178 @@
+"""The sections of docs/results.md: each turns a record of results/ into words and tables."""
+
+from typing import Any
+
+from layout import interval, many, table
+
+Record = dict[str, Any]
+
+
+def predictions(r: Record) -> str:
+    header = ["", "images", "predictions unlike float64's", "of clear ones", "largest relative error"]
+    rows = [
+        [name, f"{f['images']:,}", str(f["differ"]), f"{f['differ_where_clear']} of {f['clear']:,}", f"{f['max_rel_err']:.1e}"]
+        for name, f in r["engines"].items()
+    ]
+    return (
+        "CIFAR-10's test images through the native engine at each precision and accuracy. A prediction is clear where its two "
+        f"best logits are farther apart than twice the largest error.\n\n{table(header, rows)}"
+    )
+
+
+def speed(r: Record) -> str:
+    """A row for each pair, a column for each engine."""
+    engines = list(dict.fromkeys((p["fast"]["engine"], p["fast"]["precision"]) for p in r["pairs"]))
+    cells: dict[str, list[str]] = {}
+    for p in r["pairs"]:
+        name = f"{_named(p['fast'])} over {_named(p['slow'])}"
+        cells.setdefault(name, [f"{p['paper']:.2f}" if p["paper"] else ""]).append(interval(p["ratio"]))
+    header = ["ratio of speed", "paper", *(f"{engine}, {precision}" for engine, precision in engines)]
+    p = r["protocol"]
+    return (
+        f"Batch {p['batch_size']}, everything folded. Each cell is a ratio with its 95% interval over {many(p['rounds'], 'round')} "
+        f"of {many(p['batches_a_round'], 'batch', 'batches')}, in which the two took turns. These engines have no Winograd in use "
+        "here, so A2 has more multiplications to do than ResNet-50; the native engine above has it.\n\n"
+        + table(header, [[name, *row] for name, row in cells.items()])
+    )
+
+
+def _named(candidate: dict[str, str]) -> str:
+    return f"`{candidate['model']}`" + ("" if candidate["form"] == "deploy" else " in training form")
+
+
+def int8(r: Record) -> str:
+    """A row for each remedy."""
+    rows = [[name, _points(a), str(len(a["kept_in_float"]))] for name, a in r["accuracy"].items()]
+    speeds = [f"{to} {interval(s['ratio'])}" for to, s in r["speed"].items()]
+    images = next(iter(r["accuracy"].values()))["images"]
+    return (
+        f"A0 at 224 px, batch {r['speed']['openvino']['batch_size']}: INT8 over fp32 in the same engine, taking turns: "
+        f"{'; '.join(speeds)} times as fast. Top-1 of the CIFAR-10 model on {images:,} test images:\n\n"
+        + table(["INT8", "top-1, change in points", "layers left in float"], rows)
+    )
+
+
+def _points(accuracy: Record) -> str:
+    top1 = accuracy["top1"]
+    return f"{top1['int8']:.2%}, {(top1['int8'] - top1['float']) * 100:+.2f}"
+
+
+def pruning(r: Record) -> str:
+    """A row for each form that was pruned."""
+    forms = {form: r[form] for form in ("training", "deploy") if form in r}
+    rows = []
+    for form, p in forms.items():
+        before, after = (p["accuracy"][when]["top1"] for when in ("before", "after"))
+        faster = f"{interval(p['speed']['ratio'])} in {p['engine']}"
+        rows.append([f"{form} form", f"{before:.2%}", f"{after:.2%}", f"{p['macs'][0] / p['macs'][1]:.2f}", faster])
+    keep = next(iter(forms.values()))["keep"]
+    return (
+        f"The CIFAR-10 model cut to {keep:.0%} of its channels, then trained for {many(r['recipe']['epochs'], 'epoch')} on "
+        f"{r['train_images']:,} images.\n\n" + table(["pruned", "top-1 before", "after", "times fewer MACs", "times as fast"], rows)
+    )
+
+
+def cifar10(r: Record) -> str:
+    both = r["top1"]["training form"], r["top1"]["deploy form"]
+    return (
+        f"`{r['command']}`: top-1 {both[0]:.2%} on {r['images']:,} test images after {r['minutes']:.0f} minutes (n = {r['n']}), "
+        f"{both[1]:.2%} in deploy form; {r['equal_predictions']:,} of {r['images']:,} predictions are the same. "
+        f"{r['parameters']['deploy form'] / 1e6:.2f} M parameters."
+    )
+
+
+def camvid(r: Record) -> str:
+    """One row a run, and what a full-size image takes."""
+    header = ["model", "seed", "mean IoU", "pixel accuracy", "mean IoU with scales and flip", "parameters", "training"]
+    rows = []
+    for run in r["runs"]:
+        deploy, more = run["test"]["deploy form"], run["test"]["scales 0.75, 1, 1.25 and flip"]
+        on = run["trained_on"]
+        shares = (f"{x:.2%}" for x in (deploy["mean_iou"], deploy["pixel_accuracy"], more["mean_iou"]))
+        where = on["gpu"] or f"{on['processor']}, {many(on['threads'], 'thread')}"
+        rows.append(
+            [
+                f"`{run['arch']}`",
+                str(run["seed"]),
+                *shares,
+                f"{run['parameters'] / 1e6:.2f} M",
+                f"{run['minutes']:.0f} min on {where}",
+            ]
+        )
+    first, full = r["runs"][0], r["full_size"]
+    masks = first["masks"]
+    whole, slide = (f"{f['seconds']:.1f} s and {f['peak_resident_bytes'] / 2**30:.1f} GiB" for f in full.values())
+    return (
+        f"{r['photos']} test photos, deploy form. `{first['command']}`:\n\n{table(header, rows)}\n\n"
+        f"The two forms' masks differ in {masks['differ']:,} of {masks['pixels']:,} pixels, {masks['differ_beyond_rounding']} of "
+        "them beyond rounding. A 2048 x 1024 image through `pspnet_repvgg_a0` in deploy form takes "
+        f"{whole} whole, {slide} in windows (the whole process)."
+    )
+
+
+ENOUGH_EPOCHS = 15  # before which the variants have not separated
+
+
+def ablation(r: Record) -> str:
+    """A row for each variant of Tables 6 and 7, the paper's best first."""
+    s, rank = r["settings"], r["rank_correlation"]
+    rows = []
+    for name, v in sorted(r["variants"].items(), key=lambda item: -(item[1]["paper"] or 0)):
+        here = "diverged" if v["mean"] is None else f"{v['mean']:.2f}" + (f" ± {v['deviation']:.2f}" if v["deviation"] else "")
+        forms = [cell["forms"] for cell in v["cells"] if cell["forms"]]
+        equal, images = (sum(f.get(key, 0) for f in forms) for key in ("equal", "images"))
+        paper = "" if v["paper"] is None else f"{v['paper']:.2f}"
+        rows.append([f"`{name}`", paper, here, str(v["n"]), f"{equal:,} of {images:,}" if images else "cannot be folded"])
+    limit = f", {s['limit']:,} images of each split" if s["limit"] else ""
+    warning = (
+        f"**{many(s['epochs'], 'epoch')} decide nothing about accuracy**: the paper trains for 120 on ImageNet, and so early, what "
+        "trains fastest leads. What these runs do show is that every variant trains, folds and then predicts the same.\n\n"
+    )
+    agreement = "" if rank["spearman"] is None else f" Rank correlation with the paper's order: {rank['spearman']:.2f}."
+    return (
+        (warning if s["epochs"] < ENOUGH_EPOCHS else "")
+        + f"{s['arch']} at width {s['width']:g} on CIFAR-10{limit}, {many(s['epochs'], 'epoch')}; mean and standard deviation of "
+        f"top-1 over n seeds ([the blocks](blocks.md)).{agreement}\n\n"
+        + table(["variant", "top-1, paper", "top-1, here", "n", "same predictions folded"], rows)
+    )
+
+
+def training(r: Record) -> str:
+    steps, state, p = r["steps"], r["state"], r["protocol"]
+    reference = next(iter(steps))
+    rows = [
+        [name, f"{s['img_per_s']:.1f}", "1" if name == reference else interval(s["faster_than"][reference])]
+        for name, s in steps.items()
+    ]
+    return (
+        f"A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {many(p['rounds'], 'round')} taking turns. "
+        f"A saved state of A0 takes {state['megabytes']:.0f} MB and {state['seconds_to_write']:.2f} s.\n\n"
+        + table(["", "images/s", f"over {reference}"], rows)
+    )
+
+
+def demo(r: Record) -> str:
+    value, low, high = r["speedup"]
+    return (
+        f"{r['arch']} reads {r['top1']['deploy form']:.1%} of the held-out digits after {r['training_seconds']:.0f} s of training. "
+        f"The deploy form runs {value:.2f} times as fast as the training form (95% interval {low:.2f} to {high:.2f}, "
+        f"{many(r['rounds'], 'interleaved round')}, batch {r['batch_size']}) and differs by {r['max_rel_err']:.1e} at most."
+    )
+
+
+def startup(r: Record) -> str:
+    s = r["seconds"]
+    return (
+        f"Medians of {r['n']}. `repvgg --help` {s['repvgg --help']:.2f} s; `import repvgg` "
+        f"{s['import repvgg'] - s['python -c pass']:.2f} s beyond Python's own; `repvgg predict` on one 640 x 480 photo with A0 "
+        f"{s['repvgg predict, one image']:.1f} s, of which {r['predict_outside_the_network']:.1f} s is outside the network "
+        f"(importing PyTorch alone takes {s['import torch']:.1f} s). Folding A0, each block proved: {r['fold_a0']:.1f} s."
+    )
+
+
+def timing(r: Record) -> str:
+    rows = [[f"`{model}`", interval(m["theirs_over_ours"])] for model, m in r["models"].items()]
+    return (
+        "Seconds a batch by `torch.utils.benchmark` over seconds a batch by our loop, on the same models: medians and 95% "
+        f"intervals of {many(r['rounds'], 'alternating round')}.\n\n" + table(["model", "theirs over ours"], rows)
+    )

@@ -1,0 +1,131 @@
+"""fastest.py: the quickest engine that computes the same, chosen once."""
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize
+from torch import Tensor, nn
+
+from repvgg.data import open_source
+from repvgg.deploy import engines
+from repvgg.deploy import fastest as choosing
+from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.fastest import fastest, measure
+from repvgg.deploy.load import load_engine
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.train.loop import new_model
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomize(new_model("repvgg_micro", open_source("digits"), log=str, width=0.25), (32, 1, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def wanted(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = reparameterize(model).double()(images.double())
+    return logits
+
+
+def has(*packages: str) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(engines, "installed", lambda *_: list(names))
+
+
+def built(monkeypatch: pytest.MonkeyPatch, **makers: Callable[[nn.Module], Engine]) -> None:
+    monkeypatch.setattr(engines, "build", lambda name, model, options: makers[name](model))
+
+
+def engine_of(function: Callable[[Tensor], Tensor]) -> Engine:
+    return Engine(lambda x: x, function, lambda x: x)
+
+
+def test_the_fastest_that_computes_the_same(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick one that is wrong, a slow one that is right, and one that cannot be built."""
+
+    def slow(network: nn.Module) -> Engine:
+        def run(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                for _ in range(6):
+                    logits: Tensor = network(x)
+            return logits
+
+        return engine_of(run)
+
+    def right(network: nn.Module) -> Engine:
+        return engine_of(torch.no_grad()(network))
+
+    def broken(network: nn.Module) -> Engine:
+        raise ValueError("cannot run this")
+
+    said: list[str] = []
+    only(monkeypatch, "onnxruntime", "eager", "openvino", "ncnn")
+    built(monkeypatch, onnxruntime=lambda _: engine_of(lambda x: torch.ones(len(x), 10)), eager=slow, openvino=right, ncnn=broken)
+    deploy = reparameterize(model)
+    found = measure(deploy, Options((1, 16, 16), 4), said.append)
+    assert list(found) == ["openvino", "eager"]
+    assert [line.split(",")[0] for line in said] == ["left out: onnxruntime", "left out: ncnn (cannot run this)"]
+    assert fastest(deploy, Options((1, 16, 16), 4), silent) == "openvino"
+    only(monkeypatch, "onnxruntime", "ncnn")
+    with pytest.raises(ValueError, match="no engine runs this model in fp32 and computes the same"):
+        measure(deploy, Options((1, 16, 16), 4), silent)
+
+
+def test_the_choice_is_remembered_for_a_model_a_batch_and_a_machine(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def figures(*arguments: Any) -> dict[str, dict[str, float]]:
+        asked.append(arguments)
+        return {name: {"images_per_second": speed, "max_rel_err": 0.0} for name, speed in (("eager", 2.0), ("compile", 1.0))}
+
+    monkeypatch.setattr(choosing, "measure", figures)
+    for _ in range(2):
+        assert load_engine(model, batch_size=2, log=silent).name == "eager"
+    assert len(asked) == 1
+    (kept,) = (tmp_path / "cache/repvgg/engines").iterdir()
+    assert json.loads(kept.read_text())["fastest"] == "eager"
+    load_engine(model, batch_size=3, log=silent)
+    assert len(asked) == 2
+    kept.write_text("{")  # damaged
+    load_engine(model, batch_size=2, log=silent)
+    assert len(asked) == 3
+    other = reparameterize(model)
+    with torch.no_grad():
+        other.get_parameter("head.bias").add_(1)
+    load_engine(other, batch_size=2, log=silent)
+    assert len(asked) == 4
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # cannot be written
+    assert load_engine(model, batch_size=2, log=silent).name == "eager"
+
+
+def test_real_engines_are_measured(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["eager", *(name for name in ("onnxruntime", "openvino") if all(map(find_spec, engines.ENGINES[name].packages)))]
+    only(monkeypatch, *names)
+    found = measure(reparameterize(model), Options((1, 16, 16), 2), silent)
+    assert found.keys() <= set(names)
+    assert all(f["images_per_second"] > 0 and f["max_rel_err"] < 1e-5 for f in found.values())
