@@ -10,11 +10,12 @@ import copy
 import torch
 from torch import nn
 
-from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, resembles_batch_norm, why_unknown
-from repvgg.fold.guards import inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable
+from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, why_unknown
+from repvgg.fold.guards import copied, inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable
 from repvgg.fold.proof import check_part
 from repvgg.fold.report import FoldReport
 from repvgg.fold.stretches import fold_stretches
+from repvgg.fold.trace import trace
 
 
 @torch.no_grad()
@@ -33,13 +34,15 @@ def reparameterize(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         refuse_nonfinite(name, parameter)
     report = FoldReport()
-    deployed = copy.deepcopy(model)
+    deployed = copied(model)
     for module in deployed.modules():
         for name in getattr(module, "training_only", ()):
             setattr(module, name, None)
+    traces = trace(deployed)
     folded = _fold_blocks(deployed, "", report, {})
-    if any(resembles_batch_norm(m) for m in folded.modules()):
-        folded = fold_stretches(folded, report)
+    for path in traces.below(report.blocks):
+        del traces.graphs[path]
+    folded = fold_stretches(folded, traces, report)
     folded.fold_report = report  # type: ignore[assignment]
     return folded
 

@@ -1,7 +1,6 @@
 """Read a module tree as a computation (flow.py): each module's own forward, with those of its children in their places."""
 
 import operator
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,22 +13,12 @@ from repvgg.fold.as_linear import resembles_batch_norm, split_activation
 from repvgg.fold.flow import Flow, Value
 from repvgg.fold.guards import altered
 from repvgg.fold.torch_operators import FUNCTIONS, Input, of_module
+from repvgg.fold.trace import Traces
 
-SHARED = "is used in more than one place"
 MUTATED = "what it reads is changed in place"
 # What may give back the memory of its input: a change in place of the one is one of the other.
 VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "to", "split", "chunk", "unbind", "squeeze", "unsqueeze",
          "expand", "detach", "getitem", "float", "narrow", "identity"}  # fmt: skip
-
-
-@dataclass
-class Calls:
-    """How the modules of a tree call each other. graphs: of each forward that can be traced, by path; uses: of each module, calls
-    and places; hidden: modules whose calls are not all seen, and why."""
-
-    graphs: dict[str, fx.Graph] = field(default_factory=dict)
-    uses: Counter[str] = field(default_factory=Counter)
-    hidden: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -45,15 +34,16 @@ class Place:
 class ModuleFlow:
     """The computation of one module, seen from outside as a whole: its children's included, but for those in `apart`."""
 
-    def __init__(self, model: nn.Module, calls: Calls, root: str, names: dict[nn.Module, str]) -> None:
-        self.model, self.calls, self.root, self.names = model, calls, root, names
+    def __init__(self, model: nn.Module, traces: Traces, root: str) -> None:
+        self.model, self.traces, self.root = model, traces, root
+        self.names = {module: path for path, module in model.named_modules()}
         self.values: list[Value] = []
         self.places: dict[Value, Place] = {}
         self.apart: list[str] = []  # modules that are a computation of their own
         self.norms: dict[str, str] = {}  # batch norms that are no operator here, and why
         self._aliases: dict[Value, Value] = {}
         self._changed: list[tuple[Value, Value]] = []
-        graph = calls.graphs[root]
+        (graph,) = traces.graphs[root]
         inputs = [self._enter(Value(n.name, says="the input"), None, (root,)) for n in graph.nodes if n.op == "placeholder"]
         returned = self._run(root, graph, inputs, (root,))
         self._refuse_changed()
@@ -83,7 +73,8 @@ class ModuleFlow:
         args, kwargs = (fx.map_arg(a, lambda n: known[n]) for a in (node.args, node.kwargs))
         if node.op == "call_module":
             child = self.model.get_submodule(path).get_submodule(str(node.target))
-            return self._module(self.names[child], child, args, kwargs, owners)
+            given = [*dict.fromkeys(_nodes_in((node.args, node.kwargs)))]
+            return self._module(self.names[child], child, args, kwargs, [known[n] for n in given], owners)
         if node.target is operator.getitem and not isinstance(args[0], Value):
             return args[0][args[1]]
         inputs = list(dict.fromkeys(_values_in((args, kwargs))))
@@ -106,26 +97,25 @@ class ModuleFlow:
             self._changed.append((inputs[0], v))
         return v
 
-    def _module(self, path: str, module: nn.Module, args: Any, kwargs: Any, owners: tuple[str, ...]) -> Any:
+    def _module(
+        self, path: str, module: nn.Module, args: Any, kwargs: Any, given: list[Any], owners: tuple[str, ...]
+    ) -> Any:
         cls = type(module).__name__
         inputs = list(dict.fromkeys(_values_in((args, kwargs))))
         says, why, found = f"{'an' if cls[:1] in 'AEIOU' else 'a'} {cls}", "", None
-        graph = self.calls.graphs.get(path)
-        if not args and not kwargs:
-            graph = None
-        shared = self.calls.uses[path] > 1 or path in self.calls.hidden
+        graphs = self.traces.graphs.get(path, [])
+        alone = self.traces.why_not_replaced(path)
         try:
             if len(args) == 1 and not kwargs and len(inputs) == 1:
                 found = of_module(module, path)
-            if found is not None and shared and found.kind != "same":
-                found, why = None, f"its {cls} {self.calls.hidden.get(path, SHARED)}"
+            if found is not None and alone and found.kind != "same":
+                found, why = None, f"its {cls} {alone}"
         except ReparamError as error:
             why = error.reason
-        if found is None and not why and graph is not None:
-            if shared or altered(module) or not _fits(graph, args, kwargs):
-                self.apart.append(path)
-            else:
-                return self._run(path, graph, list(args), (*owners, path))
+        if found is None and not why and graphs:
+            if len(graphs) == 1 and self.traces.uses[path] <= 1 and not altered(module) and path not in self.traces.hidden:
+                return self._run(path, graphs[0], given, (*owners, path))
+            self.apart.append(path)
         if found is None and resembles_batch_norm(module):
             self.norms[path] = why
         v = self._enter(Value(path, tuple(inputs), found, says, why), path, owners)
@@ -178,6 +168,12 @@ def _values_in(tree: Any) -> Iterator[Value]:
         yield from _values_in((tree.start, tree.stop, tree.step))
 
 
+def _nodes_in(tree: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(tree, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
 def _numbered(tree: Any) -> Any:
     """The arguments of a call with an `Input` for each value."""
     if isinstance(tree, Value):
@@ -209,7 +205,3 @@ def _changes_its_input(name: str, kwargs: dict[str, Any]) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("iadd", "isub", "imul", "itruediv", "setitem") or bool(kwargs.get("inplace"))
 
-
-def _fits(graph: fx.Graph, args: Any, kwargs: Any) -> bool:
-    """Whether a forward was traced as it is called here."""
-    return not kwargs and len([n for n in graph.nodes if n.op == "placeholder"]) == len(args)

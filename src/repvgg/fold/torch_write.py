@@ -4,6 +4,7 @@ A chain of modules (a convolution and its batch norm) becomes a convolution and 
 stays as its author wrote it. Where branches meet in a forward, that forward is written anew, without them.
 """
 
+import inspect
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered
 from repvgg.fold.torch_graph import ModuleFlow
+from repvgg.fold.trace import kept
 
 
 class Rewritten(fx.GraphModule):
@@ -101,17 +103,23 @@ class ModuleWriter:
         if source is None or target is None:
             return None
         for path in reversed(common):
-            if altered(self.model.get_submodule(path)):
+            if not self._may_rewrite(path):
                 return None
             if path in source.nodes and path in target.nodes:
                 return path
         return None
 
+    def _may_rewrite(self, path: str) -> bool:
+        """Nobody else looks into it, and its forward does nothing besides computing."""
+        traces = self.read.traces
+        known = path in traces.exposed or path in traces.hidden or altered(self.model.get_submodule(path))
+        return not known and all(node.target is not kept for node in traces.graphs[path][0].nodes)
+
     def _write_forward(self, stretch: Stretch) -> str:
         home = self._home(stretch)
         assert home is not None
         module = self.model.get_submodule(home)
-        graph = self.rewritten.setdefault(home, self.read.calls.graphs[home])
+        graph = self.rewritten.setdefault(home, self.read.traces.graphs[home][0])
         source, target = (self.read.places[v].nodes[home] for v in (stretch.source, stretch.target))
         name, like = self._name(stretch, home, graph)
         conv = as_conv(stretch.map, like)
@@ -155,14 +163,22 @@ class ModuleWriter:
             module, graph = model.get_submodule(path), self.rewritten[path]
             new = _only_convolution(module, graph)
             if new is None:
-                graph.lint()
+                _name_inputs(graph, module)
                 new = Rewritten(module, graph, type(module).__name__)
                 keep_plain(module, new)
-            if path:
-                model.set_submodule(path, new)
-            else:
-                model = new
+            for parent in model.modules():  # it may be held in more than one place
+                for name, child in parent._modules.items():
+                    if child is module:
+                        parent._modules[name] = new
+            model = model if path else new
         return model
+
+
+def _name_inputs(graph: fx.Graph, module: nn.Module) -> None:
+    """Call the inputs of a rewritten forward as its author did."""
+    names = list(inspect.signature(module.forward).parameters)
+    for node, name in zip([n for n in graph.nodes if n.op == "placeholder"], names, strict=False):
+        node.target = node.name = name
 
 
 def IDLE() -> nn.Module:  # noqa: N802
