@@ -347,12 +347,14 @@ class _Tracer(fx.Tracer):
 
     def mark_kept(self, graph: fx.Graph) -> None:
         """Whatever still holds a value now that the forward is done is one more user of it."""
-        if any(ref() is not None for _, ref in self.alive):
-            gc.collect()
+        computed = [(node, ref) for node, ref in self.alive if node.op not in ("get_attr", "placeholder")]
+        for generation in (1, 2):  # what nobody holds may still await the garbage collector; all of it is rarely needed
+            if any(ref() is not None for _, ref in computed):
+                gc.collect(generation)
         output = next(node for node in graph.nodes if node.op == "output")
         with graph.inserting_before(output):
-            for node, ref in self.alive:
-                if ref() is not None and node.op not in ("get_attr", "placeholder"):
+            for node, ref in computed:
+                if ref() is not None:
                     graph.call_function(kept, (node,))
 
 
