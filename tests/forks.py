@@ -17,7 +17,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,9 +74,15 @@ class Forks:
 
     def __call__(self, words: list[str], folder: Path, fault: Fault = Fault(), memory: int = 0) -> Ended:
         """Run `repvgg WORDS` in the folder; with `memory`, in at most so many bytes more than are taken already."""
+        return self._send({"words": words, "folder": str(folder), "fault": vars(fault), "memory": memory})
+
+    def python(self, code: str, folder: Path) -> Ended:
+        """Run a program in the folder; a warning is an error."""
+        return self._send({"code": code, "folder": str(folder), "fault": vars(Fault()), "memory": 0})
+
+    def _send(self, job: dict[str, Any]) -> Ended:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"words": words, "folder": str(folder), "fault": vars(fault), "memory": memory}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return Ended(**json.loads(self._process.stdout.readline()))
@@ -131,7 +140,7 @@ def _child(job: dict[str, Any], place: Path) -> None:
     fault = Fault(**job["fault"])
     if shim is not None:
         shim.fault_arm(fault.under.encode(), ctypes.c_long(fault.at), fault.error, int(fault.on))
-    code = _run(job["words"])
+    code = _ended(partial(_program, job["code"]) if "code" in job else partial(_command, job["words"]))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if shim is not None:
         os.write(counted, str(shim.fault_calls()).encode())
@@ -141,12 +150,22 @@ def _child(job: dict[str, Any], place: Path) -> None:
     os._exit(code)
 
 
-def _run(words: list[str]) -> int:
+def _command(words: list[str]) -> None:
     from repvgg import cli
 
     sys.argv = ["repvgg", *words]
+    cli.main(words)
+
+
+def _program(code: str) -> None:
+    warnings.simplefilter("error")
+    exec(compile(code, "<page>", "exec"), {"__name__": "__main__"})
+
+
+def _ended(run: Callable[[], None]) -> int:
+    """Return the exit code."""
     try:
-        cli.main(words)
+        run()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:

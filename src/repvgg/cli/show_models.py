@@ -117,9 +117,7 @@ def _show_family(as_json: bool) -> None:
 
 def _show_listed(name: str, header: Header) -> None:
     rows = costs_of(header)
-    _print_layers(
-        name, header.manifest, [(r.path, r.operator, r.geometry, r.output, r.params, r.macs, r.winograd_muls) for r in rows]
-    )
+    _print_layers(name, header.manifest, map(astuple, rows))
     params, macs, muls = (sum(numbers) for numbers in zip(*((r.params, r.macs, r.winograd_muls) for r in rows), strict=True))
     print(f"parameters        {params / 1e6:10.2f} M\nMACs              {macs / 1e9:10.2f} G   multiply-adds counted once")
     print(f"Winograd MULs     {muls / 1e9:10.2f} G   F(2x2, 3x3)")
