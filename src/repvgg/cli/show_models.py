@@ -1,7 +1,7 @@
 """Tables of models in the terminal: the family, one model layer by layer, an exported file's operators, recipes; or JSON."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
