@@ -64,12 +64,14 @@ int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char
     });
 }
 
-int repvgg_choose(repvgg_net *net, int32_t batch, int32_t layer, const char *algorithm, char *error, size_t size) {
+int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size) {
     return guarded(error, size, [&] {
         if (!net || !algorithm) throw std::invalid_argument("no net, or no algorithm");
-        net->net.choose(batch, layer, algorithm);
+        net->net.choose(layer, algorithm);
     });
 }
+
+const char *repvgg_isa(const repvgg_net *net) { return net ? net->net.isa() : nullptr; }
 
 const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i) {
     const repvgg::Algorithm *algorithm = net ? net->net.fitting(layer, i) : nullptr;

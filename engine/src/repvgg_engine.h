@@ -62,11 +62,14 @@ REPVGG_API int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_
 /* output: float32 [n, channels, height, width], of the shape above. */
 REPVGG_API int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size);
 
-/* How a convolution is computed: "direct", or by Winograd's algorithm with tiles of m x m outputs, "F2", "F4", ...; where products may
- * be in bfloat16 also "direct bf16", which is then the default, "F2 bf16", ... `batch` is 0 for calls of few images (fewer than
- * REPVGG_LARGE_BATCH), 1 for calls of many. An algorithm that does not fit the layer is an error. */
-#define REPVGG_LARGE_BATCH 4
-REPVGG_API int repvgg_choose(repvgg_net *net, int32_t batch, int32_t layer, const char *algorithm, char *error, size_t size);
+/* How a convolution is computed, for any number of images: "direct", or by Winograd's algorithm with tiles of m x m outputs, "F2", "F4",
+ * ...; where products may be in bfloat16 also "direct bf16", which is then the default, "F2 bf16", ... An algorithm that does not fit
+ * the layer is an error. By the same algorithms an image gives the same bits in any batch, on any number of threads, and on any
+ * machine with the instruction set. */
+REPVGG_API int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size);
+
+/* The instruction set that the net runs on, as in repvgg_options. */
+REPVGG_API const char *repvgg_isa(const repvgg_net *net);
 
 /* The i-th algorithm that fits a layer, or NULL; and the bytes of its weights. */
 REPVGG_API const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i);

@@ -76,8 +76,7 @@ static int check(const char *isa, int stride, int dilation, int groups, int in, 
     int wrong = 0;
     const char *algorithm;
     for (int a = 0; (algorithm = repvgg_algorithm(net, 0, a)); a++) {
-        for (int batch = 0; batch < 2; batch++)
-            if (repvgg_choose(net, batch, 0, algorithm, error, sizeof error)) return puts(error), 1;
+        if (repvgg_choose(net, 0, algorithm, error, sizeof error)) return puts(error), 1;
         if (repvgg_run(net, &images, output, error, sizeof error)) return puts(error), 1;
         double squares = 0, sizes = 0, roundings = 0;
         for (size_t i = 0; i < count; i++) {

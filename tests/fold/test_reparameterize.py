@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from folding import EXACT, SMALL, SUBCLASS, MyBranches, assert_folds_exactly, conv, outputs, report_of, small
+from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError
@@ -62,7 +63,7 @@ def test_trap_04_squeeze_excite_stays() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT
+    assert relative_error(outputs(folded, x), outputs(model, x)) <= rounding(model, x)
 
 
 def test_trap_04_sync_batch_norm() -> None:
@@ -139,7 +140,7 @@ def test_trap_14_the_tree_is_walked_by_type() -> None:
     assert report.errors.keys() == {"anything.deep.inside", "pair.conv"}
     assert max(report.errors.values()) <= EXACT
     assert str(report).splitlines()[0].startswith("folded 1 blocks and 1 conv+BN pairs; largest error of a part ")
-    assert str(report).splitlines()[1] == "left alone: no convolution feeds this batch norm alone"
+    assert str(report).splitlines()[-1] == "left alone: no convolution feeds this batch norm alone"
 
 
 class Wrapper(nn.Module):

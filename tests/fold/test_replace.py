@@ -223,7 +223,7 @@ def test_a_convolution_reached_by_another_way_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.known[0](x)  # type: ignore[no-any-return]
 
-    with pytest.raises(ReparamError, match="inner: uses a replaced conv or batch norm in another way"):
+    with pytest.raises(ReparamError, match="inner: uses a replaced module in another way"):
         replace_conv(nn.Sequential(OrderedDict(inner=Holder())))
 
 

@@ -84,7 +84,7 @@ def test_parts_add_up_to_the_whole_where_batch_norms_do_not_look_at_the_batch() 
         stepped(still, model=randomize_digits()),
         stepped(replace(still, accumulate=4), model=randomize_digits(), parts=4),
     )
-    assert distance(whole, parts) <= 1e-13
+    assert distance(whole, parts) <= 1e-10
 
 
 def randomize_digits() -> nn.Module:

@@ -1,5 +1,6 @@
 """Refuse what a fold would silently change: train mode, damaged tensors, hooks, modules that cannot be copied."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,6 +51,18 @@ def refuse_uncopyable(model: nn.Module) -> None:
                     "spectral_norm, or run it under torch.no_grad()",
                     path or type(module).__name__,
                 )
+
+
+def copied(model: nn.Module, share_tensors: bool = False) -> nn.Module:
+    """Return a deep copy in which each module is in the mode of the original (that of an fx.GraphModule comes back in train mode).
+
+    share_tensors: parameters stay the same objects.
+    """
+    copy_ = copy.deepcopy(model, {id(p): p for p in model.parameters()} if share_tensors else {})
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, module in copy_.named_modules():
+        module.training = modes.get(path, module.training)
+    return copy_
 
 
 def refuse_damage(module: nn.Module) -> None:

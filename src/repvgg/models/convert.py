@@ -24,6 +24,8 @@ def convert(
     """
     model = load(source)
     manifest = manifest_of(model)
+    if left_out := manifest.training.get("left_out"):
+        log(f"left out, as no part of the network: {left_out}")
     if to_keys is not None:
         save(model, target, to_keys=to_keys)
         log(f"{target}: {manifest.form} form, {len(model.state_dict())} tensors in {to_keys} keys")

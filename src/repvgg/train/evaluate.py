@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from repvgg.data import Images, Source
 from repvgg.data.resident import Resident
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
+from repvgg.models.finite import finite
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.zoo import dtype_of, manifest_of
+from repvgg.numerics import full_float32
 from repvgg.train.distributed import ALONE, World
 
 Network = Callable[[Tensor], Tensor]
@@ -81,6 +83,7 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
     sums: list[Tensor] = []  # the loss, and how many are among the first five; on the device until the end, which nobody waits for
     pairs = torch.zeros(num_classes**2, dtype=torch.long)
     for images, labels in data:
+        full_float32(images.device)
         logits = network(images)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if logits.shape[1] != num_classes:
@@ -112,7 +115,7 @@ def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, worke
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dtype = dtype_of(model)
     data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
-    return evaluate(lambda x: model(x.to(dtype)), data, len(source.classes))
+    return evaluate(lambda x: finite(model, x.to(dtype)), data, len(source.classes))
 
 
 def check_fit(manifest: Manifest, source: Source) -> None:
