@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test test-slow check wheel sanitize soak clean
+.PHONY: setup demo test test-slow test-isa check wheel sanitize soak clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/repvgg demo --out demo
@@ -15,6 +15,10 @@ test: check
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The numeric tests as processors of other kinds would run them.
+test-isa: setup
+	tests/isa.sh $(BIN)/python
 
 check: setup
 	$(BIN)/ruff check .

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from repvgg.bench.models import randomise_norms
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import BLOCKS
-from repvgg.fold.reparam import Branches
 from repvgg.paper import figure4
 from repvgg.paper.figure2 import draw_block
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_words
 import rivals
 import sections
 from deploy_table import engines
@@ -33,13 +34,21 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("demo", "The demo", sections.demo, "../src/repvgg/demo.py"),
     ("startup", "Start-up", sections.startup, "measure_startup.py"),
     ("timing", "The timing loop", sections.timing, "measure_timing.py"),
+    ("gpu/speed", "On a GPU: speed", gpu_words.speed, "gpu.py"),
+    ("gpu/cifar10", "On a GPU: CIFAR-10", gpu_words.cifar10, "gpu.py"),
+    ("gpu/ablation", "On a GPU: Tables 6 and 7", gpu_words.ablation, "gpu.py"),
+    ("gpu/pspnet", "On a GPU: Table 8", gpu_words.pspnet, "gpu.py"),
 )
+
+NO_GPU = """## On a GPU
+
+Not yet measured, for want of one. On a machine with a CUDA GPU `python results/gpu.py --budget 25 --out results/gpu` measures the
+paper's tables there, most valuable first, in as many minutes as it is given; here it was only tried on a CPU (`--tiny`)."""
 
 PAPER = """## The paper's Figure 1
 
 Left as printed, right as this machine ran it in PyTorch, without Winograd: A2 and B3 fall behind where the paper's GPU had them
-ahead.
-[The page of the paper](paper/index.html) has every table and figure that was measured so far, each with how it was measured.
+ahead. [The page of the paper](paper/index.html) has every table and figure that was measured so far, each with how it was measured.
 
 ![accuracy against speed, the paper's and here](../results/paper/figure1.png)"""
 
@@ -56,30 +65,15 @@ def headline() -> str:
     assert engine is not None
     rows = rivals.short(engine)
     if predictions is not None:
-        differ = ", ".join(f"{name}: {f['differ']}" for name, f in predictions["engines"].items() if name.endswith("high"))
-        rows.append([f"predictions unlike float64's, {_images(predictions)}", differ, "", ""])
+        kept = {name.split()[0]: f for name, f in predictions["engines"].items() if name.endswith("high")}
+        images = next(iter(kept.values()))["images"]
+        model, differ = predictions["model"]["name"], ", ".join(f"{f['differ']} in {name}" for name, f in kept.items())
+        rows.append([f"predictions unlike float64's, of {images:,} on CIFAR-10 (`{model}`)", differ, "", ""])
     if cifar10 is not None:
-        forms = " and ".join(f"{top1:.2%} in {form}" for form, top1 in cifar10["top1"].items())
-        same = f"{cifar10['equal_predictions']:,} predictions the same"
-        rows.append(
-            [f"top-1 on CIFAR-10, {cifar10['minutes']:.0f} minutes of training (`repvgg_micro`)", f"{forms}, {same}", "", ""]
-        )
-    return (
-        table(
-            [
-                f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}",
-                "our engine",
-                "fastest of the others",
-                "ours over it",
-            ],
-            rows,
-        )
-        + "\n"
-    )
-
-
-def _images(predictions: dict[str, Any]) -> str:
-    return f"{next(iter(predictions['engines'].values()))['images']:,} CIFAR-10 images"
+        forms = ", ".join(f"{top1:.2%}" for top1 in cifar10["top1"].values())
+        rows.append([f"its top-1, training form and deploy form, after {cifar10['minutes']:.0f} minutes", forms, "", ""])
+    first = f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}"
+    return table([first, "our engine", "fastest of the others", "ours over it"], rows) + "\n"
 
 
 def measured() -> str:
@@ -92,6 +86,8 @@ def measured() -> str:
             found.append(f"## {heading}\n\n{words(r)}\n\n{where}")
     if (RESULTS / "paper" / "table4.json").exists():
         found.append(PAPER.replace("(paper/", "(../results/paper/"))
+    if record("gpu/speed") is None:
+        found.append(NO_GPU)
     return "\n" + "\n\n".join(found) + "\n\n"
 
 

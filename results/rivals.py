@@ -13,10 +13,9 @@ from layout import interval, many, table
 
 Figures = dict[str, Any]  # of one engine: images_per_second, by_round, rms_error
 OURS = "native"
-# The rows that README shows even where they were not measured.
-ROWS = tuple(f"{precision}, batch {size}" for precision in ("fp32", "bf16", "int8") for size in (32, 1))
+PRECISIONS = ("fp32", "bf16", "int8")  # README has a row for each, measured or not
 NAMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "mnn": "MNN", "eager": "PyTorch", "compile": "torch.compile"}
-FP32 = ("openvino", "onnxruntime", "ncnn", "mnn")  # without which a row's fastest rival may not be the fastest there is
+FP32 = ("openvino", "onnxruntime", "ncnn", "mnn")  # a run that lacks one of them may lack the fastest
 UNMEASURED = "not yet measured"
 
 
@@ -71,11 +70,10 @@ def _untried(what: str, others: dict[str, Figures]) -> str:
 def short(r: dict[str, Any]) -> list[list[str]]:
     """Return README's rows: the default accuracy at each precision and batch size, measured or not."""
     rows = []
-    for what in ROWS:
-        run = r["a0"].get(what, {})
-        level = next(iter(own(run)), "")
-        cells = against_best(what, run, level)[:3] if level else [UNMEASURED, "", ""]
-        rows.append([_words(what), *cells])
+    for precision in PRECISIONS:
+        runs = {what: run for what, run in r["a0"].items() if what.startswith(f"{precision},") and own(run)}
+        rows += [[_words(what), *against_best(what, run, next(iter(own(run))))[:3]] for what, run in runs.items()]
+        rows += [] if runs else [[precision, UNMEASURED, "", ""]]
     return rows
 
 

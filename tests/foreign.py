@@ -62,18 +62,21 @@ RENAMES: dict[str, list[tuple[str, str | Callable[[re.Match[str]], str]]]] = {
 @cache
 def timm_net(name: str, form: str = "training") -> nn.Module:
     """timm's network at a narrow width, on random statistics, in eval mode. Shared between tests: not to be changed."""
-    byobnet = pytest.importorskip("timm.models.byobnet")
     if form == "deploy":
-        from timm.utils.model import reparameterize_model
-
-        return reparameterize_model(timm_net(name))  # type: ignore[no-any-return]
+        utils = pytest.importorskip("timm.utils.model")
+        return utils.reparameterize_model(timm_net(name))  # type: ignore[no-any-return]
     torch.manual_seed(0)
-    a, width = NARROW[name]
+    return randomize(timm_architecture(name, NARROW[name][1]))
+
+
+def timm_architecture(name: str, width: float) -> nn.Module:
+    """timm's network with all its channels times `width`, freshly initialised."""
+    byobnet = pytest.importorskip("timm.models.byobnet")
     whole = byobnet.model_cfgs[name]
     blocks = tuple(replace(block, c=block.c * width) for block in whole.blocks)
-    narrow = replace(whole, blocks=blocks, stem_chs=round(min(64, 64 * a * width)))
+    narrow = replace(whole, blocks=blocks, stem_chs=round(min(64, 64 * NARROW[name][0] * width)))
     net: nn.Module = byobnet.ByobNet(narrow, num_classes=NUM_CLASSES)
-    return randomize(net)
+    return net
 
 
 def state(name: str, form: str, scheme: str = "timm") -> dict[str, Tensor]:

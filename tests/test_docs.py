@@ -2,15 +2,17 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -33,17 +35,28 @@ def run(command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_of_the_page_run(page: Path, desk: Path) -> None:
+def test_commands_of_the_page_run(page: Path, desk: Path, forks: Forks) -> None:
+    """Those of the README as a user types them; the others in forks of a process that has PyTorch loaded."""
     for block in blocks(page, "console"):
         for line in block.splitlines():
             assert line.startswith("$ "), f"{page.name}: a console block holds commands alone, each after a $: {line!r}"
-            run(line.removeprefix("$ "), desk)
+            command = line.removeprefix("$ ")
+            first, *words = shlex.split(command, comments=True)
+            if first != "repvgg" or page.name == "README.md":
+                run(command, desk)
+            else:
+                ended = forks(words, desk)
+                assert ended.code == 0, f"{command}\n{ended.err[-2000:]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_of_the_page_runs(page: Path, desk: Path) -> None:
+def test_python_of_the_page_runs(page: Path, desk: Path, forks: Forks) -> None:
     for block in blocks(page, "python"):
-        run(f"{sys.executable} -W error - <<'END'\n{block}\nEND", desk)
+        if page.name == "README.md":
+            run(f"{sys.executable} -W error - <<'END'\n{block}\nEND", desk)
+        else:
+            ended = forks.python(block, desk)
+            assert ended.code == 0, f"{block}\n{ended.err[-2000:]}"
 
 
 def test_blocks_that_are_not_run_say_so() -> None:
@@ -60,16 +73,39 @@ def test_measured_figures_in_readme_come_from_results() -> None:
     assert done.returncode == 0, "run python results/readme.py"
 
 
+def test_readme_fits_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_a_page_begins_with_what_it_is_for(page: Path) -> None:
+    title, blank, first = page.read_text().split("\n")[:3]
+    assert title.startswith("# ")
+    assert not blank
+    assert first[:1].isupper(), f"{page.name}: begins with {first[:40]!r}, not with a sentence"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:src|tests|results|docs|engine)/[\w/.*-]+)`", page.read_text()):
+        assert any(ROOT.glob(name.rstrip("/"))), f"{page.name}: {name}"
+
+
 def test_every_block_is_described_and_drawn_as_it_is(tmp_path: Path) -> None:
     from repvgg.fold.blocks import BLOCKS
 
     subprocess.run([sys.executable, ROOT / "docs" / "draw.py", tmp_path], check=True)
+    assert _texts(ROOT / "docs" / "fold.svg") == _texts(tmp_path / "fold.svg"), "run python docs/draw.py"
     text = (ROOT / "docs" / "blocks.md").read_text()
     for name in BLOCKS:
         assert re.search(rf"^### .*`{name}`", text, re.MULTILINE), name
         assert f"![{name}](blocks/{name}.svg)" in text
-        kept, drawn = ((folder / f"{name}.svg").read_text() for folder in (ROOT / "docs" / "blocks", tmp_path))
-        assert re.findall(r"<text.*>(.*)</text>", kept) == re.findall(r"<text.*>(.*)</text>", drawn), "run python docs/draw.py"
+        kept, drawn = (_texts(folder / "blocks" / f"{name}.svg") for folder in (ROOT / "docs", tmp_path))
+        assert kept == drawn, "run python docs/draw.py"
+
+
+def _texts(drawing: Path) -> list[str]:
+    return re.findall(r"<text.*>(.*)</text>", drawing.read_text())
 
 
 def test_links_between_pages_lead_somewhere() -> None:

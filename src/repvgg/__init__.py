@@ -17,40 +17,42 @@ from repvgg.version import __version__ as __version__
 
 _HOME = {
     "ReparamError": "fold.algebra",
-    "as_linear": "fold.reparam",
+    "as_linear": "fold.as_linear",
     "cost": "measure.costs",
-    "equivalent_kernel": "fold.reparam",
+    "equivalent_kernel": "fold.as_linear",
     "num_paths": "measure.costs",
+    "fold_onnx": "fold.onnx",
     "replace_conv": "fold.replace",
-    "reparameterize": "fold.reparam",
-    "verify": "fold.reparam",
+    "reparameterize": "fold.reparameterize",
+    "verify": "fold.proof",
     "FileError": "disk",
     "create_model": "models.zoo",
-    "from_pretrained": "models.zoo",
+    "from_pretrained": "models.load",
     "push_to_hub": "models.push",
-    "list_models": "models.zoo",
+    "list_models": "models.names",
     "load_engine": "deploy.load",
-    "load": "models.zoo",
-    "save": "models.zoo",
+    "load": "models.load",
+    "save": "models.load",
 }
 
 if TYPE_CHECKING:
     from repvgg.deploy.load import load_engine as load_engine
     from repvgg.disk import FileError as FileError
     from repvgg.fold.algebra import ReparamError as ReparamError
-    from repvgg.fold.reparam import as_linear as as_linear
-    from repvgg.fold.reparam import equivalent_kernel as equivalent_kernel
-    from repvgg.fold.reparam import reparameterize as reparameterize
-    from repvgg.fold.reparam import verify as verify
+    from repvgg.fold.as_linear import as_linear as as_linear
+    from repvgg.fold.as_linear import equivalent_kernel as equivalent_kernel
+    from repvgg.fold.proof import verify as verify
+    from repvgg.fold.reparameterize import reparameterize as reparameterize
+    from repvgg.fold.onnx import fold_onnx as fold_onnx
     from repvgg.fold.replace import replace_conv as replace_conv
     from repvgg.measure.costs import cost as cost
     from repvgg.measure.costs import num_paths as num_paths
+    from repvgg.models.load import from_pretrained as from_pretrained
+    from repvgg.models.load import load as load
+    from repvgg.models.load import save as save
+    from repvgg.models.names import list_models as list_models
     from repvgg.models.push import push_to_hub as push_to_hub
     from repvgg.models.zoo import create_model as create_model
-    from repvgg.models.zoo import from_pretrained as from_pretrained
-    from repvgg.models.zoo import list_models as list_models
-    from repvgg.models.zoo import load as load
-    from repvgg.models.zoo import save as save
 
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from repvgg.data import Source, open_source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 from repvgg.disk import atomically
-from repvgg.fold.reparam import Branches, Verification, reparameterize, verify
+from repvgg.fold.as_linear import Branches
+from repvgg.fold.proof import Verification, verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import this_machine, write_record
 from repvgg.measure.timing import Ratio, Times, interleave, ratio
-from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.repvgg import Layer, RepVGG
 from repvgg.terminal import print_table
 from repvgg.train.evaluate import Accuracy, evaluate_model
@@ -57,10 +59,10 @@ def run(out: Path, seed: int = 0) -> None:
     trained = train(ARCH, source, get_recipe("demo"), out / "run", seed=seed)
     assert isinstance(trained.model, RepVGG)
     print("\n2. Fold every block into one 3x3 convolution, and prove it")
-    model = zoo.load(out / "run" / "last.safetensors")
+    model = load(out / "run" / "last.safetensors")
     deploy = reparameterize(model)
     proof = verify(model, deploy, source.preprocessing.input_size)
-    zoo.save(deploy, out / "deploy.safetensors")
+    save(deploy, out / "deploy.safetensors")
     print(f"   {deploy.fold_report}\n   whole model: {proof}")
     accuracies = evaluate_model(model, source), evaluate_model(deploy, source)
     images, labels = _held_out(source)
@@ -108,7 +110,7 @@ def _time(model: nn.Module, deploy: nn.Module, images: Tensor) -> dict[str, Time
 
 
 def _shown(source: Source, logits: Tensor, labels: Tensor) -> list[tuple[Tensor, str, str, float]]:
-    """Held-out scans with what was read: the least certain first, since the easy ones all look alike."""
+    """Return held-out scans with what was read: the least certain first, since the easy ones all look alike."""
     probability, predicted = logits.softmax(1).max(1)
     order = probability.argsort()[: GRID // 2].tolist() + probability.argsort(descending=True)[: GRID // 2].tolist()
     names = source.classes
@@ -116,7 +118,7 @@ def _shown(source: Source, logits: Tensor, labels: Tensor) -> list[tuple[Tensor,
 
 
 def _save_scans(shown: list[tuple[Tensor, str, str, float]], folder: Path) -> None:
-    """As files to try `repvgg predict` on, named by their label."""
+    """Write the scans as files to try `repvgg predict` on, named by their label."""
     folder.mkdir(exist_ok=True)
     for number, (scan, label, _, _) in enumerate(shown):
         Image.fromarray(scan[0].numpy()).save(folder / f"{label}-{number:02}.png")
@@ -124,7 +126,7 @@ def _save_scans(shown: list[tuple[Tensor, str, str, float]], folder: Path) -> No
 
 @torch.inference_mode()
 def _layer_errors(model: nn.Module, deploy: nn.Module, images: Tensor) -> list[tuple[str, float]]:
-    """After each layer, on real scans: the largest difference between the two forms, relative to the largest output."""
+    """Return for each layer, on real scans, the largest difference between the two forms relative to the largest output."""
     wanted, got = _layer_outputs(model, images), _layer_outputs(deploy, images)
     return [(name, float((got[name] - output).abs().max() / output.abs().max())) for name, output in wanted.items()]
 
@@ -144,7 +146,7 @@ def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def _two_channel_block(source: Source, out: Path, seed: int) -> Branches:
-    """A trained block small enough to draw: from a net of the same shape whose first stages have two channels."""
+    """Train a block small enough to draw: in a net of the same shape whose first stages have two channels."""
     recipe = replace(get_recipe("demo"), epochs=2)
     narrow = train(ARCH, source, recipe, out, seed=seed, width=TWO_CHANNELS, log=lambda line: None).model
     block = narrow.get_submodule("stages.0.1.block")

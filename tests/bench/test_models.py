@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from repvgg.bench.models import BenchReport, Candidate, bench, candidates, network, randomise_norms
+from repvgg.cli.show_results import show_reports
 from repvgg.deploy import engines
-from repvgg.fold.reparam import Branches
-from repvgg.info import show_reports
+from repvgg.fold.as_linear import Branches
 from repvgg.measure.timing import Times
 from repvgg.models import zoo
 

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize, relative_error
+from rounding import ENGINES as OTHERS
+from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.deploy import engines
 from repvgg.deploy.engines import ENGINES, Options
-from repvgg.fold.reparam import reparameterize
-from repvgg.models.repvgg import Member, RepVGG
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.names import Member
+from repvgg.models.repvgg import RepVGG
 
 SIZE = (3, 32, 32)
-# Relative error of the logits, of the largest: rounding of some ten layers.
-BOUND = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,32 @@ PAIRS = [
     for name, known in ENGINES.items()
     for precision in known.on_cpu
 ]
+
+
+@pytest.mark.parametrize("name", ["cudagraphs", "compile-max"])
+def test_engines_of_cuda_are_not_offered_on_a_cpu(name: str, folded: nn.Module) -> None:
+    assert name not in engines.installed("fp32")
+    assert name in engines.installed("bf16", "cuda")
+    with pytest.raises(ValueError, match=f"the engine {name} has no fp32 on cpu"):
+        engines.build(name, folded, Options(SIZE))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_gives_what_eager_gives(precision: str, folded: nn.Module, images: Tensor) -> None:
+    options = Options(SIZE, len(images), precision, device="cuda")
+    for batch in (images, images.flip(0)):  # the second is no echo of the first
+        graph, eager = (engines.build(name, folded, options)(batch) for name in ("cudagraphs", "eager"))
+        assert torch.equal(graph, eager)
+
+
+@pytest.mark.slow
+def test_the_most_thorough_mode_computes_the_same(folded: nn.Module, images: Tensor) -> None:
+    """It runs on a CPU too, where it is not offered: it takes minutes there and gains little."""
+    from repvgg.deploy.engines import compiled_max
+
+    got = compiled_max.build(folded, Options(SIZE, len(images)))(images)
+    assert relative_error(got, copy.deepcopy(folded).double()(images.double())) <= rounding(folded, images, times=OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +93,15 @@ def test_logits(name: str, precision: str, folded: nn.Module, images: Tensor) ->
     before = {key: (t.clone(), t.stride()) for key, t in folded.state_dict().items()}
     with torch.no_grad():
         wanted = copy.deepcopy(folded).double()(images.double())
+    in_turn = copy.deepcopy(folded).to(PRECISIONS[precision])
+    allowed = rounding(in_turn, images.to(PRECISIONS[precision]), times=OTHERS)
     engine = engines.build(name, folded, Options(SIZE, len(images), precision, threads=1))
     logits = engine(images)
     assert logits.dtype == torch.float32
     assert logits.device.type == "cpu"
-    assert relative_error(logits, wanted) < BOUND[precision]
+    assert relative_error(logits, wanted) <= allowed
     assert engine.batch_size == (4 if name in ("compile", "aotinductor", "openvino") else None)
-    assert relative_error(engine.in_turns(images[:3], 2), wanted[:3]) < BOUND[precision]
+    assert relative_error(engine.in_turns(images[:3], 2), wanted[:3]) <= allowed
     first = logits.clone()
     assert not torch.equal(engine(-images), logits)
     assert torch.equal(logits, first)  # a later run does not write into what an earlier one gave
@@ -79,7 +109,7 @@ def test_logits(name: str, precision: str, folded: nn.Module, images: Tensor) ->
         with pytest.raises(ValueError, match="built for batches of 4, not 3"):
             engine(images[:3])
     else:
-        assert relative_error(engine(images[:3]), wanted[:3]) < BOUND[precision]
+        assert relative_error(engine(images[:3]), wanted[:3]) <= allowed
     assert all(torch.equal(t, before[key][0]) and t.stride() == before[key][1] for key, t in folded.state_dict().items())
 
 
@@ -91,14 +121,15 @@ def test_mnn_rounds_no_worse_than_others() -> None:
     images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         wanted = copy.deepcopy(network).double()(images.double())
-    assert relative_error(engines.build("mnn", network, Options((3, 28, 28), 2, threads=1))(images), wanted) < 2e-6
+    engine = engines.build("mnn", network, Options((3, 28, 28), 2, threads=1))
+    assert relative_error(engine(images), wanted) <= rounding(network, images)
 
 
 def test_contiguous_format(folded: nn.Module, images: Tensor) -> None:
     both = [engines.build("eager", folded, Options(SIZE, 4, channels_last=flag)) for flag in (True, False)]
     prepared = [engine.prepare(images) for engine in both]
     assert [p.is_contiguous(memory_format=torch.channels_last) for p in prepared] == [True, False]
-    assert relative_error(both[1](images), both[0](images)) < 1e-5
+    assert relative_error(both[1](images), both[0](images)) <= rounding(folded, images)
 
 
 def test_models_of_one_class_beyond_the_compilers_usual_limit_are_all_compiled() -> None:
@@ -111,7 +142,7 @@ def test_models_of_one_class_beyond_the_compilers_usual_limit_are_all_compiled()
         network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth))).eval()
         engine = engines.build("compile", network, Options(channels_last=False))
         with torch.no_grad():
-            torch.testing.assert_close(engine(x), network(x))
+            assert relative_error(engine(x), network(x)) <= rounding(network, x)
     assert counters["stats"]["unique_graphs"] == 10
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize, relative_error
+from rounding import ENGINES, rounding
 from torch import Tensor, nn
 
 import repvgg
@@ -16,8 +17,9 @@ from repvgg.deploy.export import export
 from repvgg.deploy.load import load_engine, open_model
 from repvgg.deploy.runner import Runner
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.pspnet import PSPNet
 from repvgg.predict.labels import predict
@@ -62,12 +64,12 @@ def has(*packages: str) -> None:
 def test_any_number_of_images_numpy_or_torch(name: str, model: nn.Module, images: Tensor) -> None:
     has(*engines.ENGINES[name].packages)
     engine = repvgg.load_engine(model, name, batch_size=3)
-    exact = wanted(model, images)
+    exact, allowed = wanted(model, images), rounding(model, images, times=ENGINES)
     for count in (7, 3, 1):
-        assert relative_error(engine(images[:count]), exact[:count]) < 1e-5
+        assert relative_error(engine(images[:count]), exact[:count]) <= allowed
     logits = engine(images.numpy())
     assert (logits.dtype, logits.shape) == ("float32", (7, 10))
-    assert relative_error(torch.from_numpy(logits), exact) < 1e-5
+    assert relative_error(torch.from_numpy(logits), exact) <= allowed
     assert engine(images[:0]).shape == (0, 10)
     with pytest.raises(ValueError, match=r"images are \[N, 1, 16, 16\] for this engine, not \[7, 1, 16, 8\]"):
         engine(images[..., :8])
@@ -76,11 +78,11 @@ def test_any_number_of_images_numpy_or_torch(name: str, model: nn.Module, images
 def test_threads_take_turns(model: nn.Module, images: Tensor) -> None:
     has("openvino", "onnxscript")
     engine = load_engine(model, "openvino", batch_size=2)
-    exact = wanted(model, images)
+    exact, allowed = wanted(model, images), rounding(model, images, times=ENGINES)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda i: engine(images[i : i + 2]), list(range(6)) * 8))
     for i, logits in zip(list(range(6)) * 8, answers, strict=True):
-        assert relative_error(logits, exact[i : i + 2]) < 1e-5
+        assert relative_error(logits, exact[i : i + 2]) <= allowed
 
 
 def test_a_network_of_somebody_else_and_files(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
@@ -88,9 +90,10 @@ def test_a_network_of_somebody_else_and_files(model: nn.Module, images: Tensor, 
     engine = load_engine(conv, "eager", input_size=(3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(engine(x), conv(x))
-    zoo.save(model, tmp_path / "m.safetensors")
-    assert relative_error(load_engine(tmp_path / "m.safetensors", "eager")(images), wanted(model, images)) < 1e-5
+        assert relative_error(engine(x), conv(x)) <= rounding(conv, x)
+    save(model, tmp_path / "m.safetensors")
+    eager = load_engine(tmp_path / "m.safetensors", "eager")
+    assert relative_error(eager(images), wanted(model, images)) <= rounding(model, images)
     with pytest.raises(ReparamError, match="is in train mode"):
         load_engine(nn.Sequential(nn.BatchNorm2d(3)), "eager")
 
@@ -124,7 +127,7 @@ def test_masks_are_left_to_pytorch(tmp_path: Path) -> None:
     has("onnxruntime", "onnxscript")
     model = zoo.create_model("pspnet_repvgg_micro_fast", num_classes=3, width=0.125).eval()
     zoo.remember(model, replace(zoo.manifest_of(model), preprocessing=Preprocessing((3, 40, 40), 40)))
-    zoo.save(model, tmp_path / "m.safetensors")
+    save(model, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"m\.safetensors: masks of images of any size are made by PyTorch: leave out --engine"):
         open_model(str(tmp_path / "m.safetensors"), "auto", "fp32", 1, "cpu", silent)
     assert isinstance(open_model(str(tmp_path / "m.safetensors"), "", "fp32", 1, "cpu", silent), PSPNet)
@@ -135,7 +138,7 @@ def test_masks_are_left_to_pytorch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(engines.ENGINES))
+@pytest.mark.parametrize("name", [name for name, known in engines.ENGINES.items() if known.on_cpu])
 def test_ten_thousand_calls_leak_nothing(name: str, model: nn.Module) -> None:
     psutil = pytest.importorskip("psutil")
     has(*engines.ENGINES[name].packages)

@@ -12,10 +12,10 @@ from repvgg.deploy.engines import Operator, Signature
 from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import Shape, export
 from repvgg.deploy.operators import plain_stack, read, summary
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 
 CONV, RELU = Operator("Conv", (3, 3)), Operator("Relu")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomize, relative_error
+from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.cli import main
@@ -19,9 +20,11 @@ from repvgg.deploy.parity import compare, reference
 from repvgg.deploy.prune import prune, pruned
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import as_linear, reparameterize
+from repvgg.fold.as_linear import as_linear
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.repvgg import Layer
 from repvgg.train.recipes import get_recipe
@@ -87,8 +90,9 @@ def test_silent_channels_go_first_and_nothing_changes(
     layers = [m for m in model.modules() if isinstance(m, Layer)]
     wide = [as_linear(layer.block).out_channels for layer in layers]
     assert (zoo.manifest_of(small).arch or {})["widths"] == [channels // 2 for channels in wide]
-    assert relative_error(exact(small, images), exact(model, images)) < 1e-10
-    assert relative_error(exact(reparameterize(small), images), exact(model, images)) < 1e-10
+    allowed = rounding(model, images.double())
+    assert relative_error(exact(small, images), exact(model, images)) <= allowed
+    assert relative_error(exact(reparameterize(small), images), exact(model, images)) <= allowed
 
 
 def test_the_choice_depends_on_what_a_channel_brings_and_not_on_its_scale(images: Tensor) -> None:
@@ -100,8 +104,8 @@ def test_the_choice_depends_on_what_a_channel_brings_and_not_on_its_scale(images
         stem.weight.mul_(gain.view(-1, 1, 1, 1))  # type: ignore[operator, union-attr]
         stem.bias.mul_(gain)  # type: ignore[operator, union-attr]
         reader.weight.div_(gain.view(1, -1, 1, 1))  # type: ignore[operator, union-attr]
-    first, second = (exact(pruned(m, images, 0.75), images) for m in (model, scaled))
-    assert relative_error(second, first) < 1e-10
+    first, second = (pruned(m, images, 0.75) for m in (model, scaled))
+    assert relative_error(exact(second, images), exact(first, images)) <= rounding(first, images.double())
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.3, 0.9])
@@ -119,14 +123,14 @@ def test_any_share_of_the_channels(keep: float, images: Tensor) -> None:
 def test_a_pruned_net_is_a_file_of_its_own(form: str, images: Tensor, tmp_path: Path) -> None:
     model = network()
     small = pruned(reparameterize(model) if form == "deploy" else model, images, 0.3)
-    zoo.save(small, tmp_path / "small.safetensors")
-    again = zoo.load(tmp_path / "small.safetensors")
+    save(small, tmp_path / "small.safetensors")
+    again = load(tmp_path / "small.safetensors")
     manifest = zoo.manifest_of(again)
     assert manifest.form == form
     assert (manifest.arch or {})["widths"] == [2, 2, 2, 5, 5, 10, 10, 10, 10, 19]
     assert torch.equal(again(images), small(images))
     with pytest.raises(ValueError, match="timm has no pruned networks"):
-        zoo.save(small, tmp_path / "timm.safetensors", to_keys="timm")
+        save(small, tmp_path / "timm.safetensors", to_keys="timm")
     smaller = pruned(again, images, 0.5)  # and can be pruned again
     assert cost(smaller, SIZE).macs < 0.5 * cost(again, SIZE).macs
 
@@ -139,14 +143,14 @@ def test_a_pruned_net_runs_in_every_engine(engine: str, images: Tensor, tmp_path
     if engine not in engines.installed("fp32", log=lambda line: None):
         pytest.skip(f"{engine} is not installed")
     path = tmp_path / "small.safetensors"
-    zoo.save(pruned(reparameterize(network()), images, 0.3), path)  # widths that are no multiple of anything
+    save(pruned(reparameterize(network()), images, 0.3), path)  # widths that are no multiple of anything
     runner = load_engine(path, engine, batch_size=4, input_size=SIZE)
-    assert compare(runner(images), reference(zoo.load(path), images)).ok
+    assert compare(runner(images), reference(load(path), images)).ok
     if engine == "native":  # and without PyTorch
         import repvgg_engine
 
         net = repvgg_engine.load(path)
-        assert compare(torch.from_numpy(net(images.numpy())), reference(zoo.load(path), images)).ok
+        assert compare(torch.from_numpy(net(images.numpy())), reference(load(path), images)).ok
 
 
 # ------------------------------------------------------------------------------------------------------------ with training
@@ -181,12 +185,12 @@ def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source
     assert figures["macs"] == [c.macs for c in report.costs]
     assert figures["accuracy"]["after"]["top1"] == report.after.top1
     assert figures["speed"]["ratio"]["value"] > 0
-    best, deploy = (zoo.load(tmp_path / "p" / f"{name}.safetensors") for name in ("best", "deploy"))
+    best, deploy = (load(tmp_path / "p" / f"{name}.safetensors") for name in ("best", "deploy"))
     manifest = zoo.manifest_of(best)
     assert (manifest.form, (manifest.arch or {})["block"]) == ("training", "plain" if form == "deploy" else "repvgg")
     assert manifest.preprocessing == P
     x = torch.randn(4, *SIZE)
-    assert relative_error(exact(deploy, x), exact(best, x)) < 1e-5
+    assert relative_error(exact(deploy, x), exact(best, x)) <= rounding(best, x)
     again = prune(start, source, tmp_path / "p", 0.5, RECIPE, log=said.append)  # goes on, from where it was
     assert "has had its 1 epochs already" in said[-1]
     assert again.after.top1 == report.after.top1
@@ -197,7 +201,7 @@ def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source
 def test_the_command(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, width=0.25, small_input=True)
     gray = Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,))
-    zoo.save(randomize(small, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=gray)
+    save(randomize(small, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=gray)
     words = f"--data digits --epochs 1 --limit 64 --out {tmp_path / 'p'}".split()
     main(["prune", str(tmp_path / "m.safetensors"), "--keep", "0.5", "--json", *words])
     figures = json.loads(capsys.readouterr().out)

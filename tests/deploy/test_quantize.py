@@ -16,8 +16,9 @@ from repvgg.deploy.int8 import RoundedConv
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.quantize import Quantization, QuantizationReport, quantize
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing
 
 pytest.importorskip("nncf")
@@ -112,7 +113,7 @@ def test_training_with_the_rounding_in_it(model: nn.Module, source: Source, tmp_
     report = quantize(model, source, "onnx", tmp_path, "net", settings, log=silent)
     assert report.before.top1 == 1  # of what it was given
     assert report.drop < 0.2
-    trained = zoo.load(tmp_path / "net.qat.safetensors")
+    trained = load(tmp_path / "net.qat.safetensors")
     manifest = zoo.manifest_of(trained)
     assert (manifest.form, manifest.classes, manifest.preprocessing) == ("deploy", CLASSES, P)
     assert all(type(m) is not RoundedConv for m in trained.modules())
@@ -126,7 +127,7 @@ def test_training_with_the_rounding_in_it(model: nn.Module, source: Source, tmp_
 def test_the_command_and_what_it_wrote_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     net = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, width=0.25, small_input=True)
     grey = Preprocessing((1, 16, 16), 16, mean=(0.5,), std=(0.5,))
-    zoo.save(randomize(net, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=grey)
+    save(randomize(net, (16, 1, 16, 16)), tmp_path / "m.safetensors", preprocessing=grey)
     data = ["--data", "digits", "--limit", "50", "--json"]
     main(["quantize", str(tmp_path / "m.safetensors"), "--to", "openvino", "--out", str(tmp_path / "q"), "--images", "20", *data])
     figures = json.loads(capsys.readouterr().out)

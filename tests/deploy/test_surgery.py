@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize, relative_error
+from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.deploy.surgery import equalise, insert_bn
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
-from repvgg.models.repvgg import PlainNet, layer_list
+from repvgg.models.load import load, save
+from repvgg.models.plain import PlainNet, layer_list
 
 
 def deploy(name: str = "repvgg_micro", width: float = 0.25) -> nn.Module:
@@ -42,7 +44,7 @@ def images() -> Tensor:
 def test_equalising_changes_no_logits_and_evens_the_ranges(name: str, width: float, images: Tensor) -> None:
     model = deploy(name, width).double()
     even = equalise(model)
-    assert relative_error(exact(even, images), exact(model, images)) < 1e-12
+    assert relative_error(exact(even, images), exact(model, images)) <= rounding(model, images.double())
     first, second = (even.get_submodule(f"stages.2.{i}.block") for i in (1, 2))
     assert isinstance(first, nn.Conv2d)
     assert isinstance(second, nn.Conv2d)
@@ -56,15 +58,15 @@ def test_inserted_batch_norms_change_nothing_train_and_fold_back(images: Tensor,
     training = insert_bn(model, images)
     assert not training.training
     assert sum(isinstance(m, nn.BatchNorm2d) for m in training.modules()) == 10
-    assert relative_error(exact(training, images), exact(model, images)) < 1e-5
+    assert relative_error(exact(training, images), exact(model, images)) <= rounding(model, images)
     fresh = torch.randn(4, 3, 16, 16)  # images that they have not seen
-    assert relative_error(exact(training, fresh), exact(model, fresh)) < 1e-5
+    assert relative_error(exact(training, fresh), exact(model, fresh)) <= rounding(model, fresh)
     folded = reparameterize(training)
     assert not folded.fold_report.left  # type: ignore[union-attr]
     assert folded.state_dict().keys() == model.state_dict().keys()
-    assert relative_error(exact(folded, images), exact(model, images)) < 1e-5
-    zoo.save(training, tmp_path / "m.safetensors")
-    again = zoo.load(tmp_path / "m.safetensors")
+    assert relative_error(exact(folded, images), exact(model, images)) <= rounding(model, images)
+    save(training, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors")
     manifest = zoo.manifest_of(again)
     assert manifest.arch is not None
     assert (manifest.form, manifest.arch["block"]) == ("training", "plain")
@@ -76,7 +78,7 @@ def test_inserted_batch_norms_change_nothing_train_and_fold_back(images: Tensor,
 def test_their_statistics_are_those_of_the_images(images: Tensor) -> None:
     training = insert_bn(deploy(), images)
     still, moving = exact(training, images), exact(training.train(), images)
-    assert relative_error(moving, still) < 1e-4
+    assert relative_error(moving, still) <= rounding(training.eval(), images)
 
 
 def test_what_is_not_plain_is_refused(images: Tensor) -> None:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from conftest import randomize, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import PaddingMode, ReparamError
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import (
     BLOCKS,
     UNFOLDABLE,
@@ -29,8 +31,9 @@ from repvgg.fold.blocks import (
     repvgg,
     with_bn,
 )
-from repvgg.fold.reparam import Branches, reparameterize
-from repvgg.models.repvgg import FAMILY, Member, RepVGG
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.names import FAMILY, Member
+from repvgg.models.repvgg import RepVGG
 
 
 def test_the_block_is_equation_1() -> None:
@@ -46,7 +49,7 @@ def test_the_block_is_equation_1() -> None:
 
     wanted = bn(F.conv2d(x, state["conv_kxk.conv.weight"], padding=1), "conv_kxk.bn")
     wanted = wanted + bn(F.conv2d(x, state["conv_1x1.conv.weight"]), "conv_1x1.bn") + bn(x, "identity")
-    assert relative_error(block(x), wanted) <= 1e-14
+    assert relative_error(block(x), wanted) <= rounding(block, x)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_every_block_folds_in_every_geometry(name: str, geometry: Geometry, seed
     folded = reparameterize(block)
     assert repr(folded) == repr(deploy_conv(*astuple(geometry)))
     x = torch.randn(2, geometry.in_channels, 7, 6, dtype=torch.float64)
-    assert relative_error(folded(x), block(x)) <= 1e-12
+    assert relative_error(folded(x), block(x)) <= rounding(block, x)
 
 
 @pytest.mark.parametrize("name", UNFOLDABLE)
@@ -154,7 +157,7 @@ def test_dbb_has_its_border_right() -> None:
     assert border.abs().min() > 1e-3
     padded = F.pad(norm(F.conv2d(x, kernel)) - border, [1] * 4) + border
     wanted = second.get_submodule("bn")(F.conv2d(padded, second.get_submodule("conv").weight, stride=2))  # type: ignore[arg-type]
-    assert relative_error(branch(x), wanted) <= 1e-14
+    assert relative_error(branch(x), wanted) <= rounding(branch, x)
 
 
 def test_the_derived_kernels_are_their_formulas() -> None:
@@ -201,7 +204,7 @@ def test_a_block_of_ones_own() -> None:
         assert mine.__doc__ == "3x3 + 3x1."
         model = randomize(RepVGG(FAMILY["repvgg_micro"], 10, width=0.25, block="mine").double())
         x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-        assert relative_error(reparameterize(model)(x), model(x)) <= 1e-12
+        assert relative_error(reparameterize(model)(x), model(x)) <= rounding(model, x)
     finally:
         del BLOCKS["mine"]
     with pytest.raises(ValueError, match=r"no block 'mine': there are repvgg, plain, no_identity, .*, qarepvgg"):
@@ -221,12 +224,12 @@ def test_trap_02_both_forms_honour_dilation_and_padding_mode(stride: int, dilati
     x = torch.randn(2, 6, 9, 10, dtype=torch.float64)
     wanted = block(x)
     assert wanted.shape[2:] == (9, 10) if stride == 1 else (5, 5)
-    assert relative_error(folded(x), wanted) <= 1e-12
+    assert relative_error(folded(x), wanted) <= rounding(block, x)
     assert torch.equal(direct(x), folded(x))
     kernel = block.state_dict()["conv_kxk.conv.weight"]  # the training form itself, against torch's functions
     padded = F.pad(x, [dilation] * 4, mode="constant" if mode == "zeros" else mode)
     conv = block.get_submodule("conv_kxk.conv")
-    assert relative_error(conv(x), F.conv2d(padded, kernel, None, stride, 0, dilation, 2)) <= 1e-12
+    assert relative_error(conv(x), F.conv2d(padded, kernel, None, stride, 0, dilation, 2)) <= rounding(conv, x)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -257,7 +260,8 @@ def test_trap_11_conv1x1_is_a_convolution(
 TRAINING_STEP = """
 import torch
 from repvgg.fold.blocks import BLOCKS
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 torch.manual_seed(0)
 stems = [RepVGG(FAMILY["repvgg_a0"], width=0.25, block=name).stem for name in BLOCKS]
@@ -284,7 +288,7 @@ def test_squeeze_excite_rescales_channels() -> None:
     x = torch.randn(2, 32, 5, 4, dtype=torch.float64)
     w1, b1, w2, b2 = (p.squeeze() for p in se.parameters())
     wanted = x * torch.sigmoid(torch.relu(x.mean((2, 3)) @ w1.T + b1) @ w2.T + b2).view(2, 32, 1, 1)
-    assert relative_error(se(x), wanted) <= 1e-14
+    assert relative_error(se(x), wanted) <= rounding(se, x)
     assert SqueezeExcite(4).reduce.out_channels == 1
 
 

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import repvgg
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost, measure_peak_activation, num_paths
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper.numbers import FRAGMENTS, PEAK_ACTIVATION, TABLE1, TABLE4, TABLE5, KernelSpeed, ModelSpeed
 
 FORMS = pytest.mark.parametrize("deploy", [True, False], ids=["deploy", "training"])

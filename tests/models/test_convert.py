@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from foreign import FORMS, NUM_CLASSES, SCHEMES, state, timm_net
+from rounding import rounding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ import repvgg
 from repvgg.cli import main
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import Error, Verification
+from repvgg.fold.proof import Error, Verification
 from repvgg.models import convert as module
 from repvgg.models import zoo
 from repvgg.models.convert import convert
@@ -38,17 +39,19 @@ def trained(tmp_path: Path) -> Path:
     return path
 
 
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+
+
 def logits(model: nn.Module) -> Tensor:
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return model(x.to(next(model.parameters()).dtype))  # type: ignore[no-any-return]
+        return model(IMAGES.to(next(model.parameters()).dtype))  # type: ignore[no-any-return]
 
 
 def test_it_folds_verifies_and_remembers(trained: Path, tmp_path: Path) -> None:
     said: list[str] = []
     convert(trained, tmp_path / "deploy.safetensors", log=said.append)
     before, after = repvgg.load(trained), repvgg.load(tmp_path / "deploy.safetensors")
-    assert relative_error(logits(after), logits(before)) < 3e-6
+    assert relative_error(logits(after), logits(before)) <= rounding(before, IMAGES)
     old, new = zoo.manifest_of(before), zoo.manifest_of(after)
     assert (old.form, new.form) == ("training", "deploy")
     assert (new.arch, new.classes, new.preprocessing, new.training) == (old.arch, old.classes, old.preprocessing, old.training)
@@ -64,16 +67,16 @@ def test_it_folds_in_any_precision(dtype: torch.dtype, trained: Path, tmp_path: 
     convert(tmp_path / "other.safetensors", tmp_path / "deploy.pth", log=lambda _: None)
     deploy = repvgg.load(tmp_path / "deploy.pth")
     assert {p.dtype for p in deploy.parameters()} == {dtype}
-    bound = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-12}[dtype]
-    assert relative_error(logits(deploy), logits(model.double())) < bound
+    allowed = rounding(model, IMAGES.to(dtype))
+    assert relative_error(logits(deploy), logits(model.double())) <= allowed
 
 
 def test_it_may_replace_its_source(trained: Path) -> None:
-    wanted = logits(repvgg.load(trained))
+    before = repvgg.load(trained)
     convert(trained, trained, log=lambda _: None)
     model = repvgg.load(trained)
     assert zoo.manifest_of(model).form == "deploy"
-    assert relative_error(logits(model), wanted) < 3e-6
+    assert relative_error(logits(model), logits(before)) <= rounding(before, IMAGES)
 
 
 def test_what_is_folded_already(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +93,7 @@ def test_what_is_folded_already(trained: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_what_is_not_proved_is_not_written(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Verification(Error(1e-3, 1e-1), Error(1e-7, 1e-5), 1e-5, torch.float32)
+    wrong = Verification(Error(1e-3, 1e-1), Error(1e-7, 1e-5), torch.float32)
     monkeypatch.setattr(module, "verify", lambda *_: wrong)
     with pytest.raises(ReparamError, match="differs, so it was not written"):
         convert(trained, tmp_path / "deploy.safetensors", log=lambda _: None)
@@ -117,7 +120,7 @@ def test_timms_checkpoint_folds_to_timms_own_deploy_form(name: str, tmp_path: Pa
             tensor.zero_()
         theirs.load_state_dict(load_file(back), strict=True)
         with torch.no_grad():
-            assert relative_error(theirs(x), original(x)) <= 1e-11
+            assert relative_error(theirs(x), original(x)) <= rounding(original, x)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -7,9 +7,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
+from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import repvgg, with_bn
-from repvgg.fold.reparam import Branches, reparameterize
-from repvgg.models.repvgg import Member, RepVGG
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.names import Member
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper import figure2, figure4
 from repvgg.paper.drawing import canvas, wire, write
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 from repvgg.paper import table2
 from repvgg.paper.numbers import TABLE2
 from repvgg.paper.result import Settings

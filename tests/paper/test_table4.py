@@ -1,15 +1,19 @@
 """Tables 4 and 5 on a machine that is as fast as the paper's: then ours must say what the paper says."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from repvgg.bench.models import Candidate
+from repvgg.deploy import engines
 from repvgg.measure.costs import cost
-from repvgg.models.baselines import create_baseline, input_size
-from repvgg.models.repvgg import FAMILY, RepVGG
+from repvgg.models.baselines import create_baseline
+from repvgg.models.names import BASELINES, FAMILY
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper import speeds, table4, table5
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5
 from repvgg.paper.result import Result, Settings
@@ -22,7 +26,7 @@ CHEAP = ("repvgg_a0", "repvgg_a1", "repvgg_a2", "repvgg_b0", "resnet18", "resnet
 def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
     import torch
 
-    model, size = candidate.model, 224 if candidate.model in FAMILY else input_size(candidate.model)
+    model, size = candidate.model, 224 if candidate.model in FAMILY else BASELINES[candidate.model].input_size
     with torch.device("meta"):
         network = RepVGG(FAMILY[model], deploy=True) if model in FAMILY else create_baseline(model)
     counted = cost(network, (3, size, size))
@@ -35,7 +39,9 @@ def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Result]:
     pytest.importorskip("timm")
-    wanted = Settings(models=(*CHEAP, "regnetx_120"), batch_size=128, out=tmp_path_factory.mktemp("paper"), log=lambda line: None)
+    wanted = Settings(
+        engine="eager", models=(*CHEAP, "regnetx_120"), batch_size=128, out=tmp_path_factory.mktemp("paper"), log=lambda line: None
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speeds, "_time", on_the_papers_machine)
         return table4.run(wanted), table5.run(wanted)
@@ -46,10 +52,11 @@ def test_rows_say_what_the_paper_says(both: tuple[Result, Result]) -> None:
         rows = {row.printed: row for row in printed if row.model in (*CHEAP, "regnetx_120")}
         table = result.tables[0]
         assert [cells[0] for cells in table.rows] == list(rows)
-        for name, top1, paper, here, quartiles, over, measured, _, flops, muls in table.rows:
+        for name, top1, paper, here, engine, quartiles, over, measured, _, flops, muls in table.rows:
             row = rows[name]
             assert top1 == f"{row.top1:.2f}"
             assert paper == here == f"{row.speed:,}"
+            assert engine == "eager"
             assert quartiles == f"{here} to {here}"
             assert str(measured).startswith(over)
             assert flops == f"{row.flops_b:.1f}"
@@ -61,7 +68,7 @@ def test_rows_say_what_the_paper_says(both: tuple[Result, Result]) -> None:
 
 def test_params_are_the_papers_where_there_are_no_batch_norms_to_fold(both: tuple[Result, Result]) -> None:
     """(The comparators are counted unfolded here, to be quick; test_baselines folds them.)"""
-    shown = {cells[0]: cells[7] for result in both for cells in result.tables[0].rows}
+    shown = {cells[0]: cells[8] for result in both for cells in result.tables[0].rows}
     for row in (*TABLE4, *TABLE5):
         if row.model in FAMILY and row.printed in shown:
             assert shown[row.printed] == f"{row.params_m:.2f}"
@@ -76,6 +83,25 @@ def test_headlines(both: tuple[Result, Result]) -> None:
             assert measured["measured"]["ratio"] == pytest.approx(h.ratio, abs=0.01)
     assert "4 of 4 hold, 4 by as much as in the paper" in both[0].why
     assert "1 of 1 hold" in both[1].why
+
+
+def test_each_model_in_its_own_fastest_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Really chosen and timed, of two engines: native has plain networks alone, so the ResNet stays in eager."""
+    pytest.importorskip("timm")
+    pytest.importorskip("repvgg_engine")
+    monkeypatch.setattr(engines, "installed", lambda *_: ["eager", "native"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    two = Settings(
+        engine="best", models=("repvgg_a0", "resnet18"), batch_size=2, rounds=2, input_size=64, out=tmp_path, log=lambda line: None
+    )
+    result = table4.run(two)
+    chosen = {row[0]: row[4] for row in result.tables[0].rows}
+    kept = {tuple(sorted(json.loads(file.read_text())["engines"])) for file in (tmp_path / "repvgg" / "engines").iterdir()}
+    assert kept == {("eager", "native"), ("eager",)}
+    assert chosen["ResNet-18"] == "eager"
+    assert chosen["RepVGG-A0"] in ("eager", "native")
+    assert result.data["headlines"][0]["measured"]["ratio"] > 0
+    assert "each model's fastest engine" in result.how or set(chosen.values()) == {"eager"}
 
 
 def test_correlations(both: tuple[Result, Result]) -> None:

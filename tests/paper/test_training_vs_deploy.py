@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from repvgg.bench.models import Candidate
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 from repvgg.paper import speeds
 from repvgg.paper import training_vs_deploy as forms
 from repvgg.paper.numbers import TABLE6
@@ -53,7 +53,7 @@ def test_b0s_structures_are_built_as_table_6_has_them() -> None:
     from torch import nn
 
     from repvgg.bench.models import network
-    from repvgg.fold.reparam import Branches
+    from repvgg.fold.as_linear import Branches
 
     for row in TABLE6:
         model, _ = network(Candidate("repvgg_micro", form="training", block=row.block))

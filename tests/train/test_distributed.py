@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repvgg.models import zoo
+from repvgg.models.load import load
 from repvgg.train.distributed import ALONE, local_device
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -44,9 +45,7 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": t for name in ("best", "last") for key, t in zoo.load(out / f"{name}.safetensors").state_dict().items()
-    }
+    return {f"{name}.{key}": t for name in ("best", "last") for key, t in load(out / f"{name}.safetensors").state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +81,58 @@ def test_the_run_of_two_is_a_run(undisturbed: Path) -> None:
     assert [line["step"] for line in metrics if "val_top1" in line] == [7, 14, 21]
 
 
-@pytest.mark.slow  # gloo's own reconnection has hung once in four runs, on a machine with four times its load
+def started(out: Path, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two processes, once they have saved a state."""
+    command = torchrun(*WORDS.split(), str(out), restarts=restarts)
+    agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
+        assert agent.poll() is None
+        time.sleep(0.005)
+    return agent
+
+
+def workers_of(agent: subprocess.Popen[str]) -> list[psutil.Process]:
+    workers = [p for p in psutil.Process(agent.pid).children() if "repvgg" in p.cmdline()]
+    assert len(workers) == 2
+    return workers
+
+
 def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = torchrun(*WORDS.split(), str(out), restarts=2)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV) as agent:
-        while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
-            assert agent.poll() is None
-            time.sleep(0.005)
-        workers = [p for p in psutil.Process(agent.pid).children() if "repvgg" in p.cmdline()]
-        assert len(workers) == 2
-        workers[-1].send_signal(signal.SIGKILL)
+    with started(out, restarts=2) as agent:
+        workers_of(agent)[-1].send_signal(signal.SIGKILL)
         _, said = agent.communicate(timeout=300)
     assert agent.returncode == 0, said
     assert "goes on after step" in said
     a, b = weights(out), weights(undisturbed)
     assert all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_kill_at_any_moment(undisturbed: Path, tmp_path: Path, seed: int) -> None:
+    """Before they meet, while they do, in the midst of a step or a save, at the very end."""
+    random, out = Random(seed), tmp_path / "run"
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    with subprocess.Popen(torchrun(*WORDS.split(), str(out), restarts=3), stderr=subprocess.PIPE, text=True, env=ENV) as agent:
+        time.sleep(random.uniform(0.5, 10 + summary["seconds"]))
+        workers = [p for p in psutil.Process(agent.pid).children() if "repvgg" in p.cmdline()] if agent.poll() is None else []
+        if workers:
+            random.choice(workers).send_signal(signal.SIGKILL)
+        _, said = agent.communicate(timeout=300)
+    assert agent.returncode == 0, said
+    a, b = weights(out), weights(undisturbed)
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def test_workers_end_when_their_agent_dies(tmp_path: Path) -> None:
+    with started(tmp_path / "run") as agent:
+        workers = workers_of(agent)
+        agent.kill()
+        _, alive = psutil.wait_procs(workers, timeout=30)
+        assert not alive
+        assert agent.stderr is not None
+        assert f"the process that started this one ({agent.pid}) is gone\n" in agent.stderr.read()
 
 
 def test_two_processes_stop_at_the_same_step_when_asked(undisturbed: Path, tmp_path: Path) -> None:

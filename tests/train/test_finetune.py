@@ -9,8 +9,9 @@ import torch
 from conftest import randomize
 
 from repvgg.data import Decoded, Source, open_source
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
 from repvgg.train.finetune import started_from
 from repvgg.train.loop import train
@@ -25,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("init") / "digits.safetensors"
     source = open_source("digits")
     model = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, width=0.25, small_input=True)
-    zoo.save(randomize(model, (8, 1, 16, 16)), path, classes=source.classes, preprocessing=source.preprocessing)
+    save(randomize(model, (8, 1, 16, 16)), path, classes=source.classes, preprocessing=source.preprocessing)
     return path
 
 
@@ -41,7 +42,7 @@ def odd_or_even() -> Source:
 def test_a_new_head_on_the_old_body(trained: Path) -> None:
     said: list[str] = []
     model, source = started_from(str(trained), "", odd_or_even(), log=said.append)
-    old, new = zoo.load(trained).state_dict(), model.state_dict()
+    old, new = load(trained).state_dict(), model.state_dict()
     assert said == ["new head: 2 classes instead of 10"]
     assert new["head.weight"].shape[0] == 2
     assert all(torch.equal(tensor, new[name]) for name, tensor in old.items() if not name.startswith("head."))
@@ -53,13 +54,13 @@ def test_the_same_classes_keep_the_head(trained: Path) -> None:
     said: list[str] = []
     model, _ = started_from(str(trained), "repvgg_micro", open_source("digits"), log=said.append)
     assert said == []
-    assert torch.equal(model.state_dict()["head.weight"], zoo.load(trained).state_dict()["head.weight"])
+    assert torch.equal(model.state_dict()["head.weight"], load(trained).state_dict()["head.weight"])
 
 
 def test_a_whole_run_with_frozen_stages(trained: Path, tmp_path: Path) -> None:
     recipe = replace(FINETUNE, frozen_stages=4)
     run = train("", odd_or_even(), recipe, tmp_path, init=str(trained), log=lambda line: None)
-    old, new = zoo.load(trained).state_dict(), zoo.load(tmp_path / "last.safetensors").state_dict()
+    old, new = load(trained).state_dict(), load(tmp_path / "last.safetensors").state_dict()
     moved = {name for name, tensor in old.items() if new[name].shape != tensor.shape or not torch.equal(new[name], tensor)}
     assert moved
     assert all(name.startswith(("stages.3.", "head.")) for name in moved)
@@ -75,7 +76,7 @@ def test_the_input_is_the_models_own(trained: Path) -> None:
 def test_a_deploy_form_is_trained_only_when_asked_for_by_name(trained: Path, tmp_path: Path) -> None:
     """Trap 12."""
     path = tmp_path / "deploy.safetensors"
-    zoo.save(reparameterize(zoo.load(trained)), path)
+    save(reparameterize(load(trained)), path)
     with pytest.raises(
         ValueError, match=r"deploy\.safetensors: is in deploy form, .*start from its training form, or say --allow-deploy"
     ):

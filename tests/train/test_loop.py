@@ -13,21 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import error_of_deviation
 from PIL import Image
+from rounding import REPORTED, rounding
 from torch import Tensor, nn
 
 from repvgg.data import DataError, Decoded, Source, open_source
 from repvgg.data.images import ImageError
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import load
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.repvgg import RepVGG
 from repvgg.train import loop
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import Run, new_model, train
-from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.recipes import Keeping, Recipe, get_recipe
 
 DEMO = get_recipe("demo")
 QUICK = replace(DEMO, epochs=2, batch_size=32, warmup_epochs=0)
@@ -102,7 +106,7 @@ def test_saved_models_are_as_accurate_as_they_say(trained: tuple[Run, Path]) -> 
     run, out = trained
     source = open_source("digits")
     for name, recorded in (("last", run.last), ("best", run.best)):
-        model = zoo.load(out / f"{name}.safetensors")
+        model = load(out / f"{name}.safetensors")
         manifest = zoo.manifest_of(model)
         assert manifest.form == "training"
         assert manifest.classes == source.classes
@@ -120,12 +124,12 @@ def test_both_forms_read_every_held_out_scan_alike(trained: tuple[Run, Path]) ->
     source = open_source("digits")
     scans = Transformed(source.val, eval_transform(source.preprocessing))
     images = normalise(torch.stack([scans[i][0] for i in range(360)]), source.preprocessing)
-    model = zoo.load(out / "last.safetensors")
+    model = load(out / "last.safetensors")
     deploy = reparameterize(model)
     with torch.no_grad():
         a, b = model(images), deploy(images)
     assert torch.equal(a.argmax(1), b.argmax(1))
-    assert float((a - b).abs().max()) < 1e-4 * float(a.std(0).mean())
+    assert error_of_deviation(b, a) <= rounding(model, images, error=error_of_deviation)
 
 
 # ------------------------------------------------------------------------------------------------------------------ settings
@@ -187,7 +191,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_saved_model(tmp_path: Path) ->
         quick(tmp_path, Cliff(**{**asdict(QUICK), "epochs": 4}))
     assert "\n" not in str(caught.value)
     for name in ("last", "best"):
-        assert evaluate_model(zoo.load(tmp_path / f"{name}.safetensors"), open_source("digits")).loss < 10
+        assert evaluate_model(load(tmp_path / f"{name}.safetensors"), open_source("digits")).loss < 10
     assert not list(tmp_path.glob(".*"))
 
 
@@ -228,14 +232,14 @@ def test_a_channel_that_is_constant_throughout_still_gives_a_file_that_loads_and
     black = Decoded(torch.zeros(32, 1, 16, 16, dtype=torch.uint8), [i % 10 for i in range(32)])
     source = replace(digits, train=black, val=black, preprocessing=replace(digits.preprocessing, mean=(0.0,)))
     run = train("repvgg_micro", source, QUICK, tmp_path, log=lambda line: None, width=0.25)
-    model = zoo.load(tmp_path / "last.safetensors")
+    model = load(tmp_path / "last.safetensors")
     assert isinstance(model, RepVGG)
     variance = model.get_buffer("stem.block.conv_kxk.bn.running_var")
     assert variance.gt(0).all()
     assert variance.max() < 1e-30
     assert torch.equal(evaluate_model(model, digits).confusion, evaluate_model(run.model, digits).confusion)
     deploy = reparameterize(model)
-    assert verify(model, deploy, (1, 16, 16)).max_rel_err < 1e-4
+    assert verify(model, deploy, (1, 16, 16)).max_rel_err < REPORTED
 
 
 def test_bad_settings_leave_no_folder(tmp_path: Path) -> None:
@@ -274,6 +278,61 @@ def test_an_unreadable_image_in_training_is_named(workers: int, tmp_path: Path) 
         train("repvgg_micro", source, QUICK, tmp_path / "run", workers=workers, log=lambda line: None, width=0.25)
 
 
+def test_at_an_unreadable_image_the_state_is_saved_first(tmp_path: Path) -> None:
+    """The image comes back, and the run ends as if nothing had been."""
+    for number in range(8):
+        for split in ("train", "val"):
+            path = tmp_path / "data" / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((40, 40), 10 * number + 5).convert("RGB").save(path)
+    data, recipe = str(tmp_path / "data"), replace(QUICK, batch_size=2, epochs=1)
+
+    def run(out: str) -> Run:
+        open_source.cache_clear()
+        source = replace(open_source(data), preprocessing=Preprocessing((3, 32, 32), 32))
+        return train("repvgg_micro", source, recipe, tmp_path / out, log=lambda line: None, width=0.25)
+
+    whole = run("whole")
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()  # of seed 0, epoch 0
+    bad = Path(open_source(data).train.names[order[5]])  # type: ignore[attr-defined]  # in the third step
+    good = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=f"^{bad}"):
+        run("run")
+    assert [path.name for path in (tmp_path / "run/state").iterdir()] == ["000000002.safetensors"]
+    bad.write_bytes(good)
+    assert same(run("run"), whole)
+
+
+def test_a_second_process_is_told_which_one_works_in_the_folder(tmp_path: Path) -> None:
+    words = "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
+    command = [sys.executable, *words.split(), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stderr is not None
+            while "epoch 1/" not in process.stderr.readline():
+                assert process.poll() is None
+            with pytest.raises(FileError, match=f"process {process.pid} on .* works in it"):
+                quick(tmp_path)
+            lines = (tmp_path / "metrics.jsonl").read_text()
+        finally:
+            process.kill()
+    assert "resumed_from" not in lines
+    quick(tmp_path, keeping=Keeping(resume="never"))  # the dead one's lock does not stand in the way
+
+
+def test_memory_that_does_not_suffice_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repvgg.train.trainer import Trainer
+
+    def greedy(self: Trainer, *_: object) -> None:
+        torch.empty(2**55)
+
+    monkeypatch.setattr(Trainer, "step", greedy)
+    with pytest.raises(ValueError, match="out of memory on cpu with 32 images at a time: --accumulate 2 takes half as many"):
+        quick(tmp_path)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     words = "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
@@ -294,7 +353,7 @@ def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, 
     assert (found := re.fullmatch(r"repvgg: stopped after step (\d+), and saved: the same command goes on", remarks[0]))
     assert (tmp_path / f"state/{int(found[1]):09d}.safetensors").exists()
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    last = zoo.load(tmp_path / "last.safetensors")
+    last = load(tmp_path / "last.safetensors")
     recorded = {line["epoch"] + 1: line["val_top1"] for line in metrics if "val_top1" in line}
     training = zoo.manifest_of(last).training
     assert recorded[training["epoch"]] == training["val_top1"]

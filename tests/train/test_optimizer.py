@@ -5,8 +5,8 @@ import torch
 from conftest import randomize
 from torch import nn
 
+from repvgg.fold.as_linear import equivalent_kernel
 from repvgg.fold.blocks import no_identity, repvgg
-from repvgg.fold.reparam import equivalent_kernel
 from repvgg.models import zoo
 from repvgg.train.optimizer import custom_l2, parameter_groups
 

@@ -19,8 +19,9 @@ from torchvision.tv_tensors import Mask
 
 from repvgg.data import Source, open_source
 from repvgg.data.masks import open_camvid
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.views import Views
 from repvgg.train.loop import Run, train
@@ -228,7 +229,7 @@ def test_it_learns(trained: tuple[Run, Path]) -> None:
 
 def test_files_are_as_good_as_they_say_in_both_forms(trained: tuple[Run, Path], source: Source) -> None:
     run, out = trained
-    model = zoo.load(out / "last.safetensors")
+    model = load(out / "last.safetensors")
     manifest = zoo.manifest_of(model)
     assert manifest.classes == source.classes
     assert manifest.preprocessing == TASK.prepared(source, RECIPE).preprocessing
@@ -274,13 +275,13 @@ def test_from_a_classifiers_weights_and_from_masks_to_other_masks(
     source: Source, trained: tuple[Run, Path], tmp_path: Path
 ) -> None:
     classifier = randomize(zoo.create_model("repvgg_micro", num_classes=7, width=0.25))
-    zoo.save(classifier, tmp_path / "classifier.safetensors")
+    save(classifier, tmp_path / "classifier.safetensors")
     said: list[str] = []
     one = replace(RECIPE, epochs=1)
     arch = "pspnet_repvgg_micro_fast"
     train(arch, source, one, tmp_path / "a", init=str(tmp_path / "classifier.safetensors"), log=said.append)
     assert any("tensors in the backbone; left out: head.bias, head.weight" in line for line in said)
-    model = zoo.load(tmp_path / "a/last.safetensors")
+    model = load(tmp_path / "a/last.safetensors")
     assert zoo.manifest_of(model).arch["width"] == 0.25  # type: ignore[index]
     fewer = replace(source, classes=[*source.classes, "another"])
     train(arch, fewer, one, tmp_path / "b", init=str(trained[1] / "best.safetensors"), log=said.append)

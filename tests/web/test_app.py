@@ -18,14 +18,16 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from PIL import Image
+from rounding import REPORTED
 from torch import nn
 
 from repvgg import cli
 from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.deploy.operators import read, summary
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import save
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.web import app
 
@@ -64,7 +66,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(model: nn.Module, runtime: Path) -> Path:
     Image.fromarray(np.zeros((2000, 50, 3), np.uint8)).save(runtime / "tall.jpg")
-    zoo.save(model, runtime / "m.safetensors")
+    save(model, runtime / "m.safetensors")
     words = ["web", str(runtime / "m.safetensors"), str(runtime / "tall.jpg")]
     cli.main([*words, "--out", str(runtime / "web"), "--runtime", str(runtime), "--no-serve"])
     return runtime / "web" / "index.html"
@@ -80,7 +82,7 @@ def silent(line: str) -> None:
 def test_the_folder_holds_all_that_the_page_needs(page: Path) -> None:
     told = json.loads((page.parent / "model.json").read_text())
     assert (told["name"], told["classes"], told["preprocessing"]["resize"]) == ("repvgg_micro", CLASSES, 40)
-    assert all(form["error"] < 1e-5 for form in told["forms"].values())
+    assert all(form["error"] < REPORTED for form in told["forms"].values())
     named = {"index.html", "app.js", "style.css", "model.json", "example-00.png", "training.onnx", "deploy.onnx", *app.RUNTIME}
     assert {path.name for path in page.parent.iterdir()} == named
     with Image.open(page.parent / "example-00.png") as example:
@@ -100,7 +102,7 @@ def test_the_demo_goes_on_in_the_browser(model: nn.Module, tmp_path: Path, monke
     """With what an earlier one has left."""
     (tmp_path / "run").mkdir()
     (tmp_path / "index.html").touch()
-    zoo.save(model, tmp_path / "run" / "last.safetensors")
+    save(model, tmp_path / "run" / "last.safetensors")
     done: list[Any] = []
     monkeypatch.setattr(app, "build", lambda model, *rest: done.append(rest[:2]))
     monkeypatch.setattr(app, "serve", lambda *rest: done.append(rest[:2]))
@@ -266,7 +268,7 @@ def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str
         with torch.no_grad():
             wanted = reparameterize(network).double()(normalise(pixels, p).double())
         assert answer["same"]
-        assert answer["difference"] < 1e-5
+        assert answer["difference"] < REPORTED
         assert answer["speedup"] > 0
         assert len(answer["times"]["deploy"]) == len(answer["times"]["training"]) >= 3
         for logits in answer["logits"].values():

@@ -14,6 +14,7 @@ from torch import nn
 from repvgg.bench.memory import fitting
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
+from repvgg.disk import Log
 from repvgg.measure.timing import Times, interleave, synchroniser
 
 
@@ -56,7 +57,7 @@ def time_convolutions(
     rounds: int = 10,
     batches: int = 1,
     warmup: int = 2,
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> tuple[int, list[Times]]:
     """The batch size, halved with a word as often as memory runs out, and each convolution's times, taking turns.
 

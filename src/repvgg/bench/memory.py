@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg.disk import Log
+
 Made = TypeVar("Made")
 STACKS = ("residual", "plain")
 CONVOLUTIONS = 4  # in a stack
 
 
-def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Callable[[str], None]) -> Made:
+def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Log) -> Made:
     """`make(batch_size)`, with half the batch as often as memory runs out, and a word each time.
 
     Raises what `make` raises, when it is something else or one image is too much.
@@ -52,6 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def held(device: str) -> int:
     """Bytes held now: by CUDA's allocator, whose peak is counted from here on, or by the process."""
     if torch.device(device).type == "cuda":
+        torch.cuda.init()  # "cuda:1" is refused before
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(AttributeError, OSError):

@@ -8,7 +8,7 @@ Here the timed batches are spread over rounds in which the candidates take turns
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,11 +21,13 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
-from repvgg.fold.reparam import reparameterize
+from repvgg.disk import Log
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
 from repvgg.models import zoo
+from repvgg.models.names import resolve_name
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def candidates(
     precisions: Sequence[str],
     forms: Sequence[str] = ("deploy",),
     device: str = "cpu",
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> list[Candidate]:
     """Every combination of models, engines (`names`; "all": those that are installed), precisions and forms.
 
@@ -163,8 +165,8 @@ def bench(
     device: str = "cpu",
     input_size: tuple[int, int, int] | None = None,
     allow_unfolded: bool = False,
-    log: Callable[[str], None] = print,
-    progress: Callable[[str], None] | None = None,
+    log: Log = print,
+    progress: Log | None = None,
 ) -> BenchReport:
     """Time the candidates, taking turns; the first is the reference.
 
@@ -179,7 +181,7 @@ def bench(
         raise ValueError("at least one model, one image a batch, one batch a round and one round are needed")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no CUDA device here")
-    candidates = list(dict.fromkeys(replace(c, model=zoo.resolve_name(c.model)) for c in candidates))
+    candidates = list(dict.fromkeys(replace(c, model=resolve_name(c.model)) for c in candidates))
     for c in candidates:
         engines.check(c.engine, c.precision, device)
     threads = threads or torch.get_num_threads()  # the same number for every engine
@@ -261,12 +263,12 @@ def randomise_norms(model: nn.Module, shape: tuple[int, ...] = (4, 3, 64, 64)) -
     return model.eval()
 
 
-def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Callable[[str], None]) -> _Ready:
+def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Log) -> _Ready:
     """The engine built and run once, at the largest batch that fits."""
     model, left = network(candidate, allow_unfolded)
     counted = cost(model, options.input_size)
     images = torch.randn(options.batch_size, *options.input_size)
-    wanted = reference(model, images[:2])
+    wanted = reference(model, images[:2]).logits
 
     def make(batch_size: int) -> _Ready:
         before, started = held(options.device), time.perf_counter()

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,11 +26,10 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options, Runtime, Signature
 from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.deploy.parity import Parity, compare, folded, reference
-from repvgg.disk import FileError, describe
+from repvgg.disk import FileError, Log, describe
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.pspnet import PSPNet
 from repvgg.train.evaluate import batches
 
 LARGE = 3 * 512 * 512  # numbers in an image of which eight in float64 take too long
@@ -120,7 +119,7 @@ def export(
     name: str = "model",
     shape: Shape = Shape(),
     images: Tensor | None = None,
-    log: Callable[[str], object] = print,
+    log: Log = print,
 ) -> Path:
     """Fold a model of ours, write it into the folder `out` as NAME with the format's suffix, and prove the file. Returns its path.
 
@@ -143,7 +142,7 @@ def export(
         shape.any_size,
         torch.uint8 if shape.pixels or shape.image_size else torch.float32,
     )
-    if shape.any_size and isinstance(model, PSPNet):
+    if shape.any_size and manifest.task == "masks":
         raise ValueError("a PSPNet's file is for images of one size, its pyramid's bins depend on it: leave out --any-size")
     samples = [random_images(signature) if images is None else images.to(signature.dtype)]
     if shape.any_size:

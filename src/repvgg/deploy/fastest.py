@@ -14,13 +14,12 @@ from torch import nn
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.parity import compare, reference
-from repvgg.disk import atomically, cache_folder, describe
+from repvgg.disk import Log, atomically, cache_folder, describe
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import interleave, synchroniser
 
 # Rounds of the search, and how many times slower than the best an engine may be in them to go on to the next.
 KNOCKOUT = ((1, 2.0), (5, 1.15), (15, 1.0))
-Log = Callable[[str], object]
 
 
 def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
@@ -48,13 +47,13 @@ def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, d
     it took part in. Raises ValueError if none is right."""
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, options.batch_size), *options.input_size, generator=random)
-    wanted = reference(model, images)
+    wanted = reference(model, images, options.precision)
     calls: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
     for name in engines.installed(options.precision, options.device, log):
         try:
             engine = engines.build(name, model, options)
-            parity = compare(engine.in_turns(images, options.batch_size), wanted, options.precision)
+            parity = compare(engine.in_turns(images, options.batch_size), wanted)
         except (ValueError, RuntimeError) as error:
             log(f"left out: {name} ({describe(error).splitlines()[0]})")
             continue

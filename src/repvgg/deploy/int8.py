@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import Branches
+from repvgg.fold.as_linear import Branches
 from repvgg.models.repvgg import Layer
 
 

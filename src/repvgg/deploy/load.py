@@ -6,7 +6,6 @@ e = load_engine("exported/a0.onnx")              # in the runtime that it was ma
 """
 
 import os
-from collections.abc import Callable
 
 from torch import nn
 
@@ -16,11 +15,10 @@ from repvgg.deploy.exported import open_exported
 from repvgg.deploy.fastest import fastest
 from repvgg.deploy.formats import exported_file
 from repvgg.deploy.runner import Runner
-from repvgg.fold.reparam import reparameterize
+from repvgg.disk import Log
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
-from repvgg.models.pspnet import PSPNETS, PSPNet
-
-Log = Callable[[str], object]
+from repvgg.models.load import open_model as open_pytorch
 
 
 def load_engine(
@@ -48,7 +46,7 @@ def load_engine(
         engines.check(engine, precision, device)
     if not isinstance(model, nn.Module) and (file := exported_file(model)) is not None:
         return open_exported(file, engine, Options(batch_size=batch_size, precision=precision, threads=threads))
-    network = model if isinstance(model, nn.Module) else zoo.open_model(os.fspath(model))
+    network = model if isinstance(model, nn.Module) else open_pytorch(os.fspath(model))
     manifest = zoo.manifest_of(network) if "manifest" in vars(network) else None
     size = input_size or (manifest.preprocessing.input_size if manifest else Options().input_size)
     options = Options(size, batch_size, precision, threads, device=device)
@@ -67,14 +65,14 @@ def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, 
     exported = exported_file(name_or_path)
     if not engine and not exported and precision != "fp32":
         raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
-    model = exported or zoo.open_model(name_or_path)
+    model = exported or open_pytorch(name_or_path)
     if isinstance(model, nn.Module) and not engine:
         return model
-    if isinstance(model, PSPNet):
+    if isinstance(model, nn.Module) and zoo.manifest_of(model).task == "masks":
         raise ValueError(f"{name_or_path}: masks of images of any size are made by PyTorch: leave out --engine")
     if engine in engines.ENGINES and not engines.precisions(engine, device):
         device = "cpu"
     runner = load_engine(model, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
-    if exported and runner.manifest and (runner.manifest.arch or {}).get("name") in PSPNETS:
+    if exported and runner.manifest and runner.manifest.task == "masks":
         raise ValueError(f"{exported}: masks of images of any size are made by PyTorch: name the model file")
     return runner

@@ -8,7 +8,7 @@ identity connects lose them alike.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,14 @@ from repvgg.deploy.load import load_engine
 from repvgg.deploy.parity import folded
 from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import insert_bn
+from repvgg.disk import Log
 from repvgg.fold.algebra import LinearMap, ReparamError
-from repvgg.fold.reparam import CONVOLUTIONS, as_linear, inside, refuse_train_mode
+from repvgg.fold.as_linear import CONVOLUTIONS, as_linear
+from repvgg.fold.guards import inside, refuse_train_mode
 from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import write_record
 from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate_model
 from repvgg.train.loop import KEEPING, train
@@ -35,7 +38,6 @@ from repvgg.train.recipes import Keeping, Recipe
 
 IMAGES = 128  # that channels are judged by
 BATCH = 32  # of the speeds
-Log = Callable[[str], object]
 
 
 @torch.no_grad()
@@ -191,12 +193,13 @@ def prune(
     before, cut = accuracy(deploy), accuracy(folded(small))
     log(f"top-1 {before.top1:.2%} before, {cut.top1:.2%} with {keep:.0%} of the channels")
     train("", source, recipe, out, init=small, seed=seed, device=device, workers=workers, keeping=keeping, log=log)
-    best, path = folded(zoo.load(Path(out) / "best.safetensors")), Path(out) / "deploy.safetensors"
-    zoo.save(best, path)
+    best, path = folded(load(Path(out) / "best.safetensors")), Path(out) / "deploy.safetensors"
+    save(best, path)
     after = accuracy(best)
     size = manifest.preprocessing.input_size
     costs = cost(deploy, size), cost(best, size)
-    runners = [load_engine(network.cpu(), engine, batch_size=BATCH, log=log) for network in (deploy, best)]
+    on = device if engines.precisions(engine, device) else "cpu"  # the engine's own, where it has none of that kind
+    runners = [load_engine(network.cpu(), engine, batch_size=BATCH, device=on, log=log) for network in (deploy, best)]
     report = PruningReport(path, before, cut, after, costs, speedup(*runners), engine, keep)
     write_record(Path(out) / "pruning.json", report.to_json())
     return report

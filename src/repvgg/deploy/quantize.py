@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +31,10 @@ from repvgg.deploy.parity import folded
 from repvgg.deploy.runner import Runner
 from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
-from repvgg.fold.reparam import reparameterize
+from repvgg.disk import Log
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.load import load, save
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe, get_recipe
@@ -41,7 +43,6 @@ from repvgg.train.tasks import CLASSIFICATION
 INT8 = ("openvino", "onnx")  # of FORMATS
 BATCH = 32  # of the accuracy and the speed
 WATCHED = 32  # images on which the signal-to-noise ratio is measured
-Log = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def quantize(
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
         if settings.qat_epochs:
             deploy = _trained_rounded(deploy, images, source, settings, device, log)
-            zoo.save(deploy, folder / f"{name}.qat.safetensors")
+            save(deploy, folder / f"{name}.qat.safetensors")
             runtime.save(runtime.read(to_onnx(deploy, signature)), plain, "")
         while True:
             log(f"quantising on {len(images)} images" + (f", {len(kept)} layers left in float" if kept else ""))
@@ -189,7 +190,7 @@ def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings
     recipe = replace(qat_recipe(source), epochs=settings.qat_epochs, lr=settings.qat_lr)
     with tempfile.TemporaryDirectory() as folder:
         train("", source, recipe, folder, init=network, device=device, log=log)
-        return reparameterize(zoo.load(Path(folder) / "best.safetensors"))
+        return reparameterize(load(Path(folder) / "best.safetensors"))
 
 
 def qat_recipe(source: Source) -> Recipe:

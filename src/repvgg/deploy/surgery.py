@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import LinearMap, ReparamError, balance
-from repvgg.fold.reparam import as_linear, refuse_train_mode
+from repvgg.fold.as_linear import as_linear
+from repvgg.fold.guards import refuse_train_mode
 from repvgg.models import zoo
-from repvgg.models.repvgg import layer_list
+from repvgg.models.plain import layer_list
 
 SWEEPS = 20  # over all pairs of layers; the ranges hardly change after ten
 TURN = 32  # images at a time

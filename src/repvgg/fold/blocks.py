@@ -1,4 +1,4 @@
-"""Foldable blocks, each declared as a composition of standard modules; the fold follows from the parts (see reparameterize.py).
+"""Foldable blocks, each declared as a composition of standard modules; the fold follows from the parts (see as_linear.py).
 
 A block is linear: a function `(in_channels, out_channels, stride, dilation, groups, padding_mode) -> module` whose module folds
 into one 3x3 convolution. The activation and squeeze-excite belong to the layer around it: `act(se(block(x)))`. A new one is
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import LinearMap, PaddingMode, ReparamError
-from repvgg.fold.reparam import Branches, Chain, as_linear, conv_map, register_convolution
+from repvgg.fold.as_linear import Branches, Chain, as_linear, conv_map, register_convolution
 
 Block = TypeVar("Block", bound=nn.Module)
 BLOCKS: dict[str, Callable[..., nn.Module]] = {}

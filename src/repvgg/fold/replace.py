@@ -6,7 +6,6 @@ print(model.replace_report)                                                     
 deploy = reparameterize(model.eval())                                                   # the blocks are out again
 """
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,25 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError, compose
-from repvgg.fold.blocks import DerivedConv, find_block
-from repvgg.fold.reparam import (
+from repvgg.fold.as_linear import (
     CONVOLUTIONS,
     Branches,
     Chain,
-    Pairs,
-    altered,
     as_linear,
-    check_part,
     conv_padding,
-    find_pairs,
-    inside,
     is_batch_norm,
     is_foldable,
-    refuse_lost_pairs,
-    refuse_uncopyable,
     split_activation,
     why_unknown,
 )
+from repvgg.fold.blocks import DerivedConv, find_block
+from repvgg.fold.guards import altered, copied, inside, refuse_uncopyable
+from repvgg.fold.proof import check_part
+from repvgg.fold.stretches import partners
+from repvgg.fold.trace import Traces, refuse_lost, trace
 
 
 @dataclass
@@ -72,10 +68,10 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
     """
     make = find_block(block)
     refuse_uncopyable(model)
-    model = copy.deepcopy(model)
+    model = copied(model)
     vars(model).pop("manifest", None)  # a file of it would no longer be what `create_model` makes
-    found, report = find_pairs(model), ReplaceReport()
-    norm_paths = dict(found.pairs)
+    traces, report = trace(model), ReplaceReport()
+    norm_paths = partners(model, traces)
     in_blocks = {part for module in model.modules() if is_foldable(module) for part in module.modules()}
     for path, conv in list(model.named_modules()):
         if not isinstance(conv, nn.modules.conv._ConvNd):
@@ -83,12 +79,14 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         try:
             if conv in in_blocks:
                 raise ReparamError("is part of a block that folds")
-            new = make(*_geometry(conv, found.uses[path]))
+            if reason := traces.why_not_replaced(path):
+                raise ReparamError(reason)
+            new = make(*_geometry(conv))
         except ReparamError as error:
             report.left[path] = error.reason
             continue
         assert isinstance(conv, nn.Conv2d)
-        norm = _partner(model, norm_paths.get(path, ""), found)
+        norm = _partner(model, norm_paths.get(path, ""), traces)
         if not fresh:
             with inside(path):
                 _take_over(new.to(conv.weight.device, torch.float64), conv, norm)
@@ -97,12 +95,12 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         if norm is not None:
             model.set_submodule(norm_paths[path], split_activation(norm)[1].train(norm.training))
             report.norms.append(norm_paths[path])
-    refuse_lost_pairs(model, found, "replaced")
+    refuse_lost(model, traces, "replaced")
     model.replace_report = report  # type: ignore[assignment]
     return model
 
 
-def _geometry(conv: nn.Module, uses: int) -> tuple[Any, ...]:
+def _geometry(conv: nn.Module) -> tuple[Any, ...]:
     """As blocks take it. Raises `ReparamError` where no block can take this convolution's place."""
     if not isinstance(conv, nn.Conv2d):
         raise ReparamError(f"is a {type(conv).__name__}")
@@ -110,8 +108,6 @@ def _geometry(conv: nn.Module, uses: int) -> tuple[Any, ...]:
         raise ReparamError(why_unknown(conv))
     if reason := altered(conv):
         raise ReparamError(reason)
-    if uses > 1:
-        raise ReparamError("is used in more than one place")
     if conv.kernel_size != (3, 3):
         raise ReparamError(f"is {conv.kernel_size[0]}x{conv.kernel_size[1]}")
     if len(set(conv.stride)) > 1 or len(set(conv.dilation)) > 1:
@@ -121,12 +117,12 @@ def _geometry(conv: nn.Module, uses: int) -> tuple[Any, ...]:
     return conv.in_channels, conv.out_channels, conv.stride[0], conv.dilation[0], conv.groups, conv.padding_mode
 
 
-def _partner(model: nn.Module, path: str, found: Pairs) -> nn.BatchNorm2d | None:
+def _partner(model: nn.Module, path: str, traces: Traces) -> nn.BatchNorm2d | None:
     """The batch norm at `path`, if it can go into a block: it trains (a frozen one does not) and has nothing odd about it."""
     norm = model.get_submodule(path) if path else None
     if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not is_batch_norm(norm) or norm.running_mean is None:
         return None
-    return None if altered(norm) or found.uses[path] > 1 else norm  # type: ignore[return-value]
+    return None if altered(norm) or traces.why_not_replaced(path) else norm  # type: ignore[return-value]
 
 
 def _take_over(block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from repvgg.fold.reparam import refuse_train_mode
+from repvgg.fold.guards import refuse_train_mode
 
 aten = torch.ops.aten
 

@@ -53,7 +53,7 @@ def interleave(
     batches: int = 10,
     warmup: int = 3,
     synchronise: Callable[[], None] = lambda: None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Times]:
     """Time each candidate's calls. In each round each makes `batches` calls in a row, in an order that rotates.
 

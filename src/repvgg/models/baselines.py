@@ -7,53 +7,21 @@ Each goes by its timm name and is timm's network, but for ResNet-50, 101 and 152
 al. 2016, "v1"), whose downsampling bottlenecks have their stride on the first 1x1 convolution; timm's have it on the 3x3.
 """
 
-from dataclasses import dataclass
-
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Baseline:
-    """timm's name, the side of its square input in the paper, and whether its bottlenecks are those of v1."""
-
-    timm_name: str
-    input_size: int = 224
-    v1: bool = False
-
-
-BASELINES: dict[str, Baseline] = {
-    "resnet18": Baseline("resnet18"),
-    "resnet34": Baseline("resnet34"),
-    "resnet50": Baseline("resnet50", v1=True),
-    "resnet101": Baseline("resnet101", v1=True),
-    "resnet152": Baseline("resnet152", v1=True),
-    "vgg16": Baseline("vgg16"),
-    "resnext50_32x4d": Baseline("resnext50_32x4d"),
-    "resnext101_32x4d": Baseline("resnext101_32x4d"),
-    "efficientnet_b0": Baseline("efficientnet_b0"),
-    "efficientnet_b3": Baseline("efficientnet_b3", input_size=300),
-    "regnetx_032": Baseline("regnetx_032"),
-    "regnetx_120": Baseline("regnetx_120"),
-}
-
-
-def list_baselines() -> list[str]:
-    """Names that `create_baseline` knows."""
-    return list(BASELINES)
-
-
-def input_size(name: str) -> int:
-    """Height and width of the images this baseline is measured with."""
-    return _baseline(name).input_size
+from repvgg.models.manifest import Preprocessing
+from repvgg.models.names import BASELINES
 
 
 def create_baseline(name: str, num_classes: int = 1000, in_chans: int = 3, pretrained: bool = False) -> nn.Module:
-    """A comparator in train mode, batch norms unfolded: images [N, in_chans, H, W] -> logits [N, num_classes].
+    """Return a comparator in train mode, batch norms unfolded: images [N, in_chans, H, W] -> logits [N, num_classes].
 
     pretrained: timm's default weights, fetched from the hub. Raises ValueError for an unknown name, where timm is missing, where
     the weights cannot be fetched, and for pretrained weights of a v1 network, of which timm has none.
     """
-    baseline = _baseline(name)
+    if name not in BASELINES:
+        raise ValueError(f"no baseline {name!r}: there are {', '.join(BASELINES)}")
+    baseline = BASELINES[name]
     if pretrained and baseline.v1:
         raise ValueError(
             f"there are no pretrained weights for {name}: it is the paper's v1, with the stride on the 1x1 convolution, and timm's "
@@ -73,10 +41,13 @@ def create_baseline(name: str, num_classes: int = 1000, in_chans: int = 3, pretr
     return model
 
 
-def _baseline(name: str) -> Baseline:
-    if name not in BASELINES:
-        raise ValueError(f"no baseline {name!r}: there are {', '.join(BASELINES)}")
-    return BASELINES[name]
+def timm_preprocessing(model: nn.Module) -> Preprocessing:
+    """Return what timm evaluates its weights of this model with."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    size = config["input_size"]
+    return Preprocessing(size, int(size[-1] / config["crop_pct"]), config["interpolation"], config["mean"], config["std"])
 
 
 def _move_strides_to_1x1(model: nn.Module) -> None:

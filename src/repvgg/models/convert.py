@@ -1,11 +1,13 @@
 """Training form to deploy form as files, verified; and checkpoints in and out of other implementations' keys."""
 
 import os
-from collections.abc import Callable
 
+from repvgg.disk import Log
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparam import reparameterize, verify
-from repvgg.models import zoo
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.load import load, save
+from repvgg.models.zoo import manifest_of
 
 LARGEST = 320  # pixels a side that the two forms are compared on: rounding is the same on more, and float64 slow
 
@@ -14,16 +16,18 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     to_keys: str | None = None,
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> None:
     """Fold the model of `source` and write it to `target` once it is proved equal; or only re-spell its keys, losslessly.
 
     Raises `FileError` for files, `ReparamError` for what cannot be folded, ValueError if it is folded already.
     """
-    model = zoo.load(source)
-    manifest = zoo.manifest_of(model)
+    model = load(source)
+    manifest = manifest_of(model)
+    if left_out := manifest.training.get("left_out"):
+        log(f"left out, as no part of the network: {left_out}")
     if to_keys is not None:
-        zoo.save(model, target, to_keys=to_keys)
+        save(model, target, to_keys=to_keys)
         log(f"{target}: {manifest.form} form, {len(model.state_dict())} tensors in {to_keys} keys")
         return
     if manifest.form == "deploy":
@@ -36,5 +40,5 @@ def convert(
     log(str(proof))
     if not proof.ok:
         raise ReparamError(f"{source}: the deploy form differs, so it was not written; please report this")
-    zoo.save(deploy, target)
+    save(deploy, target)
     log(f"{target}: deploy form")

@@ -12,10 +12,12 @@ deploy form it also lists the layers one by one, so that an engine without PyTor
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from repvgg.disk import FileError, describe
+from repvgg.models.names import Task, task_of
 
 FORMAT_VERSION = 1
 
@@ -75,16 +77,16 @@ class Manifest:
         _refuse_misfits(self.layers or [], self.preprocessing.input_size)
 
     @property
-    def task(self) -> Literal["labels", "masks"]:
-        """Say what the model gives for an image: a label, or a mask with a class for each pixel."""
-        return "masks" if str((self.arch or {}).get("name")).startswith("pspnet_") else "labels"
+    def task(self) -> Task:
+        """Return what the model gives for an image: labels, or masks. The one place where that is asked."""
+        return task_of((self.arch or {}).get("name"))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Raises `FileError` for what is not a manifest that this version reads."""
+        """Read what `to_json` wrote. Raises `FileError` for what is not a manifest that this version reads."""
         try:
             raw = json.loads(text)
             version = raw["format_version"]
@@ -98,7 +100,10 @@ class Manifest:
 
 
 def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:
-    """Follows channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
+    """Follow channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
+    names = [spec[key] for spec in layers for key in ("weight", "bias", "path") if key in spec]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the list of layers names {twice[0]} twice")
     channels, sides = input_size[0], input_size[1:]
     for i, spec in enumerate(layers):
         op, before, pooled = spec["op"], channels, not sides
@@ -116,7 +121,7 @@ def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -
 
 
 def _side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Of a feature map, after a convolution that reaches no farther than the map and makes it no larger."""
+    """Return a side of the feature map after a convolution that reaches no farther than the map and makes it no larger."""
     numbers, reach = (kernel, stride, padding, dilation), dilation * (kernel - 1)
     sensible = all(type(n) is int and n < 2**31 for n in numbers) and min(kernel, stride, dilation) > 0
     if not (sensible and 0 <= 2 * padding <= reach < side + 2 * padding):

@@ -3,7 +3,8 @@
     push_to_hub("runs/cats/best.safetensors", "me/cats", license="mit")
     model = repvgg.from_pretrained("me/cats")
 
-What is uploaded: model.safetensors (see checkpoint.py), config.json (its manifest, for people and other programs), README.md (the card).
+What is uploaded: model.safetensors (see checkpoint.py), config.json (its manifest, for people and other programs), and the card,
+README.md.
 """
 
 import copy
@@ -19,14 +20,18 @@ from typing import Any
 from torch import nn
 
 from repvgg.disk import FileError
-from repvgg.fold.reparam import reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
-from repvgg.models import hub, zoo
+from repvgg.models import hub
+from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.zoo import manifest_of
 from repvgg.version import __version__
 
 MARK = "<!-- Written by repvgg. Take this line away, and the next push will leave this card as it is. -->"
-TASKS = {"val_top1": ("image-classification", "accuracy", "top-1"), "val_mean_iou": ("image-segmentation", "mean_iou", "mean IoU")}
+PIPELINES = {"labels": "image-classification", "masks": "image-segmentation"}
+MEASURES = {"val_top1": ("accuracy", "top-1"), "val_mean_iou": ("mean_iou", "mean IoU")}
 
 
 def push_to_hub(
@@ -39,7 +44,7 @@ def push_to_hub(
     message: str = "",
     token: str | None = None,
 ) -> str:
-    """Upload a model, or a model file, in the form that it is in; the address of the commit.
+    """Upload a model, or a model file, in the form that it is in, and return the address of the commit.
 
     repo_id: USER/NAME, made if it is not there. license: an identifier of the hub's, such as mit. summary: of the run, by default
     the summary.json beside the file. A card that somebody has made their own is left as it is. Raises `FileError` for a model that
@@ -49,13 +54,13 @@ def push_to_hub(
         path = Path(model)
         with suppress(OSError, ValueError):
             summary = summary or json.loads((path.parent / "summary.json").read_text())
-        model = zoo.load(path)
+        model = load(path)
     if model.training:
         model = copy.deepcopy(model).eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        zoo.save(model, folder / hub.MODEL_FILE)
-        (folder / "config.json").write_text(json.dumps(asdict(zoo.manifest_of(model)), indent=2) + "\n")
+        save(model, folder / hub.MODEL_FILE)
+        (folder / "config.json").write_text(json.dumps(asdict(manifest_of(model)), indent=2) + "\n")
         if _may_write_card(repo_id, token):
             (folder / "README.md").write_text(model_card(model, repo_id, license, summary))
         return hub.upload(folder, repo_id, message or f"Upload by repvgg {__version__}", private, token)
@@ -69,9 +74,9 @@ def _may_write_card(repo_id: str, token: str | None) -> bool:
 
 
 def model_card(model: nn.Module, repo_id: str, license: str = "", summary: dict[str, Any] | None = None) -> str:
-    """README.md of a model in eval mode. Figures are those of its training and of its run, and what is computed here: its costs,
+    """Return the README.md of a model in eval mode. Figures are those of its training and its run, and what is computed here: costs,
     and how exactly it folds."""
-    manifest = zoo.manifest_of(model)
+    manifest = manifest_of(model)
     name = str((manifest.arch or {}).get("name", "pruned network"))
     classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
     rows = [*_accuracy(manifest), *_costs(model, manifest), *_run(manifest, summary or {})]
@@ -104,15 +109,15 @@ deploy = repvgg.reparameterize(model)  # 3x3 convolutions and ReLU
 
 
 def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
-    """The card's front matter, as the hub's own library writes it."""
+    """Return the card's front matter, as the hub's own library writes it."""
     from huggingface_hub import EvalResult, ModelCardData
 
     arch = str((manifest.arch or {}).get("name", ""))
-    task = "image-segmentation" if arch.startswith("pspnet") else "image-classification"
+    task = PIPELINES[manifest.task]
     data = _data(manifest)
     results = [
         EvalResult(task, data, data, metric, manifest.training[key], metric_name=spoken)
-        for key, (task, metric, spoken) in TASKS.items()
+        for key, (metric, spoken) in MEASURES.items()
         if key in manifest.training and data
     ]
     card = ModelCardData(
@@ -129,13 +134,13 @@ def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
 def _accuracy(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         (f"{spoken} on {_data(manifest)}, validation", f"{manifest.training[key]:.2%}")
-        for key, (_, _, spoken) in TASKS.items()
+        for key, (_, spoken) in MEASURES.items()
         if isinstance(manifest.training.get(key), float)
     ]
 
 
 def _data(manifest: Manifest) -> str:
-    """What it was trained on; of what lies on somebody's disk, the last part of the path."""
+    """Return what it was trained on; of a path on somebody's disk, the last part."""
     data = str(manifest.training.get("data", ""))
     place = data.partition(":")[2] or data
     return _plain(Path(place).name if place.startswith((".", "/", "~")) else place)
@@ -157,7 +162,7 @@ def _costs(model: nn.Module, manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _run(manifest: Manifest, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """How it was trained; no paths of the machine that it was trained on."""
+    """Return how it was trained; no paths of the machine that it was trained on."""
     recipe = manifest.training.get("recipe") or {}
     shown = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "mixup", "precision")
     machine = summary.get("machine") or {}
@@ -183,5 +188,5 @@ def _listed(classes: list[str] | None) -> str:
 
 
 def _plain(text: Any) -> str:
-    """A stranger's words, which may hold no markup."""
+    """Return a stranger's words without markup."""
     return re.sub(r"[^\w.,:;/()+%@# -]+", " ", str(text))[:200].strip()

@@ -47,7 +47,10 @@ QUICK_EPOCHS = 2
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one grid. outcomes: by variant, the finished cells. speeds: of the training forms, seconds a batch of `batch_size`."""
+    """Everything found in one grid.
+
+    outcomes: the finished cells of each variant; speeds: seconds a batch of `batch_size`, training form.
+    """
 
     grid: Grid
     outcomes: dict[str, list[Outcome]]
@@ -55,7 +58,7 @@ class Findings:
     batch_size: int
 
     def top1(self, variant: str) -> list[float]:
-        """In percent, of the cells that did not diverge."""
+        """Return the top-1 of each cell that did not diverge, in percent."""
         return [100 * o.top1 for o in self.outcomes[variant] if o.top1 is not None]
 
 
@@ -65,7 +68,7 @@ def ablate(grid: Grid, settings: Settings) -> Result:
 
 
 def part(title: str, variants: Sequence[str], table: Callable[[Findings], list[Table]], name: str, settings: Settings) -> Result:
-    """One of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`."""
+    """Run one of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`."""
     if not settings.data:
         raise NothingChosenError("it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders)")
     grid = Grid(settings.out / "ablation", settings.data, get_recipe("light"), device=settings.device, workers=settings.workers)
@@ -83,7 +86,7 @@ def find(grid: Grid, settings: Settings) -> Findings:
 
 
 def training_speeds(grid: Grid, settings: Settings) -> dict[str, Times]:
-    """Every variant's training form in eval mode with random weights, eager, taking turns; kept in the grid's folder.
+    """Time every variant's training form, taking turns, and keep the times in the grid's folder (eval mode, eager, random weights).
 
     Of the processes that share a folder one measures, after all training is done.
     """
@@ -137,7 +140,7 @@ def report(
 
 
 def table6(found: Findings) -> list[Table]:
-    """B0's branches, taken away one by one."""
+    """Return Table 6: B0's branches, taken away one by one."""
     rows = [
         (
             "yes" if row.identity else "no",
@@ -159,18 +162,18 @@ def table6(found: Findings) -> list[Table]:
 
 
 def table7(found: Findings) -> list[Table]:
-    """Other structures beside the full one; and ResNet-50's 3x3s."""
+    """Return Table 7: other structures beside the full one, and ResNet-50's 3x3s."""
     others = _structures(found, TABLES[4:], FULL, "Table 7: other structures")
     return [*others, *_structures(found, list(RESNETS)[1:], "resnet50", "Table 7: RepVGG blocks in ResNet-50")]
 
 
 def beyond(found: Findings) -> list[Table]:
-    """What the paper has not."""
+    """Return the table of variants that the paper does not have."""
     return _structures(found, [name for name in found.outcomes if name not in PRINTED], FULL, "Beyond the paper")
 
 
 def _structures(found: Findings, variants: Sequence[str], reference: str, title: str) -> list[Table]:
-    """Those of `variants` that were trained, under the reference that they are compared with."""
+    """Return rows of the `variants` that were trained, under the reference that they are compared with."""
     shown = [name for name in (reference, *variants) if name in found.outcomes]
     if shown in ([], [reference]):
         return []
@@ -198,7 +201,7 @@ def _structures(found: Findings, variants: Sequence[str], reference: str, title:
 
 
 def _top1(found: Findings, variant: str) -> tuple[str | None, str]:
-    """Mean and deviation, and of how many; those that diverged are told."""
+    """Return mean, deviation and number of seeds in words, and how many diverged."""
     values, cells = found.top1(variant), found.outcomes[variant]
     lost = len(cells) - len(values)
     count = f"{len(values)}" + (f" ({lost} diverged)" if lost else "")
@@ -208,7 +211,7 @@ def _top1(found: Findings, variant: str) -> tuple[str | None, str]:
 
 
 def _difference(found: Findings, variant: str, reference: str) -> str | None:
-    """Mean over the seeds that both have: they share order and augmentation."""
+    """Return the mean difference over the seeds that both have: they share order and augmentation."""
     by_seed = {o.seed: o.top1 for o in found.outcomes.get(reference, []) if o.top1 is not None}
     pairs = [100 * (o.top1 - by_seed[o.seed]) for o in found.outcomes[variant] if o.top1 is not None and o.seed in by_seed]
     if not pairs:
@@ -222,7 +225,7 @@ def _speed(found: Findings, variant: str, reference: str) -> tuple[str, str | No
 
 
 def _folded(outcomes: Sequence[Outcome]) -> str:
-    """How many images got the same prediction in deploy form, of how many, over all seeds."""
+    """Count the images with the same prediction in deploy form, over all seeds."""
     forms = [o.forms for o in outcomes if o.forms]
     if any("refused" in f for f in forms):
         return "cannot be folded"
@@ -233,7 +236,7 @@ def _folded(outcomes: Sequence[Outcome]) -> str:
 
 
 def correlation(found: Findings) -> tuple[int, float]:
-    """How many variants of Tables 6 and 7 there are, and the rank correlation of their mean top-1 with the paper's."""
+    """Return how many variants of Tables 6 and 7 there are, and the rank correlation of their mean top-1 with the paper's."""
     both = [(PRINTED[name][1], statistics.mean(top1)) for name in TABLES if name in found.outcomes and (top1 := found.top1(name))]
     return len(both), spearman([p for p, _ in both], [h for _, h in both])
 
@@ -277,7 +280,7 @@ def _data(found: Findings) -> dict[str, Any]:
 
 
 def draw(found: Findings) -> Figure:
-    """Top-1 of the paper and of this grid side by side, the paper's best on top."""
+    """Draw top-1 of the paper and of this grid side by side, the paper's best on top."""
     names = sorted(found.outcomes, key=lambda name: -PRINTED[name][1] if name in PRINTED else 0.0)
     figure, (left, right) = plot(1000, 90 + 30 * len(names), 2)
     rows = range(len(names))

@@ -23,7 +23,7 @@ Point = tuple[float, float]
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A white figure of `width` x `height` pixels and its one axes, whose units are those pixels, y downwards."""
+    """Return a white figure of `width` x `height` pixels and its one axes, whose units are those pixels, y downwards."""
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
@@ -31,7 +31,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def plot(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A white figure of `width` x `height` pixels, with axes side by side for data."""
+    """Return a white figure of `width` x `height` pixels with axes side by side for data."""
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PAPER, layout="constrained")
     found = figure.subplots(1, columns, squeeze=False)[0]
     for axes in found:
@@ -44,12 +44,12 @@ def plot(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Ax
 def write(
     axes: Axes, x: float, y: float, text: str, size: float = 13, color: str = INK, align: str = "center", **more: Any
 ) -> None:
-    """`text` at a height of `size` pixels, centred on y."""
+    """Write `text` at a height of `size` pixels, centred on y."""
     axes.text(x, y, text, **{"fontsize": size * POINT, "color": color, "ha": align, "va": "center_baseline", **more})
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, colours: Colours, radius: float = 6, **more: Any) -> None:
-    """A rounded box of that size centred on (x, y)."""
+    """Draw a rounded box of that size centred on (x, y)."""
     fill, edge = colours
     style = f"round,pad=0,rounding_size={radius}"
     corner = x - width / 2, y - height / 2
@@ -58,7 +58,7 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, colours: Co
 
 
 def wire(axes: Axes, points: Sequence[Point], head: bool = False, color: str = MUTED, radius: float = 8, **more: Any) -> None:
-    """A line through `points` with rounded corners; with an arrow head where `head`, its tip on the last of them."""
+    """Draw a line through `points` with rounded corners; with an arrow head where `head`, its tip on the last of them."""
     vertices, codes = [points[0]], [Path.MOVETO]
     for before, corner, after in zip(points, points[1:], points[2:], strict=False):
         vertices += [_towards(corner, before, radius), corner, _towards(corner, after, radius)]
@@ -75,12 +75,12 @@ def wire(axes: Axes, points: Sequence[Point], head: bool = False, color: str = M
 
 
 def dot(axes: Axes, x: float, y: float) -> None:
-    """Where a wire splits."""
+    """Mark where a wire splits."""
     axes.add_patch(Circle((x, y), 2.6, facecolor=MUTED, edgecolor="none", zorder=3))
 
 
 def plus(axes: Axes, x: float, y: float, radius: float = 9) -> None:
-    """Where wires are added."""
+    """Mark where wires are added."""
     axes.add_patch(Circle((x, y), radius, facecolor=PAPER, edgecolor=MUTED, linewidth=1.4 * POINT, zorder=3))
     arm = radius * 0.5
     for points in ([(x - arm, y), (x + arm, y)], [(x, y - arm), (x, y + arm)]):
@@ -88,7 +88,7 @@ def plus(axes: Axes, x: float, y: float, radius: float = 9) -> None:
 
 
 def _towards(start: Point, end: Point, distance: float) -> Point:
-    """The point `distance` from `start` on the way to `end`, at most half way."""
+    """Return the point `distance` from `start` on the way to `end`, at most half way."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     length = (dx * dx + dy * dy) ** 0.5
     part = min(distance / length, 0.5) if length else 0.0

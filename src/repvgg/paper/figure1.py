@@ -35,13 +35,14 @@ def run(settings: Settings) -> Result:
             f"{row.top1:.2f}",
             f"{row.speed:,}",
             significant(speeds[row.model].images_per_second),
+            speeds[row.model].engine,
         )
         for row in rows
     ]
     here = [speeds[row.model].images_per_second for row in rows]
     return Result(
         "Figure 1: accuracy against speed",
-        [Table("The points", ("model", "epochs", "top-1, %", "examples/s, paper", "here"), cells, folded=True)],
+        [Table("The points", ("model", "epochs", "top-1, %", "examples/s, paper", "here", "in the engine"), cells, folded=True)],
         "Up and to the right is better. Left, the paper's speeds; right, this machine's, on a "
         "scale of its own: only the places of the points relative to each other can be compared. Hollow points are Table "
         "5's, trained for 200 epochs with stronger augmentation, so they stand higher for reasons other than their structure.",
@@ -57,7 +58,7 @@ def run(settings: Settings) -> Result:
 
 
 def draw(rows: Sequence[ModelSpeed], here: Sequence[float]) -> Figure:
-    """Both scatter plots; `here` holds examples a second in the order of `rows`."""
+    """Draw both scatter plots; `here` holds examples a second in the order of `rows`."""
     figure, panels = plot(1150, 520, 2)
     both = [float(row.speed) for row in rows], here
     for axes, title, speeds in zip(panels, ("paper: GTX 1080Ti", "this machine"), both, strict=True):
@@ -90,7 +91,7 @@ def _scatter(axes: Axes, rows: Sequence[ModelSpeed], speeds: Sequence[float]) ->
 
 
 def _short(printed: str) -> str:
-    """ "A0", "R50", "X101", "Reg 3.2GF", "Eff B0", "VGG-16"."""
+    """Shorten a name for the plot: "A0", "R50", "X101", "Reg 3.2GF", "Eff B0", "VGG-16"."""
     kind = next(kind for kind in KINDS if printed.startswith(kind))
     return KINDS[kind][2] + printed.removeprefix(kind)
 
@@ -109,7 +110,7 @@ PLACES: tuple[tuple[float, float, str, str], ...] = (
 
 
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """A name beside each point, where it covers no other point or name; the first place where there is no such place."""
+    """Write a name beside each point, where it covers no other point or name; the first place where there is no such place."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 

@@ -1,6 +1,7 @@
 """Figure 2: a stretch of the network in training form, and the same layers in deploy form, read from a real model."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,16 @@ from torch import nn
 
 from repvgg.bench.models import randomise_norms
 from repvgg.fold.algebra import ReparamError
+from repvgg.fold.as_linear import Branches, Chain, as_conv, as_linear
 from repvgg.fold.blocks import DerivedConv
-from repvgg.fold.reparam import Branches, Chain, as_conv, as_linear, reparameterize, verify
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.measure.costs import cost
 from repvgg.models import zoo
 from repvgg.models.repvgg import Layer, RepVGG
 from repvgg.paper.drawing import IDENTITY, MUTED, NEUTRAL, PANEL, POINTWISE, WIDEST, Colours, box, canvas, dot, plus, wire, write
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.numbers import FRAGMENTS
+from repvgg.paper.result import Result, Settings, Table
 
 MODEL = "repvgg_a0"
 LAYERS = 4  # as many as the paper shows
@@ -47,7 +52,7 @@ def run(settings: Settings) -> Result:
     proof = verify(model, deploy, (3, 64, 64))
     return Result(
         "Figure 2: one network in two forms",
-        [],
+        [_fragments(deploy)],
         f"Drawn from the modules of our {MODEL}, with random weights and batch norm statistics, and of what reparameterize "
         "made of it. The paper draws the same blocks, and beside them a ResNet's. The two forms give the same logits: "
         f"{proof}.",
@@ -56,13 +61,30 @@ def run(settings: Settings) -> Result:
     )
 
 
+def _fragments(deploy: RepVGG) -> Table:
+    """Count the convolutions and pools of one block, beside the paper's counts (section 3.1)."""
+    blocks = {"ResNet-18": ("resnet18", "layer1.1"), "ResNet-50": ("resnet50", "layer1.1")}
+    counts = {}
+    for name, (model, path) in blocks.items():
+        with suppress(ValueError), torch.device("meta"):  # without timm there is no ResNet
+            counts[name] = sum(layer.fragment for layer in cost(zoo.create_model(model), (3, 64, 64)).inside(path))
+    counts["RepVGG, deploy form"] = sum(layer.fragment for layer in cost(deploy, (3, 64, 64)).inside("stem.block"))
+    printed = {
+        "ResNet-18": FRAGMENTS["ResNet"][0],
+        "ResNet-50": FRAGMENTS["ResNet"][1],
+        "RepVGG, deploy form": FRAGMENTS["RepVGG"][0],
+    }
+    rows = [("NASNet-A", FRAGMENTS["NASNet-A"][0], None), *((name, printed[name], found) for name, found in counts.items())]
+    return Table("Convolutions and pools in one block (section 3.1)", ("network", "paper", "counted here"), rows)
+
+
 def count(model: nn.Module) -> int:
-    """Elements of all parameters."""
+    """Count the elements of all parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def draw(model: RepVGG, deploy: RepVGG) -> Figure:
-    """The first layers (four, as in the paper) of the deepest stage of `model`, and below each what it is in `deploy`.
+    """Draw the first layers (four, as in the paper) of the deepest stage of `model`, and below each what it is in `deploy`.
 
     Raises `ValueError` unless `model` is in training form and `deploy` is the same network in deploy form.
     """
@@ -105,7 +127,7 @@ def draw(model: RepVGG, deploy: RepVGG) -> Figure:
 
 
 def draw_block(block: nn.Module) -> Figure:
-    """One block in training form, `Branches` or a `Chain` that begins with them, and what it folds into."""
+    """Draw one block in training form, `Branches` or a `Chain` that begins with them, and what it folds into."""
     body, after = (block[0], list(block)[1:]) if isinstance(block, Chain) else (block, [])
     branches = [_branch(branch) for branch in body.children()]
     chain = [operator for m in after for operator in _operators(m)]
@@ -148,7 +170,7 @@ def _after(layer: Layer) -> list[Operator]:
 
 
 def _operators(module: nn.Module) -> list[Operator]:
-    """The leaves of `module` in order: a convolution with its geometry, "BN", or the name of anything else."""
+    """Return the leaves of `module` in order: a convolution with its geometry, "BN", or the name of anything else."""
     found: list[Operator] = []
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
@@ -192,7 +214,7 @@ def _heading(axes: Axes, y: float, form: str, details: str) -> None:
 
 
 def _block(axes: Axes, x: float, y: float, width: float, branches: Sequence[Sequence[Operator]]) -> None:
-    """The branches of one block, each in its lane, between the point where they part and their sum."""
+    """Draw the branches of one block, each in its lane, between the point where they part and their sum."""
     if len(branches) == 1:
         _chain(axes, x, y, width, branches[0])
         return
@@ -208,7 +230,7 @@ def _block(axes: Axes, x: float, y: float, width: float, branches: Sequence[Sequ
 
 
 def _chain(axes: Axes, x: float, y: float, width: float, chain: Sequence[Operator]) -> None:
-    """Operators one after the other on a wire."""
+    """Draw operators one after the other on a wire."""
     wire(axes, [(x, y), (x + width, y)])
     _boxes(axes, x + width / 2, y, chain)
 

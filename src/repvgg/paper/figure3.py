@@ -91,7 +91,7 @@ def _maps(size: int) -> str:
 
 
 def draw(counted: dict[str, Cost]) -> Any:
-    """What is alive during and after each operator, in feature maps."""
+    """Draw how many feature maps are alive during and after each operator."""
     figure, panels = plot(900, 290, len(counted))
     for axes, (kind, c) in zip(panels, counted.items(), strict=True):
         layers = c.layers[1:]  # after the stem

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from repvgg.bench.models import randomise_norms
 from repvgg.fold.algebra import LinearMap, Pair, regroup, widen
+from repvgg.fold.as_linear import Branches, as_linear
 from repvgg.fold.blocks import repvgg
-from repvgg.fold.reparam import Branches, as_linear
 from repvgg.paper.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, box, canvas, plus, wire, write
 from repvgg.paper.result import Result, Settings
 
@@ -69,7 +69,7 @@ def run(settings: Settings) -> Result:
 
 @torch.no_grad()
 def steps(block: Branches) -> Steps:
-    """The three steps of section 3.3 on `block`.
+    """Take `block` through the three steps of section 3.3.
 
     Raises `ReparamError` where it cannot be folded, `ValueError` where it is not a sum of branches.
     """
@@ -94,9 +94,10 @@ def _branch(module: nn.Module, total: LinearMap) -> Branch:
 
 
 def draw(block: Branches) -> Figure:
-    """`block` (eval mode, at most 4 channels in and out) through the three steps, its kernels as heat maps of one colour scale.
+    """Draw `block` (eval mode, at most 4 channels in and out) through the three steps, its kernels as heat maps.
 
-    A row for each branch; in each kernel, output channels from top to bottom and input channels from left to right.
+    All share one colour scale. A row for each branch; in each kernel output channels run from top to bottom, input channels from
+    left to right.
     Raises `ValueError` for more channels, `ReparamError` where the block cannot be folded.
     """
     s = steps(block)
@@ -141,7 +142,7 @@ def draw(block: Branches) -> Figure:
 
 
 def _as_trained(branch: Branch) -> dict[str, Tensor]:
-    """The numbers of each output channel, by name, that stand beside the kernel as it was trained."""
+    """Return the numbers of each output channel, by name, that stand beside the kernel as it was trained."""
     vectors = {"bias": branch.kernel.bias} if bool((branch.kernel.bias != 0).any()) else {}
     if branch.norm is not None:
         vectors |= {"scale": branch.norm.kernel.flatten(), "shift": branch.norm.bias}
@@ -150,7 +151,7 @@ def _as_trained(branch: Branch) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is drawn: for each pair of channels a slot of the block's kernel size, smaller kernels in its middle."""
+    """The layout of a drawn kernel: for each pair of channels a slot of the block's kernel size, smaller kernels in its middle."""
 
     inputs: int
     outputs: int
@@ -166,7 +167,7 @@ class Tile:
 
     @property
     def width(self) -> float:
-        """Of the kernel; each vector beside it adds VECTOR."""
+        """The width of the kernel in pixels; each vector beside it adds VECTOR."""
         return self.inputs * (self.columns * CELL + SLIT) - SLIT
 
     @property
@@ -183,12 +184,12 @@ class Tile:
         return middle - self.height / 2 + (channel + 0.5) * self.rows * CELL + channel * SLIT
 
     def map(self, axes: Axes, left: float, middle: float, m: LinearMap, inner: Pair | None = None) -> None:
-        """Kernel and bias."""
+        """Draw kernel and bias of `m`."""
         self.kernel(axes, left, middle, m, inner)
         self.vector(axes, left, middle, 0, m.bias)
 
     def kernel(self, axes: Axes, left: float, middle: float, m: LinearMap, inner: Pair | None = None) -> None:
-        """The kernel of `m`; what lies outside its `inner` part is padding."""
+        """Draw the kernel of `m`; what lies outside its `inner` part is padding."""
         kernel = regroup(m, 1).kernel
         height, width = inner or m.kernel_size
         rows, columns = m.kernel_size
@@ -199,13 +200,13 @@ class Tile:
             _cell(axes, x, y, CELL, CELL, float(kernel[o, i, r, c]), None if padding else self.limit)
 
     def vector(self, axes: Axes, left: float, middle: float, position: int, values: Tensor, heat: bool = True) -> None:
-        """A number for each output channel, in the `position`-th column beside the kernel."""
+        """Draw a number for each output channel in the `position`-th column beside the kernel."""
         x = self.beside(left, position)
         for o in range(self.outputs):
             _cell(axes, x, self.down(middle, o), VECTOR - 6, CELL - 4, float(values[o]), self.limit if heat else None)
 
     def legend(self, axes: Axes, left: float, middle: float, names: Sequence[str]) -> None:
-        """Names of the input channels and of the vectors, above."""
+        """Write the names of the input channels and of the vectors above."""
         y = middle - self.height / 2 - 11
         for i in range(self.inputs):
             write(axes, self.across(left, i), y, f"in {i + 1}", 11, MUTED)
@@ -213,13 +214,13 @@ class Tile:
             write(axes, self.beside(left, position), y, name, 11, MUTED)
 
     def outputs_legend(self, axes: Axes, left: float, middle: float) -> None:
-        """Names of the output channels, on the left."""
+        """Write the names of the output channels on the left."""
         for o in range(self.outputs):
             write(axes, left - 10, self.down(middle, o), f"out {o + 1}", 11, MUTED, rotation=90, va="center")
 
 
 def _cell(axes: Axes, x: float, y: float, width: float, height: float, value: float, limit: float | None) -> None:
-    """One number on its colour, or on none where there is no `limit`."""
+    """Draw one number on its colour, or on none where there is no `limit`."""
     fill = to_hex(HEAT(0.5 + 0.5 * value / limit)) if limit else PAPER
     edge = PAPER if limit else "#dfe3e8"
     axes.add_patch(
@@ -230,7 +231,7 @@ def _cell(axes: Axes, x: float, y: float, width: float, height: float, value: fl
 
 
 def number(value: float) -> str:
-    """Two digits after the point, one from 1 on and none from 10 on, without a leading zero: it has to fit a cell."""
+    """Write a number that fits a cell: two digits after the point, one from 1 on, none from 10 on, no leading zero."""
     size = abs(value)
     if value and size < 0.005:
         return ".00"
@@ -245,7 +246,7 @@ def _heading(axes: Axes, x: float, title: str, what: str) -> None:
 
 
 def _name(axes: Axes, x: float, y: float, height: float, kernel: LinearMap) -> None:
-    """What kind of branch a row is."""
+    """Label a row with its kind of branch."""
     rows, columns = kernel.kernel_size
     name, colours = f"{rows}×{columns}", POINTWISE if kernel.pointwise else WIDEST
     if kernel.scales_channels and bool((kernel.kernel == 1).all()):
@@ -255,7 +256,7 @@ def _name(axes: Axes, x: float, y: float, height: float, kernel: LinearMap) -> N
 
 
 def _sum(axes: Axes, left: float, right: float, middles: Sequence[float], middle: float) -> None:
-    """From every row into one."""
+    """Draw the wires from every row into one."""
     x = left + 16
     for y in middles:
         wire(axes, [(left, y), (x, y), (x, middle)])
@@ -265,7 +266,7 @@ def _sum(axes: Axes, left: float, right: float, middles: Sequence[float], middle
 
 
 def _scale(axes: Axes, left: float, y: float, width: float, limit: float) -> None:
-    """The colour scale, with its ends and its middle."""
+    """Draw the colour scale, with its ends and its middle."""
     step = width / 60
     for k in range(60):
         colour = HEAT((k + 0.5) / 60)

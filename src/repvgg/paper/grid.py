@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,13 +28,14 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from repvgg.data import Source, open_source
-from repvgg.disk import FileError, atomically
+from repvgg.disk import FileError, Log, atomically
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
-from repvgg.fold.reparam import reparameterize
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import write_record
 from repvgg.models import zoo
-from repvgg.models.repvgg import NETWORKS
+from repvgg.models.load import load
+from repvgg.models.names import NETWORKS, resolve_name
 from repvgg.train.evaluate import batches
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe
@@ -50,7 +51,7 @@ POLL = 2.0  # seconds between looks at what other processes hold
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: each of `variants` (names in `VARIANTS`) with seeds 0 to seeds - 1, in the order seed by seed.
+    """The cells to train: each of `variants` (names in `VARIANTS`) with seeds 0 to seeds - 1, in the order seed by seed.
 
     arch, width, small_input: the member that the variants are of. limit: at most so many images of each split, the same for all.
     Raises ValueError for a variant or an arch that there is not.
@@ -69,7 +70,7 @@ class Grid:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        arch = zoo.resolve_name(self.arch)
+        arch = resolve_name(self.arch)
         reorganised = f"{arch}_residual" in NETWORKS
         object.__setattr__(self, "arch", arch)
         object.__setattr__(self, "variants", self.variants or tuple(n for n in TABLES if n != "residual" or reorganised))
@@ -86,12 +87,12 @@ class Grid:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all cells of a folder have in common."""
+        """The settings that all cells of a folder share."""
         names = ("data", "arch", "width", "small_input", "limit")
         return {**{name: getattr(self, name) for name in names}, **asdict(self.recipe)}
 
     def network(self, variant: str) -> tuple[str, dict[str, Any]]:
-        """Name and options of a variant, as `create_model` takes them."""
+        """Return name and options of a variant, as `create_model` takes them."""
         if variant in RESNETS:
             return "resnet50", dict(RESNETS[variant])
         options: dict[str, Any] = {"width": self.width}
@@ -131,7 +132,7 @@ class Cell:
 
     @property
     def outcome(self) -> Outcome | None:
-        """None while it is not finished."""
+        """The cell's outcome; None while it is not finished."""
         if _read(self.folder / "diverged.json"):
             return Outcome(self.variant, self.seed)
         summary, forms = _read(self.folder / "summary.json"), _read(self.folder / "forms.json")
@@ -142,7 +143,7 @@ class Cell:
 
     @property
     def state(self) -> str:
-        """For people: its accuracy, or how far it is."""
+        """The cell's accuracy, or how far it is, in words."""
         if outcome := self.outcome:
             return "diverged" if outcome.top1 is None else f"{outcome.top1:.2%}"
         try:
@@ -155,7 +156,7 @@ class Cell:
         return f"epoch {epochs[-1]['epoch'] + 1}: {epochs[-1]['val_top1']:.1%}" if epochs else "begun"
 
 
-def run(grid: Grid, log: Callable[[str], None] = print) -> list[Outcome]:
+def run(grid: Grid, log: Log = print) -> list[Outcome]:
     """Work until every cell is finished, by this process or another. Raises ValueError, before any work, for settings that do not
     fit the data, or are not those that the folder was begun with."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -172,7 +173,7 @@ def run(grid: Grid, log: Callable[[str], None] = print) -> list[Outcome]:
 
 
 def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_size: int = 250) -> dict[str, Any]:
-    """A trained network in both forms on the validation split, in float32: see `Outcome.forms`."""
+    """Compare both forms of a trained network on the validation split, in float32: see `Outcome.forms`."""
     try:
         deploy = reparameterize(model.eval())
     except ReparamError as error:
@@ -193,7 +194,7 @@ def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_s
 
 
 def _take(cell: Cell, source: Source, board: "Board") -> bool:
-    """Work on a cell if nobody else does; whether this process did."""
+    """Work on a cell if nobody else does, and return whether this process did."""
     with _claim(cell.grid.out / f"{cell.name}.lock") as mine:
         if not mine or cell.outcome:
             return False
@@ -205,7 +206,7 @@ def _take(cell: Cell, source: Source, board: "Board") -> bool:
 
 @contextmanager
 def _claim(path: Path) -> Iterator[bool]:
-    """Whether nobody else held this lock; if so it is held within."""
+    """Hold a lock if nobody else does, and say whether it is held."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -231,7 +232,7 @@ def _work(cell: Cell, source: Source) -> None:
             except FloatingPointError as error:  # a result too
                 write_record(cell.folder / "diverged.json", {"reason": str(error)})
                 return
-        forms = compare_forms(zoo.load(cell.folder / "last.safetensors"), source, grid.device)
+        forms = compare_forms(load(cell.folder / "last.safetensors"), source, grid.device)
         write_record(cell.folder / "forms.json", forms)
 
 
@@ -239,7 +240,7 @@ def _work(cell: Cell, source: Source) -> None:
 
 
 def _try_out(grid: Grid, source: Source) -> None:
-    """Every variant can be built."""
+    """Check that every variant can be built."""
     for variant in grid.variants:
         arch, options = grid.network(variant)
         with torch.device("meta"):
@@ -247,7 +248,7 @@ def _try_out(grid: Grid, source: Source) -> None:
 
 
 def _settle(grid: Grid) -> None:
-    """The folder is this grid's. Raises ValueError, naming what differs, if it is another's."""
+    """Make the folder this grid's. Raises ValueError, naming what differs, if it is another's."""
     path = grid.out / "grid.json"
     wanted = json.loads(json.dumps(grid.settings))
     try:
@@ -279,7 +280,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 class Board:
     """A live table of all cells, those of other processes too, in a terminal; a line for each cell elsewhere."""
 
-    def __init__(self, grid: Grid, log: Callable[[str], None]) -> None:
+    def __init__(self, grid: Grid, log: Log) -> None:
         self.grid, self.log, self.live = grid, log, None
         self.mine: Cell | None = None
         self.waited = False

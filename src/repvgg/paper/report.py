@@ -10,7 +10,7 @@ from importlib import import_module
 from repvgg.deploy import engines
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine, write_record
-from repvgg.models.zoo import resolve_name
+from repvgg.models.names import resolve_name
 from repvgg.paper.result import NothingChosenError, Result, Settings
 from repvgg.terminal import print_table
 from repvgg.web import page
@@ -20,7 +20,7 @@ PARTS = (
     "figure1",
     "table4",
     "table5",
-    "forms",
+    "training_vs_deploy",
     "table6",
     "table7",
     "figure2",
@@ -35,7 +35,7 @@ PARTS = (
 
 
 def paper(part: str, settings: Settings, with_json: bool = False) -> None:
-    """One part, or "all" of them and a page, into the folder `settings.out`.
+    """Produce one part, or "all" of them and a page, in the folder `settings.out`.
 
     Raises ValueError for an unknown part or model, and for what its engine lacks.
     """
@@ -44,7 +44,7 @@ def paper(part: str, settings: Settings, with_json: bool = False) -> None:
         raise ValueError(f"the paper has no {part!r} here: did you mean {', '.join(close)}?")
     for model in settings.models:
         resolve_name(model)
-    engines.check(settings.engine or "eager", settings.precision, settings.device)
+    engines.check(settings.one_engine, settings.precision, settings.device)
     settings.out.mkdir(parents=True, exist_ok=True)
     if part != "all":
         show(part, produce(part, settings), settings, with_json)
@@ -65,14 +65,14 @@ def paper(part: str, settings: Settings, with_json: bool = False) -> None:
 
 
 def produce(part: str, settings: Settings) -> Result:
-    """Run it, and write its JSON and figures."""
+    """Run a part, write its JSON and figures, and return it."""
     result: Result = import_module(f"repvgg.paper.{part}").run(settings)
     keep(part, result, settings)
     return result
 
 
 def keep(part: str, result: Result, settings: Settings) -> None:
-    """Write its JSON and figures."""
+    """Write a part's JSON and figures."""
     write_record(settings.out / f"{part}.json", to_record(result, settings))
     for name, figure in result.figures.items():
         for kind in ("png", "svg"):
@@ -80,7 +80,7 @@ def keep(part: str, result: Result, settings: Settings) -> None:
 
 
 def to_record(result: Result, settings: Settings) -> dict[str, object]:
-    """What the part's file holds beside the machine."""
+    """Return what a part's file holds beside the machine."""
     return {
         "title": marked(result.title, settings),
         "quick": settings.quick,
@@ -113,16 +113,18 @@ def show(part: str, result: Result, settings: Settings, with_json: bool) -> None
 
 
 def as_page(results: dict[str, Result], settings: Settings) -> str:
-    """One self-contained document."""
+    """Return all parts as one self-contained HTML document."""
     sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
     about = this_machine()
     versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
     about = {name.replace("_", " "): value for name, value in about.items() if value is not None}
     sections.append(("Measured on", page.table([*about.items(), ("versions", versions)], ("", ""))))
     lead = (
-        "Every table and figure of “RepVGG: Making VGG-style ConvNets Great Again” about cost and speed, beside what "
-        f"was measured on {about.get('gpu') or about['processor']}."
+        f"{len(results)} of the {len(PARTS)} parts of “RepVGG: Making VGG-style ConvNets Great Again” that repvgg paper knows, "
+        f"beside what was measured on {about.get('gpu') or about['processor']}."
     )
+    if left_out := [part for part in PARTS if part not in results]:
+        lead += f" Left out, for want of data to train on or of a model that is in them: {', '.join(left_out)}."
     if settings.quick:
         lead += " This is a quick look: small batches, few rounds, a handful of models. Intervals are wide, and say so."
     return page.page("The RepVGG paper, measured here", sections, lead)

@@ -1,10 +1,11 @@
-"""What the paper's tables and figures share: how to measure, and what comes out."""
+"""The parts that the paper's tables and figures share: settings to measure by, and the result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg.disk import Log
 from repvgg.measure.machine import this_machine, threads
 
 if TYPE_CHECKING:
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from repvgg.measure.timing import Ratio
 
 
+BEST = "best"  # as an engine: each model's own fastest verified one
+
+
 class NothingChosenError(ValueError):
-    """None of the models asked for is in this table or figure."""
+    """A table or figure has none of the models that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,13 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. models: names as create_model takes them, none for all; engine: "" for each part's own choice (eager, as a
-    rule); batch_size, rounds: None for those of PROTOCOLS; quick: minutes instead of tens of minutes, and marked so; out: the
-    folder; log: told of progress. data, workers: what models are trained on, and processes that load it; input_size: pixels a
-    side, None for each model's own."""
+    """The settings to measure by.
+
+    data, workers: what models are trained on, and how many processes load it. models: names as create_model takes them, none for
+    all. engine: its name, "best" for each model's fastest that computes what PyTorch does, "" for each part's own choice.
+    batch_size, rounds: None for those of PROTOCOLS. input_size: pixels a side, None for each model's own. quick: minutes instead of
+    tens of minutes, and marked so. out: the folder. log: takes lines of progress.
+    """
 
     data: str = ""
     workers: int = 0
@@ -57,7 +64,7 @@ class Settings:
     device: str = "cpu"
     quick: bool = False
     out: Path = Path("paper")
-    log: Callable[[str], None] = field(default=print, compare=False)
+    log: Log = field(default=print, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (("batch_size", self.batch_size), ("rounds", self.rounds), ("threads", self.threads)):
@@ -70,15 +77,25 @@ class Settings:
         return Protocol(self.batch_size or usual.batch_size, self.rounds or usual.rounds, usual.batches, usual.warmup)
 
     @property
+    def named_engine(self) -> str:
+        """The engine asked for by its name; "" where none is."""
+        return "" if self.engine == BEST else self.engine
+
+    @property
+    def one_engine(self) -> str:
+        """The engine of a part that runs everything in one: eager unless another is named."""
+        return self.named_engine or "eager"
+
+    @property
     def where(self) -> str:
-        """The GPU, or the processor and how many threads."""
+        """The name of the GPU, or of the processor and how many threads."""
         here = this_machine()
         if self.device.startswith("cuda"):
             return str(here["gpu"])
         return f"{here['processor']}, {threads(self.threads or here['threads'])}"
 
     def options(self, batch_size: int) -> "Options":
-        """For building an engine."""
+        """Return the options that an engine is built with."""
         from repvgg.deploy.engines import Options
 
         return Options(
@@ -117,5 +134,5 @@ class Result:
 
 
 def interval(r: "Ratio") -> dict[str, float]:
-    """For JSON."""
+    """Return a ratio and its interval for JSON."""
     return {"ratio": r.value, "low": r.low, "high": r.high}

@@ -13,11 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from repvgg.bench.models import Candidate, bench
+import torch
+
+from repvgg.bench.models import Candidate, bench, network
+from repvgg.deploy.engines import Options
+from repvgg.deploy.fastest import fastest
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, ratio
-from repvgg.models import zoo
+from repvgg.models.names import resolve_name
+from repvgg.models.zoo import default_preprocessing
 from repvgg.paper.numbers import ModelSpeed
 from repvgg.paper.result import NothingChosenError, Settings
 
@@ -50,6 +55,7 @@ class Speed:
     macs: int
     winograd_muls: int
     date: str
+    engine: str = "eager"
 
     @property
     def images_per_second(self) -> float:
@@ -71,7 +77,10 @@ class Speed:
 
 
 def over(fast: Speed, slow: Speed) -> Ratio:
-    """How many times faster, through the reference that both took turns with: what the machine did in between cancels."""
+    """Return how many times faster `fast` is than `slow`, through the reference with which both took turns.
+
+    What the machine did in between cancels.
+    """
     assert fast.reference == slow.reference
     fast_, slow_ = (_times([s / r for s, r in zip(speed.seconds, speed.reference_seconds, strict=True)]) for speed in (fast, slow))
     return ratio(slow_, fast_)
@@ -82,16 +91,42 @@ def _times(seconds: Sequence[float]) -> Times:
 
 
 def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
-    """The rows whose models were asked for; a quick look's own choice where none were. Raises NothingChosenError for no row."""
-    names = [zoo.resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
+    """Return the rows whose models were asked for; a quick look's own choice where none were.
+
+    Raises NothingChosenError for no row.
+    """
+    names = [resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
     found = [row for row in rows if not names or row.model in names]
     if not found:
         raise NothingChosenError(f"it has no {' or '.join(names)}: its models are {', '.join(row.model for row in rows)}")
     return found
 
 
+def in_its_engine(model: str, settings: Settings) -> Candidate:
+    """Return a model in the engine to time it in: the one named, else its own fastest that computes what PyTorch does.
+
+    A quick look takes eager where none is named.
+    """
+    if settings.named_engine or (settings.quick and not settings.engine):
+        return Candidate(model, settings.one_engine, settings.precision)
+    options = Options(
+        input_size=_input_size(settings) or default_preprocessing({"name": model, "in_chans": 3}).input_size,
+        batch_size=settings.protocol.batch_size,
+        precision=settings.precision,
+        threads=settings.threads or torch.get_num_threads(),
+        channels_last=settings.channels_last,
+        device=settings.device,
+    )
+    folded, _ = network(Candidate(model))
+    return Candidate(model, fastest(folded, options, lambda line: settings.log(f"{model}: {line}")), settings.precision)
+
+
+def _input_size(settings: Settings) -> tuple[int, int, int] | None:
+    return (3, settings.input_size, settings.input_size) if settings.input_size else None
+
+
 def measure(pairs: Sequence[tuple[Candidate, Candidate]], settings: Settings) -> list[Speed]:
-    """The speed of the first of each pair, taking turns with the second, its reference.
+    """Measure the speed of the first of each pair, taking turns with the second, its reference.
 
     What is in `settings.out / "speeds.json"` from the same machine under the same settings is not measured again.
     """
@@ -126,7 +161,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
         threads=settings.threads,
         channels_last=settings.channels_last,
         device=settings.device,
-        input_size=(3, settings.input_size, settings.input_size) if settings.input_size else None,
+        input_size=_input_size(settings),
         log=settings.log,
         progress=lambda line: None,
     )
@@ -142,6 +177,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
         macs=last.cost.macs,
         winograd_muls=last.cost.winograd_muls,
         date=this_machine()["date"],
+        engine=candidate.engine,
     )
 
 
@@ -182,7 +218,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _conditions(settings: Settings) -> dict[str, Any]:
-    """What a speed depends on beside the pair that is timed."""
+    """Return all that a speed depends on beside the pair that is timed."""
     return {
         **asdict(settings.protocol),
         **({"input_size": settings.input_size} if settings.input_size else {}),
@@ -193,5 +229,5 @@ def _conditions(settings: Settings) -> dict[str, Any]:
 
 
 def significant(value: float) -> str:
-    """At least three digits."""
+    """Write a number with at least three digits."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -24,7 +24,7 @@ class Problem:
 
     @property
     def macs(self) -> int:
-        """Of one run of the whole table."""
+        """The multiply-adds of one run of the whole table."""
         return sum(c.macs for c in self.convolutions) * self.batch_size
 
     @property
@@ -36,7 +36,7 @@ PAPER = Problem(CHANNELS, BATCH)
 
 
 def run(settings: Settings) -> Result:
-    engine, runs = settings.engine or "eager", settings.rounds or (3 if settings.quick else RUNS)
+    engine, runs = settings.one_engine, settings.rounds or (3 if settings.quick else RUNS)
     options = settings.options(1)
     _, (pilot,) = time_convolutions([PILOT], options, engine=engine, rounds=3, warmup=1, log=settings.log)
     budget = QUICK_SECONDS if settings.quick else SECONDS
@@ -73,7 +73,7 @@ def run(settings: Settings) -> Result:
 
 
 def largest(seconds_per_mac: float, seconds: float, batch_size: int | None = None) -> Problem:
-    """The largest problem, up to the paper's, one run of which takes no longer; with that batch size, where it is given.
+    """Return the largest problem, up to the paper's, one run of which takes no longer; with that batch size, where it is given.
 
     The batch is halved first, down to 4, then the channels, down to 128, then the batch again.
     """
@@ -85,7 +85,7 @@ def largest(seconds_per_mac: float, seconds: float, batch_size: int | None = Non
 
 
 def _each(times: Times, macs: int) -> Times:
-    """Seconds a multiply-add."""
+    """Return seconds a multiply-add of each kernel."""
     return Times([[s / macs for s in turn] for turn in times.rounds])
 
 

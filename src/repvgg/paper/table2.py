@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from repvgg.models.repvgg import FAMILY, Member, RepVGG
+from repvgg.models.names import FAMILY, Member
+from repvgg.models.repvgg import RepVGG
 from repvgg.paper.numbers import TABLE2, Stage
 from repvgg.paper.result import Result, Settings, Table
 
@@ -30,7 +31,7 @@ def run(settings: Settings) -> Result:
 
 
 def stages() -> tuple[Stage, ...]:
-    """Table 2 as our networks have it."""
+    """Read Table 2 off our networks."""
     with torch.device("meta"):
         a, b = (RepVGG(FAMILY[name], deploy=True).eval() for name in ("repvgg_a0", "repvgg_b0"))
         sizes = [[feature.shape[-1] for feature in model.forward_intermediates(torch.empty(1, 3, 224, 224))] for model in (a, b)]
@@ -40,7 +41,7 @@ def stages() -> tuple[Stage, ...]:
 
 
 def _channels(stage: int) -> str:
-    """How the channels of a stage depend on a and b."""
+    """Find out how the channels of a stage depend on a and b."""
 
     def width(a: float, b: float) -> int:
         return Member((1, 1, 1, 1), a, b).widths()[stage]

@@ -1,6 +1,6 @@
 """Table 3: the members by their layers and multipliers, from the family data; and what follows from them."""
 
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 from repvgg.paper.numbers import TABLE3, Multipliers
 from repvgg.paper.result import Result, Settings, Table
 
@@ -29,7 +29,7 @@ def run(settings: Settings) -> Result:
 
 
 def members() -> tuple[Multipliers, ...]:
-    """Table 3 as our family data have it."""
+    """Read Table 3 off our family data."""
     return tuple(
         Multipliers(name, (1, *FAMILY[name].depths), FAMILY[name].a, FAMILY[name].b) for name in (row.model for row in TABLE3)
     )

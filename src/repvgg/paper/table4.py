@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from repvgg.bench.models import Candidate
 from repvgg.measure.timing import Ratio
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, Headline, ModelSpeed
 from repvgg.paper.result import Result, Settings, Table, interval
-from repvgg.paper.speeds import Speed, chosen, measure, over, significant
+from repvgg.paper.speeds import Speed, chosen, in_its_engine, measure, over, significant
 
 REFERENCE = "resnet18"
 ENOUGH = 6  # models, for a correlation to mean something
@@ -22,16 +21,17 @@ def run(settings: Settings) -> Result:
     why = (
         "More multiply-adds need not cost more time: RepVGG's are all in plain 3x3 convolutions, which run close to what the "
         "hardware can do, and there are no additions between branches, no small operators and little memory traffic. That "
-        "carries over to any machine. What does not is Winograd: where a library multiplies 4 times instead of 9 for a 3x3 "
+        "carries over to any machine. Winograd depends on the engine: where a library multiplies 4 times instead of 9 for a 3x3 "
         "of stride 1, as on the paper's GPU, RepVGG gains more from it than ResNet-50 and deeper ones, whose multiply-adds "
-        "are mostly in 1x1 convolutions. Without it A2 has 5.1 billion multiplications to do where ResNet-50 has 3.9. "
+        "are mostly in 1x1 convolutions. The native engine, which runs plain networks, has it. Without it A2 has 5.1 billion "
+        "multiplications to do where ResNet-50 has 3.9. "
         "(`repvgg paper winograd` tells whether it is in use.)"
     )
     return speed_tables(title, TABLE4, why, settings)
 
 
 def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: Settings) -> Result:
-    """The rows that were asked for, the headlines that compare two of them, and what speed goes with. Also of Table 5."""
+    """Return the rows that were asked for, the headlines that compare two of them, and what speed goes with. Also of Table 5."""
     rows = chosen(printed, settings)
     speeds = measure_models([row.model for row in rows], settings)
     claims = _claims(speeds)
@@ -51,22 +51,27 @@ def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: 
 
 
 def measure_models(models: Sequence[str], settings: Settings) -> dict[str, Speed]:
-    """Each model's speed in deploy form, taking turns with ResNet-18."""
-    candidates = [Candidate(model, settings.engine or "eager", settings.precision) for model in (*models, REFERENCE)]
+    """Measure each model's speed in deploy form, taking turns with ResNet-18, which has an engine of its own too."""
+    candidates = [in_its_engine(model, settings) for model in (*models, REFERENCE)]
     return dict(zip(models, measure([(c, candidates[-1]) for c in candidates[:-1]], settings), strict=True))
 
 
 def protocol(speeds: dict[str, Speed], settings: Settings) -> str:
-    """How the paper measured, and how we did."""
+    """Say how the paper measured, and how we did."""
     p = settings.protocol
     lowered = [f"{model} {speed.batch_size}" for model, speed in speeds.items() if speed.batch_size != p.batch_size]
     return (
         "The paper's speeds are those of one GTX 1080Ti in fp32 at batch 128, ours those of "
-        f"{settings.engine or 'eager'} in {settings.precision} on {settings.where}, at batch {p.batch_size}"
+        f"{_engines(speeds)} in {settings.precision} on {settings.where}, at batch {p.batch_size}"
         + (f" (where memory ran out: {', '.join(lowered)})" if lowered else "")
         + f": medians and quartiles of {p.rounds} rounds, in which each model took turns with ResNet-18. Every model was folded by "
         "the same reparameterize. Top-1 is the paper's; here the weights are random."
     )
+
+
+def _engines(speeds: dict[str, Speed]) -> str:
+    names = {speed.engine for speed in speeds.values()}
+    return names.pop() if len(names) == 1 else "each model's fastest engine that computes what PyTorch does, named in its row,"
 
 
 def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
@@ -75,6 +80,7 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
         "top-1, %",
         "examples/s, paper",
         "here",
+        "in the engine",
         "quartiles",
         "speed over ResNet-18, paper",
         "here (95% interval)",
@@ -92,10 +98,11 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
                 f"{row.top1:.2f}",
                 f"{row.speed:,}",
                 significant(speed.images_per_second),
+                speed.engine,
                 f"{significant(low)} to {significant(high)}",
                 f"{row.speed / PRINTED[REFERENCE].speed:.2f}x",
                 speed.ratio,
-                _beside(f"{math.floor(speed.params / 1e4) / 100:.2f}", f"{row.params_m:.2f}"),
+                _beside(_truncated(speed.params / 1e6, row), f"{row.params_m:.2f}"),
                 _beside(f"{speed.macs / 1e9:.1f}", f"{row.flops_b:.1f}"),
                 _beside(f"{speed.winograd_muls / 1e9:.1f}", "-" if row.muls_b is None else f"{row.muls_b:.1f}"),
             )
@@ -103,13 +110,18 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
     return Table("Accuracy, speed and cost", header, cells)
 
 
+def _truncated(millions: float, row: ModelSpeed) -> str:
+    """Write parameters as the paper does: cut after two digits, EfficientNet-B3's 12.1896 alone rounded."""
+    return f"{millions if row.model == 'efficientnet_b3' else math.floor(millions * 100) / 100:.2f}"
+
+
 def _beside(ours: str, printed: str) -> str:
-    """Ours; and what the paper prints, where that is something else."""
+    """Write our figure, and the paper's where that is another."""
     return ours if ours == printed else f"{ours} (paper {printed})"
 
 
 def _claims(speeds: dict[str, Speed]) -> list[tuple[Headline, Ratio]]:
-    """The paper's, where both models were timed, and what was found."""
+    """Return the paper's claims whose two models were timed, and what was found."""
     return [(h, over(speeds[h.fast], speeds[h.slow])) for h in HEADLINES if h.fast in speeds and h.slow in speeds]
 
 
@@ -129,7 +141,7 @@ def _agreement(claims: Sequence[tuple[Headline, Ratio]]) -> str:
 
 
 def _correlations(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> dict[str, Any]:
-    """Over the rows for which the paper counts MULs: the more of them, the slower, so -1 is perfect."""
+    """Correlate costs with speed over the rows for which the paper counts MULs: the more of them, the slower, so -1 is perfect."""
     counted = [row for row in rows if row.muls_b is not None]
     paper = [row.speed for row in counted]
     here = [speeds[row.model].images_per_second for row in counted]
@@ -150,7 +162,7 @@ def _correlation_table(found: dict[str, Any]) -> list[Table]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation, ties sharing their mean rank; NaN of fewer than two values, or where all are equal."""
+    """Return the rank correlation, ties sharing their mean rank; NaN of fewer than two values, or where all are equal."""
     try:
         return statistics.correlation(_ranks(a), _ranks(b))
     except statistics.StatisticsError:

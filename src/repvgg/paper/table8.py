@@ -13,8 +13,8 @@ from repvgg.bench.models import Candidate
 from repvgg.deploy import engines
 from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
-from repvgg.models.pspnet import PSPNETS
-from repvgg.models.zoo import load, resolve_name
+from repvgg.models.load import load
+from repvgg.models.names import PSPNETS, resolve_name
 from repvgg.paper.numbers import TABLE8, Segmentation
 from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
 from repvgg.paper.speeds import Speed, measure, over, significant
@@ -44,7 +44,7 @@ class Dilated:
 def run(settings: Settings) -> Result:
     scaled = _scaled(settings)
     models = chosen(settings)
-    engine = settings.engine or "eager"
+    engine = settings.one_engine
     reference = Candidate(REFERENCE, engine, settings.precision)
     candidates = {(m, form): Candidate(m, engine, settings.precision, form) for m in models for form in FORMS}
     speeds = dict(zip(candidates, measure([(c, reference) for c in candidates.values()], scaled), strict=True))
@@ -69,7 +69,7 @@ def run(settings: Settings) -> Result:
 
 
 def chosen(settings: Settings) -> list[str]:
-    """PSPNets that were asked for, in the table or not; else the table's, or a quick look's own choice."""
+    """Return the PSPNets that were asked for, in the table or not; else the table's, or a quick look's own choice."""
     names = [resolve_name(name) for name in settings.models]
     found = [name for name in names if name in PSPNETS]
     if names and not found:
@@ -183,26 +183,26 @@ def _why(dilated: Sequence[Dilated]) -> str:
 
 
 def _engines(settings: Settings) -> list[str]:
-    """The one asked for, or all that are at hand."""
-    if settings.engine:
-        return [settings.engine]
+    """Return the engine asked for, or all that are at hand."""
+    if settings.named_engine:
+        return [settings.named_engine]
     here = [name for name, known in engines.ENGINES.items() if all(find_spec(package) for package in known.packages)]
     return [name for name in here if settings.precision in engines.precisions(name, settings.device)]
 
 
 def layers(channels: int, dilation: int) -> nn.Module:
-    """Some of stage 4 in deploy form, with random weights, in eval mode."""
+    """Return some layers of stage 4 in deploy form, with random weights, in eval mode."""
     torch.manual_seed(0)
     convs = [nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation) for _ in range(LAYERS)]
     return nn.Sequential(*convs).eval()
 
 
 def _dilated_if_it_can(engine: str, settings: Settings) -> Dilated | None:
-    """None for an engine that runs whole networks alone."""
+    """Build dilated layers in an engine; None if it runs whole networks alone."""
     try:
         return _dilated(engine, QUICK_SHAPE if settings.quick else SHAPE, settings)
     except ValueError as error:
-        if settings.engine:
+        if settings.named_engine:
             raise
         settings.log(f"left out: {error}")
         return None
@@ -233,9 +233,9 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
 
 
 def _trained(model: str, settings: Settings) -> dict[str, Any]:
-    """A model trained by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
+    """Train a model by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
     from repvgg.data import open_source
-    from repvgg.fold.reparam import reparameterize
+    from repvgg.fold.reparameterize import reparameterize
     from repvgg.train.loop import train
     from repvgg.train.recipes import get_recipe
     from repvgg.train.segmentation import Segmentation as Task

@@ -3,8 +3,7 @@
 from dataclasses import asdict
 
 from repvgg.bench.models import Candidate
-from repvgg.models.repvgg import FAMILY
-from repvgg.models.zoo import resolve_name
+from repvgg.models.names import FAMILY, resolve_name
 from repvgg.paper.numbers import TABLE4, TABLE6
 from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
 from repvgg.paper.speeds import QUICK, Speed, measure, significant
@@ -14,7 +13,7 @@ PAPER_GAIN = next(row.speed for row in TABLE4 if row.model == "repvgg_b0") / TAB
 
 
 def run(settings: Settings) -> Result:
-    engine = settings.engine or "eager"
+    engine = settings.one_engine
     members = _members(settings)
     forms = [(Candidate(m, engine, settings.precision), Candidate(m, engine, settings.precision, "training")) for m in members]
     structures = [Candidate("repvgg_b0", engine, settings.precision, "training", row.block) for row in TABLE6]
@@ -38,7 +37,7 @@ def run(settings: Settings) -> Result:
 
 
 def _members(settings: Settings) -> list[str]:
-    """Those asked for; all of the paper's where none are."""
+    """Return the members asked for; all of the paper's where none are."""
     names = [resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
     found = [name for name in FAMILY if (name in names if names else name not in BEYOND)]
     if not found:

@@ -15,7 +15,7 @@ from typing import Any
 from repvgg.bench.kernels import Convolution, time_convolutions
 from repvgg.deploy import engines
 from repvgg.measure.timing import Ratio, Times, ratio
-from repvgg.models.repvgg import FAMILY
+from repvgg.models.names import FAMILY
 from repvgg.paper.drawing import MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.result import Result, Settings, Table, interval
 
@@ -84,7 +84,7 @@ def run(settings: Settings) -> Result:
 
 
 def conclude(verdicts: Sequence[str]) -> str:
-    """One sentence on an engine: what the test says of most of its convolutions."""
+    """Say in one sentence what the test finds for most of an engine's convolutions."""
     words = {"yes": "in use", "no": "not in use", "undecided": "undecided"}
     counts = {verdict: verdicts.count(verdict) for verdict in words}
     most = max(words, key=lambda verdict: counts[verdict])
@@ -96,7 +96,7 @@ def conclude(verdicts: Sequence[str]) -> str:
 
 
 def shapes(members: Sequence[str]) -> list[Convolution]:
-    """The 3x3 of stride 1 of stages 2 to 4 of each member: the last layer but one, which is where groups are."""
+    """Return the 3x3 of stride 1 of stages 2 to 4 of each member: the last layer but one, which is where groups are."""
     found = []
     for name in members:
         member = FAMILY[name]
@@ -107,7 +107,7 @@ def shapes(members: Sequence[str]) -> list[Convolution]:
 
 
 def counterparts(c: Convolution) -> dict[str, Convolution]:
-    """The four that are timed side by side."""
+    """Return the four convolutions that are timed side by side."""
     n, size = c.in_channels, c.size
     return {
         "stride 1": c,
@@ -118,9 +118,9 @@ def counterparts(c: Convolution) -> dict[str, Convolution]:
 
 
 def _engines(settings: Settings) -> list[str]:
-    """The one asked for; or all that are installed (in a quick look, eager alone)."""
-    if settings.engine or settings.quick:
-        return [settings.engine or "eager"]
+    """Return the engine asked for; or all that are installed (in a quick look, eager alone)."""
+    if settings.named_engine or settings.quick:
+        return [settings.one_engine]
     found = []
     for name in engines.ENGINES:
         try:
@@ -133,11 +133,11 @@ def _engines(settings: Settings) -> list[str]:
 
 
 def _tests(engine: str, settings: Settings) -> list[Comparison]:
-    """Of every shape; none of an engine that runs whole networks alone."""
+    """Return the test of every shape; none of an engine that runs whole networks alone."""
     try:
         return [_compare(engine, convolution, settings) for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)]
     except ValueError as error:
-        if settings.engine:
+        if settings.named_engine:
             raise
         settings.log(f"left out: {error}")
         return []
@@ -161,7 +161,7 @@ def _compare(engine: str, convolution: Convolution, settings: Settings) -> Compa
 
 
 def judge(engine: str, convolution: Convolution, batch_size: int, times: dict[str, Times]) -> Comparison:
-    """From the times of the four counterparts."""
+    """Judge by the times of the four counterparts."""
     by_round = {name: t.by_round for name, t in times.items()}
     extra = [max(0.0, b - a) for a, b in zip(by_round["depthwise stride 1"], by_round["depthwise stride 2"], strict=True)]
     explained = Times([[t + e] for t, e in zip(by_round["stride 1"], extra, strict=True)])

@@ -1,19 +1,21 @@
 """From trained weights to a model of other classes."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from repvgg.data import Source
+from repvgg.disk import Log
 from repvgg.models import zoo
-from repvgg.models.pspnet import PSPNETS, PSPNet
+from repvgg.models.load import is_file, open_model
+from repvgg.models.names import PSPNETS, resolve_name
+from repvgg.models.pspnet import PSPNet
 from repvgg.models.repvgg import RepVGG
 
 
 def started_from(
-    init: str | nn.Module, arch: str, source: Source, allow_deploy: bool = False, log: Callable[[str], object] = print
+    init: str | nn.Module, arch: str, source: Source, allow_deploy: bool = False, log: Log = print
 ) -> tuple[nn.Module, Source]:
     """The model of a file, or a member of the family with the paper's weights, or a model of ours itself, for the classes of a
     source; and the source with the model's own input size, mean and deviation (of one with masks, its mean and deviation).
@@ -25,12 +27,12 @@ def started_from(
     if isinstance(init, nn.Module):
         model, init = init, "this model"
     else:
-        model = zoo.open_model(init) if zoo.is_file(init) else zoo.create_model(init, pretrained=True)
+        model = open_model(init) if is_file(init) else zoo.create_model(init, pretrained=True)
     manifest = zoo.manifest_of(model)
     name = manifest.arch["name"] if manifest.arch else "a network without a name"
-    plan = PSPNETS.get(zoo.resolve_name(arch)) if arch else None
+    plan = PSPNETS.get(resolve_name(arch)) if arch else None
     is_backbone = isinstance(model, RepVGG) and plan is not None and plan.backbone == name
-    if arch and not is_backbone and (manifest.arch is None or zoo.resolve_name(arch) != name):
+    if arch and not is_backbone and (manifest.arch is None or resolve_name(arch) != name):
         raise ValueError(f"{init} holds {name}, not {arch}")
     if manifest.form == "deploy" and not allow_deploy:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.fold.reparam import Branches
+from repvgg.fold.as_linear import Branches
 from repvgg.models.repvgg import RepVGG
 from repvgg.train.recipes import Recipe
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of a run: finish the step, save, then leave."""
+"""Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) in the middle of a run: finish the step, save, then leave."""
 
 import signal
 import threading
@@ -23,7 +23,9 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():
-            self.before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                    self.before[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

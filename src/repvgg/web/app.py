@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -29,9 +29,8 @@ from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import random_images, staged
 from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
-from repvgg.disk import cache_folder
+from repvgg.disk import Log, cache_folder
 from repvgg.models import zoo
-from repvgg.models.pspnet import PSPNet
 from repvgg.predict.labels import expand
 from repvgg.web import page
 
@@ -39,7 +38,6 @@ HERE = Path(__file__).parent
 PACKAGE = "onnxruntime-web@1.30.0"  # the version that the page was tested with
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 EXAMPLES, LONGEST = 24, 1024  # at most so many, of at most so many pixels a side
-Log = Callable[[str], object]
 
 
 def build(
@@ -58,7 +56,7 @@ def build(
     had; `FileError` where the folder cannot be written.
     """
     manifest = zoo.manifest_of(model)
-    if isinstance(model, PSPNet):
+    if manifest.task == "masks":
         raise ValueError("the page shows labels, and a PSPNet makes masks")
     if manifest.form == "deploy":
         raise ValueError("this model is in deploy form, and the page shows both forms: name the file that it was folded from")

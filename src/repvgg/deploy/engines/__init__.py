@@ -16,6 +16,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from repvgg.disk import Log
+
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
@@ -89,6 +91,8 @@ class Known:
 ENGINES = {
     "eager": Known("eager", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
     "compile": Known("compiled", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
+    "compile-max": Known("compiled_max", (), (), ("fp32", "tf32", "bf16", "fp16")),
+    "cudagraphs": Known("cudagraphs", (), (), ("fp32", "tf32", "bf16", "fp16")),
     "aotinductor": Known("aotinductor", (), ("fp32", "bf16"), ()),
     "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ()),
     "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),
@@ -178,7 +182,7 @@ def check(name: str, precision: str, device: str = "cpu") -> None:
         raise ValueError(f"the engine {name} has no {precision} on {device}" + (f": it has {', '.join(has)}" if has else ""))
 
 
-def installed(precision: str, device: str = "cpu", log: Callable[[str], object] = print) -> list[str]:
+def installed(precision: str, device: str = "cpu", log: Log = print) -> list[str]:
     """Return the names of the engines that are here and have this precision; `log` hears of each that is not here."""
     found = []
     for name in ENGINES:

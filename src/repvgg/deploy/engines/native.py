@@ -15,8 +15,8 @@ from repvgg_engine.loader import build as build_net
 from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Options
+from repvgg.models.plain import layer_list
 from repvgg.models.pspnet import STRIDE, PSPNet
-from repvgg.models.repvgg import layer_list
 
 
 def build(model: nn.Module, options: Options) -> Engine:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Operator, Options, Signature
-from repvgg.models.repvgg import layer_list
+from repvgg.models.plain import layer_list
 
 MAGIC = 7767517
 RELU, SIGMOID = 1, 4  # ncnn's activation types

@@ -1,20 +1,17 @@
-"""info.py: what the tables say, and that their JSON says the same."""
+"""show_models.py: what the tables say, and that their JSON says the same."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import randomize
 
-from repvgg import info
+from repvgg.cli import show_models as info
 from repvgg.data import open_source
-from repvgg.fold.reparam import reparameterize
-from repvgg.models import zoo
-from repvgg.models.repvgg import FAMILY
-from repvgg.predict.labels import Prediction
-from repvgg.train.evaluate import Accuracy
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.load import save
+from repvgg.models.names import FAMILY
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import RECIPES
 
@@ -70,8 +67,8 @@ def test_a_comparator(capsys: Captured) -> None:
 def test_a_file(tmp_path: Path, capsys: Captured) -> None:
     source = open_source("digits")
     model = randomize(new_model("repvgg_micro", source, log=str, width=0.25), (32, 1, 16, 16))
-    zoo.save(model, tmp_path / "a.safetensors", training={"val_top1": 0.5, "recipe": {"epochs": 3}})
-    zoo.save(reparameterize(model), tmp_path / "b.safetensors")
+    save(model, tmp_path / "a.safetensors", training={"val_top1": 0.5, "recipe": {"epochs": 3}})
+    save(reparameterize(model), tmp_path / "b.safetensors")
     info.show(str(tmp_path / "a.safetensors"), as_json=False)
     table = capsys.readouterr().out
     assert "a.safetensors, training form, input 1 x 16 x 16" in table
@@ -102,52 +99,3 @@ def test_recipes(capsys: Captured) -> None:
     assert json.loads(capsys.readouterr().out)["crop"] == "shift"
     info.show_recipe("cifar", as_json=False)
     assert re.search(r"^ *--batch-size +128", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_accuracy(capsys: Captured) -> None:
-    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 4]])
-    accuracy = Accuracy(10, 0.5, 0.7, 1.0, confusion)
-    info.show_accuracy(accuracy, ["cat", "dog", "owl"], as_json=True)
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["per_class"] == {"cat": 0.75, "dog": None, "owl": pytest.approx(2 / 3)}
-    assert shown["confusion"] == confusion.tolist()
-    assert (shown["images"], shown["top1"], shown["top5"], shown["loss"]) == (10, 0.7, 1, 0.5)
-    info.show_accuracy(accuracy, ["cat", "dog", "owl"], as_json=False)
-    table = capsys.readouterr().out
-    assert re.search(r"^ *cat +3 +1 +\. +75.0%", table, re.MULTILINE)
-    assert re.search(r"^ *dog +\. +\. +\. *$", table, re.MULTILINE)  # no images, so no share
-    assert "nan" not in table
-    assert "top-1 70.00%   top-5 100.00%   loss 0.5000   10 images" in table
-
-
-def test_accuracy_of_many_classes_lists_the_hardest(capsys: Captured) -> None:
-    right = torch.arange(30)
-    confusion = torch.diag(right)
-    confusion[:, 0] += 29 - right
-    confusion[7] = 0  # absent
-    info.show_accuracy(Accuracy(870, 1, 0.5, 0.9, confusion), [f"class{i}" for i in range(30)], as_json=False)
-    table = capsys.readouterr().out
-    assert "The 20 hardest classes" in table
-    listed = re.findall(r"^ *class(\d+) ", table, re.MULTILINE)
-    assert listed == [str(i) for i in range(1, 22) if i != 7]
-
-
-def test_predictions(capsys: Captured) -> None:
-    answers = [Prediction("a.png", [("cat", 0.75), ("dog", 0.25)]), Prediction("b [x].png", [("dog", 0.6), ("cat", 0.4)])]
-    info.show_predictions(answers, as_json=True)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == {"path": "a.png", "labels": [{"label": "cat", "probability": 0.75}, {"label": "dog", "probability": 0.25}]}
-    assert len(lines) == 2
-    info.show_predictions(answers, as_json=False)
-    assert re.search(r"^ *b \[x\]\.png +dog 60.0% +cat 40.0%", capsys.readouterr().out, re.MULTILINE)
-
-
-@pytest.mark.parametrize("as_json", [True, False])
-def test_predictions_with_unreadable_images(as_json: bool, capsys: Captured) -> None:
-    answers = [Prediction("bad.png", [], "bad.png: no image"), Prediction("a.png", [("cat", 1.0)])]
-    with pytest.raises(ValueError, match="1 of 2 images could not be read"):
-        info.show_predictions(iter(answers), as_json)
-    shown = capsys.readouterr()
-    assert "a.png" in shown.out
-    assert "bad" not in shown.out
-    assert shown.err == "repvgg: bad.png: no image\n"

@@ -1,0 +1,108 @@
+"""Commands that turn a model into another file: convert, export, push."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from repvgg.cli.flags import Model, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Training form to deploy form, verified; or, with --to-keys, the same form in another implementation's keys.
+
+    Example: repvgg convert runs/photos/best.safetensors photos.safetensors
+    """
+
+    source: Annotated[
+        Path,
+        Positional,
+        arg(metavar="MODEL", help="Our file; an official, timm or mmpretrain checkpoint; anybody's .onnx; or timm:NAME."),
+    ]
+    target: Annotated[
+        Path,
+        Positional,
+        arg(metavar="OUT", help="The file to write: .safetensors, or .pth for a bare state dict; .onnx from .onnx or timm:NAME."),
+    ]
+    checkpoint: Path | None = None
+    """Weights for timm:NAME; random ones without it."""
+    to_keys: Literal["repvgg", "official", "timm", "mmpretrain"] | None = None
+    """Keep the form, and spell the state dict as this implementation does."""
+
+    def run(self) -> None:
+        if self.source.suffix == ".onnx":
+            from repvgg.fold.onnx import fold_onnx
+
+            say(str(fold_onnx(self.source, self.target)))
+            return
+        if str(self.source).startswith("timm:"):
+            from repvgg.deploy.from_timm import convert_timm
+
+            convert_timm(str(self.source).removeprefix("timm:"), self.target, self.checkpoint, say)
+            return
+        from repvgg.models.convert import convert
+
+        convert(self.source, self.target, self.to_keys, log=say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A file of another runtime: folded, written, loaded back, and compared with PyTorch before it is kept.
+
+    Example: repvgg export runs/photos/best.safetensors --to onnx --out exported
+    """
+
+    model: Model
+    to: Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor"]
+    """Kind of file; pt2 is torch.export's, aotinductor the same compiled for this kind of processor."""
+    out: Path
+    """Folder for the file and its report (.json)."""
+    batch_size: int = 0
+    """Images a run; 0 for any number."""
+    any_size: bool = False
+    """Take images of any height and width."""
+    pixels: bool = False
+    """Take uint8 pixels: mean and deviation go into the graph."""
+    image_size: tuple[int, int] | None = None
+    """Take uint8 pixels of this height and width: resizing and cropping go into the graph too."""
+    data: str = ""
+    """Compare on images of its validation split, instead of random ones."""
+    images: int = 8
+    """How many of them."""
+
+    def run(self) -> None:
+        from repvgg.deploy.export import Shape, export, real_images
+        from repvgg.models.load import open_model
+
+        network = open_model(self.model)
+        shape = Shape(self.batch_size or None, self.any_size, self.pixels, self.image_size)
+        images = real_images(network, self.data, self.images, shape) if self.data else None
+        export(network, self.to, self.out, Path(self.model).stem, shape, images, say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Publish a model file on the Hugging Face hub, with a card that says what was measured. Then hf:REPO stands for it.
+
+    Example: repvgg push runs/photos/best.safetensors me/photos --license mit
+    """
+
+    model: Annotated[
+        Path,
+        Positional,
+        arg(metavar="MODEL", help="A model file; the summary of its run, if it lies beside it, goes into the card."),
+    ]
+    repo: Annotated[str, Positional, arg(metavar="REPO", help="USER/NAME; made if it is not there.")]
+    license: str = ""
+    """An identifier of the hub's, such as mit or apache-2.0."""
+    private: bool = False
+    """Make the repository a private one."""
+    message: str = ""
+    """Message of the commit."""
+
+    def run(self) -> None:
+        from repvgg.models.push import push_to_hub
+
+        print(push_to_hub(self.model, self.repo, license=self.license, private=self.private, message=self.message))

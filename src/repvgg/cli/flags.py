@@ -1,0 +1,160 @@
+"""Flags that several commands share, each written once; and what they stand for."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from repvgg.terminal import printable
+from repvgg.train.recipes import Recipe
+
+if TYPE_CHECKING:
+    from repvgg.data import Source
+    from repvgg.models.views import Views
+
+DATA = (
+    "digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS; with masks, for a "
+    "PSPNet, camvid:ROOT, cityscapes:ROOT."
+)
+MODEL = "A model file, a run folder, hf:USER/NAME, or a name for its pretrained weights."
+Data = Annotated[str, arg(help=DATA)]
+Model = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL)]
+Runnable = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL[:-1] + "; or an exported file or its folder.")]
+Images = Annotated[tuple[str, ...], Positional, arg(metavar="IMAGES", help="Files, folders and globs.")]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+class Command(Protocol):
+    """A command: a dataclass whose fields are its words. Its docstring is its help."""
+
+    def run(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    """Fields of the recipe, shown with its values."""
+
+    def __post_init__(self) -> None:
+        """Leave the values unchecked: tyro would make a box of what a recipe complains of in a line."""
+
+    def checked(self) -> Recipe:
+        return Recipe(**asdict(self))
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where it runs."""
+
+    device: str = ""
+    """cpu, cuda, cuda:1, ...; empty: a GPU if there is one."""
+
+    def chosen(self) -> str:
+        """Return the device of that name, by default the first one. Raises ValueError for one that this machine lacks."""
+        import torch
+
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices = [*(["cuda", *gpus] if gpus else []), "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+        if self.device and self.device not in devices:
+            raise ValueError(f"no device {self.device!r} here: {', '.join(devices)}")
+        return self.device or devices[0]
+
+
+@dataclass(frozen=True)
+class WhereLoading(Where):
+    """Where it runs, and who loads images for it."""
+
+    workers: int = 0
+    """Processes that load images; 0: the main one does."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A smaller part of the data."""
+
+    limit: int | None = None
+    """At most this many images of each split, drawn with the seed."""
+    seed: int = 0
+    """Seed of the draw, and of weights, order and augmentation where it trains."""
+
+    def source(self, data: str) -> "Source":
+        """Open the data and draw from it."""
+        from repvgg.data import open_source
+
+        return open_source(data).limited(self.limit, self.seed)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the model."""
+
+    engine: str = ""
+    """auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own."""
+    precision: Precision = "fp32"
+    """Precision of the engine's weights and activations."""
+
+
+@dataclass(frozen=True)
+class Viewing:
+    """How a photo is shown to a segmentation model."""
+
+    slide: bool = False
+    """Segmentation only: predict in overlapping windows of the training crop's size."""
+    scales: str = "1"
+    """Segmentation only: average over these scales of the image, with commas: 0.75,1,1.25."""
+    flip: bool = False
+    """Segmentation only: average with the mirrored image."""
+
+    def views(self) -> "Views":
+        from repvgg.models.views import Views
+
+        try:
+            sizes = tuple(float(scale) for scale in self.scales.split(","))
+        except ValueError:
+            raise ValueError(f"--scales {self.scales}: numbers with commas, as in 0.75,1,1.25") from None
+        return Views(self.slide, sizes, self.flip)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The network that is trained."""
+
+    width: float = 1.0
+    """Scales the width multipliers a and b."""
+    small_input: bool | None = None
+    """Stem and first stage at stride 1; by default for images of at most 64 pixels."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is printed."""
+
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+# As fields of a command: `where: OnDevice = field(default_factory=Where)`.
+OnDevice = OmitArgPrefixes[Where]
+OnDeviceLoading = OmitArgPrefixes[WhereLoading]
+Drawn = OmitArgPrefixes[Draw]
+ByEngine = OmitArgPrefixes[Engine]
+Viewed = OmitArgPrefixes[Viewing]
+Shaped = OmitArgPrefixes[Shape]
+Printed = OmitArgPrefixes[Output]
+WithRecipe = OmitArgPrefixes[Settings]
+
+
+def listed(words: str) -> tuple[str, ...]:
+    """Return "a,b" as a tuple; nothing for nothing."""
+    return tuple(words.split(",")) if words else ()
+
+
+def process() -> int:
+    """Return which process this is of those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(line: str) -> None:
+    """Print a remark to stderr, so that stdout holds results alone."""
+    print("\n".join(map(printable, line.split("\n"))), file=sys.stderr, flush=True)

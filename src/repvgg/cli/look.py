@@ -1,0 +1,100 @@
+"""Commands to look around with: demo, info, recipe, web."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from repvgg.cli.flags import Images, Output, Printed, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole road on embedded data, in about a minute: train, fold, verify, time, predict, and a page to look at.
+
+    Example: repvgg demo --out demo
+    """
+
+    out: Path = Path("demo")
+    """Folder for the model files and the page (index.html)."""
+    seed: int = 0
+    """Seed of the run."""
+    web: bool = False
+    """Then run the trained model in the browser, both forms side by side, as repvgg web does with any model."""
+
+    def run(self) -> None:
+        from repvgg.demo import run
+
+        if not self.web or not (self.out / "index.html").exists():
+            run(self.out, self.seed)
+        if self.web:
+            trained, scans = self.out / "run" / "last.safetensors", self.out / "scans"
+            Web(model=str(trained), images=(str(scans),), out=self.out / "web").run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Web:
+    """A page that runs a model in the browser on the visitor's images, training form and deploy form side by side.
+
+    Example: repvgg web runs/cats/best.safetensors photos/
+    """
+
+    model: Annotated[str, Positional, arg(metavar="MODEL", help="A model file in training form, or its run folder.")]
+    images: Images = ()
+    out: Path = Path("web")
+    """Folder for the page and all that it needs; any static web server will do."""
+    runtime: Path | None = None
+    """Folder with onnxruntime-web's files; by default npm fetches them, once."""
+    port: int = 8000
+    """Port of the local server."""
+    serve: bool = True
+    """Serve the page to this machine, until Ctrl-C."""
+
+    def run(self) -> None:
+        from repvgg.models.load import load
+        from repvgg.web.app import build, serve
+
+        build(load(self.model), self.out, self.images, self.runtime, say)
+        if self.serve:
+            serve(self.out, self.port, say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """The family at a glance, one model layer by layer, or the operators of an exported file.
+
+    Example: repvgg info repvgg_a0
+    """
+
+    model: Annotated[str, Positional, arg(metavar="MODEL", help="A model's name or a model file; left out: the family.")] = ""
+    graph: Path | None = None
+    """An exported file (.onnx, OpenVINO's .xml, ncnn's .param), to list its operators."""
+    output: Printed = field(default_factory=Output)
+
+    def run(self) -> None:
+        from repvgg.cli.show_models import show, show_graph
+
+        if self.graph:
+            show_graph(self.graph, self.output.json)
+        else:
+            show(self.model, self.output.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowRecipe:
+    """The recipes, or one of them fully resolved.
+
+    Example: repvgg recipe light
+    """
+
+    name: Annotated[str, Positional, arg(metavar="NAME", help="A recipe; left out: all of them.")] = ""
+    output: Printed = field(default_factory=Output)
+
+    def run(self) -> None:
+        from repvgg.cli.show_models import show_recipe, show_recipes
+
+        if self.name:
+            show_recipe(self.name, self.output.json)
+        else:
+            show_recipes(self.output.json)

@@ -1,0 +1,172 @@
+"""Tables of models in the terminal: the family, one model layer by layer, an exported file's operators, recipes; or JSON."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repvgg.terminal import billions, millions, print_json, print_table
+from repvgg.train.recipes import RECIPES, get_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def show(name_or_file: str, as_json: bool) -> None:
+    """Show the family, or a model by its name or file."""
+    if not name_or_file:
+        _show_family(as_json)
+        return
+    import torch
+
+    from repvgg.models import zoo
+    from repvgg.models.load import is_file, open_model
+    from repvgg.models.names import resolve_name
+
+    if is_file(name_or_file):
+        _show_model(name_or_file, open_model(name_or_file), as_json)
+        return
+    name = resolve_name(name_or_file)
+    if zoo.is_built_folded(name):
+        with torch.device("meta"):  # shapes are enough
+            model = zoo.create_model(name, deploy=True)
+    else:
+        model = zoo.create_model(name, deploy=True)
+    _show_model(name, model.eval(), as_json)
+
+
+def show_graph(path: Path, as_json: bool) -> None:
+    """Show the operators of an exported file in order, and whether they are a plain stack."""
+    from repvgg.deploy.operators import read, summary
+
+    operators = read(path)
+    if as_json:
+        print_json({"operators": [asdict(operator) for operator in operators], "summary": summary(operators)})
+        return
+    rows = [
+        (
+            number,
+            operator.name,
+            "x".join(map(str, operator.kernel)),
+            "x".join(map(str, operator.stride)),
+            operator.groups if operator.groups > 1 else "",
+            operator.note,
+        )
+        for number, operator in enumerate(operators, 1)
+    ]
+    print_table(("", "operator", "kernel", "stride", "groups", ""), rows, title=str(path))
+    print(summary(operators))
+
+
+def _show_family(as_json: bool) -> None:
+    import torch
+
+    from repvgg.measure.costs import cost
+    from repvgg.models import zoo
+    from repvgg.models.names import FAMILY, PSPNETS, list_models
+
+    rows: list[dict[str, Any]] = []
+    for name, member in FAMILY.items():
+        with torch.device("meta"):
+            training, deploy = (zoo.create_model(name, deploy=form) for form in (False, True))
+        c = cost(deploy, zoo.manifest_of(deploy).preprocessing.input_size)
+        rows.append(
+            {
+                "model": name,
+                "depths": [1, *member.depths],
+                "widths": list(member.widths()),
+                "groups": member.groups,
+                "squeeze_excite": member.squeeze_excite,
+                "input": zoo.manifest_of(deploy).preprocessing.input_size[-1],
+                "training_params": sum(p.numel() for p in training.parameters()),
+                "params": c.params,
+                "macs": c.macs,
+                "winograd_muls": c.winograd_muls,
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    header = ("model", "depths", "widths", "groups", "input", "params, training", "deploy", "MACs", "Winograd MULs")
+    table = [
+        (
+            r["model"] + (" +SE" if r["squeeze_excite"] else ""),
+            " ".join(map(str, r["depths"])),
+            " ".join(map(str, r["widths"])),
+            r["groups"],
+            r["input"],
+            millions(r["training_params"]),
+            millions(r["params"]),
+            billions(r["macs"]),
+            billions(r["winograd_muls"]),
+        )
+        for r in rows
+    ]
+    print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
+    print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
+    print("Comparators: " + ", ".join(name for name in list_models() if name not in FAMILY and name not in PSPNETS))
+
+
+def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
+    from repvgg.measure.costs import cost
+    from repvgg.models import zoo
+
+    manifest = zoo.manifest_of(model)
+    c = cost(model, manifest.preprocessing.input_size)
+    if as_json:
+        summary = {"params": c.params, "macs": c.macs, "winograd_muls": c.winograd_muls, "bytes_moved": c.bytes_moved}
+        print_json({**asdict(manifest), **summary, "cost": [asdict(layer) for layer in c.layers]})
+        return
+    modules = dict(model.named_modules())
+    table = [
+        (
+            layer.path or "(model)",
+            layer.operator,
+            _geometry(modules[layer.path]),
+            "x".join(map(str, layer.output_shape)),
+            f"{layer.params:,}" if layer.params else "",
+            f"{layer.macs / 1e6:,.1f}" if layer.macs else "",
+            f"{layer.winograd_muls / 1e6:,.1f}" if layer.macs else "",
+        )
+        for layer in c.layers
+    ]
+    size = " x ".join(map(str, manifest.preprocessing.input_size))
+    header = ("layer", "operator", "geometry", "output", "params", "MACs (M)", "Winograd MULs (M)")
+    print_table(header, table, title=f"{name}, {manifest.form} form, input {size}")
+    print(c)
+    if manifest.classes:
+        shown = ", ".join(manifest.classes[:8]) + (" ..." if len(manifest.classes) > 8 else "")
+        print(f"classes           {len(manifest.classes)}: {shown}")
+    if manifest.training:
+        print("trained           " + ", ".join(f"{k} {v}" for k, v in manifest.training.items() if not isinstance(v, dict)))
+
+
+def _geometry(module: Any) -> str:
+    """Return "3x3 /2 d2 g4": kernel, stride, dilation, groups of a convolution, where they are not 1."""
+    if not hasattr(module, "kernel_size") or isinstance(module.kernel_size, int):
+        return ""
+    marks = (
+        (f" /{module.stride[0]}", module.stride[0]),
+        (f" d{module.dilation[0]}", module.dilation[0]),
+        (f" g{module.groups}", module.groups),
+    )
+    return "x".join(map(str, module.kernel_size)) + "".join(mark for mark, value in marks if value != 1)
+
+
+def show_recipes(as_json: bool) -> None:
+    if as_json:
+        print_json({name: asdict(recipe) for name, recipe in RECIPES.items()})
+        return
+    names = [f.name for f in fields(RECIPES["light"])]
+    print_table(
+        ("", *RECIPES), [(n.replace("_", "-"), *(str(getattr(r, n)) for r in RECIPES.values())) for n in names], title="Recipes"
+    )
+
+
+def show_recipe(name: str, as_json: bool) -> None:
+    recipe = get_recipe(name)
+    if as_json:
+        print_json(asdict(recipe))
+        return
+    print_table(
+        ("flag", "value"), [(f"--{key.replace('_', '-')}", value) for key, value in asdict(recipe).items()], title=f"Recipe {name}"
+    )

@@ -1,0 +1,216 @@
+"""Tables of results in the terminal: accuracies, predictions, INT8, pruning, speeds; or the same as JSON."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repvgg.cli.flags import say
+from repvgg.measure.machine import threads
+from repvgg.terminal import billions, millions, print_json, print_table
+
+if TYPE_CHECKING:
+    from repvgg.bench.models import BenchReport
+    from repvgg.deploy.prune import PruningReport
+    from repvgg.deploy.quantize import QuantizationReport
+    from repvgg.predict.job import Summary
+    from repvgg.predict.labels import Prediction
+    from repvgg.predict.masks import MaskPrediction
+    from repvgg.train.evaluate import Accuracy
+    from repvgg.train.segmentation import Overlap
+    from repvgg.train.tasks import Evaluation
+
+
+def show_evaluation(evaluation: "Evaluation", classes: Sequence[str], as_json: bool) -> None:
+    """Show how good a network is: accuracies of labels, or overlap of masks."""
+    shown: Any = show_accuracy if evaluation.measure == "top1" else show_overlap
+    shown(evaluation, classes, as_json)
+
+
+def show_overlap(overlap: "Overlap", classes: Sequence[str], as_json: bool) -> None:
+    """Show intersection over union of each class, their mean, and the share of pixels that are right."""
+    if as_json:
+        per_class = {name: None if math.isnan(x) else x for name, x in zip(classes, overlap.per_class, strict=True)}
+        figures = {"images": overlap.images, **overlap.figures, "per_class": per_class}
+        print_json({**figures, "confusion": overlap.confusion.tolist()})
+        return
+    labelled = int(overlap.confusion.sum())
+    rows = [
+        (name, _share(iou), f"{pixels / labelled:.2%}", _share(right / pixels if pixels else math.nan))
+        for name, iou, pixels, right in zip(
+            classes, overlap.per_class, overlap.confusion.sum(1).tolist(), overlap.confusion.diag().tolist(), strict=True
+        )
+    ]
+    print_table(("class", "IoU", "of the pixels", "recognised"), rows, title="Intersection over union")
+    line = f"mean IoU {overlap.score:.2%}   pixel accuracy {overlap.pixel_accuracy:.2%}   loss {overlap.loss:.4f}"
+    print(f"{line}   {overlap.images:,} images")
+
+
+def show_accuracy(accuracy: "Accuracy", classes: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        per_class = {name: None if math.isnan(a) else a for name, a in zip(classes, accuracy.per_class, strict=True)}
+        confusion = accuracy.confusion.tolist()
+        print_json(
+            {
+                **{k: getattr(accuracy, k) for k in ("images", "loss", "top1", "top5")},
+                "per_class": per_class,
+                "confusion": confusion,
+            }
+        )
+        return
+    if len(classes) <= 20:
+        width = max(len(c) for c in classes)
+        header = ("true \\ predicted", *(c[: max(4, 60 // len(classes))] for c in classes), "recognised")
+        rows = [
+            (name.ljust(width), *(n or "." for n in row), _share(share))
+            for name, row, share in zip(classes, accuracy.confusion.tolist(), accuracy.per_class, strict=True)
+        ]
+        print_table(header, rows, title="Confusion matrix")
+    else:
+        worst = sorted(zip(accuracy.per_class, classes, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0]))
+        print_table(("class", "recognised"), [(name, _share(share)) for share, name in worst[:20]], title="The 20 hardest classes")
+    print(f"top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}   loss {accuracy.loss:.4f}   {accuracy.images:,} images")
+
+
+def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None:
+    """Print one JSON object a line, or a table. Raises ValueError at the end if some image could not be read."""
+    rows, count, failed = [], 0, 0
+    for p in predictions:
+        count += 1
+        if p.error is not None:
+            failed += 1
+            say(f"repvgg: {p.error}")
+        elif as_json:
+            print(json.dumps({"path": p.path, "labels": [{"label": name, "probability": round(x, 6)} for name, x in p.labels]}))
+        else:
+            rows.append((p.path, *(f"{name} {x:.1%}" for name, x in p.labels)))
+    if rows:
+        print_table(("image", "label", *("",) * (len(rows[0]) - 2)), rows)
+    if failed:
+        raise ValueError(f"{failed} of {count} images could not be read")
+
+
+def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
+    """Print the largest classes of each image, or JSON. Raises ValueError at the end if some could not be read."""
+    rows, count, failed = [], 0, 0
+    for answer in answers:
+        count += 1
+        if answer.error is not None:
+            failed += 1
+            say(f"repvgg: {answer.error}")
+            continue
+        shares = answer.shares or {}
+        if as_json:
+            print(json.dumps({"path": answer.path, "shares": {name: round(share, 6) for name, share in shares.items()}}))
+        else:
+            rows.append((answer.path, ", ".join(f"{name} {share:.1%}" for name, share in list(shares.items())[:5])))
+    if rows:
+        print_table(("image", "share of the pixels"), rows)
+    if failed:
+        raise ValueError(f"{failed} of {count} images could not be read")
+
+
+def show_predicted(summary: "Summary", as_json: bool) -> None:
+    """Print what a folder of predictions holds."""
+    speed = summary.here / summary.seconds if summary.here else 0.0
+    if as_json:
+        print_json({**asdict(summary), "images_per_second": round(speed, 1)})
+        return
+    unread = f", {summary.errors:,} of them could not be read (column error)" if summary.errors else ""
+    here = f"; {summary.here:,} now, {speed:,.0f} img/s" if summary.here else ""
+    print(f"{summary.images:,} images{unread} in {summary.parts:,} parts{here}: {summary.out}")
+
+
+def show_quantization(report: "QuantizationReport", as_json: bool) -> None:
+    """Show what `repvgg quantize` measured."""
+    if as_json:
+        print_json(report.to_json())
+        return
+    worst = {layer.name for layer in sorted(report.layers, key=lambda layer: -layer.added)[:3]}
+    rows = [
+        (layer.name, f"{layer.snr:.1f}", f"{layer.added:.2%}", "in float" if i in report.kept else "hurts" * (layer.name in worst))
+        for i, layer in enumerate(report.layers)
+    ]
+    print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
+    before, after, (slow, fast) = report.before, report.after, report.speedup.images_per_second
+    print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
+    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup.ratio}")
+    print(report.path)
+
+
+def show_pruning(report: "PruningReport", as_json: bool) -> None:
+    """Show what `repvgg prune` measured."""
+    if as_json:
+        print_json(report.to_json())
+        return
+    accuracies, (large, small), speeds = (report.before, report.after), report.costs, report.speedup.images_per_second
+    rows = [
+        (name, f"{accuracy.top1:.2%}", millions(c.params), billions(c.macs), f"{speed:,.1f}")
+        for name, accuracy, c, speed in zip(("before", "after"), accuracies, (large, small), speeds, strict=True)
+    ]
+    print_table(("", "top-1", "params", "MACs", f"images/s, {report.engine}"), rows, title="Deploy form")
+    print(f"{report.keep:.0%} of the channels: top-1 {report.cut.top1:.2%} before training, then {report.after.top1:.2%}")
+    print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.speedup.ratio} the speed")
+    print(report.path)
+
+
+def show_reports(reports: Sequence["BenchReport"], out: Path | None, as_json: bool) -> None:
+    """Show what `repvgg bench` measured, one report for each batch size: tables or JSON, and a file."""
+    each = [report.to_json() for report in reports]
+    figures = each[0] if len(each) == 1 else {"reports": each}
+    if out is not None:
+        from repvgg.disk import atomically
+
+        atomically(out, lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
+    if as_json:
+        print_json(figures)
+        return
+    for report in reports:
+        _show_report(report)
+    m = each[0]["machine"]
+    print(
+        f"{reports[0].rounds} rounds of {reports[0].batches} batches, taking turns; speeds relative to the first row. "
+        f"{m['gpu'] or m['processor']}, {threads(m['threads'])}, PyTorch {m['versions']['torch']}"
+    )
+
+
+def _show_report(report: "BenchReport") -> None:
+    rows = [
+        (
+            row.candidate.model
+            + {"training": " (training form)", "space_to_batch": " (space-to-batch)"}.get(row.candidate.form, ""),
+            row.candidate.engine,
+            row.candidate.precision,
+            f"{row.batch_size} x {row.input_size[-1]} px",
+            f"{row.images_per_second:,.1f}",
+            f"{row.spread[0]:,.1f} to {row.spread[1]:,.1f}",
+            str(row.ratio),
+            f"{row.times.median / row.batch_size * 1e3:,.2f}",
+            f"{row.memory_bytes / 2**20:,.0f}",
+            f"{row.load_seconds:,.2f}",
+            f"{row.error:.0e}",
+            f"{row.left_unfolded} BN left" if row.left_unfolded else "",
+        )
+        for row in report.rows
+    ]
+    header = (
+        "model",
+        "engine",
+        "precision",
+        "batch",
+        "images/s",
+        "quartiles",
+        "speed (95% interval)",
+        "ms/image",
+        "memory, MiB",
+        "load, s",
+        "error",
+        "",
+    )
+    print_table(header, rows)
+
+
+def _share(share: float) -> str:
+    return "" if math.isnan(share) else f"{share:.1%}"

@@ -1,0 +1,230 @@
+"""Commands that train: train, prune, quantize, ablate."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from repvgg.cli.flags import (
+    Data,
+    Draw,
+    Drawn,
+    Model,
+    OnDevice,
+    OnDeviceLoading,
+    Output,
+    Printed,
+    Settings,
+    Shape,
+    Shaped,
+    Where,
+    WhereLoading,
+    WithRecipe,
+    listed,
+    process,
+    say,
+)
+from repvgg.train.recipes import Keeping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model on images, evaluate it every epoch, keep the best and the last; go on with a run that was stopped.
+
+    Example: repvgg train --arch repvgg_a0 --data photos --out runs/photos
+    """
+
+    arch: str = ""
+    """A model's name (see repvgg info); not needed with --init."""
+    init: str = ""
+    """A model file, or a name for its pretrained weights, to start from; the head is new if the classes are."""
+    data: Data
+    out: Path
+    """Run folder for models, recipe and metrics."""
+    recipe: str = ""
+    """light, heavy, cifar, finetune, demo, pspnet or camvid; empty: what suits the data. Its fields are the flags below."""
+    block: str = ""
+    """The structure of each layer in training form; by default the model's own. (An unknown one lists them all.)"""
+    shape: Shaped = field(default_factory=Shape)
+    draw: Drawn = field(default_factory=Draw)
+    where: OnDeviceLoading = field(default_factory=WhereLoading)
+    keeping: OmitArgPrefixes[Keeping] = field(default_factory=Keeping)
+    settings: WithRecipe = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from repvgg.train.distributed import local_device
+        from repvgg.train.loop import train
+
+        if not self.arch and not self.init:
+            raise ValueError(
+                "which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights"
+            )
+        options: dict[str, Any] = {"block": self.block} if self.block else {}
+        if self.shape.width != 1:
+            options["width"] = self.shape.width
+        if self.shape.small_input is not None:
+            options["small_input"] = self.shape.small_input
+        recipe, device = self.settings.checked(), local_device(self.where.chosen())
+        result = train(
+            self.arch,
+            self.draw.source(self.data),
+            recipe,
+            self.out,
+            init=self.init,
+            seed=self.draw.seed,
+            device=device,
+            workers=self.where.workers,
+            keeping=self.keeping,
+            log=say,
+            **options,
+        )
+        if process() == 0:
+            best, last = (f"{x.score:.2%}" for x in (result.best, result.last))
+            name = {"top1": "top-1", "mean_iou": "mean IoU"}[result.best.measure]
+            print(f"best val {name} {best}, last {last}, in {result.seconds / 60:.1f} min: {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Take channels out of a RepVGG and train what is left; with accuracy, cost and speed before and after.
+
+    Of a training form all branches are pruned together.
+
+    Example: repvgg prune runs/photos/best.safetensors --data photos --keep 0.5 --out runs/pruned
+    """
+
+    model: Model
+    data: Data
+    out: Path
+    """Run folder, with the best model in deploy form too (deploy.safetensors), and the figures (pruning.json)."""
+    keep: float = 0.5
+    """Share of each layer's channels that stay."""
+    recipe: str = ""
+    """As for train; empty: what suits the data. Its fields are the flags below."""
+    engine: str = "eager"
+    """Engine that the speeds are measured with, as in repvgg bench."""
+    draw: Drawn = field(default_factory=Draw)
+    where: OnDeviceLoading = field(default_factory=WhereLoading)
+    output: Printed = field(default_factory=Output)
+    keeping: OmitArgPrefixes[Keeping] = field(default_factory=Keeping)
+    settings: WithRecipe = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from repvgg.cli.show_results import show_pruning
+        from repvgg.deploy.prune import prune
+        from repvgg.models.load import open_model
+
+        source = self.draw.source(self.data)
+        report = prune(
+            open_model(self.model),
+            source,
+            self.out,
+            self.keep,
+            self.settings.checked(),
+            engine=self.engine,
+            seed=self.draw.seed,
+            device=self.where.chosen(),
+            workers=self.where.workers,
+            keeping=self.keeping,
+            log=say,
+        )
+        show_pruning(report, self.output.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """INT8, calibrated on real images; with the accuracy before and after, the layers that hurt, and the speed.
+
+    Calibrated on the training split, evaluated on the whole of the validation split.
+
+    Example: repvgg quantize runs/photos/best.safetensors --data photos --to onnx --out int8
+    """
+
+    model: Model
+    data: Data
+    to: Literal["openvino", "onnx"]
+    """Kind of file."""
+    out: Path
+    """Folder for the file and its report (.json)."""
+    images: int = 300
+    """Images to calibrate on."""
+    bias_correction: Literal["none", "fast", "full"] = "fast"
+    """Corrects what rounding weights does to a layer's mean."""
+    equalise: bool = False
+    """Scale channels first, so that weights have like ranges; exact."""
+    keep: tuple[int, ...] = ()
+    """Numbers of layers to leave in float; 0 -1 for the first and the last."""
+    max_drop: float | None = None
+    """Largest loss of top-1, as a fraction: leave as many layers in float as that takes."""
+    qat_epochs: int = 0
+    """First insert batch norms and train this long with weights and activations rounded."""
+    qat_lr: float = 0.001
+    """Learning rate of that, at its start."""
+    draw: Drawn = field(default_factory=Draw)
+    where: OnDevice = field(default_factory=Where)
+    output: Printed = field(default_factory=Output)
+
+    def run(self) -> None:
+        from repvgg.cli.show_results import show_quantization
+        from repvgg.deploy.quantize import Quantization, quantize
+        from repvgg.models.load import open_model
+
+        how = Quantization(self.images, self.bias_correction, self.equalise, self.keep, self.max_drop, self.qat_epochs, self.qat_lr)
+        source, device = self.draw.source(self.data), self.where.chosen()
+        report = quantize(open_model(self.model), source, self.to, self.out, Path(self.model).stem, how, device, say)
+        show_quantization(report, self.output.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablate:
+    """Tables 6 and 7 of the paper on any data: train every variant of a block with every seed, set them side by side.
+
+    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. Start it several times
+    on one folder, on one machine or many that share it, and they divide the work.
+
+    Example: repvgg ablate --data cifar10 --arch repvgg_micro --out runs/ablation
+    """
+
+    data: Data
+    out: Path
+    """Folder for a run folder per cell, and for the tables."""
+    arch: str = "repvgg_b0"
+    """The member that the variants are of."""
+    variants: str = ""
+    """Several with commas; by default the eleven of Tables 6 and 7. (An unknown one lists them all.)"""
+    seeds: int = 3
+    """How many, from 0 on. More may follow later."""
+    recipe: str = ""
+    """As for train; empty: what suits the data. Its fields are the flags below."""
+    limit: int | None = None
+    """At most this many images of each split, the same for all variants."""
+    shape: Shaped = field(default_factory=Shape)
+    where: OnDeviceLoading = field(default_factory=WhereLoading)
+    output: Printed = field(default_factory=Output)
+    settings: WithRecipe = field(default_factory=Settings)
+
+    def run(self) -> None:
+        from repvgg.paper.ablation import ablate
+        from repvgg.paper.grid import Grid
+        from repvgg.paper.report import keep, show
+        from repvgg.paper.result import Settings as How
+
+        device = self.where.chosen()
+        grid = Grid(
+            out=self.out,
+            data=self.data,
+            recipe=self.settings.checked(),
+            arch=self.arch,
+            width=self.shape.width,
+            small_input=self.shape.small_input,
+            limit=self.limit,
+            variants=listed(self.variants),
+            seeds=self.seeds,
+            device=device,
+            workers=self.where.workers,
+        )
+        how = How(data=self.data, device=device, out=self.out, log=say)
+        result = ablate(grid, how)
+        keep("ablation", result, how)
+        show("ablation", result, how, self.output.json)

@@ -1,0 +1,85 @@
+"""Refuse what a fold would silently change: train mode, damaged tensors, hooks, modules that cannot be copied."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.fold.algebra import ReparamError
+
+
+@contextmanager
+def inside(path: str) -> Iterator[None]:
+    """Errors raised here are about something within the module at `path`."""
+    try:
+        yield
+    except ReparamError as error:
+        raise error.inside(path) from None
+
+
+def refuse_train_mode(model: nn.Module) -> None:
+    """Raise `ReparamError` naming the first module in train mode: batch statistics make the fold silently wrong."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise ReparamError(
+                "is in train mode, where batch norm depends on the batch: call .eval() first",
+                name or type(module).__name__,
+            )
+
+
+def altered(module: nn.Module) -> str | None:
+    """Why this object may do something else than its type says."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "carries forward hooks (old-style spectral_norm is one), which folding would lose: remove them first"
+    return REPLACED if "forward" in vars(module) else None
+
+
+REPLACED = "has a forward of its own in place of its class's (torch.compile does so): fold the plain module, then compile that"
+
+
+def refuse_uncopyable(model: nn.Module) -> None:
+    """What a deep copy would tie to the original, or cannot copy at all."""
+    for path, module in model.named_modules():
+        if "forward" in vars(module):
+            raise ReparamError(REPLACED, path or type(module).__name__)
+        for name, value in (*vars(module).items(), *module._buffers.items()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ReparamError(
+                    f"`{name}` is the result of a computation, so the module cannot be copied: remove old-style weight_norm or "
+                    "spectral_norm, or run it under torch.no_grad()",
+                    path or type(module).__name__,
+                )
+
+
+def copied(model: nn.Module, share_tensors: bool = False) -> nn.Module:
+    """Return a deep copy in which each module is in the mode of the original (that of an fx.GraphModule comes back in train mode).
+
+    share_tensors: parameters stay the same objects.
+    """
+    copy_ = copy.deepcopy(model, {id(p): p for p in model.parameters()} if share_tensors else {})
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, module in copy_.named_modules():
+        module.training = modes.get(path, module.training)
+    return copy_
+
+
+def refuse_damage(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        refuse_nonfinite(name, tensor)
+
+
+def refuse_nonfinite(path: str, tensor: Tensor) -> None:
+    if not is_finite(tensor):
+        raise ReparamError("holds NaN or Inf: the checkpoint is damaged, or training diverged", path)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN, no Inf; by the extremes, which takes a twentieth of the time that looking at each element does."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children by name, one that is there twice included."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]

@@ -1,0 +1,78 @@
+"""A deploy form as a list of layers: written into model files (see manifest.py), and enough to build the network from."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from repvgg.fold.blocks import SqueezeExcite
+from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
+
+
+class PlainNet(nn.Module):
+    """A deploy form built from its list of layers alone, whatever architecture it once had (a pruned net, a backbone)."""
+
+    def __init__(self, layers: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.steps: list[tuple[str, str | None]] = []
+        for spec in layers:
+            path = spec["path"] if spec["op"] == "squeeze_excite" else str(spec.get("weight", "")).removesuffix(".weight")
+            if spec["op"] == "conv2d":
+                geometry = (spec["kernel_size"], spec["stride"], spec["padding"], spec["dilation"], spec["groups"])
+                self._place(path, nn.Conv2d(spec["in_channels"], spec["out_channels"], *geometry))
+            elif spec["op"] == "squeeze_excite":
+                self._place(path, SqueezeExcite(spec["channels"]))
+            elif spec["op"] == "linear":
+                self._place(path, nn.Linear(spec["in_features"], spec["out_features"]))
+            elif spec["op"] != "global_avg_pool":
+                raise ValueError(f"no operator {spec['op']!r}")
+            if spec.get("activation") not in (None, "relu"):
+                raise ValueError(f"no activation {spec['activation']!r}")
+            self.steps.append((path, spec.get("activation")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for path, activation in self.steps:
+            x = self.get_submodule(path)(x) if path else x.mean((2, 3))
+            x = x.relu() if activation else x
+        return x
+
+    def _place(self, path: str, module: nn.Module) -> None:
+        """Set a submodule, making the containers on the way, so that parameters are called what the list calls them."""
+        parent: nn.Module = self
+        *containers, name = path.split(".")
+        for container in containers:
+            if container not in parent._modules:
+                parent.add_module(container, nn.Module())
+            parent = parent.get_submodule(container)
+        parent.add_module(name, module)
+
+
+def layer_list(model: nn.Module) -> list[dict[str, Any]] | None:
+    """Return the operators of a deploy form in order, as model files list them; None for any other model."""
+    if isinstance(model, PlainNet):
+        return model.layers
+    if not isinstance(model, RepVGG) or not is_deploy_form(model) or any(isinstance(m, Residual) for m in model.modules()):
+        return None
+    layers: list[dict[str, Any]] = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, Layer):
+            continue
+        conv = layer.block
+        assert isinstance(conv, nn.Conv2d)
+        has_se = isinstance(layer.se, SqueezeExcite)
+        layers.append(
+            {
+                "op": "conv2d",
+                **{name: getattr(conv, name) for name in ("in_channels", "out_channels", "groups")},
+                **{name: list(getattr(conv, name)) for name in ("kernel_size", "stride", "padding", "dilation")},
+                "activation": None if has_se else "relu",
+                "weight": f"{path}.block.weight",
+                "bias": f"{path}.block.bias",
+            }
+        )
+        if has_se:
+            layers.append({"op": "squeeze_excite", "activation": "relu", "path": f"{path}.se", "channels": conv.out_channels})
+    if not isinstance(model.head, nn.Linear):  # a backbone
+        return layers
+    head = {"in_features": model.head.in_features, "out_features": model.head.out_features}
+    return [*layers, {"op": "global_avg_pool"}, {"op": "linear", **head, "weight": "head.weight", "bias": "head.bias"}]

@@ -1,0 +1,62 @@
+"""show_results.py: what the tables say, and that their JSON says the same."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from repvgg.cli import show_results as info
+from repvgg.predict.labels import Prediction
+from repvgg.train.evaluate import Accuracy
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_accuracy(capsys: Captured) -> None:
+    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 4]])
+    accuracy = Accuracy(10, 0.5, 0.7, 1.0, confusion)
+    info.show_accuracy(accuracy, ["cat", "dog", "owl"], as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["per_class"] == {"cat": 0.75, "dog": None, "owl": pytest.approx(2 / 3)}
+    assert shown["confusion"] == confusion.tolist()
+    assert (shown["images"], shown["top1"], shown["top5"], shown["loss"]) == (10, 0.7, 1, 0.5)
+    info.show_accuracy(accuracy, ["cat", "dog", "owl"], as_json=False)
+    table = capsys.readouterr().out
+    assert re.search(r"^ *cat +3 +1 +\. +75.0%", table, re.MULTILINE)
+    assert re.search(r"^ *dog +\. +\. +\. *$", table, re.MULTILINE)  # no images, so no share
+    assert "nan" not in table
+    assert "top-1 70.00%   top-5 100.00%   loss 0.5000   10 images" in table
+
+
+def test_accuracy_of_many_classes_lists_the_hardest(capsys: Captured) -> None:
+    right = torch.arange(30)
+    confusion = torch.diag(right)
+    confusion[:, 0] += 29 - right
+    confusion[7] = 0  # absent
+    info.show_accuracy(Accuracy(870, 1, 0.5, 0.9, confusion), [f"class{i}" for i in range(30)], as_json=False)
+    table = capsys.readouterr().out
+    assert "The 20 hardest classes" in table
+    listed = re.findall(r"^ *class(\d+) ", table, re.MULTILINE)
+    assert listed == [str(i) for i in range(1, 22) if i != 7]
+
+
+def test_predictions(capsys: Captured) -> None:
+    answers = [Prediction("a.png", [("cat", 0.75), ("dog", 0.25)]), Prediction("b [x].png", [("dog", 0.6), ("cat", 0.4)])]
+    info.show_predictions(answers, as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == {"path": "a.png", "labels": [{"label": "cat", "probability": 0.75}, {"label": "dog", "probability": 0.25}]}
+    assert len(lines) == 2
+    info.show_predictions(answers, as_json=False)
+    assert re.search(r"^ *b \[x\]\.png +dog 60.0% +cat 40.0%", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_predictions_with_unreadable_images(as_json: bool, capsys: Captured) -> None:
+    answers = [Prediction("bad.png", [], "bad.png: no image"), Prediction("a.png", [("cat", 1.0)])]
+    with pytest.raises(ValueError, match="1 of 2 images could not be read"):
+        info.show_predictions(iter(answers), as_json)
+    shown = capsys.readouterr()
+    assert "a.png" in shown.out
+    assert "bad" not in shown.out
+    assert shown.err == "repvgg: bad.png: no image\n"

@@ -1,0 +1,122 @@
+"""guards.py: train mode, damage, hooks and what cannot be copied are refused by name."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize
+from folding import SMALL, Siblings, assert_folds_exactly, conv, report_of, small
+from torch import nn
+
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.as_linear import Branches, as_linear
+from repvgg.fold.blocks import repvgg
+from repvgg.fold.proof import verify
+from repvgg.fold.reparameterize import reparameterize
+
+
+@pytest.mark.parametrize("path", ["", "stages", "stages.2.1.block.conv_1x1.bn", "stages.0.0.se"])
+def test_trap_01_train_mode_is_refused(path: str) -> None:
+    """Naming the first module in train mode."""
+    model = small()
+    model.get_submodule(path).training = True
+    with pytest.raises(ReparamError, match=rf"^{path or 'RepVGG'}: is in train mode.*call \.eval\(\) first"):
+        reparameterize(model)
+    for a, b in ((model, small()), (small(), model)):
+        with pytest.raises(ReparamError, match="is in train mode"):
+            verify(a, b, (3, 32, 32))
+
+
+def test_trap_01_train_mode_is_refused_in_one_block() -> None:
+    block = repvgg(4, 4).eval()
+    block.get_submodule("conv_kxk.bn").train()
+    with pytest.raises(ReparamError, match=r"^conv_kxk\.bn: is in train mode"):
+        as_linear(block)
+    with pytest.raises(ReparamError, match=r"^Dropout: is in train mode"):
+        as_linear(nn.Dropout())
+
+
+DAMAGE = [
+    ("stages.1.0.block.conv_kxk.bn.running_var", 0.0, "is 0 in channel 1; a variance is positive"),
+    ("stages.1.0.block.conv_1x1.bn.running_var", -0.25, "is -0.25 in channel 1"),
+    ("stages.2.1.block.identity.running_var", math.nan, "NaN or Inf"),
+    ("stages.2.1.block.identity.running_mean", math.inf, "NaN or Inf"),
+    ("stages.0.0.block.conv_kxk.conv.weight", math.nan, "NaN or Inf"),
+    ("stem.block.conv_1x1.bn.weight", -math.inf, "NaN or Inf"),
+    ("head.weight", math.nan, "NaN or Inf"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), DAMAGE, ids=[f"{name}-{value}" for name, value, _ in DAMAGE])
+def test_trap_10_a_damaged_tensor_is_refused_by_name(name: str, value: float, words: str) -> None:
+    model = small()
+    with torch.no_grad():
+        model.state_dict()[name][1] = value
+    with pytest.raises(ReparamError) as refused:
+        reparameterize(model)
+    assert str(refused.value).startswith(f"{name}: ")
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer1.0.bn1.running_var", 0.0), ("layer1.0.bn1.running_mean", math.nan), ("conv1.weight", math.inf)]
+)
+def test_trap_10_in_a_stranger_s_network(name: str, value: float) -> None:
+    model = pytest.importorskip("torchvision").models.resnet18().eval()
+    with torch.no_grad():
+        model.state_dict()[name][1] = value
+    with pytest.raises(ReparamError, match=rf"^{name}: "):
+        reparameterize(model)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_trap_15_hooks(register: str) -> None:
+    """Left beside a batch norm, refused in a block; hooks around both stay."""
+    for name in ("conv", "bn"):
+        model = randomize(Siblings(), SMALL)
+        getattr(model.get_submodule(name), register)(lambda *_: None)
+        report = assert_folds_exactly(model, SMALL)
+        assert "carries forward hooks" in report.left["bn"]
+    block = repvgg(4, 4).eval()
+    getattr(block.get_submodule("conv_1x1.bn"), register)(lambda *_: None)
+    with pytest.raises(ReparamError, match=r"^0\.conv_1x1\.bn: carries forward hooks.*remove them first"):
+        reparameterize(nn.Sequential(block).eval())
+    seen: list[int] = []
+    outside = randomize(Siblings(), SMALL)
+    getattr(outside, register)(lambda *_: seen.append(1))
+    folded = reparameterize(outside)
+    folded(torch.randn(SMALL))
+    assert report_of(folded).pairs == [("conv", "bn")]
+    assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_trap_15_old_weight_norm_is_refused_and_old_spectral_norm_left() -> None:
+    weight_normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(ReparamError, match=r"^0: `weight` is the result of a computation.*remove old-style weight_norm"):
+        reparameterize(weight_normed)
+    nn.utils.remove_weight_norm(weight_normed[0])
+    assert assert_folds_exactly(randomize(weight_normed, SMALL), SMALL).pairs == [("0", "1")]
+    spectral = randomize(nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)), SMALL)
+    with torch.no_grad():
+        report = assert_folds_exactly(spectral, SMALL)
+    assert report.left["1"].startswith("its Conv2d carries forward hooks (old-style spectral_norm is one)")
+
+
+def test_trap_15_a_forward_of_its_own_is_refused() -> None:
+    """A deep copy's `forward` would still be the original's: what torch.compile returns, and what some packages patch in."""
+    patched = nn.Sequential(nn.ReLU(), Siblings())
+    patched[1].forward = lambda x: x
+    compiled: Any = torch.compile(Siblings())
+    model: Any
+    for model, name in ((patched, "1"), (compiled, "OptimizedModule")):
+        model.eval()
+        with pytest.raises(ReparamError, match=rf"^{name}: has a forward of its own.*fold the plain module"):
+            reparameterize(model)
+        with pytest.raises(ReparamError, match=rf"^{name}: has a forward of its own"):
+            verify(model, model, (3, 8, 8))
+    patched_conv = conv().eval()
+    vars(patched_conv)["forward"] = lambda x: x
+    with pytest.raises(ReparamError, match=r"^a: has a forward of its own"):
+        as_linear(Branches(a=patched_conv).eval())

@@ -1,0 +1,242 @@
+"""pairs.py: a convolution and a batch norm that are siblings fold, and what is no pair is left with its reason."""
+
+from collections.abc import Callable
+
+import pytest
+import torch.nn.functional as F
+from conftest import randomize
+from folding import SMALL, MyConv, MyNorm, Siblings, assert_folds_exactly, folds, report_of
+from torch import Tensor, nn
+
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.as_linear import Branches, as_linear
+from repvgg.fold.blocks import with_bn
+from repvgg.fold.reparameterize import reparameterize
+
+
+class OutputUsedTwice(Siblings):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        out: Tensor = self.bn(y) + y
+        return out
+
+
+class CalledTwice(Siblings):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x)) + self.conv(x * 2)
+        return out
+
+
+class WeightUsedByHand(Siblings):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x)) + F.conv2d(x, self.conv.weight, padding=1)  # type: ignore[arg-type]
+        return out
+
+
+class Between(Siblings):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.conv(x).relu())
+        return out
+
+
+class Twisted(Siblings):
+    """Branches on a value: its forward cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if x.sum() > 0:
+            x = x * 2
+        out: Tensor = self.bn(x)
+        return out
+
+
+class Lists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)])
+        self.bns = nn.ModuleDict({"0": nn.BatchNorm2d(4), "1": nn.BatchNorm2d(4), "last": nn.BatchNorm2d(4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, conv in enumerate(self.convs):
+            x = self.bns[str(i)](conv(x)).relu()
+        out: Tensor = self.bns["last"](x)
+        return out
+
+
+class OneConvTwoHomes(nn.Module):
+    """One convolution, used with its batch norm in one place and without in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(3, 4, 3)
+        self.bare = nn.Sequential(conv, nn.ReLU())
+        self.normed = nn.Sequential(conv, nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bare(x) + self.normed(x)
+        return out
+
+
+class SharedWithTheUntraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(3, 4, 3)
+        self.hidden = Untraceable(conv)
+        self.normed = nn.Sequential(conv, nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.hidden(x) + self.normed(x)
+        return out
+
+
+class Untraceable(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x if x.sum() > 0 else -x)
+        return out
+
+
+class Reaches(nn.Module):
+    """Calls into a child's parts, past the child's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = with_bn(nn.Conv2d(3, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.stem(x) + self.stem.conv(x)  # type: ignore[operator]
+        return out
+
+
+class SharedBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.a(x)) + self.bn(self.b(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (OutputUsedTwice, "no convolution feeds this batch norm alone"),
+        (Between, "no convolution feeds this batch norm alone"),
+        (CalledTwice, "its Conv2d is used in more than one place"),
+        (WeightUsedByHand, "its Conv2d is used in more than one place"),
+        (OneConvTwoHomes, "its Conv2d is used in more than one place"),
+        (SharedWithTheUntraceable, "its Conv2d is used in more than one place"),
+        (Reaches, "its Conv2d is used in more than one place"),
+        (SharedBatchNorm, "its BatchNorm2d is used in more than one place"),
+        (Twisted, "Twisted cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"),
+        (lambda: Siblings(nn.Conv2d(3, 4, 4, padding="same")), 'its Conv2d with padding="same" and an even kernel'),
+        (lambda: Siblings(norm=nn.BatchNorm2d(4, track_running_stats=False)), "its BatchNorm2d has no running statistics"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_what_is_no_pair_is_left_with_a_reason(make: Callable[[], nn.Module], reason: str) -> None:
+    model = randomize(make(), SMALL)
+    report = assert_folds_exactly(model, SMALL)
+    assert report.pairs == []
+    (left,) = report.left.values()
+    assert left.startswith(reason)
+    assert reason in str(report)
+
+
+def test_siblings_in_lists_and_dictionaries() -> None:
+    report = assert_folds_exactly(randomize(Lists(), SMALL), SMALL)
+    assert report.pairs == [("convs.0", "bns.0"), ("convs.1", "bns.1")]
+    assert report.left == {"bns.last": "no convolution feeds this batch norm alone"}
+
+
+def test_a_pair_inside_something_untraceable_still_folds() -> None:
+    model = randomize(nn.Sequential(Siblings(), Twisted(nn.Conv2d(4, 4, 1))), SMALL)
+    report = assert_folds_exactly(model, SMALL)
+    assert report.pairs == [("0.conv", "0.bn")]
+    assert report.left == {"1.bn": "1 cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"}
+
+
+def test_a_whole_pair_used_twice_is_folded() -> None:
+    pair = with_bn(nn.Conv2d(3, 3, 3, padding=1))
+    assert assert_folds_exactly(randomize(nn.Sequential(pair, nn.ReLU(), nn.Sequential(pair)), SMALL), SMALL).pairs == [
+        ("0.conv", "0.bn")
+    ]
+
+
+def test_tied_weights() -> None:
+    a, b, bare = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+    bare.weight = b.weight = a.weight
+    report = assert_folds_exactly(randomize(nn.Sequential(with_bn(a), with_bn(b), bare), SMALL), SMALL)
+    assert report.pairs == [("0.conv", "0.bn"), ("1.conv", "1.bn")]
+
+
+def test_a_forward_that_stores_what_it_sees_stays_clean() -> None:
+    class Stores(Siblings):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x
+            return super().forward(x)
+
+    folded = reparameterize(Stores().eval())
+    assert report_of(folded).pairs == [("conv", "bn")]
+    assert "seen" not in vars(folded)
+
+
+def test_a_batch_norm_held_by_another_way_is_refused() -> None:
+    class Alias(Siblings):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = [self.bn]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.norms[0](self.conv(x))
+            return out
+
+    with pytest.raises(ReparamError, match=r"^1: uses a folded module in another way"):
+        reparameterize(nn.Sequential(nn.ReLU(), Alias()).eval())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Siblings(MyConv(3, 4, 3)), "its MyConv is a subclass of Conv2d"),
+        (lambda: Siblings(norm=MyNorm(4)), "its MyNorm is a subclass of BatchNorm2d"),
+        (
+            lambda: Siblings(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+            "its ParametrizedConv2d is parametrised: call",
+        ),
+        (
+            lambda: Siblings(nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 4, 3))),
+            "its ParametrizedConv2d is parametrised: call",
+        ),
+    ],
+)
+def test_trap_15_strangers_are_left(make: Callable[[], nn.Module], reason: str) -> None:
+    report = assert_folds_exactly(randomize(make(), SMALL), SMALL)
+    assert report.left["bn"].startswith(reason)
+    assert not report.pairs
+
+
+@pytest.mark.parametrize("name", ["Conv2dSame", "StdConv2d", "ScaledStdConv2d"])
+def test_trap_15_other_convolutions_of_timm_are_left(name: str) -> None:
+    layers = pytest.importorskip("timm.layers")
+    model = randomize(nn.Sequential(getattr(layers, name)(3, 4, 3, stride=2), nn.BatchNorm2d(4)), SMALL)
+    assert assert_folds_exactly(model, SMALL).left["1"].startswith(f"its {name} is a subclass of Conv2d")
+
+
+def test_trap_15_batch_norm_act_keeps_its_activation() -> None:
+    layers = pytest.importorskip("timm.layers")
+    norm_act = layers.BatchNormAct2d
+    model = randomize(
+        nn.Sequential(nn.Conv2d(3, 4, 3), norm_act(4, act_layer=nn.SiLU), nn.Conv2d(4, 4, 1), norm_act(4, apply_act=False)), SMALL
+    )
+    report = assert_folds_exactly(model, SMALL)
+    assert report.pairs == [("0", "1"), ("2", "3")]
+    folded = reparameterize(model)
+    assert [type(m) for m in folded.children()] == [nn.Conv2d, nn.SiLU, nn.Conv2d, nn.Identity]
+    with pytest.raises(ReparamError, match=r"^a\.1: has an activation inside"):
+        as_linear(Branches(a=model[:2]).eval())
+    folds(Branches(a=model[2:]), (2, 4, 6, 6))

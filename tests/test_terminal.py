@@ -1,0 +1,21 @@
+"""terminal.py: what is shown cannot steer the terminal."""
+
+import pytest
+
+from repvgg.terminal import print_table, printable
+
+
+def test_control_characters_are_spelled_out() -> None:
+    assert printable("cat\n\x1b[2Jdog\r") == r"cat\n\x1b[2Jdog\r"
+    assert printable("größe 猫 🐱") == "größe 猫 🐱"
+    assert printable("\u202etxt.exe") == r"\u202etxt.exe"  # the order of reading turned round
+    assert printable("a\udcffb") == r"a\udcffb"  # a file name that is not UTF-8
+
+
+def test_a_table_of_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("class", "n"), [("cat\n\x1b[31m", 5), ("[bold]dog", 7)])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert r"cat\n\x1b[31m" in shown
+    assert "[bold]dog" in shown
+    assert len(shown.strip().splitlines()) == 4
