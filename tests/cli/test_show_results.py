@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repvgg.cli import show_results as info
-from repvgg.predict.labels import Prediction
+from repvgg.predict.prediction import Prediction
 from repvgg.train.evaluate import Accuracy
 
 Captured = pytest.CaptureFixture[str]
