@@ -18,20 +18,20 @@ MAX_WORKERS = 256
 
 
 def eval_transform(preprocessing: Preprocessing) -> nn.Module:
-    """uint8 [C, H, W] of any size -> uint8 of the input size."""
+    """Return a transform from uint8 [C, H, W] of any size to uint8 of the input size."""
     transform: nn.Module = v2.Compose([fit(preprocessing), v2.CenterCrop(preprocessing.input_size[1:])])
     return transform
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 [N, C, H, W] -> float32, mean 0 and deviation 1 on the training set."""
+    """Turn uint8 [N, C, H, W] into float32 of mean 0 and deviation 1 on the training set."""
     mean, std = ([255 * x for x in values] for values in (preprocessing.mean, preprocessing.std))
     normalised: Tensor = v2.functional.normalize(images.float(), mean, std)
     return normalised
 
 
 def fit(preprocessing: Preprocessing) -> nn.Module:
-    """Resize the short side."""
+    """Return a transform that resizes the short side."""
     mode = InterpolationMode(preprocessing.interpolation)
     resize: nn.Module = v2.Resize(preprocessing.resize, interpolation=mode, antialias=True)
     return v2.Compose([Trim(), resize])  # type: ignore[no-any-return]
@@ -54,7 +54,7 @@ class Transformed:
     process runs it."""
 
     def __init__(self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None) -> None:
-        """bad: what to do about an image that cannot be read; by default its `ImageError` is raised."""
+        """Take images and a transform. bad: what to do about an image that cannot be read; without it `ImageError` is raised."""
         self.images, self.transform, self.seed, self.bad = images, transform, seed, bad
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by worker processes that live on
         self.spent = torch.zeros(MAX_WORKERS, 2, dtype=torch.float64).share_memory_()  # by worker: seconds, images
@@ -78,7 +78,7 @@ class Transformed:
 
     @property
     def images_per_second(self) -> float:
-        """That the workers can load, all together, if nothing keeps them waiting; 0 before any was loaded."""
+        """Images a second that the workers can load, all together, if nothing keeps them waiting; 0 before any was loaded."""
         used = self.spent[self.spent[:, 1] > 0]
         return float((used[:, 1] / used[:, 0]).sum())
 
@@ -103,7 +103,7 @@ class BadImages:
         return torch.zeros(3, 8, 8, dtype=torch.uint8), index.label if self.replace else -1
 
     def listed(self) -> list[str]:
-        """Each once."""
+        """Return what is listed, each line once."""
         return sorted(set(self.listing.read_text().splitlines())) if self.listing.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""From trained weights to a model of other classes."""
+"""Models of other classes, started from trained weights."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,8 +17,10 @@ from repvgg.models.repvgg import RepVGG
 def started_from(
     init: str | nn.Module, arch: str, source: Source, allow_deploy: bool = False, log: Log = print
 ) -> tuple[nn.Module, Source]:
-    """The model of a file, or a member of the family with the paper's weights, or a model of ours itself, for the classes of a
-    source; and the source with the model's own input size, mean and deviation (of one with masks, its mean and deviation).
+    """Return a trained model with a head for the classes of a source, and the source with the model's own preprocessing.
+
+    init: a model file, a member of the family, which comes with the paper's weights, or a model of ours itself. Of a source with
+    masks the sizes stay.
 
     The classifier starts anew unless the classes are the same. A classifier can be the backbone of the PSPNet that `arch` names.
     Raises ValueError for a model that is not an `arch` (if one is named), takes other channels, or is in deploy form: that is a
