@@ -19,6 +19,7 @@ from torch import Tensor
 from repvgg.terminal import printable
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: 300 MB once decoded, up to 9 bytes a pixel while it is
+LONGEST = 32  # times as long as wide: resized by its short side, a longer image would fill the memory
 STRIP = 4_000_000  # pixels that are converted at once
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 ORIENTATION = 0x0112  # EXIF's tag

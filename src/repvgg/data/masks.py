@@ -20,11 +20,10 @@ from torchvision.tv_tensors import Mask
 
 from repvgg.data import DataError, Source
 from repvgg.data.cache import kept
-from repvgg.data.images import ImageError, decode, decode_mask, is_image, size_of
+from repvgg.data.images import LONGEST, ImageError, decode, decode_mask, is_image, size_of
 from repvgg.models.manifest import Preprocessing
 
 IGNORED = 255
-LONGEST = 32  # times as long as wide: resized by its short side, a longer image would fill the memory
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data import Images
-from repvgg.data.images import ImageError
+from repvgg.data.images import LONGEST, ImageError
 from repvgg.models.manifest import Preprocessing
 
 MAX_WORKERS = 256
@@ -38,11 +38,11 @@ def fit(preprocessing: Preprocessing) -> nn.Module:
 
 
 class Trim(nn.Module):
-    """Cut the ends off an image more than 32 times as long as wide: resized by its short side, it would fill the memory."""
+    """Cut the ends off an image that is more than `LONGEST` times as long as wide."""
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        longest = 32 * min(height, width)
+        longest = LONGEST * min(height, width)
         if max(height, width) <= longest:
             return image
         trimmed: Tensor = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])

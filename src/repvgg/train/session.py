@@ -16,7 +16,7 @@ from torch import nn
 
 from repvgg.data import Source
 from repvgg.data.transforms import BadImages, normalise
-from repvgg.disk import FileError, Log, atomically, hold
+from repvgg.disk import FileError, Log, atomically, hold, out_of_memory
 from repvgg.measure.machine import write_record
 from repvgg.models.load import save
 from repvgg.train.batches import Feed
@@ -27,7 +27,7 @@ from repvgg.train.recipes import Keeping
 from repvgg.train.signals import StoppedError, StopRequests
 from repvgg.train.state import State, Store, shared
 from repvgg.train.tasks import Evaluation, Task
-from repvgg.train.trainer import Trainer, out_of_memory
+from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps; so late, at most, a loss that is no number is noticed; before anything is saved always
 TROUBLE = 1000  # what processes agree on where one cannot read its images; no signal has this number

@@ -196,9 +196,3 @@ def refuse_infinite(tensors: dict[str, Tensor]) -> None:
 
 def diverged(how: str) -> FloatingPointError:
     return FloatingPointError(f"{how}: training diverged, lower --lr. What was saved before is intact")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory did not suffice, on a GPU or here."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
