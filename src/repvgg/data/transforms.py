@@ -1,7 +1,9 @@
 """Transforms: torchvision v2 on uint8 images, one by one; normalisation on whole batches, where it is cheap."""
 
+import atexit
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,11 +121,27 @@ def load(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
+    batches = _batches(loader)
+    _unfinished.add(batches)
+    return batches
+
+
+def _batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     try:
         yield from loader
-    except ImageError as error:  # from a worker process it comes with the whole traceback in its message
-        reason = str(error).strip().splitlines()[-1]
-        raise ImageError(reason.removeprefix(f"{ImageError.__module__}.ImageError: ")) from None
+    except ImageError as error:  # from a worker process it comes with the whole traceback in its message, newlines spelled out
+        reason = str(error).rpartition(f"{ImageError.__module__}.ImageError: ")[2]
+        raise ImageError(reason.removesuffix("\\n")) from None
+
+
+_unfinished: Any = weakref.WeakSet()
+
+
+@atexit.register
+def _finish() -> None:
+    """Close what is half read, before the interpreter takes workers and names away from it."""
+    for batches in list(_unfinished):
+        batches.close()
 
 
 def leave_signals_to_the_main_process(_: int) -> None:
