@@ -1,4 +1,4 @@
-"""What is shown in a terminal: tables, progress, and strangers' words."""
+"""Tables, progress and strangers' words in a terminal."""
 
 import json
 import sys

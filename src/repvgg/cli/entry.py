@@ -33,6 +33,7 @@ COMMANDS = {
     "quantize": "training.Quantize",
     "prune": "training.Prune",
     "bench": "measuring.Bench",
+    "bench-data": "measuring.BenchData",
     "ablate": "training.Ablate",
     "paper": "measuring.Paper",
 }

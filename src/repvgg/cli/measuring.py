@@ -1,4 +1,4 @@
-"""Commands that measure: bench, paper."""
+"""Commands that measure: bench, bench-data, paper."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from repvgg.cli.flags import OnDevice, OnDeviceLoading, Output, Precision, Printed, Where, WhereLoading, listed, say
+from repvgg.cli.flags import DATA, OnDevice, OnDeviceLoading, Output, Precision, Printed, Where, WhereLoading, listed, say
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,35 @@ class Bench:
             for size in sizes
         ]
         show_reports(reports, self.out, self.output.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchData:
+    """Speed of training data, stage by stage: reading, decoding, augmenting, collating, to the device.
+
+    Stages are timed in one process each; "batches" is what a training run gets from all its workers.
+
+    Example: repvgg bench-data digits
+    """
+
+    data: Annotated[str, Positional, arg(metavar="DATA", help=DATA)]
+    recipe: str = ""
+    """Recipe whose augmentation is timed; by default what suits the data."""
+    images: int = 512
+    """Images of the training split that are timed."""
+    where: OnDeviceLoading = field(default_factory=WhereLoading)
+    output: Printed = field(default_factory=Output)
+
+    def run(self) -> None:
+        from repvgg.bench.data import data_speeds
+        from repvgg.cli.show_results import show_speeds
+        from repvgg.data import open_source
+        from repvgg.train.recipes import get_recipe
+
+        source = open_source(self.data)
+        recipe = get_recipe(self.recipe or source.recipe)
+        speeds = data_speeds(source, recipe, self.where.workers, self.where.chosen(), self.images)
+        show_speeds(speeds, self.output.json)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a run leaves in writing: metrics.jsonl, TensorBoard's events, Weights & Biases if asked for, and a curve to look at."""
+"""The log of a run: metrics.jsonl, TensorBoard's events, Weights & Biases if asked for, and a curve to look at."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def _add(board: Any, curves: dict[str, float], step: int) -> None:
 
 
 def _board(out: Path, step: int, log: Log) -> Any:
-    """None where TensorBoard is not installed, or its installation is broken: that is no reason not to train."""
+    """Return a writer of events; none where TensorBoard is missing or broken, which is no reason not to train."""
     if not find_spec("tensorboard"):
         return None
     try:
@@ -98,7 +98,7 @@ def _board(out: Path, step: int, log: Log) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: a process that was killed may have left half of one."""
+    """Return the lines that are whole: a process that was killed may have left half of one."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -114,8 +114,10 @@ TITLES = {"loss": "loss", "top1": "top-1, %", "pixel_accuracy": "pixel accuracy,
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG; nothing where matplotlib is not
-    installed."""
+    """Draw the loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG.
+
+    Nothing is drawn where matplotlib is not installed.
+    """
     if not lines or not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
