@@ -9,10 +9,6 @@ was found to be. Formats that can hold the same inside, do.
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,8 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options, Runtime, Signature
 from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.deploy.parity import Parity, compare, folded, reference
-from repvgg.disk import FileError, Log, describe
+from repvgg.deploy.staged import staged, written
+from repvgg.disk import Log, describe
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
@@ -151,7 +148,10 @@ def export(
     with staged(out) as folder:
         path = folder / (name + FORMATS[to].suffix)
         runtime = engines.runtime(FORMATS[to].module)
-        runtime.write(deploy, signature, path, manifest.to_json())
+        try:
+            runtime.write(deploy, signature, path, manifest.to_json())
+        except Exception as error:  # of any runtime
+            raise written(to, error) from None
         found = [_prove(_opened(runtime, path, signature, x), original, x) for x in samples]
         report = max(found, key=lambda parity: parity.error.relative)
         if bad := next((parity for parity in found if not parity.ok), None):
@@ -198,29 +198,6 @@ def write_report(path: Path, to: str, signature: Signature, manifest: Manifest, 
         "machine": this_machine(),
     }
     report_of(path).write_text(json.dumps(told, indent=2) + "\n")
-
-
-@contextmanager
-def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder inside `out` whose files move to `out` when all went well, and are gone otherwise. Raises `FileError`."""
-    out = Path(out)
-    existed = out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".", dir=out))
-    except OSError as error:
-        raise FileError(f"{out}: cannot be written ({error.strerror})") from None
-    try:
-        yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".json"):  # what tells of the others comes last
-            file.replace(out / file.name)
-    except OSError as error:
-        raise FileError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):
-                out.rmdir()  # which does nothing unless it is empty
 
 
 def _opened(runtime: Runtime, path: Path, signature: Signature, images: Tensor) -> Engine:

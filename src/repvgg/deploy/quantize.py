@@ -24,12 +24,13 @@ from repvgg.data import Source
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Int8Runtime, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.deploy.export import Shape, described, staged, write_report
+from repvgg.deploy.export import Shape, described, write_report
 from repvgg.deploy.formats import FORMATS
 from repvgg.deploy.int8 import round_convolutions
 from repvgg.deploy.parity import folded
 from repvgg.deploy.runner import Runner
 from repvgg.deploy.speedup import Speedup, speedup
+from repvgg.deploy.staged import staged, written
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
 from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
@@ -158,16 +159,17 @@ def quantize(
         def accuracy(file: Path) -> Accuracy:
             return evaluate(runner(file), batches(source.val, told.preprocessing, BATCH), len(source.classes))
 
-        runtime.save(runtime.read(to_onnx(deploy, signature)), plain, "")
+        _saved(runtime, runtime.read(to_onnx(deploy, signature)), plain, "")
         before = accuracy(plain)
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
         if settings.qat_epochs:
             deploy = _trained_rounded(deploy, images, source, settings, device, log)
             save(deploy, folder / f"{name}.qat.safetensors")
-            runtime.save(runtime.read(to_onnx(deploy, signature)), plain, "")
+            _saved(runtime, runtime.read(to_onnx(deploy, signature)), plain, "")
         while True:
             log(f"quantising on {len(images)} images" + (f", {len(kept)} layers left in float" if kept else ""))
-            runtime.save(_quantised(runtime, plain, images, kept, settings), path, told.to_json())
+            rounded = _quantised(runtime, plain, images, kept, settings)
+            _saved(runtime, rounded, path, told.to_json())
             after = accuracy(path)
             layers = _noise(runtime, plain, path, images[:WATCHED], names)
             log(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8")
@@ -219,6 +221,13 @@ def _worst(layers: list[LayerNoise], kept: list[int], max_drop: float) -> int:
     if not left:
         raise ValueError(f"--max-drop {max_drop}: not kept even with every convolution in float; it is the classifier or chance")
     return max(left, key=lambda i: layers[i].added)
+
+
+def _saved(runtime: Int8Runtime, network: Any, path: Path, metadata: str) -> None:
+    try:
+        runtime.save(network, path, metadata)
+    except Exception as error:  # of either runtime
+        raise written("INT8", error) from None
 
 
 def _quantised(runtime: Int8Runtime, plain: Path, images: Tensor, kept: list[int], settings: Quantization) -> Any:
