@@ -34,8 +34,8 @@ LARGE = 3 * 512 * 512  # numbers in an image of which eight in float64 take too 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the file shall take. batch_size: None for any; any_size: any height and width; pixels: uint8 pixels, so that the graph
-    normalises; image_size: uint8 pixels of that height and width, so that the graph resizes and crops too."""
+    """Images that the file shall take. batch_size: None for any; any_size: any height and width; pixels: uint8 pixels, so that the
+    graph normalises; image_size: uint8 pixels of that height and width, so that the graph resizes and crops too."""
 
     batch_size: int | None = None
     any_size: bool = False
@@ -43,7 +43,7 @@ class Shape:
     image_size: tuple[int, int] | None = None
 
     def refused_by(self, name: str) -> str | None:
-        """Why that format cannot hold such a graph, if so."""
+        """Return why that format cannot hold such a graph, if so."""
         has = FORMATS[name]
         if self.batch_size is not None and self.batch_size < 1:
             return f"--batch-size {self.batch_size}: at least 1, or 0 for any"
@@ -57,7 +57,7 @@ class Shape:
 
 
 class FromPixels(nn.Module):
-    """uint8 pixels [N, C, H, W] -> logits: preparing an image is a part of the graph.
+    """Maps uint8 pixels [N, C, H, W] to logits: preparing an image is a part of the graph.
 
     Resizing is linear, so it is two products with matrices, which every runtime has and none does in its own way. `predict` rounds
     the resized image to whole grey levels, this does not.
@@ -162,7 +162,7 @@ def export(
 
 
 def described(manifest: Manifest, shape: Shape) -> Manifest:
-    """What an exported file says of itself: what is done to an image before it goes in."""
+    """Return what an exported file says of itself: what is done to an image before it goes in."""
     p = manifest.preprocessing
     if shape.pixels or shape.image_size:  # float pixels are left as they are
         p = replace(p, mean=(0.0,) * len(p.mean), std=(1 / 255,) * len(p.std))
@@ -172,14 +172,14 @@ def described(manifest: Manifest, shape: Shape) -> Manifest:
 
 
 def real_images(model: nn.Module, data: str, count: int, shape: Shape = Shape()) -> Tensor:
-    """`count` images of the validation split that `data` names, prepared as an exported file of that shape takes them."""
+    """Return `count` images of the validation split that `data` names, prepared as an exported file of that shape takes them."""
     source = open_source(data).limited(count)
     preprocessing = described(zoo.manifest_of(model), shape).preprocessing
     return torch.cat([x for x, _ in batches(source.val, preprocessing, 64)])
 
 
 def random_images(signature: Signature) -> Tensor:
-    """Eight, of large ones two; normal, or pixels of any value."""
+    """Return eight images, of large ones two: normal numbers, or pixels of any value."""
     random = torch.Generator().manual_seed(0)
     count = 8 if math.prod(signature.size) <= LARGE else 2
     if signature.dtype == torch.uint8:
@@ -188,7 +188,7 @@ def random_images(signature: Signature) -> Tensor:
 
 
 def write_report(path: Path, to: str, signature: Signature, manifest: Manifest, found: dict[str, Any]) -> None:
-    """The .json beside an exported file."""
+    """Write the .json beside an exported file."""
     sides = (None, None) if signature.any_size else signature.size[1:]
     told = {
         "format": to,

@@ -1,4 +1,4 @@
-"""Which engines this machine has, and how fast each was when `--engine auto` last measured them."""
+"""Engines that this machine has, and how fast each was when `--engine auto` last measured them."""
 
 import json
 from contextlib import suppress

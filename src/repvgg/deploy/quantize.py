@@ -48,7 +48,8 @@ WATCHED = 32  # images on which the signal-to-noise ratio is measured
 
 @dataclass(frozen=True)
 class Quantization:
-    """images: to calibrate on. bias_correction: of what rounding weights does to a layer's mean. equalise: first, cross-layer.
+    """Settings of INT8. images: to calibrate on. bias_correction: of what rounding weights does to a layer's mean. equalise: first,
+    cross-layer.
 
     keep: layers left in float, by their number (-1: the classifier). max_drop: of top-1, as a fraction; layers are left in float,
     the worst first, until it is kept. qat_epochs: of training with batch norms inserted and weights and activations rounded, before
@@ -87,7 +88,7 @@ class LayerNoise:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What INT8 costs and gains: accuracy on the whole validation split, by layer, and speed in the same runtime."""
+    """Costs and gains of INT8: accuracy on the whole validation split, by layer, and speed in the same runtime."""
 
     path: Path
     before: Accuracy
@@ -99,7 +100,7 @@ class QuantizationReport:
 
     @property
     def drop(self) -> float:
-        """Of top-1, as a fraction."""
+        """Loss of top-1, as a fraction."""
         return self.before.top1 - self.after.top1
 
     def to_json(self) -> dict[str, Any]:
@@ -196,13 +197,13 @@ def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings
 
 
 def qat_recipe(source: Source) -> Recipe:
-    """The source's own, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a training,
-    augmented as they are, would change the network more than the rounding does."""
+    """Return the source's own recipe, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a
+    training, augmented as they are, would change the network more than the rounding does."""
     return replace(get_recipe(source.recipe), warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
 
 
 def _numbers(keep: tuple[int, ...], count: int) -> list[int]:
-    """Of layers, counted from the front. Raises ValueError for one that is not there."""
+    """Return layers' numbers, counted from the front. Raises ValueError for one that is not there."""
     if wrong := next((n for n in keep if not -count <= n < count), None):
         raise ValueError(f"--keep {wrong}: there are {count} layers")
     return sorted({n % count for n in keep})
