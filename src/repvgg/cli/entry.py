@@ -22,6 +22,7 @@ DESCRIPTION = f"repvgg {__version__}: train a multi-branch RepVGG, fold it exact
 COMMANDS = {
     "demo": "look.Demo",
     "info": "look.Info",
+    "engines": "look.Engines",
     "recipe": "look.ShowRecipe",
     "train": "training.Train",
     "eval": "using.Eval",

@@ -66,7 +66,7 @@ Section = tuple[str, str]
 
 
 def page(title: str, sections: Sequence[Section], lead: str = "") -> str:
-    """A whole document.
+    """Return a whole document.
 
     sections: (heading, body), the body being HTML made of the pieces below; `title`, `lead` and headings are plain text.
     """
@@ -106,7 +106,7 @@ def paragraph(text: str) -> str:
 
 
 def heading(text: str) -> str:
-    """Of a part of a section."""
+    """Return the title of a part of a section."""
     return f"<h3>{escape(text)}</h3>"
 
 
@@ -116,7 +116,7 @@ def folded(summary: str, content: str) -> str:
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
-    """A table of `str(cell)`s, None as an empty one. A column whose every cell begins as a number does is set to the right.
+    """Return a table of `str(cell)`s, None as an empty one. A column whose every cell begins as a number does is set to the right.
 
     Raises `ValueError` for a row that is not as long as the header.
     """
@@ -139,7 +139,8 @@ def grid(pieces: Iterable[str]) -> str:
 
 
 def png(image: Image.Image | np.ndarray[Any, Any], alt: str, caption: str = "") -> str:
-    """An image inside the page, losslessly; small ones are enlarged pixel by pixel. `alt` says what a blind reader should know.
+    """Return an image inside the page, losslessly; small ones are enlarged pixel by pixel. `alt` says what a blind reader should
+    know.
 
     image: PIL, or a uint8 array [H, W] or [H, W, 3 or 4]; anything else raises `ValueError`.
     """
@@ -159,7 +160,7 @@ def png(image: Image.Image | np.ndarray[Any, Any], alt: str, caption: str = "") 
 
 
 def svg(figure: "Figure", caption: str = "") -> str:
-    """A matplotlib figure as inline SVG on a white card, its letters as outlines: the same in every browser, light or dark.
+    """Return a matplotlib figure as inline SVG on a white card, its letters as outlines: the same in every browser, light or dark.
 
     Its ids are new at every call, so that any number of figures can share a page.
     """
@@ -183,7 +184,8 @@ def svg(figure: "Figure", caption: str = "") -> str:
 
 
 def _tidy(root: ElementTree.Element) -> None:
-    """What HTML needs of matplotlib's SVG: no metadata, no style that would reach the whole page, no namespaces, ids of its own."""
+    """Return what HTML needs of matplotlib's SVG: no metadata, no style that would reach the whole page, no namespaces, ids of its
+    own."""
     for element in list(root.iter()):
         element.tag = _local(element.tag)
         element.attrib = {_local(key): value for key, value in element.attrib.items()}
