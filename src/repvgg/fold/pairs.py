@@ -53,7 +53,7 @@ def fold_pairs(model: nn.Module, traces: Traces, report: FoldReport, chosen: fro
 
 
 def find_pairs(model: nn.Module, traces: Traces) -> list[tuple[str, str]]:
-    """Paths of every conv whose output goes to a batch norm and nowhere else, however it is called, and of that batch norm."""
+    """Return the paths of each conv whose output goes to a batch norm and nowhere else, however called, and of that norm."""
     names = {module: path for path, module in model.named_modules()}
     partners: dict[str, set[str | None]] = defaultdict(set)  # by conv the batch norms that follow, by batch norm the convs before
     for parent, path in names.items():
@@ -82,7 +82,7 @@ def find_pairs(model: nn.Module, traces: Traces) -> list[tuple[str, str]]:
 
 
 def _unfoldable(module: nn.Module, path: str, traces: Traces) -> str | None:
-    """Why this conv or batch norm cannot be half of a pair, if so."""
+    """Return why this conv or batch norm cannot be half of a pair, if so."""
     cls = type(module).__name__
     if reason := altered(module):
         return f"its {cls} {reason}"

@@ -7,7 +7,7 @@ from repvgg.fold.proof import Verification
 
 @dataclass
 class FoldReport:
-    """What `reparameterize` did: module paths folded (with the largest float64 error of their own checks), and left."""
+    """Tell what `reparameterize` did: module paths folded (with the largest float64 error of their own checks), and left."""
 
     blocks: list[str] = field(default_factory=list)
     pairs: list[tuple[str, str]] = field(default_factory=list)
