@@ -17,32 +17,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-
-from gpu_steps import Asked, Record, pspnet, speed, training
-from gpu_training import ablation, cifar10, pack
 
 GRACE = 20.0  # seconds beyond its share after which a step that does not look at the clock is ended
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its name, its share of the minutes that are left with those after it, and what it runs."""
+    """A step: the function `name` of `module`, and its share of the minutes that are left for it and those after it."""
 
     name: str
+    module: str
     share: float
-    run: Callable[[Record, Asked], None]
     needs_data: bool = False
 
 
 STEPS = (
-    Step("speed", 0.35, speed),
-    Step("training", 0.1, training),
-    Step("cifar10", 0.3, cifar10, needs_data=True),
-    Step("ablation", 0.15, ablation, needs_data=True),
-    Step("pspnet", 0.1, pspnet),
+    Step("speed", "gpu_steps", 0.35),
+    Step("training", "gpu_steps", 0.1),
+    Step("cifar10", "gpu_training", 0.3, needs_data=True),
+    Step("ablation", "gpu_training", 0.15, needs_data=True),
+    Step("pspnet", "gpu_steps", 0.1),
 )
 
 
@@ -59,16 +56,21 @@ def main(words: list[str]) -> int:
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.pack:
-        pack(args.pack[0], Path(args.pack[1]))
+        import_module("gpu_training").pack(args.pack[0], Path(args.pack[1]))
         return 0
     args.data = args.data or ("digits" if args.tiny else "")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.step:
-        step = next(step for step in STEPS if step.name == args.step)
-        asked = Asked(args.device, args.tiny, args.data, args.out, args.until)
-        step.run(Record(args.out / f"{step.name}.json", asked), asked)
+        _run(next(step for step in STEPS if step.name == args.step), args)
         return 0
     return _run_all([step for step in STEPS if args.data or not step.needs_data], args, words)
+
+
+def _run(step: Step, args: argparse.Namespace) -> None:
+    from gpu_steps import Asked, Record  # here: whoever starts the steps needs no PyTorch, and waits for none
+
+    asked = Asked(args.device, args.tiny, args.data, args.out, args.until)
+    getattr(import_module(step.module), step.name)(Record(args.out / f"{step.name}.json", asked), asked)
 
 
 def _run_all(steps: list[Step], args: argparse.Namespace, words: list[str]) -> int:

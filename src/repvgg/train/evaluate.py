@@ -14,6 +14,7 @@ from repvgg.data.transforms import BadImages, Transformed, eval_transform, load,
 from repvgg.models.finite import finite
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.zoo import dtype_of, manifest_of
+from repvgg.numerics import full_float32
 from repvgg.train.distributed import ALONE, World
 
 Network = Callable[[Tensor], Tensor]
@@ -82,6 +83,7 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
     sums: list[Tensor] = []  # the loss, and how many are among the first five; on the device until the end, which nobody waits for
     pairs = torch.zeros(num_classes**2, dtype=torch.long)
     for images, labels in data:
+        full_float32(images.device)
         logits = network(images)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if logits.shape[1] != num_classes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from repvgg.numerics import full_float32, repeatable
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.optimizer import custom_l2, freeze, keep_still, sgd
 from repvgg.train.recipes import Recipe
@@ -32,6 +33,8 @@ class Trainer:
         """Raises ValueError for what the recipe asks of this device or model and cannot get."""
         self.recipe, self.num_classes, self.task, self.world, self.seed = recipe, num_classes, task, world, seed
         self.device = torch.device(device)
+        full_float32(self.device)
+        repeatable(self.device)
         self.model = self._placed(model)
         freeze(self.model, recipe.frozen_stages)
         self.ema = (
@@ -143,7 +146,7 @@ class Trainer:
         and a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is
         added. Raises FloatingPointError for numbers that are not finite.
         """
-        for model in {self.model, self.best_model}:
+        for model in dict.fromkeys((self.model, self.best_model)):  # in one order: processes exchange buffers here
             model.eval()
             self.world.copy_buffers(model)
             refuse_infinite(model.state_dict())
