@@ -15,7 +15,7 @@ from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered
 from repvgg.fold.torch_graph import ModuleFlow
-from repvgg.fold.trace import kept
+from repvgg.fold.tracer import kept
 
 
 class Rewritten(fx.GraphModule):
