@@ -324,7 +324,9 @@ class _Part:
         """The stretch that ends in this value and spares most, or takes most in."""
         best, most = None, (0.0, 0)
         for source, m in self.maps[v].items():
-            inside = self._inside(source, v, needed) if source is not v else []
+            if source is v or self._takes_its_norm(source):
+                continue
+            inside = self._inside(source, v, needed)
             work = [w for w in inside if _operator(w).kind != "same"]
             if len(work) < 2 or not any(_operator(w).kind == "convolution" for w in work):
                 continue
@@ -333,6 +335,11 @@ class _Part:
             if spared >= 0 and (spared, len(inside)) > most and not self.flow.refuse(stretch):
                 best, most = stretch, (spared, len(inside))
         return best
+
+    def _takes_its_norm(self, v: Value) -> bool:
+        """A convolution before a batch norm: that goes into it, not into what comes next."""
+        readers = self.flow.readers[v]
+        return _kind(v) == "convolution" and len(readers) == 1 and readers[0].is_norm and v not in self.flow.outputs
 
     def _inside(self, source: Value, target: Value, needed: set[Value]) -> list[Value]:
         """Values between the two that nothing else reads, the target among them."""

@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx, nn
 
 from repvgg.fold.algebra import ReparamError
+from repvgg.fold.as_linear import is_batch_norm
 from repvgg.fold.guards import copied, parts
 
 
@@ -198,8 +199,8 @@ def _has_no_forward(module: nn.Module) -> bool:
 
 
 def _is_operator(module: nn.Module) -> bool:
-    """It is one of PyTorch's own, with nothing inside: its type says all."""
-    return not parts(module) and type(module).__module__.startswith("torch.nn.")
+    """Its type says all: it is a batch norm, or one of PyTorch's own with nothing inside."""
+    return is_batch_norm(module) or not parts(module) and type(module).__module__.startswith("torch.nn.")
 
 
 def _owner(node: fx.Node) -> str | None:
