@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test test-slow check wheel sanitize soak clean
+.PHONY: setup demo test test-slow test-isa check wheel sanitize soak clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/repvgg demo --out demo
@@ -16,10 +16,15 @@ test: check
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# The numeric tests as processors of other kinds would run them.
+test-isa: setup
+	tests/isa.sh $(BIN)/python
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(wildcard engine/src/* engine/tests/*.c engine/examples/*)
 
 # The engine's wheel serves every Python; its tag names the oldest C library that it runs on, that of the machine that built it.
 wheel: $(VENV)/pip.stamp

@@ -3,7 +3,8 @@
 python results/measure_engine.py [PART ...]       # on a machine that does nothing else; see PARTS and MEMBERS; by default all
 
 Weights are random, but every batch norm has the statistics that its input has, so that each layer keeps the variance; errors are
-judged against float64, relative to how much outputs differ from image to image. In each run the engines take turns.
+judged against float64, relative to how much outputs differ from image to image. In each run the engines take turns. Each rival
+runs at its best settings: MNN at its exact Winograd level, OpenVINO's INT8 with NNCF's scales for each channel.
 """
 
 import json
@@ -14,24 +15,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from repvgg_engine import Net, load
-from repvgg_engine.bench import Speed, bench, ratio
+from repvgg_engine import Net, load, reference
+from torch import Tensor, nn
 
 import repvgg
 from repvgg.bench.models import Candidate, network, randomise_norms
 from repvgg.deploy import engines
-from repvgg.deploy.engines import Options
+from repvgg.deploy.engines import Engine, Options, Signature
+from repvgg.deploy.engines.graph import to_onnx
 from repvgg.measure.machine import write_record
-from repvgg.measure.timing import interleave
+from repvgg.measure.timing import Times, interleave
 from repvgg.measure.timing import ratio as ratio_of_times
 
 THREADS, ROUNDS, ROUNDS_OF_MEMBERS = 2, 9, 3
+TURN = 0.4  # seconds that an engine runs in each round, at least one call
+RIVALS = ("openvino", "onnxruntime", "ncnn", "mnn")
+CALIBRATION_IMAGES = 32  # of INT8
 OUT = Path(__file__).with_name("engine.json")
 MEMBERS = (
     "repvgg_a1",
@@ -47,52 +53,119 @@ MEMBERS = (
 WINOGRAD = ("direct", "F2", "F4", "F5", "F6", "F7")
 
 
+def deploy_form(name: str) -> nn.Module:
+    """A member of the family with weights that keep the variance."""
+    torch.manual_seed(0)
+    return repvgg.reparameterize(randomise_norms(repvgg.create_model(name), (4, 3, 224, 224)))
+
+
 def model_file(name: str, folder: Path) -> Path:
-    """A member of the family in deploy form with weights that keep the variance."""
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        torch.manual_seed(0)
-        repvgg.save(repvgg.reparameterize(randomise_norms(repvgg.create_model(name), (4, 3, 224, 224))), path)
+        repvgg.save(deploy_form(name), path)
     return path
 
 
+@dataclass(frozen=True)
+class Runner:
+    """An engine on one batch. answer: its logits of any images, as many at a time as it was built for."""
+
+    run: Callable[[], Any]
+    answer: Callable[[Tensor], Any]
+
+
+def native(net: Net, batch: Tensor) -> Runner:
+    images = batch.numpy()
+    return Runner(lambda: net(images), lambda some: np.concatenate([net(part.numpy()) for part in some.split(len(batch))]))
+
+
+def rival(engine: Engine, batch: Tensor) -> Runner:
+    prepared = engine.prepare(batch)
+    return Runner(lambda: engine.run(prepared), lambda some: engine.in_turns(some, len(batch)).numpy())
+
+
+def int8(name: str, batch: Tensor, folder: Path) -> Runner:
+    """OpenVINO's INT8, calibrated by NNCF on the kind of images that are timed."""
+    import nncf
+
+    from repvgg.deploy.engines import openvino
+
+    plain, path = folder / f"{name}.xml", folder / f"{name}.int8.xml"
+    options = Options(batch_size=len(batch), threads=THREADS)
+    if not path.exists():
+        images = torch.randn(CALIBRATION_IMAGES, 1, 3, 224, 224).numpy()
+        openvino.write(deploy_form(name), Signature((3, 224, 224)), plain)
+        net = nncf.quantize(openvino.read(plain), nncf.Dataset(list(images)), subset_size=CALIBRATION_IMAGES)
+        openvino.save(net, path, "")
+    return rival(openvino.open_file(path, options), batch)
+
+
 def compare(
-    path: Path, batch_size: int, precision: str, accuracies: list[str], against: list[str], rounds: int = ROUNDS, judged: int = 4
+    name: str,
+    folder: Path,
+    batch_size: int,
+    precision: str,
+    accuracies: tuple[str, ...],
+    rivals: tuple[str, ...] = RIVALS,
+    rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    nets = {f"native {a}": load(path, precision=precision, accuracy=a, threads=THREADS) for a in accuracies}
-    speeds = bench(nets, against, batch_size, rounds, judged)
-    first = against[0]
-    for name, s in speeds.items():
-        error = f"error {s.error:.1e}, {s.error / speeds[first].error:.2f} times its"
-        speed = f"{s.median:.1f} img/s, {ratio(s, speeds[first]):.2f} times {first}"
-        say(f"{path.stem} {precision} batch {batch_size}: {name} {speed}; {error}")
-    return {name: describe(s, speeds[first]) for name, s in speeds.items()}
+    """Return the figures of one row: our nets and the rivals that are named, all taking turns."""
+    torch.manual_seed(0)
+    path, images = model_file(name, folder), torch.randn(max(batch_size, 4), 3, 224, 224)
+    batch, judged, options = images[:batch_size], images[:4], Options((3, 224, 224), batch_size, precision, THREADS)
+    nets = {a: load(path, precision=precision, accuracy=a, threads=THREADS) for a in accuracies}
+    runners = {f"native {a}": native(net, batch) for a, net in nets.items()}
+    model = deploy_form(name)
+    for engine in rivals:
+        runners[engine] = (
+            int8(name, batch, folder) if engine == "openvino int8" else rival(engines.build(engine, model, options), batch)
+        )
+    wanted = reference.run(next(iter(nets.values())).layers, judged.numpy())
+    errors = {key: reference.error(runner.answer(judged), wanted) for key, runner in runners.items()}
+    slowest = max(once(runner.run) for runner in runners.values())
+    calls = {key: runner.run for key, runner in runners.items()}
+    times = interleave(calls, rounds=rounds, batches=max(1, int(TURN / slowest)), warmup=2)
+    best = min(rivals, key=lambda key: times[key].median)
+    for key, t in times.items():
+        over = "" if key in rivals else f", {ratio_of_times(times[best], t)} over the best rival, {best}"
+        say(f"{name} {precision} batch {batch_size}: {key} {batch_size / t.median:.1f} img/s, error {errors[key]:.1e}{over}")
+    return {key: described(t, batch_size, errors[key]) for key, t in times.items()}
 
 
-def describe(s: Speed, reference: Speed) -> dict[str, Any]:
-    return {
-        "images_per_second": s.median,
-        "quartiles": s.quartiles,
-        "by_round": s.images_per_second,
-        "ratio_to_first": ratio(s, reference),
-        "rms_error": s.error,
-        "error_over_first": s.error / reference.error,
-    }
+def once(run: Callable[[], Any]) -> float:
+    run()
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def described(times: Times, batch_size: int, error: float) -> dict[str, Any]:
+    speeds = [batch_size / seconds for seconds in times.by_round]
+    return {"images_per_second": statistics.median(speeds), "by_round": speeds, "rms_error": error}
 
 
 def a0(folder: Path) -> dict[str, Any]:
-    path = model_file("repvgg_a0", folder)
-    rivals = ["openvino", "onnxruntime", "ncnn", "mnn"]
-    return {
-        "fp32, batch 32": compare(path, 32, "fp32", ["high", "fast", "exact"], rivals),
-        "fp32, batch 1": compare(path, 1, "fp32", ["high", "exact"], rivals),
-        "bf16, batch 32": compare(path, 32, "bf16", ["high"], ["openvino"]),
-        "bf16, batch 1": compare(path, 1, "bf16", ["high"], ["openvino"]),
+    row = partial(compare, "repvgg_a0", folder)
+    rows = {
+        "fp32, batch 32": row(32, "fp32", ("high", "fast", "exact")),
+        "fp32, batch 1": row(1, "fp32", ("high", "exact")),
+        "int8, batch 32": row(32, "fp32", ("high", "fast"), ("openvino int8",)),
+        "int8, batch 1": row(1, "fp32", ("high",), ("openvino int8",)),
     }
+    if has_bf16():
+        rows["bf16, batch 32"] = row(32, "bf16", ("high",), ("openvino",))
+        rows["bf16, batch 1"] = row(1, "bf16", ("high",), ("openvino",))
+    return rows
+
+
+def has_bf16() -> bool:
+    from repvgg_engine import instruction_sets
+
+    return "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
 
 
 def member(name: str, folder: Path) -> dict[str, Any]:
-    return {name: compare(model_file(name, folder), 8, "fp32", ["high"], ["openvino", "onnxruntime"], ROUNDS_OF_MEMBERS)}
+    return {name: compare(name, folder, 8, "fp32", ("high",), rounds=ROUNDS_OF_MEMBERS)}
 
 
 def against_resnets(folder: Path) -> dict[str, Any]:
@@ -117,17 +190,10 @@ def against_resnets(folder: Path) -> dict[str, Any]:
 
 def avx2(folder: Path) -> dict[str, Any]:
     """In a process of its own, because oneDNN reads its limit when it is loaded."""
-    environment = {**os.environ, "REPVGG_ENGINE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    path = model_file("repvgg_a0", folder)
-    figures = compare_in_process(path, environment)
-    say(f"repvgg_a0 fp32 batch 32, AVX2: {figures['native high']['ratio_to_first']:.2f} times OpenVINO")
-    return figures
-
-
-def compare_in_process(path: Path, environment: dict[str, str]) -> dict[str, Any]:
-    call = f"compare(Path({str(path)!r}), 32, 'fp32', ['high'], ['openvino'])"
+    call = "compare('repvgg_a0', Path(sys.argv[1]), 32, 'fp32', ('high', 'fast'))"
     script = f"import json; from measure_engine import *; print(json.dumps({call}))"
-    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "REPVGG_ENGINE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", script, str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parent)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -137,47 +203,50 @@ FIRST = {
     "native": """
 import sys, numpy as np, repvgg_engine
 net = repvgg_engine.load(sys.argv[1], threads=2)
-for _ in range(int(sys.argv[2])): net(np.zeros((1, 3, 224, 224), np.float32))
+net(np.zeros((int(sys.argv[2]), 3, 224, 224), np.float32))
 """,
     "openvino": """
 import sys, numpy as np, openvino
-c = openvino.Core(); m = c.read_model(sys.argv[1]); m.reshape([1, 3, 224, 224])
+n = int(sys.argv[2])
+c = openvino.Core(); m = c.read_model(sys.argv[1]); m.reshape([n, 3, 224, 224])
 r = c.compile_model(m, "CPU", {"INFERENCE_NUM_THREADS": "2", "INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
-for _ in range(int(sys.argv[2])): r.infer({0: np.zeros((1, 3, 224, 224), np.float32)})
+r.infer({0: np.zeros((n, 3, 224, 224), np.float32)})
 """,
 }
+MEMORY = """
+status = open("/proc/self/status").read()
+print(status.split("VmHWM:")[1].split()[0], status.split("VmRSS:")[1].split()[0])
+"""
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """Seconds from process start to exit with one prediction, and the resident memory of a process that has made ten."""
-    from repvgg_engine.rivals import to_onnx
+    """Return seconds from a process's start to its exit with one prediction, and its memory, without a plan (cold) and with one."""
+    path, onnx, found = model_file("repvgg_a0", folder), folder / "a0.onnx", {}
+    onnx.write_bytes(to_onnx(deploy_form("repvgg_a0"), Signature((3, 224, 224))))
+    for name, file, cold in (("native cold", path, True), ("native", path, False), ("openvino", onnx, False)):
+        for batch_size in (1, 32):
+            runs = [first(name.split()[0], file, batch_size, folder, cold) for _ in range(5)]
+            row = {"seconds": statistics.median(r[0] for r in runs), "spread": [min(runs)[0], max(runs)[0]]}
+            row |= {"peak_kib": runs[-1][1], "resident_kib": runs[-1][2]}
+            found[f"{name}, batch {batch_size}"] = row
+            say(f"{name}, batch {batch_size}: first answer after {row['seconds']:.2f} s, peak {runs[-1][1] / 1024:.0f} MiB")
+    return found
 
-    path = model_file("repvgg_a0", folder)
-    onnx = folder / "a0.onnx"
-    onnx.write_bytes(to_onnx(load(path, accuracy="exact").layers))
-    load(path, threads=THREADS)(torch.zeros(1, 3, 224, 224).numpy())  # tuned, if it was not
-    memory = "\nimport resource\nprint(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])"
-    figures = {}
-    for name, script in FIRST.items():
-        file = str(path if name == "native" else onnx)
-        seconds = []
-        for _ in range(8):
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", script, file, "1"], check=True)
-            seconds.append(time.perf_counter() - began)
-        done = subprocess.run([sys.executable, "-c", script + memory, file, "10"], check=True, capture_output=True, text=True)
-        figures[name] = {
-            "seconds": statistics.median(seconds[1:]),
-            "spread": [min(seconds[1:]), max(seconds[1:])],
-            "resident_kib": int(done.stdout),
-        }
-        say(f"{name}: first prediction after {figures[name]['seconds']:.2f} s, {int(done.stdout) / 1024:.0f} MiB resident")
-    return figures
+
+def first(name: str, file: Path, batch_size: int, folder: Path, cold: bool) -> tuple[float, int, int]:
+    """Return seconds, and peak and last resident memory in KiB, of a process that answers once."""
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {**os.environ, "REPVGG_ENGINE_CACHE": empty if cold else str(folder / "plans")}
+        began = time.perf_counter()
+        command = [sys.executable, "-c", FIRST[name] + MEMORY, str(file), str(batch_size)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        peak, resident = map(int, done.stdout.split()[-2:])
+        return time.perf_counter() - began, peak, resident
 
 
 def algorithms(folder: Path) -> dict[str, Any]:
     """Error against speed, one algorithm for all layers that it fits, all taking turns: the figure of docs/engine.md."""
-    from repvgg_engine import reference, tune
+    from repvgg_engine import tune
 
     nets = {(p, name): _by(name, p, model_file("repvgg_a0", folder)) for p in ("fp32", "bf16") for name in WINOGRAD}
     one = next(iter(nets.values()))

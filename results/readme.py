@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_words
 import rivals
 import sections
 from deploy_table import engines
@@ -33,13 +34,21 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("demo", "The demo", sections.demo, "../src/repvgg/demo.py"),
     ("startup", "Start-up", sections.startup, "measure_startup.py"),
     ("timing", "The timing loop", sections.timing, "measure_timing.py"),
+    ("gpu/speed", "On a GPU: speed", gpu_words.speed, "gpu.py"),
+    ("gpu/cifar10", "On a GPU: CIFAR-10", gpu_words.cifar10, "gpu.py"),
+    ("gpu/ablation", "On a GPU: Tables 6 and 7", gpu_words.ablation, "gpu.py"),
+    ("gpu/pspnet", "On a GPU: Table 8", gpu_words.pspnet, "gpu.py"),
 )
+
+NO_GPU = """## On a GPU
+
+Not yet measured, for want of one. On a machine with a CUDA GPU `python results/gpu.py --budget 25 --out results/gpu` measures the
+paper's tables there, most valuable first, in as many minutes as it is given; here it was only tried on a CPU (`--tiny`)."""
 
 PAPER = """## The paper's Figure 1
 
 Left as printed, right as this machine ran it in PyTorch, without Winograd: A2 and B3 fall behind where the paper's GPU had them
-ahead.
-[The page of the paper](paper/index.html) has every table and figure that was measured so far, each with how it was measured.
+ahead. [The page of the paper](paper/index.html) has every table and figure that was measured so far, each with how it was measured.
 
 ![accuracy against speed, the paper's and here](../results/paper/figure1.png)"""
 
@@ -77,6 +86,8 @@ def measured() -> str:
             found.append(f"## {heading}\n\n{words(r)}\n\n{where}")
     if (RESULTS / "paper" / "table4.json").exists():
         found.append(PAPER.replace("(paper/", "(../results/paper/"))
+    if record("gpu/speed") is None:
+        found.append(NO_GPU)
     return "\n" + "\n\n".join(found) + "\n\n"
 
 

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from filelock import FileLock
+from forks import Forks
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
@@ -18,7 +21,7 @@ torch.set_num_threads(1)  # the same sums in the same order everywhere, and no w
 
 
 # The same examples in every run, so that a failure is never somebody else's; and no verdict on speed.
-settings.register_profile("repvgg", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repvgg", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repvgg")
 
 
@@ -65,9 +68,31 @@ def error_of_deviation(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).abs().max() / wanted.double().std(0).mean())
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that `make` fills once in a run of the tests, whichever of pytest-xdist's processes asks first."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not folder.exists():
+            unfinished = factory.mktemp(name)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `repvgg demo` leaves behind, run once as a user runs it."""
-    folder = tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, "-m", "repvgg", "demo", "--out", str(folder)], check=True, capture_output=True)
-    return folder
+    """What `repvgg demo` leaves behind, run once as a user runs it. Not to be changed."""
+
+    def demo(out: Path) -> None:
+        subprocess.run([sys.executable, "-m", "repvgg", "demo", "--out", str(out)], check=True, capture_output=True)
+
+    return made_once(tmp_path_factory, "demo", demo)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Commands as processes that need not load PyTorch: forks of one that has it."""
+    with Forks() as run:
+        yield run

@@ -2,12 +2,14 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,17 +35,28 @@ def run(command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_of_the_page_run(page: Path, desk: Path) -> None:
+def test_commands_of_the_page_run(page: Path, desk: Path, forks: Forks) -> None:
+    """Those of the README as a user types them; the others in forks of a process that has PyTorch loaded."""
     for block in blocks(page, "console"):
         for line in block.splitlines():
             assert line.startswith("$ "), f"{page.name}: a console block holds commands alone, each after a $: {line!r}"
-            run(line.removeprefix("$ "), desk)
+            command = line.removeprefix("$ ")
+            first, *words = shlex.split(command, comments=True)
+            if first != "repvgg" or page.name == "README.md":
+                run(command, desk)
+            else:
+                ended = forks(words, desk)
+                assert ended.code == 0, f"{command}\n{ended.err[-2000:]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_of_the_page_runs(page: Path, desk: Path) -> None:
+def test_python_of_the_page_runs(page: Path, desk: Path, forks: Forks) -> None:
     for block in blocks(page, "python"):
-        run(f"{sys.executable} -W error - <<'END'\n{block}\nEND", desk)
+        if page.name == "README.md":
+            run(f"{sys.executable} -W error - <<'END'\n{block}\nEND", desk)
+        else:
+            ended = forks.python(block, desk)
+            assert ended.code == 0, f"{block}\n{ended.err[-2000:]}"
 
 
 def test_blocks_that_are_not_run_say_so() -> None:

@@ -1,8 +1,67 @@
-"""What is shown in a terminal: tables, and strangers' words."""
+"""What is shown in a terminal: tables, progress, and strangers' words."""
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
 from typing import Any
+
+from repvgg.disk import Log
+
+PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """A bar with a line that changes in place in a terminal; elsewhere a plain line now and then. Use as a context manager.
+
+    total: how many there are, None where it is not known; before: how many an earlier process did.
+    """
+
+    def __init__(self, total: int | None, log: Log = print, before: int = 0, live: bool = True) -> None:
+        self.total, self.log, self.done, self.before, self.live = total, log, before, before, live
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if self.live and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=self.total, completed=self.before)
+        self.spoke = self.mark = time.perf_counter()
+        self.seconds = 0.0
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def add(self, count: int, line: Callable[[], str], what: str) -> None:
+        """Count what has been done since the last call, and show a line. what: the name of what is counted, in plain lines."""
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=line())
+        elif now - self.spoke > PLAIN_EVERY:
+            self.spoke = now
+            of, left = "", ""
+            if self.total is not None:
+                of = f"/{self.total}"
+                left = f"  {self.seconds / (self.done - self.before) * (self.total - self.done) / 60:.1f} min left"
+            self.log(f"{line()}  {what} {self.done}{of}{left}")
+
+    def say(self, line: str) -> None:
+        """Print a line that stays; the time since the last `add` does not count."""
+        self.mark = self.spoke = time.perf_counter()
+        if self.bar is not None:
+            self.bar.console.print(line, highlight=False, markup=False)
+        else:
+            self.log(line)
 
 
 def printable(text: str) -> str:
@@ -11,6 +70,19 @@ def printable(text: str) -> str:
     Names of files, classes and tensors are strangers' words, and a terminal obeys some of them.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def shown(name: str) -> str:
+    """Return a file's name as printable text from which `as_named` returns the name, whatever bytes it is of.
+
+    Bytes that are not UTF-8 and control characters are spelled as Python spells them, and backslashes doubled.
+    """
+    return "".join(printable(c) if c != "\\" else "\\\\" for c in name)
+
+
+def as_named(text: str) -> str:
+    """Return the file's name that `shown` made this text of."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:

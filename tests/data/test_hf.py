@@ -91,6 +91,11 @@ def test_the_number_of_classes_without_names(tmp_path: Path) -> None:
         ({"train": [0, 1]}, None, "has no validation, val, valid, test split to evaluate on"),
         ({"train": [0, 1, 2], "test": [-1]}, datasets.Value("int64"), "label -1 in test, but there are 3 classes"),
         ({"train": [0, 1], "test": [2]}, datasets.Value("int64"), "label 2 in test, but there are 2 classes"),
+        (
+            {"train": [7, 2**62, 7], "test": [7]},
+            datasets.Value("int64"),
+            f"column 'label' holds 2 distinct integers from 7 to {2**62}, which are ids",
+        ),
         ({"train": [-5, 1], "test": [1]}, datasets.Value("int32"), "label -5 in train, but there are 2 classes"),
         ({"train": [0, 1], "test": [2]}, None, "class 'owl' has no images to train on"),
         ({"train": ["a"], "test": ["a"]}, datasets.Value("string"), "one of labels (ClassLabel or integers); it has image (PIL"),

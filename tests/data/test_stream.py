@@ -208,3 +208,12 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, shards: Path) -> None:
 )
 def test_numbers_in_braces(pattern: str, names: list[str]) -> None:
     assert expanded(pattern) == names
+
+
+def test_labels_that_are_ids_are_refused(tmp_path: Path) -> None:
+    table = {"image": [{"bytes": png(i), "path": None} for i in range(3)], "label": [2**62, 5, 5]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    with pytest.raises(DataError, match=f"column 'label' holds 2 distinct integers from 5 to {2**62}, which are ids"):
+        open_source(f"hf-stream:{tmp_path}")

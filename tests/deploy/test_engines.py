@@ -37,6 +37,32 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize("name", ["cudagraphs", "compile-max"])
+def test_engines_of_cuda_are_not_offered_on_a_cpu(name: str, folded: nn.Module) -> None:
+    assert name not in engines.installed("fp32")
+    assert name in engines.installed("bf16", "cuda")
+    with pytest.raises(ValueError, match=f"the engine {name} has no fp32 on cpu"):
+        engines.build(name, folded, Options(SIZE))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_gives_what_eager_gives(precision: str, folded: nn.Module, images: Tensor) -> None:
+    options = Options(SIZE, len(images), precision, device="cuda")
+    for batch in (images, images.flip(0)):  # the second is no echo of the first
+        graph, eager = (engines.build(name, folded, options)(batch) for name in ("cudagraphs", "eager"))
+        assert torch.equal(graph, eager)
+
+
+@pytest.mark.slow
+def test_the_most_thorough_mode_computes_the_same(folded: nn.Module, images: Tensor) -> None:
+    """It runs on a CPU too, where it is not offered: it takes minutes there and gains little."""
+    from repvgg.deploy.engines import compiled_max
+
+    got = compiled_max.build(folded, Options(SIZE, len(images)))(images)
+    assert relative_error(got, copy.deepcopy(folded).double()(images.double())) <= rounding(folded, images, times=OTHERS)
+
+
 @pytest.fixture(scope="module")
 def folded() -> nn.Module:
     return reparameterize(randomize(RepVGG(Member((1, 2, 1, 1), 0.25, 0.25, groups=2), 10)))

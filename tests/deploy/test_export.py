@@ -75,7 +75,7 @@ def test_a_file_computes_what_the_training_form_does(to: str, model: nn.Module, 
     report = json.loads((tmp_path / f"{path.name}.json").read_text())
     assert report["input"] == {"dtype": "float32", "shape": [1 if to == "ncnn" else None, 3, 32, 32]}
     assert report["manifest"]["classes"] == CLASSES
-    assert report["parity"]["error"]["relative"] < report["parity"]["bound"] == 1e-4
+    assert report["parity"]["error"]["relative"] < report["parity"]["bound"]["relative"]
     assert len(said) == 1
     assert said[0].startswith(f"{path}: relative error")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -96,8 +96,9 @@ def test_pixels_in_logits_out(to: str, model: nn.Module, tmp_path: Path) -> None
     pixels = torch.randint(0, 256, (2, 3, 60, 50), dtype=torch.uint8)
     path = export(model, to, tmp_path, shape=Shape(batch_size=2, image_size=(60, 50)), log=silent)
     resized = v2.functional.center_crop(v2.functional.resize(pixels.double(), [40], antialias=True), [32, 32])
-    wanted = exact(reparameterize(model), v2.functional.normalize(resized / 255, list(P.mean), list(P.std)))
-    assert relative_error(opened(path, to, pixels)(pixels), wanted) < 1e-5
+    images = v2.functional.normalize(resized / 255, list(P.mean), list(P.std))
+    wanted, allowed = exact(reparameterize(model), images), rounding(model, images.float(), times=ENGINES)
+    assert relative_error(opened(path, to, pixels)(pixels), wanted) <= allowed
     report = json.loads((tmp_path / f"{path.name}.json").read_text())
     assert report["input"] == {"dtype": "uint8", "shape": [2, 3, 60, 50]}
     assert report["manifest"]["preprocessing"]["resize"] == 50
@@ -154,7 +155,8 @@ def test_squeeze_excite_and_groups_in_ncnn(tmp_path: Path) -> None:
 def test_every_member_in_every_format(name: str, to: str, tmp_path: Path) -> None:
     needs(to)
     path = export(member(name, 1 / 32, 32), to, tmp_path, log=silent)
-    assert json.loads(report_of(path).read_text())["parity"]["error"]["relative"] < 1e-4
+    parity = json.loads(report_of(path).read_text())["parity"]
+    assert parity["error"]["relative"] < parity["bound"]["relative"]
 
 
 @pytest.mark.slow
@@ -163,7 +165,8 @@ def test_every_member_in_every_format(name: str, to: str, tmp_path: Path) -> Non
 def test_members_at_full_size(name: str, to: str, tmp_path: Path) -> None:
     needs(to)
     path = export(member(name, 1, 224), to, tmp_path, log=silent)
-    assert json.loads(report_of(path).read_text())["parity"]["error"]["relative"] < 1e-4
+    parity = json.loads(report_of(path).read_text())["parity"]
+    assert parity["error"]["relative"] < parity["bound"]["relative"]
 
 
 @pytest.mark.parametrize("to", ["onnx", *(pytest.param(to, marks=pytest.mark.slow) for to in ("openvino", "mnn", "pt2"))])

@@ -58,13 +58,13 @@ def test_inserted_batch_norms_change_nothing_train_and_fold_back(images: Tensor,
     training = insert_bn(model, images)
     assert not training.training
     assert sum(isinstance(m, nn.BatchNorm2d) for m in training.modules()) == 10
-    assert relative_error(exact(training, images), exact(model, images)) < 1e-5
+    assert relative_error(exact(training, images), exact(model, images)) <= rounding(model, images)
     fresh = torch.randn(4, 3, 16, 16)  # images that they have not seen
-    assert relative_error(exact(training, fresh), exact(model, fresh)) < 1e-5
+    assert relative_error(exact(training, fresh), exact(model, fresh)) <= rounding(model, fresh)
     folded = reparameterize(training)
     assert not folded.fold_report.left  # type: ignore[union-attr]
     assert folded.state_dict().keys() == model.state_dict().keys()
-    assert relative_error(exact(folded, images), exact(model, images)) < 1e-5
+    assert relative_error(exact(folded, images), exact(model, images)) <= rounding(model, images)
     save(training, tmp_path / "m.safetensors")
     again = load(tmp_path / "m.safetensors")
     manifest = zoo.manifest_of(again)
@@ -78,7 +78,7 @@ def test_inserted_batch_norms_change_nothing_train_and_fold_back(images: Tensor,
 def test_their_statistics_are_those_of_the_images(images: Tensor) -> None:
     training = insert_bn(deploy(), images)
     still, moving = exact(training, images), exact(training.train(), images)
-    assert relative_error(moving, still) < 1e-4
+    assert relative_error(moving, still) <= rounding(training.eval(), images)
 
 
 def test_what_is_not_plain_is_refused(images: Tensor) -> None:

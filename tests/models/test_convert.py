@@ -17,7 +17,8 @@ import repvgg
 from repvgg.cli import main
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.proof import Error, Verification
+from repvgg.fold.proof import Verification
+from repvgg.fold.rounding import Error
 from repvgg.models import convert as module
 from repvgg.models import zoo
 from repvgg.models.convert import convert
@@ -93,7 +94,7 @@ def test_what_is_folded_already(trained: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_what_is_not_proved_is_not_written(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Verification(Error(1e-3, 1e-1), Error(1e-7, 1e-5), 1e-5, torch.float32)
+    wrong = Verification(Error(1e-3, 1e-1), Error(1e-7, 1e-5), torch.float32)
     monkeypatch.setattr(module, "verify", lambda *_: wrong)
     with pytest.raises(ReparamError, match="differs, so it was not written"):
         convert(trained, tmp_path / "deploy.safetensors", log=lambda _: None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomize
 from PIL import Image
+from rounding import REPORTED
 from torch import nn
 
 from repvgg.data import open_source
@@ -15,7 +16,8 @@ from repvgg.data.images import ImageError, decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import create_model, manifest_of, remember
-from repvgg.predict.labels import Prediction, expand, predict
+from repvgg.predict.labels import expand, predict
+from repvgg.predict.prediction import Prediction
 from repvgg.train.loop import new_model
 
 
@@ -78,7 +80,7 @@ def test_probabilities_against_the_model_itself(colour: nn.Module, folder: Path)
             expected = colour(image).double().softmax(1)[0]
         order = expected.argsort(descending=True).tolist()
         assert [label for label, _ in answer.labels] == [["cat", "dog", "owl"][i] for i in order]  # 3 of the 5 asked for
-        assert [x for _, x in answer.labels] == pytest.approx(expected[order].tolist(), abs=1e-6)
+        assert [x for _, x in answer.labels] == pytest.approx(expected[order].tolist(), abs=REPORTED)
         assert answer.error is None
     assert [len(answer.labels) for answer in predict(colour, [str(folder)], top=1)] == [1] * 4
 
@@ -89,7 +91,7 @@ def same(a: list[Prediction], b: list[Prediction]) -> bool:
         return (
             x.path == y.path
             and names[0] == names[1]
-            and [v for _, v in x.labels] == pytest.approx([v for _, v in y.labels], abs=1e-6)
+            and [v for _, v in x.labels] == pytest.approx([v for _, v in y.labels], abs=REPORTED)
         )
 
     return len(a) == len(b) and all(map(close, a, b))

@@ -54,6 +54,24 @@ def test_a_tensorboard_that_does_not_load_stops_no_training(tmp_path: Path, monk
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 10, "epoch": 0, "loss": 0.5}]
 
 
+def test_what_cannot_be_written_is_told_once_and_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is gone, as one is on a disk that was taken away; TensorBoard's own thread meets that too."""
+    pytest.importorskip("tensorboard")
+    said: list[str] = []
+    with Logs(tmp_path, log=said.append) as logs:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(logs.board, "add_scalar", full)
+        monkeypatch.setattr(logs.board, "close", full)
+        logs.path = tmp_path / "gone" / "metrics.jsonl"
+        for step in (10, 20):
+            logs.write(step=step, epoch=0, loss=0.5)
+    assert len(said) == 2
+    assert all(line.endswith("; training goes on") and "cannot be written (" in line for line in said)
+
+
 def test_weights_and_biases_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
     run = SimpleNamespace(log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append(("finish",)))

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from repvgg.train import progress
+from repvgg import terminal
 from repvgg.train.evaluate import Accuracy
 from repvgg.train.progress import Progress
 
@@ -19,15 +19,16 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
 
-def test_averages_are_of_the_last_fifty_steps_and_speed_leaves_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_what_was_seen_last_and_speed_leaves_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lines = Clock(monkeypatch), list[str]()
     with Progress(epochs=2, steps=60, batch_size=64, log=lines.append) as p:
-        for step in range(60):
+        for _ in range(60):
             clock.now += 0.25
-            p.step(0, float(step), step / 100, 0.1, waited=0.05, loader=900.0)
+            p.step(0, 0.1, waited=0.05, loader=900.0)
+        p.seen(34.5, 0.345)
         assert p.averages() == {
             "loss": 34.5,
-            "top1": pytest.approx(0.345),
+            "top1": 0.345,
             "lr": 0.1,
             "img_per_s": 256.0,
             "loader_img_per_s": 900.0,
@@ -36,7 +37,7 @@ def test_averages_are_of_the_last_fifty_steps_and_speed_leaves_evaluation_out(mo
         clock.now += 1000
         p.evaluated(0, ACCURACY)
         clock.now += 0.25
-        p.step(1, 0.0, 0.0, 0.05, 0.05, 900.0)
+        p.step(1, 0.05, 0.05, 900.0)
         assert p.averages()["img_per_s"] == 256
     assert lines == ["epoch 1/2: val top-1 90.00% (360 images), loss 34.500, 256 img/s (loader 900, data wait 20%), lr 0.1000"]
 
@@ -44,11 +45,13 @@ def test_averages_are_of_the_last_fifty_steps_and_speed_leaves_evaluation_out(mo
 def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lines = Clock(monkeypatch), list[str]()
     with Progress(epochs=3, steps=100, batch_size=10, log=lines.append) as p:
-        for _ in range(100):
-            clock.now += progress.PLAIN_EVERY / 40
-            p.step(0, 2.0, 0.5, 0.1, 0.0, 50.0)
+        for step in range(100):
+            clock.now += terminal.PLAIN_EVERY / 40
+            p.step(0, 0.1, 0.0, 50.0)
+            if step == 50:
+                p.seen(2.0, 0.5)
     assert lines == [
-        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 41/300  3.2 min left",
+        "epoch 1/3  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 41/300  3.2 min left",
         "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 82/300  2.7 min left",
     ]
 
@@ -59,8 +62,9 @@ def test_in_a_terminal_a_live_line_and_the_epochs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("COLUMNS", "120")
     logged = list[str]()
     with Progress(epochs=1, steps=2, batch_size=8, log=logged.append) as p:
-        p.step(0, 1.5, 0.25, 0.1)
-        p.step(0, 1.5, 0.25, 0.1)
+        p.step(0, 0.1)
+        p.seen(1.5, 0.25)
+        p.step(0, 0.1)
         p.evaluated(0, ACCURACY)
     shown = capsys.readouterr()
     assert "epoch 1/1: val top-1 90.00% (360 images), loss 1.500" in shown.err
@@ -77,8 +81,8 @@ def test_a_resumed_run_counts_from_where_it_was(monkeypatch: pytest.MonkeyPatch)
         p.evaluated(0, ACCURACY)  # of an epoch whose last step was an earlier process's
         for _ in range(20):
             clock.now += 3
-            p.step(1, 2.0, 0.5, 0.1)
+            p.step(1, 0.1)
     assert lines == [
         "epoch 1/2: val top-1 90.00% (360 images)",
-        "epoch 2/2  loss 2.000  top-1 50.0%  3 img/s (loader 0, data wait 0%)  lr 0.1000  step 161/200  1.9 min left",
+        "epoch 2/2  3 img/s (loader 0, data wait 0%)  lr 0.1000  step 161/200  1.9 min left",
     ]

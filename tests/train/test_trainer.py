@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repvgg.data import open_source
 from repvgg.models import zoo
 from repvgg.models.repvgg import RepVGG
+from repvgg.train.distributed import World
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import Recipe
 from repvgg.train.trainer import Trainer
@@ -58,7 +59,8 @@ def test_one_step_against_its_formulas() -> None:
         logits = x @ weight.T + bias
         log_p = logits - logits.exp().sum(1, keepdim=True).log()
         target = F.one_hot(y, 4).double() * 0.9 + 0.1 / 4
-        loss, right = trainer.step([(x, y)], lr, number)
+        trainer.step([(x, y)], lr, number)
+        loss, right = trainer.means()
         assert loss == pytest.approx(float(-(target * log_p).sum(1).mean()), rel=1e-12)
         assert right == pytest.approx(int((logits.argmax(1) == y).sum()) / 5)
         error = (log_p.exp() - target) / 5
@@ -82,7 +84,7 @@ def test_parts_add_up_to_the_whole_where_batch_norms_do_not_look_at_the_batch() 
         stepped(still, model=randomize_digits()),
         stepped(replace(still, accumulate=4), model=randomize_digits(), parts=4),
     )
-    assert distance(whole, parts) <= 1e-13
+    assert distance(whole, parts) <= 1e-10
 
 
 def randomize_digits() -> nn.Module:
@@ -186,13 +188,42 @@ def test_state_goes_on_to_the_last_bit() -> None:
     assert first.scaler.state_dict() == second.scaler.state_dict()
 
 
-def test_a_loss_that_is_no_number_stops_before_any_weight_moves() -> None:
+def test_a_loss_that_is_no_number_is_noticed_when_looked_at_and_before_saving() -> None:
     trainer = Trainer(narrow(), EXACT, 10)
-    before = copy.deepcopy(dict(trainer.model.named_parameters()))
+    trainer.train()
     x, y = batch()
-    with pytest.raises(FloatingPointError, match="step 41: the loss is nan: training diverged, lower --lr"):
-        trainer.step([(x * float("nan"), y)], 0.1, 41)
-    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    trainer.step([(x, y)], 0.1, 40)
+    trainer.tensors()
+    trainer.step([(x * float("nan"), y)], 0.1, 41)
+    with pytest.raises(FloatingPointError, match=r"model\.stem.*holds NaN or Inf: training diverged"):
+        trainer.tensors()
+    with pytest.raises(FloatingPointError, match="steps 41 to 42: the loss is nan: training diverged, lower --lr"):
+        trainer.means()
+
+
+def test_processes_exchange_buffers_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it was that of a set, so that one process's average got another's model's statistics."""
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(World, "copy_buffers", lambda self, model: asked.append(model))
+    for _ in range(10):
+        trainer = Trainer(narrow(), replace(EXACT, ema=0.9), 10)
+        asked.clear()
+        trainer.settle()
+        assert trainer.ema is not None
+        assert [id(model) for model in asked] == [id(trainer.model), id(trainer.ema.module)]
+
+
+def test_means_are_of_the_steps_since_the_last_look_and_of_their_parts() -> None:
+    trainer, apart = Trainer(narrow(), EXACT, 10), list[tuple[float, float]]()
+    alone = Trainer(narrow(), EXACT, 10)
+    for step in range(5):
+        x, y = batch(16, step)
+        trainer.step([(x, y)], 0.05, step)
+        alone.step([(x, y)], 0.05, step)
+        apart.append(alone.means())
+        if step == 1:
+            trainer.means()
+    assert trainer.means() == pytest.approx(tuple(sum(values) / 3 for values in zip(*apart[2:], strict=True)), rel=1e-12)
 
 
 def test_synchronised_batch_norm_is_refused_on_the_cpu() -> None:

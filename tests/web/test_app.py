@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from PIL import Image
+from rounding import REPORTED
 from torch import nn
 
 from repvgg import cli
@@ -81,7 +82,7 @@ def silent(line: str) -> None:
 def test_the_folder_holds_all_that_the_page_needs(page: Path) -> None:
     told = json.loads((page.parent / "model.json").read_text())
     assert (told["name"], told["classes"], told["preprocessing"]["resize"]) == ("repvgg_micro", CLASSES, 40)
-    assert all(form["error"] < 1e-5 for form in told["forms"].values())
+    assert all(form["error"] < REPORTED for form in told["forms"].values())
     named = {"index.html", "app.js", "style.css", "model.json", "example-00.png", "training.onnx", "deploy.onnx", *app.RUNTIME}
     assert {path.name for path in page.parent.iterdir()} == named
     with Image.open(page.parent / "example-00.png") as example:
@@ -267,7 +268,7 @@ def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str
         with torch.no_grad():
             wanted = reparameterize(network).double()(normalise(pixels, p).double())
         assert answer["same"]
-        assert answer["difference"] < 1e-5
+        assert answer["difference"] < REPORTED
         assert answer["speedup"] > 0
         assert len(answer["times"]["deploy"]) == len(answer["times"]["training"]) >= 3
         for logits in answer["logits"].values():

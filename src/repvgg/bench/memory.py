@@ -54,6 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def held(device: str) -> int:
     """Bytes held now: by CUDA's allocator, whose peak is counted from here on, or by the process."""
     if torch.device(device).type == "cuda":
+        torch.cuda.init()  # "cuda:1" is refused before
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(AttributeError, OSError):

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from repvgg.bench.models import BenchReport
     from repvgg.deploy.prune import PruningReport
     from repvgg.deploy.quantize import QuantizationReport
-    from repvgg.predict.datasets import Summary
-    from repvgg.predict.labels import Prediction
+    from repvgg.predict.job import Summary
     from repvgg.predict.masks import MaskPrediction
+    from repvgg.predict.prediction import Prediction
     from repvgg.train.evaluate import Accuracy
     from repvgg.train.segmentation import Overlap
     from repvgg.train.tasks import Evaluation
@@ -83,7 +83,8 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
             failed += 1
             say(f"repvgg: {p.error}")
         elif as_json:
-            print(json.dumps({"path": p.path, "labels": [{"label": name, "probability": round(x, 6)} for name, x in p.labels]}))
+            labels = [{"label": name, "probability": round(x, 6)} for name, x in p.labels]
+            print(json.dumps({"path": p.path, "labels": labels, "engine": p.engine}))
         else:
             rows.append((p.path, *(f"{name} {x:.1%}" for name, x in p.labels)))
     if rows:
@@ -112,18 +113,15 @@ def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
         raise ValueError(f"{failed} of {count} images could not be read")
 
 
-def show_predicted(summary: "Summary", as_json: bool, always: bool = True) -> None:
-    """Show what became of a whole data set. always: even if parts are missing, which other processes are at work on."""
-    if not (always or summary.complete):
-        return
+def show_predicted(summary: "Summary", as_json: bool) -> None:
+    """Print what a folder of predictions holds."""
     speed = summary.here / summary.seconds if summary.here else 0.0
     if as_json:
-        print_json({**asdict(summary), "out": str(summary.out), "images_per_second": round(speed, 1)})
+        print_json({**asdict(summary), "images_per_second": round(speed, 1)})
         return
     unread = f", {summary.errors:,} of them could not be read (column error)" if summary.errors else ""
-    parts = f"{summary.parts:,} parts" if summary.complete else f"{summary.parts:,} of {summary.of:,} parts, others are at work"
     here = f"; {summary.here:,} now, {speed:,.0f} img/s" if summary.here else ""
-    print(f"{summary.images:,} images{unread} in {parts}{here}: {summary.out}")
+    print(f"{summary.images:,} images{unread} in {summary.parts:,} parts{here}: {summary.out}")
 
 
 def show_quantization(report: "QuantizationReport", as_json: bool) -> None:

@@ -1,11 +1,10 @@
 """Commands that use a model: eval, predict."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, arg
 
 from repvgg.cli.flags import (
     ByEngine,
@@ -21,9 +20,12 @@ from repvgg.cli.flags import (
     Viewed,
     Viewing,
     WhereLoading,
-    process,
     say,
 )
+from repvgg.predict.where import Cluster
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Eval:
         from repvgg.train.tasks import task_of
 
         device, how = self.where.chosen(), self.engine
-        network = open_model(self.model, how.engine, how.precision, self.batch_size, device, say)
+        network = answering(open_model(self.model, how.engine, how.precision, self.batch_size, device, say), self.model)
         source = self.draw.source(self.data)
         evaluation = task_of(source).evaluate_model(
             network,
@@ -75,10 +77,10 @@ class Predict:
     model: Runnable
     images: Images = ()
     data: Annotated[
-        str, arg(help="Instead of images: any folder, or as for eval; labels are not needed. It goes on where it was.")
+        str, arg(help="Instead of images: any folder, or as for eval; labels are not needed; or a URL of images or Parquet.")
     ] = ""
-    out: Path | None = None
-    """For masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json. With --data: folder for part-*.parquet."""
+    out: str = ""
+    """For masks: folder for NAME.png (class ids), NAME_overlay.jpg and masks.json. With --data: folder for Parquet files."""
     split: str = "val"
     """Split of the data."""
     part_size: int = 1024
@@ -87,6 +89,7 @@ class Predict:
     """Images at a time; masks are made one at a time."""
     top: int = 5
     """How many labels an image."""
+    cluster: OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
     engine: ByEngine = field(default_factory=Engine)
     viewing: Viewed = field(default_factory=Viewing)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
@@ -99,6 +102,8 @@ class Predict:
             self._images()
 
     def _images(self) -> None:
+        if self._light():
+            return
         from repvgg.cli.show_results import show_masks, show_predictions
         from repvgg.deploy.load import open_model
         from repvgg.models.views import WHOLE
@@ -108,22 +113,32 @@ class Predict:
 
         at_once = min(self.batch_size, len(expand(self.images))) if self.images else self.batch_size
         device, views = self.where.chosen(), self.viewing.views()
-        network: Any = open_model(self.model, self.engine.engine, self.engine.precision, at_once, device, say)
-        task = (network.manifest or manifest_of(network)).task if "manifest" in vars(network) else "labels"
-        if task == "labels" and views == WHOLE and self.out is None:
+        network = answering(open_model(self.model, self.engine.engine, self.engine.precision, at_once, device, say), self.model)
+        if manifest_of(network).task == "labels" and views == WHOLE and not self.out:
             show_predictions(predict(network, self.images, self.batch_size, self.top, device), self.output.json)
             return
         answers = predict_masks(network, self.images, device, views)
-        show_masks(write_masks(answers, self.out, class_names(network)) if self.out else answers, self.output.json)
+        show_masks(write_masks(answers, Path(self.out), class_names(network)) if self.out else answers, self.output.json)
+
+    def _light(self) -> bool:
+        """Answer without PyTorch where that can be; return whether it was."""
+        plain = self.viewing == Viewing() and not self.out and self.engine.precision == "fp32" and self.batch_size > 0
+        if not plain or self.where.device not in ("", "cpu"):
+            return False
+        from repvgg.cli.show_results import show_predictions
+        from repvgg.predict.light import predict_lightly
+
+        answers = predict_lightly(self.model, self.images, self.top, self.engine.engine)
+        if answers is not None:
+            show_predictions(answers, self.output.json)
+        return answers is not None
 
     def _whole_set(self) -> None:
-        if self.images or self.out is None:
+        if self.images or not self.out:
             raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
         from repvgg.cli.show_results import show_predicted
-        from repvgg.predict.datasets import Job, predict_data
-        from repvgg.train.distributed import local_device
+        from repvgg.predict.job import Job
 
-        rank = process()
         job = Job(
             self.model,
             self.data,
@@ -135,10 +150,26 @@ class Predict:
             top=self.top,
             part_size=self.part_size,
             views=self.viewing.views(),
-            device=local_device(self.where.chosen()),
+            device=self.where.chosen(),
             workers=self.where.workers,
-            rank=rank,
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
         )
-        summary = predict_data(job, log=say if rank == 0 else str)
-        show_predicted(summary, self.output.json, always=rank == 0)
+        if self.cluster.ray:
+            from repvgg.predict.cluster import predict_on_ray
+
+            summary = predict_on_ray(job, self.cluster, say)
+        else:
+            from repvgg.predict.datasets import predict_data
+
+            summary = predict_data(job, say)
+        show_predicted(summary, self.output.json)
+
+
+def answering(network: "nn.Module", name: str) -> "nn.Module":
+    """Return the network. Raises ValueError for a backbone, which gives maps and neither labels nor masks."""
+    from repvgg.models.zoo import manifest_of
+
+    manifest = manifest_of(network)
+    last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
+    if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
+        raise ValueError(f"{name}: a backbone, which gives no labels: train a head on it first (repvgg train --init {name} ...)")
+    return network

@@ -17,6 +17,7 @@ import functools
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,9 @@ from repvgg.models.manifest import Preprocessing
 
 class DataError(ValueError):
     """A data set that cannot be used; the message names the place and the remedy."""
+
+
+Whole = tuple[Tensor, Sequence[int]]  # the images of a split, uint8 [N, C, H, W], and their labels
 
 
 class Images(Protocol):
@@ -93,6 +97,11 @@ class Subset:
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.images[self.indices[index]]
 
+    def whole(self) -> Whole | None:
+        """Return all of them, if the images can."""
+        whole = getattr(self.images, "whole", None)
+        return whole(self.indices) if whole else None
+
 
 class Decoded:
     """Images that are decoded already: one uint8 tensor [N, C, H, W]."""
@@ -105,6 +114,12 @@ class Decoded:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.pixels[index], self.labels[index]
+
+    def whole(self, indices: Sequence[int] | None = None) -> Whole:
+        """Return all of them, or some."""
+        if indices is None:
+            return self.pixels, self.labels
+        return self.pixels[list(indices)], [self.labels[i] for i in indices]
 
 
 class InMemory:
@@ -126,6 +141,15 @@ class InMemory:
             self.pixels[index] = image
             self.known[index] = 1
         return self.pixels[index], self.labels[index]
+
+    def whole(self, indices: Sequence[int] | None = None) -> Whole | None:
+        """Return all of them, or some; None if one is of another shape. Raises `ImageError` where one cannot be read."""
+        some = range(len(self)) if indices is None else indices
+        with ThreadPoolExecutor() as threads:
+            shapes = set(threads.map(lambda i: self[i][0].shape, some))
+        if len(shapes) > 1:
+            return None
+        return self.pixels[list(some)], [self.labels[i] for i in some]
 
 
 def _shared(*shape: int) -> Tensor:

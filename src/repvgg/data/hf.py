@@ -50,7 +50,9 @@ def open_hf(name: str) -> Source:
         raise DataError(f"hf:{name}: has no {', '.join(VALIDATION_SPLITS)} split to evaluate on")
     image, label, classes = columns(f"hf:{name}", splits["train"].features)
     train, val = (_images(f"hf:{name}, {s}", splits[s], image, label) for s in ("train", held_out))
-    classes = classes or [str(i) for i in range(max(train[1]) + 1)]
+    if classes is None:
+        refuse_ids(f"hf:{name}", label, {*train[1], *val[1]})
+        classes = [str(i) for i in range(max(train[1]) + 1)]
     for split, labels in (("train", train[1]), (held_out, val[1])):
         if wrong := [x for x in set(labels) if not 0 <= x < len(classes)]:
             raise DataError(f"hf:{name}: label {wrong[0]} in {split}, but there are {len(classes)} classes")
@@ -70,6 +72,15 @@ def columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
         there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
         raise DataError(f"{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
     return image, label, classes
+
+
+def refuse_ids(name: str, column: str, labels: set[int]) -> None:
+    """Raise DataError for integers without names that number no classes: few of a wide range."""
+    if max(labels) > 1000 + 10 * len(labels):
+        raise DataError(
+            f"{name}: column {column!r} holds {len(labels):,} distinct integers from {min(labels)} to {max(labels)}, which are "
+            "ids: number the classes from 0 in a row, or make it a ClassLabel"
+        )
 
 
 def find_columns(features: Any) -> tuple[str | None, str | None, list[str] | None]:

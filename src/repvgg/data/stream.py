@@ -18,7 +18,7 @@ from torch import Tensor
 
 from repvgg.data import DataError, Source
 from repvgg.data.cache import kept
-from repvgg.data.hf import VALIDATION_SPLITS, columns
+from repvgg.data.hf import VALIDATION_SPLITS, columns, refuse_ids
 from repvgg.data.images import decode
 from repvgg.disk import describe
 from repvgg.models.manifest import Preprocessing
@@ -168,6 +168,7 @@ def _counted(name: str, split: str, table: Any, label: str, shards: list[str]) -
         if not labels or None in labels or min(labels) < 0:
             what = "no images" if not labels else "images without a label" if None in labels else f"label {min(labels)}"
             raise DataError(f"{name}, {split}: holds {what}")
+        refuse_ids(f"{name}, {split}", label, set(labels))
         return {"counts": np.bincount(labels)}
 
     if not shards:  # a hub's data set or a folder of parquet: nothing here says whether it has changed

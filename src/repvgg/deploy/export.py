@@ -30,7 +30,6 @@ from repvgg.disk import FileError, Log, describe
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.pspnet import PSPNet
 from repvgg.train.evaluate import batches
 
 LARGE = 3 * 512 * 512  # numbers in an image of which eight in float64 take too long
@@ -143,7 +142,7 @@ def export(
         shape.any_size,
         torch.uint8 if shape.pixels or shape.image_size else torch.float32,
     )
-    if shape.any_size and isinstance(model, PSPNet):
+    if shape.any_size and manifest.task == "masks":
         raise ValueError("a PSPNet's file is for images of one size, its pyramid's bins depend on it: leave out --any-size")
     samples = [random_images(signature) if images is None else images.to(signature.dtype)]
     if shape.any_size:

@@ -19,8 +19,6 @@ from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import open_model as open_pytorch
-from repvgg.models.names import PSPNETS
-from repvgg.models.pspnet import PSPNet
 
 
 def load_engine(
@@ -60,7 +58,7 @@ def load_engine(
 
 
 def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, device: str, log: Log) -> nn.Module:
-    """Return the model as `open_pytorch` does; or an engine, where one is asked for or the file is another runtime's.
+    """Return the model as `zoo.open_model` does; or an engine, where one is asked for or the file is another runtime's.
 
     Raises ValueError for a precision without an engine, and for an engine that is asked to make masks.
     """
@@ -70,11 +68,11 @@ def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, 
     model = exported or open_pytorch(name_or_path)
     if isinstance(model, nn.Module) and not engine:
         return model
-    if isinstance(model, PSPNet):
+    if isinstance(model, nn.Module) and zoo.manifest_of(model).task == "masks":
         raise ValueError(f"{name_or_path}: masks of images of any size are made by PyTorch: leave out --engine")
     if engine in engines.ENGINES and not engines.precisions(engine, device):
         device = "cpu"
     runner = load_engine(model, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
-    if exported and runner.manifest and (runner.manifest.arch or {}).get("name") in PSPNETS:
+    if exported and runner.manifest and runner.manifest.task == "masks":
         raise ValueError(f"{exported}: masks of images of any size are made by PyTorch: name the model file")
     return runner

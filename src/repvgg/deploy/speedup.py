@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from repvgg.deploy.runner import Runner
-from repvgg.measure.timing import Ratio, interleave, ratio
+from repvgg.measure.timing import Ratio, interleave, ratio, synchroniser
 
 ROUNDS, BATCHES, WARMUP = 7, 3, 2
 
@@ -30,6 +30,6 @@ def speedup(before: Runner, after: Runner) -> Speedup:
     images = torch.randn(options.batch_size, *options.input_size, generator=torch.Generator().manual_seed(0))
     runners = {"before": before.engine, "after": after.engine}
     calls = {name: partial(engine.run, engine.prepare(images)) for name, engine in runners.items()}
-    times = interleave(calls, rounds=ROUNDS, batches=BATCHES, warmup=WARMUP)
+    times = interleave(calls, rounds=ROUNDS, batches=BATCHES, warmup=WARMUP, synchronise=synchroniser(options.device))
     speeds = (options.batch_size / times["before"].median, options.batch_size / times["after"].median)
     return Speedup(options.batch_size, speeds, ratio(times["before"], times["after"]))

@@ -34,8 +34,8 @@ from repvgg.fold.trace import Traces, refuse_lost, trace
 
 @dataclass
 class ReplaceReport:
-    """What `replace_conv` did: paths of the convolutions replaced, of the batch norms that went into the blocks with them, and of
-    the convolutions left, with the reason."""
+    """Tell what `replace_conv` did: paths of the convolutions replaced, of the batch norms that went into the blocks with them,
+    and of the convolutions left, with the reason."""
 
     replaced: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class ReplaceReport:
 
 @torch.no_grad()
 def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -> nn.Module:
-    """A copy of any network that computes the same, with foldable blocks in place of its 3x3 convolutions.
+    """Return a copy of any network that computes the same, with foldable blocks in place of its 3x3 convolutions.
 
     A convolution qualifies with any channels, groups (depthwise too), stride and dilation, if it pads by its dilation. A batch norm
     that it alone feeds goes into the block with it. What there was becomes the block's 3x3 branch, minus what the other branches
@@ -70,8 +70,8 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
     refuse_uncopyable(model)
     model = copied(model)
     vars(model).pop("manifest", None)  # a file of it would no longer be what `create_model` makes
-    traces, report = trace(model), ReplaceReport()
-    norm_paths = partners(model, traces)
+    modes, report = (trace(model), trace(_still(model))), ReplaceReport()  # it is trained and evaluated
+    norm_paths = dict(partners(model, modes[0]).items() & partners(model, modes[1]).items())
     in_blocks = {part for module in model.modules() if is_foldable(module) for part in module.modules()}
     for path, conv in list(model.named_modules()):
         if not isinstance(conv, nn.modules.conv._ConvNd):
@@ -79,14 +79,14 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         try:
             if conv in in_blocks:
                 raise ReparamError("is part of a block that folds")
-            if reason := traces.why_not_replaced(path):
+            if reason := _why_not(path, modes):
                 raise ReparamError(reason)
             new = make(*_geometry(conv))
         except ReparamError as error:
             report.left[path] = error.reason
             continue
         assert isinstance(conv, nn.Conv2d)
-        norm = _partner(model, norm_paths.get(path, ""), traces)
+        norm = _partner(model, norm_paths.get(path, ""), modes)
         if not fresh:
             with inside(path):
                 _take_over(new.to(conv.weight.device, torch.float64), conv, norm)
@@ -95,13 +95,26 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         if norm is not None:
             model.set_submodule(norm_paths[path], split_activation(norm)[1].train(norm.training))
             report.norms.append(norm_paths[path])
-    refuse_lost(model, traces, "replaced")
+    refuse_lost(model, modes[0], "replaced")
     model.replace_report = report  # type: ignore[assignment]
     return model
 
 
+def _still(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode."""
+    copy_ = copied(model, share_tensors=True)
+    for module in copy_.modules():
+        module.training = False
+    return copy_
+
+
+def _why_not(path: str, modes: tuple[Traces, ...]) -> str | None:
+    """Return why no block can take this module's place, in train mode or in eval mode, if so."""
+    return next(filter(None, (traces.why_not_replaced(path) for traces in modes)), None)
+
+
 def _geometry(conv: nn.Module) -> tuple[Any, ...]:
-    """As blocks take it. Raises `ReparamError` where no block can take this convolution's place."""
+    """Return the geometry as blocks take it. Raises `ReparamError` where no block can take this convolution's place."""
     if not isinstance(conv, nn.Conv2d):
         raise ReparamError(f"is a {type(conv).__name__}")
     if type(conv) not in CONVOLUTIONS:
@@ -117,12 +130,12 @@ def _geometry(conv: nn.Module) -> tuple[Any, ...]:
     return conv.in_channels, conv.out_channels, conv.stride[0], conv.dilation[0], conv.groups, conv.padding_mode
 
 
-def _partner(model: nn.Module, path: str, traces: Traces) -> nn.BatchNorm2d | None:
-    """The batch norm at `path`, if it can go into a block: it trains (a frozen one does not) and has nothing odd about it."""
+def _partner(model: nn.Module, path: str, modes: tuple[Traces, ...]) -> nn.BatchNorm2d | None:
+    """Return the batch norm at `path`, if it can go into a block: it trains (a frozen one does not) and is as its type says."""
     norm = model.get_submodule(path) if path else None
     if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not is_batch_norm(norm) or norm.running_mean is None:
         return None
-    return None if altered(norm) or traces.why_not_replaced(path) else norm  # type: ignore[return-value]
+    return None if altered(norm) or _why_not(path, modes) else norm  # type: ignore[return-value]
 
 
 def _take_over(block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:
@@ -163,7 +176,7 @@ def _take_over(block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -
 
 
 def _last_norm(module: nn.Module) -> nn.BatchNorm2d | None:
-    """The batch norm that a branch ends in."""
+    """Return the batch norm that a branch ends in."""
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
     return module if isinstance(module, nn.BatchNorm2d) else None
@@ -185,7 +198,7 @@ def _copy_norm(norm: nn.BatchNorm2d, to: nn.BatchNorm2d) -> None:
 
 
 def _like(new: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """In the dtype, device, memory format and mode of what it replaces; frozen if that was."""
+    """Put a block in the dtype, device, memory format and mode of what it replaces; frozen if that was."""
     weight = conv.weight
     new = new.to(weight).train(conv.training).requires_grad_(weight.requires_grad)
     if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():

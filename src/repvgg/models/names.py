@@ -85,6 +85,7 @@ BASELINES: dict[str, Baseline] = {
     "resnet101": Baseline("resnet101", v1=True),
     "resnet152": Baseline("resnet152", v1=True),
     "vgg16": Baseline("vgg16"),
+    "vgg16_bn": Baseline("vgg16_bn"),  # the paper's comparator: plain, with batch norm, as RepVGG's layers have
     "resnext50_32x4d": Baseline("resnext50_32x4d"),
     "resnext101_32x4d": Baseline("resnext101_32x4d"),
     "efficientnet_b0": Baseline("efficientnet_b0"),

@@ -1,6 +1,7 @@
 """Figure 2: a stretch of the network in training form, and the same layers in deploy form, read from a real model."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,12 @@ from repvgg.fold.as_linear import Branches, Chain, as_conv, as_linear
 from repvgg.fold.blocks import DerivedConv
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.measure.costs import cost
 from repvgg.models import zoo
 from repvgg.models.repvgg import Layer, RepVGG
 from repvgg.paper.drawing import IDENTITY, MUTED, NEUTRAL, PANEL, POINTWISE, WIDEST, Colours, box, canvas, dot, plus, wire, write
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.numbers import FRAGMENTS
+from repvgg.paper.result import Result, Settings, Table
 
 MODEL = "repvgg_a0"
 LAYERS = 4  # as many as the paper shows
@@ -49,13 +52,30 @@ def run(settings: Settings) -> Result:
     proof = verify(model, deploy, (3, 64, 64))
     return Result(
         "Figure 2: one network in two forms",
-        [],
+        [_fragments(deploy)],
         f"Drawn from the modules of our {MODEL}, with random weights and batch norm statistics, and of what reparameterize "
         "made of it. The paper draws the same blocks, and beside them a ResNet's. The two forms give the same logits: "
         f"{proof}.",
         {"model": MODEL, "max_rel_err": proof.max_rel_err, "parameters": {"training": count(model), "deploy": count(deploy)}},
         {"figure2": draw(model, deploy)},
     )
+
+
+def _fragments(deploy: RepVGG) -> Table:
+    """Count the convolutions and pools of one block, beside the paper's counts (section 3.1)."""
+    blocks = {"ResNet-18": ("resnet18", "layer1.1"), "ResNet-50": ("resnet50", "layer1.1")}
+    counts = {}
+    for name, (model, path) in blocks.items():
+        with suppress(ValueError), torch.device("meta"):  # without timm there is no ResNet
+            counts[name] = sum(layer.fragment for layer in cost(zoo.create_model(model), (3, 64, 64)).inside(path))
+    counts["RepVGG, deploy form"] = sum(layer.fragment for layer in cost(deploy, (3, 64, 64)).inside("stem.block"))
+    printed = {
+        "ResNet-18": FRAGMENTS["ResNet"][0],
+        "ResNet-50": FRAGMENTS["ResNet"][1],
+        "RepVGG, deploy form": FRAGMENTS["RepVGG"][0],
+    }
+    rows = [("NASNet-A", FRAGMENTS["NASNet-A"][0], None), *((name, printed[name], found) for name, found in counts.items())]
+    return Table("Convolutions and pools in one block (section 3.1)", ("network", "paper", "counted here"), rows)
 
 
 def count(model: nn.Module) -> int:

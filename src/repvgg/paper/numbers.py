@@ -104,7 +104,7 @@ TABLE4 = (
     ModelSpeed("resnext50_32x4d", "ResNeXt-50", 77.46, 484, 24.99, 4.2, 4.1),
     ModelSpeed("repvgg_b2", "RepVGG-B2", 78.78, 460, 80.31, 18.4, 9.1),
     ModelSpeed("resnet101", "ResNet-101", 77.21, 430, 44.49, 7.6, 5.5),
-    ModelSpeed("vgg16", "VGG-16", 72.21, 415, 138.35, 15.5, 6.9),
+    ModelSpeed("vgg16_bn", "VGG-16", 72.21, 415, 138.35, 15.5, 6.9),
     ModelSpeed("resnet152", "ResNet-152", 77.78, 297, 60.11, 11.3, 8.1),
     ModelSpeed("resnext101_32x4d", "ResNeXt-101", 78.42, 295, 44.10, 8.0, 7.9),
 )
@@ -139,7 +139,7 @@ HEADLINES = (
     Headline("repvgg_a2", "efficientnet_b0", 1.59),
     Headline("repvgg_b1g4", "resnet101", 2.01),
     Headline("repvgg_b1g2", "resnet152", 2.66),
-    Headline("repvgg_b2", "vgg16", 1.10),
+    Headline("repvgg_b2", "vgg16_bn", 1.10),
     Headline("repvgg_b3", "regnetx_120", 1.31),
 )
 

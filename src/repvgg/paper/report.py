@@ -120,9 +120,11 @@ def as_page(results: dict[str, Result], settings: Settings) -> str:
     about = {name.replace("_", " "): value for name, value in about.items() if value is not None}
     sections.append(("Measured on", page.table([*about.items(), ("versions", versions)], ("", ""))))
     lead = (
-        "Every table and figure of “RepVGG: Making VGG-style ConvNets Great Again” about cost and speed, beside what "
-        f"was measured on {about.get('gpu') or about['processor']}."
+        f"{len(results)} of the {len(PARTS)} parts of “RepVGG: Making VGG-style ConvNets Great Again” that repvgg paper knows, "
+        f"beside what was measured on {about.get('gpu') or about['processor']}."
     )
+    if left_out := [part for part in PARTS if part not in results]:
+        lead += f" Left out, for want of data to train on or of a model that is in them: {', '.join(left_out)}."
     if settings.quick:
         lead += " This is a quick look: small batches, few rounds, a handful of models. Intervals are wide, and say so."
     return page.page("The RepVGG paper, measured here", sections, lead)

@@ -21,8 +21,8 @@ from repvgg.deploy.fastest import fastest
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, ratio
-from repvgg.models import zoo
 from repvgg.models.names import resolve_name
+from repvgg.models.zoo import default_preprocessing
 from repvgg.paper.numbers import ModelSpeed
 from repvgg.paper.result import NothingChosenError, Settings
 
@@ -110,7 +110,7 @@ def in_its_engine(model: str, settings: Settings) -> Candidate:
     if settings.named_engine or (settings.quick and not settings.engine):
         return Candidate(model, settings.one_engine, settings.precision)
     options = Options(
-        input_size=_input_size(settings) or zoo.default_preprocessing({"name": model, "in_chans": 3}).input_size,
+        input_size=_input_size(settings) or default_preprocessing({"name": model, "in_chans": 3}).input_size,
         batch_size=settings.protocol.batch_size,
         precision=settings.precision,
         threads=settings.threads or torch.get_num_threads(),

@@ -102,12 +102,17 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
                 f"{significant(low)} to {significant(high)}",
                 f"{row.speed / PRINTED[REFERENCE].speed:.2f}x",
                 speed.ratio,
-                _beside(f"{math.floor(speed.params / 1e4) / 100:.2f}", f"{row.params_m:.2f}"),
+                _beside(_truncated(speed.params / 1e6, row), f"{row.params_m:.2f}"),
                 _beside(f"{speed.macs / 1e9:.1f}", f"{row.flops_b:.1f}"),
                 _beside(f"{speed.winograd_muls / 1e9:.1f}", "-" if row.muls_b is None else f"{row.muls_b:.1f}"),
             )
         )
     return Table("Accuracy, speed and cost", header, cells)
+
+
+def _truncated(millions: float, row: ModelSpeed) -> str:
+    """Write parameters as the paper does: cut after two digits, EfficientNet-B3's 12.1896 alone rounded."""
+    return f"{millions if row.model == 'efficientnet_b3' else math.floor(millions * 100) / 100:.2f}"
 
 
 def _beside(ours: str, printed: str) -> str:

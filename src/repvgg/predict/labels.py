@@ -2,7 +2,6 @@
 
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,22 +9,15 @@ from torch import Tensor, nn
 
 from repvgg.data.images import ImageError, decode, is_image
 from repvgg.data.transforms import eval_transform, normalise
+from repvgg.models.finite import finite
 from repvgg.models.zoo import dtype_of, manifest_of
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The likeliest classes of one image, best first; or why it could not be read."""
-
-    path: str
-    labels: list[tuple[str, float]]
-    error: str | None = None
+from repvgg.predict.prediction import Prediction
 
 
 def predict(
     model: nn.Module, patterns: Sequence[str], batch_size: int = 32, top: int = 5, device: str = "cpu"
 ) -> Iterator[Prediction]:
-    """Predictions for files, folders (all images below them) and globs, in order, with the model's own preprocessing.
+    """Yield predictions for files, folders (all images below them) and globs, in order, with the model's own preprocessing.
 
     An image that cannot be read yields a Prediction with an error; the others go on. Raises `ImageError` where a pattern fits
     nothing, ValueError for a batch size or `top` below 1.
@@ -52,14 +44,14 @@ def predict(
         if inputs:
             images = normalise(torch.stack(list(inputs.values())).to(device), manifest.preprocessing)
             with torch.inference_mode():
-                probabilities = model(images.to(dtype_of(model))).float().softmax(1).cpu()
+                probabilities = finite(model, images.to(dtype_of(model))).float().softmax(1).cpu()
             labels = dict(zip(inputs, named(probabilities, manifest.classes, top), strict=True))
         for path in chunk:
-            yield Prediction(path, labels.get(path, []), errors.get(path))
+            yield Prediction(path, labels.get(path, []), errors.get(path), getattr(model, "name", "pytorch"))
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """Paths of the images that files, folders and globs name, each once, sorted within a pattern."""
+    """Return the paths of the images that files, folders and globs name, each once, sorted within a pattern."""
     found: dict[str, None] = {}
     for pattern in patterns:
         path = Path(pattern)
@@ -76,7 +68,7 @@ def _images(path: Path) -> list[Path]:
 
 
 def named(probabilities: Tensor, classes: list[str] | None, top: int) -> list[list[tuple[str, float]]]:
-    """The `top` likeliest classes of each image, by name."""
+    """Return the `top` likeliest classes of each image, by name, with their probabilities."""
     best = probabilities.topk(min(top, probabilities.shape[1]))
     names = classes or [str(i) for i in range(probabilities.shape[1])]
     return [

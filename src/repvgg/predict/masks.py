@@ -23,9 +23,9 @@ from repvgg.data.images import ImageError, decode
 from repvgg.data.masks import ToNetwork
 from repvgg.data.transforms import normalise
 from repvgg.disk import atomically
-from repvgg.models.pspnet import PSPNet
+from repvgg.models.finite import finite
 from repvgg.models.views import WHOLE, Views, placed, segment
-from repvgg.models.zoo import manifest_of
+from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.labels import expand
 
 # The usual colours of Cityscapes; CamVid's names are here as well. Other classes get colours of their own.
@@ -79,23 +79,25 @@ class Masker:
     """
 
     def __init__(self, model: nn.Module, device: str = "cpu", views: Views = WHOLE) -> None:
-        if not isinstance(model, PSPNet):
+        if manifest_of(model).task != "masks":
             raise ValueError("this model gives labels, not masks: --out, --slide, --scales and --flip are for a PSPNet")
-        if model.num_classes > 255:
-            raise ValueError(f"{model.num_classes} classes: a mask holds 255")
-        self.preprocessing, self.device, self.views = manifest_of(model).preprocessing, device, views
+        if (classes := len(class_names(model))) > 255:
+            raise ValueError(f"{classes} classes: a mask holds 255")
+        self.model, self.preprocessing, self.device, self.views = model, manifest_of(model).preprocessing, device, views
         self.to_network, self.network = ToNetwork(self.preprocessing), placed(model, device)
 
     @torch.inference_mode()
     def __call__(self, small: Tensor, size: tuple[int, int]) -> Tensor:
-        """Class ids, uint8 [*size], of a photo [C, H, W] that `to_network` has resized."""
+        """Return class ids, uint8 [*size], of a photo [C, H, W] that `to_network` has resized."""
         x = normalise(small.unsqueeze(0).to(self.device), self.preprocessing)
         scores = segment(self.network, x, size, self.preprocessing.input_size[1:], self.views)
+        if not bool(torch.isfinite(scores).all()):
+            finite(self.model, x.to(dtype_of(self.model)))  # which says where
         return scores[0].argmax(0).to(torch.uint8).cpu()
 
 
 def predict_masks(model: nn.Module, patterns: Sequence[str], device: str = "cpu", views: Views = WHOLE) -> Iterator[MaskPrediction]:
-    """Masks for files, folders (all images below them) and globs, in order, at each image's own size.
+    """Yield masks for files, folders (all images below them) and globs, in order, at each image's own size.
 
     An image that cannot be read yields a MaskPrediction with an error; the others go on. Raises `ImageError` where a pattern fits
     nothing, ValueError as `Masker` does.
@@ -115,7 +117,7 @@ def predict_masks(model: nn.Module, patterns: Sequence[str], device: str = "cpu"
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Those it carries, or numbers."""
+    """Return the names of a model's classes, or numbers where it has none."""
     return manifest_of(model).classes or [str(i) for i in range(int(model.num_classes))]  # type: ignore[arg-type]
 
 
@@ -126,7 +128,7 @@ def _shares(mask: Tensor, names: Sequence[str]) -> dict[str, float]:
 
 
 def write_masks(answers: Iterable[MaskPrediction], out: Path, names: Sequence[str]) -> Iterator[MaskPrediction]:
-    """Writes NAME.png (class ids, with colours for viewers) and NAME_overlay.jpg of each into a folder; at the end masks.json.
+    """Write NAME.png (class ids, with colours for viewers) and NAME_overlay.jpg of each into a folder; at the end masks.json.
 
     Yields what it has written. Raises ValueError for two images of one name.
     """
@@ -137,7 +139,7 @@ def write_masks(answers: Iterable[MaskPrediction], out: Path, names: Sequence[st
             name = Path(answer.path).stem
             if name in found:
                 raise ValueError(f"{answer.path}: {found[name]['path']} has the same name: give each folder an --out of its own")
-            write_mask(answer.mask, palette, out / f"{name}.png")
+            _save(png(answer.mask, palette), out / f"{name}.png", format="PNG")
             _save(overlay(answer.image, answer.mask, palette), out / f"{name}_overlay.jpg", format="JPEG", quality=90)
             found[name] = {"path": answer.path, "mask": f"{name}.png", "overlay": f"{name}_overlay.jpg", "shares": answer.shares}
         yield answer
@@ -146,7 +148,7 @@ def write_masks(answers: Iterable[MaskPrediction], out: Path, names: Sequence[st
 
 
 def colours(names: Sequence[str]) -> Any:
-    """uint8 [classes, 3]: the usual ones of what is in a street, for other classes hues as far from their neighbours' as can be."""
+    """Return a palette, uint8 [classes, 3]: the usual colours of what is in a street, other classes' hues far apart."""
     rows = [
         COLOURS.get(name.lower()) or tuple(round(255 * x) for x in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.75, 0.9))
         for i, name in enumerate(names)
@@ -155,16 +157,16 @@ def colours(names: Sequence[str]) -> Any:
 
 
 def overlay(image: Tensor, mask: Tensor, palette: Any) -> Image.Image:
-    """The photo, half covered by its mask's colours."""
+    """Return the photo, half covered by its mask's colours."""
     photo = image.permute(1, 2, 0).numpy().astype(np.uint16)
     return Image.fromarray(((photo + palette[mask.numpy()]) // 2).astype(np.uint8))
 
 
-def write_mask(mask: Tensor, palette: Any, path: Path) -> None:
-    """Class ids as PNG, with colours for viewers."""
+def png(mask: Tensor, palette: Any) -> Image.Image:
+    """Return class ids, uint8 [H, W], as an image with colours for viewers."""
     image = Image.fromarray(mask.numpy())
     image.putpalette(palette.tobytes())
-    _save(image, path, format="PNG")
+    return image
 
 
 def _save(image: Image.Image, path: Path, **options: Any) -> None:

@@ -1,5 +1,6 @@
 """Training batches: which images a step takes, and which of them are this process's."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from repvgg.data import Source
+from repvgg.data.resident import Resident, Shifts
 from repvgg.data.transforms import BadImages, Transformed, load
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
@@ -16,7 +18,8 @@ from repvgg.train.tasks import task_of
 class Feed:
     """Shuffled, augmented batches: a function of seed, epoch and step, whatever number of workers or processes loads them.
 
-    steps: of an epoch; the incomplete last batch is left out. batch_size: images a step, over all processes.
+    steps: of an epoch; the incomplete last batch is left out. batch_size: images a step, over all processes. Small images are kept
+    whole on the device where the recipe shifts and mirrors them and no more; then there are no workers.
     """
 
     def __init__(
@@ -27,33 +30,50 @@ class Feed:
         workers: int = 0,
         world: World = ALONE,
         bad: Path | None = None,
+        device: str = "cpu",
     ) -> None:
         """bad: list unreadable images there instead of stopping. Raises ValueError for a batch that cannot be divided."""
         listing = BadImages(bad, replace=True) if bad else None
-        transform = task_of(source).train_transform(recipe, source.preprocessing)
-        self.images = Transformed(source.train, transform, seed, listing)
-        self.seed, self.workers, self.world = seed, workers, world
+        self.count, self.seed, self.workers, self.world, self.flip = len(source.train), seed, workers, world, recipe.flip
         parts = world.size * recipe.accumulate
         if recipe.batch_size % parts:
             how = f"{world.size} processes" + (f" of {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
             near = max(1, round(recipe.batch_size / parts)) * parts
             raise ValueError(f"--batch-size {recipe.batch_size} cannot be divided among {how}: {near} can")
-        self.batch_size = min(recipe.batch_size, len(self.images)) // parts * parts
+        self.batch_size = min(recipe.batch_size, self.count) // parts * parts
         if not self.batch_size:
-            raise ValueError(f"{source.name}: {len(self.images)} images to train on are fewer than {parts} parts of a step")
+            raise ValueError(f"{source.name}: {self.count} images to train on are fewer than {parts} parts of a step")
         self.part = self.batch_size // parts
-        self.steps = len(self.images) // self.batch_size
+        self.steps = self.count // self.batch_size
+        self.images = Transformed(source.train, task_of(source).train_transform(recipe, source.preprocessing), seed, listing)
+        shifted = recipe.crop == "shift" and not recipe.auto_augment
+        self.resident = Resident.of(source.train, source.preprocessing, device) if shifted else None
+        self.spent, self.made = 0.0, 0
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images [part, C, H, W] and labels [part] or masks [part, H, W], from the epoch's step `first` on, `accumulate` of
         them a step."""
         self.images.epoch.fill_(epoch)
         seed, (rank, size) = self.seed * 100_003 + epoch, (self.world.rank, self.world.size)
-        if hasattr(self.images.images, "order"):  # a stream
+        stream = getattr(self.images.images, "order", None)
+        if stream:
             each = self.batch_size // size
-            return load(
-                self.images, self.part, self.workers, self.images.images.order(seed, rank, size, first * each, self.steps * each)
-            )
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))[: self.steps * self.batch_size]
-        own = order.view(self.steps, size, -1)[first:, rank]
-        return load(self.images, self.part, self.workers, own.flatten().tolist())
+            return load(self.images, self.part, self.workers, stream(seed, rank, size, first * each, self.steps * each))
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[: self.steps * self.batch_size]
+        own = order.view(self.steps, size, -1)[first:, rank].flatten()
+        if self.resident is not None:
+            return self._from_device(self.resident, own, epoch)
+        return load(self.images, self.part, self.workers, own.tolist())
+
+    def _from_device(self, resident: Resident, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        shifts = Shifts(self.count, resident.border, self.flip, (self.seed, epoch)).to(resident.device)
+        for indices in order.split(self.part) if len(order) else ():
+            started = time.perf_counter()
+            batch = resident.batch(indices, shifts)
+            self.spent, self.made = self.spent + time.perf_counter() - started, self.made + len(indices)
+            yield batch
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second that this process could be given, if nothing else kept it; 0 before any was."""
+        return self.made / self.spent if self.made else self.images.images_per_second

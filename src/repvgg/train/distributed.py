@@ -15,15 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from repvgg.train.guard import Guard
 
 MEETING = timedelta(seconds=50)  # from the first process that is here to the last
 TIMEOUT = timedelta(minutes=30)  # for the slowest of what one process does while the others wait: evaluation, and writing files
+
+
+LOST = "another process is gone; what was saved last is whole"
 
 
 class LostError(ConnectionError):
@@ -37,6 +43,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    control: Any = None
+    """A group of the same processes that works in main memory; None where the main one does."""
 
     @property
     def main(self) -> bool:
@@ -54,6 +62,34 @@ class World:
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
+
+    def agree(self, number: int) -> int:
+        """Return the largest of all processes' numbers, without waiting for a GPU."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor([number])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
+
+    def told(self, text: str) -> str:
+        """Return the first process's text."""
+        if self.size == 1:
+            return text
+        length = torch.tensor([len(text.encode())], device=self.device)
+        dist.broadcast(length, 0)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.main:
+            content.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)) if text else None
+        dist.broadcast(content, 0)
+        return bytes(content.tolist()).decode()
+
+    def given(self, tensor: Tensor) -> Tensor:
+        """Return the first process's tensor, on the CPU; the others give one of its shape and dtype."""
+        if self.size == 1:
+            return tensor
+        sent = tensor.to(self.device).contiguous()
+        dist.broadcast(sent, 0)
+        return sent.cpu()
 
     def wait(self) -> None:
         """Until all are here."""
@@ -77,7 +113,7 @@ def joined(device: str) -> Iterator[World]:
     do not meet within `MEETING`, when its agent is gone, and when it is asked to stop and others keep it waiting.
     """
     if dist.is_initialized():  # by Ray Train, say
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield _world(device)
         return
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -90,30 +126,37 @@ def joined(device: str) -> Iterator[World]:
         _meet(rank, size, "nccl" if torch.device(device).type == "cuda" else "gloo")
         guard.free()
         try:
-            yield World(rank, size, device)
+            yield _world(device)
         except dist.DistError as error:
-            raise _lost(error) from None
+            raise LostError(LOST) from error
         except RuntimeError as error:
             if any(word in str(error) for word in ("Connection closed", "Connection reset", "Broken pipe", "NCCL", "gloo")):
-                raise _lost(error) from None
+                raise LostError(LOST) from error
             raise
         finally:
             dist.destroy_process_group()
 
 
+def _world(device: str) -> World:
+    """Return this process's place in the group; where that works on GPUs, with another one of the same that does not."""
+    on_gpu = torch.device(device).type == "cuda"
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else None
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
 def _meet(rank: int, size: int, backend: str) -> None:
     """Make the process group. Raises ValueError with the remedy where that cannot be done."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+        store, _, _ = next(rendezvous("env://", timeout=MEETING))
         meeting = _meeting(store, rank, size)
-        dist.init_process_group(backend, store=dist.PrefixStore(meeting, store), rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=PrefixStore(meeting, store), rank=rank, world_size=size, timeout=TIMEOUT)
     except (dist.DistError, ValueError, OSError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"cannot meet the other processes at {where} ({reason}): give torchrun another --master-port") from None
 
 
-def _meeting(store: dist.Store, rank: int, size: int) -> str:
+def _meeting(store: Store, rank: int, size: int) -> str:
     """Agree on a name under which these very processes exchange addresses.
 
     The agent's store outlives an attempt, and with it the addresses of dead processes; how many attempts there were, machines do
@@ -127,7 +170,3 @@ def _meeting(store: dist.Store, rank: int, size: int) -> str:
         if store.check([f"{meeting}/{other}" for other in range(size)]):
             return meeting
         time.sleep(0.02)
-
-
-def _lost(error: BaseException) -> LostError:
-    return LostError(f"another process is gone ({(str(error).splitlines() or [''])[0][-120:].strip()})")

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.data import Images, Source
+from repvgg.data.resident import Resident
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
+from repvgg.models.finite import finite
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.zoo import dtype_of, manifest_of
+from repvgg.numerics import full_float32
 from repvgg.train.distributed import ALONE, World
 
 Network = Callable[[Tensor], Tensor]
@@ -58,6 +61,13 @@ def batches(
     world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images [N, C, H, W] and labels [N], in order; of several processes each has every n-th image."""
+    resident = Resident.of(images, preprocessing, device)
+    if resident is not None and bad is None:
+        own = torch.arange(len(images))[world.rank :: world.size]
+        for indices in own.split(batch_size) if len(own) else ():
+            pixels, labels = resident.batch(indices)
+            yield normalise(pixels, preprocessing), labels
+        return
     in_order = getattr(images, "in_order", None)  # of a stream
     order = in_order(world.rank, world.size) if in_order else range(world.rank, len(images), world.size)
     for pixels, labels in load(Transformed(images, eval_transform(preprocessing), bad=bad), batch_size, workers, order):
@@ -70,24 +80,23 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
 
     With several processes each brings its share of the images, and all get the whole. Raises ValueError if there are no images.
     """
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
-    loss, top5 = 0.0, 0
+    sums: list[Tensor] = []  # the loss, and how many are among the first five; on the device until the end, which nobody waits for
+    pairs = torch.zeros(num_classes**2, dtype=torch.long)
     for images, labels in data:
-        if not (labels >= 0).all():
-            images, labels = images[labels >= 0], labels[labels >= 0]
-            if not len(labels):
-                continue
+        full_float32(images.device)
         logits = network(images)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if logits.shape[1] != num_classes:
             raise ValueError(f"the model has {logits.shape[1]} classes, the data {num_classes}")
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        top5 += int((logits.topk(min(5, num_classes)).indices == labels[:, None]).sum())
-        pairs = labels * num_classes + logits.argmax(1)
-        confusion += pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes).cpu()
-    sums = world.total(torch.tensor([loss, top5], dtype=torch.float64, device=world.device))
-    loss, top5 = float(sums[0]), int(sums[1])
-    confusion = world.total(confusion.to(world.device)).cpu()
+        counts = labels >= 0
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
+        top5 = (logits.topk(min(5, num_classes)).indices == labels[:, None]).sum()
+        sums.append(torch.stack([loss, top5.to(loss.dtype)]))
+        pairs = pairs.to(logits.device)
+        pairs.index_add_(0, labels.clamp(min=0) * num_classes + logits.argmax(1), counts.long())
+    total = torch.stack(sums).cpu().double().sum(0) if sums else torch.zeros(2, dtype=torch.float64)
+    loss, top5 = world.total(total.to(world.device)).tolist()
+    confusion = world.total(pairs.view(num_classes, num_classes).to(world.device)).cpu()
     count = int(confusion.sum())
     if not count:
         raise ValueError("there are no images to evaluate on")
@@ -106,7 +115,7 @@ def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, worke
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dtype = dtype_of(model)
     data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
-    return evaluate(lambda x: model(x.to(dtype)), data, len(source.classes))
+    return evaluate(lambda x: finite(model, x.to(dtype)), data, len(source.classes))
 
 
 def check_fit(manifest: Manifest, source: Source) -> None:

@@ -62,7 +62,7 @@ class Guard:
             if time.monotonic() > self.deadline:
                 self._end(self.reason, 128 + self.asked if self.asked else 1)
 
-    def _note(self, requests: set[int]) -> None:
+    def _note(self, requests: set[signal.Signals]) -> None:
         if requests and not self.asked:
             self.asked = min(requests)
             self.deadline = time.monotonic() + self.grace

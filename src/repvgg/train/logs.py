@@ -2,30 +2,41 @@
 
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import Log, atomically
+from repvgg.disk import Log, atomically, describe
 
 
 class Logs:
-    """Lines of values by step. Use as a context manager."""
+    """Lines of values by step. What cannot be written is told once, and stops no training. Use as a context manager."""
 
     def __init__(
         self,
-        out: Path,
+        out: Path | None,
         step: int = 0,
         wandb: str = "",
         settings: dict[str, Any] | None = None,
         log: Log = print,
     ) -> None:
-        """Go on after `step`: what was written of later steps will come again. Raises ValueError if wandb is not installed."""
+        """Go on after `step`: what was written of later steps will come again. out: None in a process that does not write.
+
+        Raises ValueError if wandb is not installed.
+        """
+        self.log, self.told = log, set[str]()
+        self.path: Path | None = None
+        self.board: Any = None
+        self.wandb: Any = None
+        if out is None:
+            return
         self.path = out / "metrics.jsonl"
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
         atomically(self.path, lambda path: path.write_text(text))
-        self.board, self.wandb = _board(out, step, log), None
+        self.board = _board(out, step, log)
         if wandb:
             try:
                 import wandb as client
@@ -40,21 +51,38 @@ class Logs:
 
     def __exit__(self, *_: object) -> None:
         if self.board is not None:
-            self.board.close()  # type: ignore[no-untyped-call]
+            self._try("TensorBoard's events", self.board.close)
         if self.wandb is not None:
-            self.wandb.finish()
+            self._try("Weights & Biases", self.wandb.finish)
 
     def write(self, step: int, **values: Any) -> None:
-        """One line, and a point of every curve."""
-        line = {"step": step, **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Write one line, and a point of every curve."""
+        if self.path is None:
+            return
+        self._try("metrics.jsonl", partial(_append, self.path, {"step": step, **values}))
         curves = {name: value for name, value in values.items() if name not in ("epoch", "resumed_from")}
         if self.board is not None:
-            for name, value in curves.items():
-                self.board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._try("TensorBoard's events", partial(_add, self.board, curves, step))
         if self.wandb is not None:
-            self.wandb.log(curves, step=step)
+            self._try("Weights & Biases", partial(self.wandb.log, curves, step=step))
+
+    def _try(self, what: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except Exception as error:  # a full disk, a lost connection, whatever a client library makes of these
+            if what not in self.told:
+                self.told.add(what)
+                self.log(f"{what}: cannot be written ({describe(error).splitlines()[0]}); training goes on")
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _add(board: Any, curves: dict[str, float], step: int) -> None:
+    for name, value in curves.items():
+        board.add_scalar(name, value, step)
 
 
 def _board(out: Path, step: int, log: Log) -> Any:
@@ -67,19 +95,6 @@ def _board(out: Path, step: int, log: Log) -> Any:
         log(f"without TensorBoard, which does not load ({type(error).__name__}): pip install -U tensorboard protobuf")
         return None
     return SummaryWriter(str(out), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
-
-
-class NoLogs:
-    """Of the processes that do not write."""
-
-    def __enter__(self) -> "NoLogs":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, step: int, **values: Any) -> None:
-        pass
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -150,16 +150,18 @@ class Segmentation:
 
         # torchmetrics counts; its ratios are in float32, ours are not.
         counter = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False).to(world.device)
-        loss, images = 0.0, 0
+        losses: list[Tensor] = []
+        images = 0
         with torch.no_grad():
             for photos, masks in data:
                 masks = masks.long()
                 scores = segment(network, photos, (masks.shape[1], masks.shape[2]), window, views)
                 if scores.shape[1] != num_classes:
                     raise ValueError(f"the model has {scores.shape[1]} classes, the data {num_classes}")
-                loss += float(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
+                losses.append(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
                 counter.update(scores.argmax(1).to(world.device), masks.to(world.device))
                 images += len(masks)
+        loss = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
         sums = world.total(torch.tensor([loss, images], dtype=torch.float64, device=world.device))
         confusion = world.total(counter.confmat).cpu()
         pixels = int(confusion.sum())

@@ -10,6 +10,7 @@ Each holds a SHA-256 of all that is in it, and is renamed into place once it is 
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from repvgg.disk import FileError, Log, atomically
+from repvgg.train.distributed import World
 
 FORMAT = 1
 KEEP = 2
@@ -39,10 +41,28 @@ class Store:
 
     def __init__(self, folder: Path, log: Log = print) -> None:
         self.folder, self.log = folder, log
+        self.writer = ThreadPoolExecutor(1, "repvgg state")
+        self.writing: Future[None] | None = None
 
     def save(self, state: State) -> None:
         """Write it whole, then let go of all but the last two. Raises `FileError` if the disk is full; those before are intact."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        self.save_soon(state)
+        self.wait()
+
+    def save_soon(self, state: State) -> None:
+        """Copy the state, and write it while the caller goes on. Raises the error of the one before, as `wait` does."""
+        self.wait()
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.tensors.items()}
+        self.writing = self.writer.submit(self._save, State(state.step, copies, state.facts))
+
+    def wait(self) -> None:
+        """Wait until what was given to `save_soon` is on the disk. Raises `FileError` if it is not."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def _save(self, state: State) -> None:
+        tensors = state.tensors
         facts = json.dumps({"format": FORMAT, "step": state.step, **state.facts})
         metadata = {"facts": facts, "sha256": _digest(tensors, facts)}
         atomically(self.folder / f"{state.step:09d}.safetensors", lambda path: _write(tensors, path, metadata))
@@ -105,3 +125,17 @@ def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
         content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         digest.update(content)
     return digest.hexdigest()
+
+
+def shared(world: World, state: State | None) -> State | None:
+    """Return the first process's state in all of them: the others need not see its folder."""
+    shapes = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.tensors.items()} if state else {}
+    found = json.loads(world.told(json.dumps([state.step, state.facts, shapes] if state else None)))
+    if world.size == 1 or found is None:
+        return state
+    step, facts, shapes = found
+    tensors = {
+        name: world.given(state.tensors[name] if state else torch.empty(shape, dtype=getattr(torch, dtype)))
+        for name, (dtype, shape) in shapes.items()
+    }
+    return State(step, tensors, facts)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from repvgg.numerics import full_float32, repeatable
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.optimizer import custom_l2, freeze, keep_still, sgd
 from repvgg.train.recipes import Recipe
@@ -32,6 +33,8 @@ class Trainer:
         """Raises ValueError for what the recipe asks of this device or model and cannot get."""
         self.recipe, self.num_classes, self.task, self.world, self.seed = recipe, num_classes, task, world, seed
         self.device = torch.device(device)
+        full_float32(self.device)
+        repeatable(self.device)
         self.model = self._placed(model)
         freeze(self.model, recipe.frozen_stages)
         self.ema = (
@@ -41,6 +44,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")  # type: ignore[attr-defined]
         if recipe.compile:
             self.model.compile(dynamic=False)
+        self.sums = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        self.summed = self.number = 0
         self.network: Any = nn.parallel.DistributedDataParallel(self.model) if world.size > 1 else self.model
 
     def _placed(self, model: nn.Module) -> nn.Module:
@@ -72,26 +77,22 @@ class Trainer:
         self.model.train()
         keep_still(self.model, self.recipe.frozen_stages, self.recipe.freeze_bn)
 
-    def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int) -> tuple[float, float]:
+    def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int) -> None:
         """One step of SGD. parts: this process's normalised images [N, C, H, W] and labels [N] or masks [N, H, W]; number: of the
         step in the run.
 
-        Returns the loss and the share of images (of masks, pixels) recognised, over all processes. Raises FloatingPointError,
-        before any weight moves, if the loss is no number.
+        It does not wait for the device: what the loss was is asked of `means`.
         """
         torch.manual_seed(hash((self.seed, number, self.world.rank)) % 2**63)  # of mixup and dropout: the same when resumed here
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(2, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
         for i, (x, y) in enumerate(parts, 1):
             with nullcontext() if i == len(parts) or self.world.size == 1 else self.network.no_sync():
                 loss, right = self._loss(x, y)
                 self.scaler.scale(loss / len(parts)).backward()
-            sums += torch.stack([loss.detach(), right]).to(sums)
-        mean_loss, share = (self.world.total(sums) / (len(parts) * self.world.size)).tolist()
-        if not math.isfinite(mean_loss):
-            raise diverged(f"step {number}: the loss is {mean_loss}")
+            self.sums += torch.stack([loss.detach(), right]).to(self.sums) / len(parts)
+        self.summed, self.number = self.summed + 1, number
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
@@ -99,7 +100,17 @@ class Trainer:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
-        return mean_loss, share
+
+    def means(self) -> tuple[float, float]:
+        """Return the loss and the share of images (of masks, pixels) recognised, over all processes and the steps since the last
+        call; to be called by all processes alike. Raises FloatingPointError if the loss is no number.
+        """
+        loss, share = (self.world.total(self.sums) / (max(1, self.summed) * self.world.size)).tolist()
+        first, last, self.summed = self.number - self.summed + 2, self.number + 1, 0  # counted from 1, as in metrics.jsonl
+        self.sums.zero_()
+        if not math.isfinite(loss):
+            raise diverged(f"steps {first} to {last}: the loss is {loss}")
+        return loss, share
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         target = y
@@ -135,12 +146,10 @@ class Trainer:
         and a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is
         added. Raises FloatingPointError for numbers that are not finite.
         """
-        for model in {self.model, self.best_model}:
+        for model in dict.fromkeys((self.model, self.best_model)):  # in one order: processes exchange buffers here
             model.eval()
             self.world.copy_buffers(model)
-            for name, tensor in model.state_dict().items():
-                if not torch.isfinite(tensor).all():
-                    raise diverged(f"{name} holds NaN or Inf")
+            refuse_infinite(model.state_dict())
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
                     module.running_var.clamp_(min=torch.finfo(module.running_var.dtype).tiny)
@@ -148,13 +157,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------ its state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, batch norms' statistics, momentum, and the moving average."""
+        """Return weights, statistics, momentum and the moving average. Raises FloatingPointError if one is not finite."""
         found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
                 found[f"momentum.{name}"] = momentum
         if self.ema is not None:
             found |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
+        refuse_infinite(found)
         return found
 
     def load(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
@@ -175,5 +185,20 @@ class Trainer:
             self.scaler.load_state_dict(scaler)
 
 
+def refuse_infinite(tensors: dict[str, Tensor]) -> None:
+    """Raise FloatingPointError, naming the first tensor that holds NaN or Inf; the device is waited for once."""
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in numbers.values()]).tolist() if numbers else []
+    for name, whole in zip(numbers, finite, strict=True):
+        if not whole:
+            raise diverged(f"{name} holds NaN or Inf")
+
+
 def diverged(how: str) -> FloatingPointError:
     return FloatingPointError(f"{how}: training diverged, lower --lr. What was saved before is intact")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory did not suffice, on a GPU or here."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in ("can't allocate memory", "not enough memory"))

@@ -31,7 +31,6 @@ from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
 from repvgg.disk import Log, cache_folder
 from repvgg.models import zoo
-from repvgg.models.pspnet import PSPNet
 from repvgg.predict.labels import expand
 from repvgg.web import page
 
@@ -57,7 +56,7 @@ def build(
     had; `FileError` where the folder cannot be written.
     """
     manifest = zoo.manifest_of(model)
-    if isinstance(model, PSPNet):
+    if manifest.task == "masks":
         raise ValueError("the page shows labels, and a PSPNet makes masks")
     if manifest.form == "deploy":
         raise ValueError("this model is in deploy form, and the page shows both forms: name the file that it was folded from")

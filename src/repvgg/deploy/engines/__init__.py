@@ -91,6 +91,8 @@ class Known:
 ENGINES = {
     "eager": Known("eager", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
     "compile": Known("compiled", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
+    "compile-max": Known("compiled_max", (), (), ("fp32", "tf32", "bf16", "fp16")),
+    "cudagraphs": Known("cudagraphs", (), (), ("fp32", "tf32", "bf16", "fp16")),
     "aotinductor": Known("aotinductor", (), ("fp32", "bf16"), ()),
     "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ()),
     "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),

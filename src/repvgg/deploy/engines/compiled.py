@@ -11,10 +11,15 @@ from repvgg.deploy.engines.eager import in_precision, place
 
 
 def build(model: nn.Module, options: Options) -> Engine:
+    return compiled(model, options)
+
+
+def compiled(model: nn.Module, options: Options, mode: str | None = None) -> Engine:
+    """Return the model compiled whole, in one of torch.compile's modes."""
     network, prepare = place(model, options)
     # Models of one class share their compiled code's cache: beyond its limit the next one would run uncompiled, silently but for
     # fullgraph, which makes that an error, and a model that cannot be compiled whole too.
     torch._dynamo.config.recompile_limit = 1000
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
-    compiled = torch.compile(network, fullgraph=True)
-    return Engine(prepare, in_precision(compiled, options), lambda logits: logits.float().cpu(), options.batch_size)
+    run = in_precision(torch.compile(network, fullgraph=True, mode=mode), options)
+    return Engine(prepare, run, lambda logits: logits.float().cpu(), options.batch_size)

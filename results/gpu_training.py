@@ -1,0 +1,204 @@
+"""The steps of gpu.py that train: CIFAR-10 with A0, and Tables 6 and 7. Images and augmentation live on the device.
+
+The seeds of a variant train at once, each in a process of its own: one alone cannot fill a large GPU with such small images.
+"""
+
+import json
+import multiprocessing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_steps import Asked, Record, Stepper
+from torch import Tensor
+
+from repvgg.disk import atomically
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models import zoo
+from repvgg.paper.numbers import TABLE6, TABLE7
+from repvgg.train.recipes import Recipe, get_recipe
+
+SHIFT = 8  # a crop moves by up to an eighth of the side
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train with one seed; its figures so far are in `out`."""
+
+    arch: str
+    options: dict[str, Any]
+    recipe: Recipe
+    seed: int
+    out: Path
+
+
+def cifar10(record: Record, asked: Asked) -> None:
+    """Train A0 for small images with three seeds, and count the predictions that folding changes."""
+    arch, epochs, seeds = ("repvgg_micro", 1, 1) if asked.tiny else ("repvgg_a0", 200, 3)
+    recipe = replace(get_recipe("cifar"), epochs=epochs, lr=0.1, batch_size=128, decay="cosine")
+    _seeds(record, asked, arch, arch, {"small_input": True}, recipe, seeds)
+
+
+def ablation(record: Record, asked: Asked) -> None:
+    """Train B0 at full depth and half its width with each block of Tables 6 and 7, three seeds of each."""
+    epochs, seeds = (1, 1) if asked.tiny else (60, 3)
+    recipe = replace(get_recipe("cifar"), epochs=epochs, lr=0.1, batch_size=128, decay="cosine")
+    rows = [("repvgg_b0", row.block, row.top1) for row in TABLE6] + [(row.model, row.block, row.top1) for row in TABLE7]
+    for arch, block, top1 in rows[:2] if asked.tiny else rows:
+        name = "residual" if arch.endswith("residual") else block
+        options = {"small_input": True, "block": block, "width": 0.125 if asked.tiny else 0.5}
+        if not asked.over:
+            _seeds(record, asked, name, arch, options, recipe, seeds, paper=top1)
+
+
+def _seeds(
+    record: Record, asked: Asked, name: str, arch: str, options: dict[str, Any], recipe: Recipe, seeds: int, **more: Any
+) -> None:
+    """Train all seeds at once until the time is over; what one of them has not finished goes on the next time."""
+    if record.figures.get(name, {}).get("finished"):
+        return
+    jobs = [
+        Job(arch, options, recipe, seed, asked.out / "runs" / f"{record.path.stem}-{name}-{seed}.json") for seed in range(seeds)
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=train, args=(job, asked)) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    runs = [json.loads(job.out.read_text()) for job in jobs if job.out.exists()]
+    finished = len(runs) == seeds and all(run["finished"] for run in runs)
+    top1 = [run["top1_by_epoch"][-1] for run in runs if run["top1_by_epoch"]]
+    mean = sum(top1) / len(top1) if top1 else None
+    record.put(name, {"finished": finished, "n": len(top1), "mean_top1": mean, "epochs": recipe.epochs, "runs": runs, **more})
+
+
+def train(job: Job, asked: Asked) -> None:
+    """Train one network, writing its figures and its state after each epoch; go on with one that was stopped."""
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    data = read(asked, job.recipe)
+    torch.manual_seed(job.seed)
+    model = zoo.create_model(job.arch, num_classes=data.classes, in_chans=data.images.shape[1], **job.options)
+    stepper = Stepper(model, job.recipe, asked.device)
+    state_file = job.out.with_suffix(".state")
+    run: dict[str, Any] = {"seed": job.seed, "top1_by_epoch": [], "finished": False}
+    if state_file.exists():
+        state = torch.load(state_file, map_location=asked.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        stepper.optimizer.load_state_dict(state["optimizer"])
+        run = json.loads(state["run"])
+    for epoch in range(len(run["top1_by_epoch"]), job.recipe.epochs):
+        if asked.over:
+            return
+        _epoch(stepper, data, job, epoch)
+        run["top1_by_epoch"].append(float((_predictions(model, data.held_out) == data.held_out_labels).float().mean()))
+        if epoch + 1 == job.recipe.epochs:
+            run |= {"finished": True, **_folded(model, data)}
+        text = json.dumps(run)
+        state = {"model": model.state_dict(), "optimizer": stepper.optimizer.state_dict(), "run": text}
+        atomically(state_file, partial(torch.save, state))
+        atomically(job.out, partial(_write, text))
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text)
+
+
+def _epoch(stepper: Stepper, data: "Data", job: Job, epoch: int) -> None:
+    """Pass over the images once, shuffled, shifted and mirrored on the device, by seed and epoch."""
+    stepper.model.train()
+    draw = torch.Generator(data.images.device).manual_seed(1_000_003 * job.seed + epoch)
+    order = torch.randperm(len(data.images), generator=draw, device=data.images.device)
+    size = job.recipe.batch_size
+    steps = max(1, len(order) // size)
+    for i in range(steps):
+        chosen = order[i * size : (i + 1) * size]
+        progress = (epoch * steps + i) / (job.recipe.epochs * steps)
+        stepper(augmented(data.images[chosen], draw, data.mirror), data.labels[chosen], job.recipe.lr_at(progress))
+
+
+def augmented(images: Tensor, draw: torch.Generator, mirror: bool) -> Tensor:
+    """Shift each image by up to an eighth of its side, with zeros around it, and mirror half of them: one gather, no loop."""
+    count, _, height, width = images.shape
+    reach = max(1, height // SHIFT)
+    padded = torch.nn.functional.pad(images, (reach,) * 4)
+    down, right = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=draw, device=images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
+    if mirror:
+        flip = torch.rand(count, 1, generator=draw, device=images.device) < 0.5
+        columns = torch.where(flip, columns.flip(1), columns)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _folded(model: torch.nn.Module, data: "Data") -> dict[str, Any]:
+    """Count how many held-out images both forms label alike, in float32."""
+    try:
+        deploy = reparameterize(model.eval())
+    except ReparamError:
+        return {"folded": None}
+    before, after = _predictions(model, data.held_out), _predictions(deploy, data.held_out)
+    return {"folded": {"equal": int((before == after).sum()), "images": len(before)}}
+
+
+@torch.inference_mode()
+def _predictions(model: torch.nn.Module, images: Tensor) -> Tensor:
+    model.eval()
+    return torch.cat([model(part.contiguous(memory_format=torch.channels_last)).argmax(1) for part in images.split(500)])
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Normalised images [N, C, H, W] and labels [N] of both splits, on the device. mirror: not of digits."""
+
+    images: Tensor
+    labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+    classes: int
+    mirror: bool
+
+
+def read(asked: Asked, recipe: Recipe) -> Data:
+    """Put a packed file, or any data that repvgg knows, on the device, each channel with mean 0 and deviation 1."""
+    arrays = dict(np.load(asked.data)) if asked.data.endswith(".npz") else _arrays(asked.data)
+    pixels, labels, held_out, held_out_labels = (
+        torch.from_numpy(arrays[name]).to(asked.device) for name in ("images", "labels", "held_out", "held_out_labels")
+    )
+    if asked.tiny:
+        pixels, labels, held_out, held_out_labels = pixels[:256], labels[:256], held_out[:100], held_out_labels[:100]
+    mean = pixels.float().mean((0, 2, 3), keepdim=True)
+    deviation = pixels.float().var((0, 2, 3), keepdim=True).sqrt().clamp(min=1)
+    normalised = ((p.float() - mean) / deviation for p in (pixels, held_out))
+    images, held_out = normalised
+    return Data(images, labels.long(), held_out, held_out_labels.long(), int(arrays["labels"].max()) + 1, pixels.shape[1] == 3)
+
+
+def _arrays(spec: str) -> dict[str, Any]:
+    from repvgg.data import open_source
+
+    source, arrays = open_source(spec), {}
+    for prefix, split in (("", source.train), ("held_out_", source.val)):
+        examples = [split[i] for i in range(len(split))]
+        arrays[prefix.rstrip("_") or "images"] = torch.stack([image for image, _ in examples]).numpy()
+        arrays[f"{prefix}labels"] = np.array([int(label) for _, label in examples], np.int64)
+    return arrays
+
+
+def pack(spec: str, path: Path) -> None:
+    """Write the images of a data set, all of one size, into one compressed file."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **_arrays(spec))
+
+    atomically(path, write)
+    print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")

@@ -1,0 +1,84 @@
+"""Small images kept whole on the device, and cropped and mirrored there in batches: no worker is as fast as no worker.
+
+resident = Resident.of(source.train, source.preprocessing, "cuda")       # None for what must be read image by image
+images, labels = resident.batch(indices)                                 # uint8 [N, C, H, W], int64 [N]
+images, labels = resident.batch(indices, Shifts(len(source.train), 4, flip=True, seed=(0, epoch)))
+"""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repvgg.data import Images
+from repvgg.data.images import ImageError
+from repvgg.data.transforms import fit
+from repvgg.models.manifest import Preprocessing
+
+AT_ONCE = 4096  # images that are resized together
+_known: Any = weakref.WeakKeyDictionary()  # the one of each split, for as long as that lives
+
+
+class Shifts:
+    """How each image of a split is shifted and mirrored in one epoch: a function of seed, epoch and image alone."""
+
+    def __init__(self, count: int, most: int, flip: bool, seed: tuple[int, int]) -> None:
+        random = torch.Generator().manual_seed(hash(seed) % 2**63)
+        self.top, self.left = torch.randint(0, 2 * most + 1, (2, count), generator=random) - most
+        self.mirrored = (torch.rand(count, generator=random) < 0.5) & flip
+
+    def to(self, device: str) -> "Shifts":
+        """Move them to a device."""
+        self.top, self.left, self.mirrored = (t.to(device, non_blocking=True) for t in (self.top, self.left, self.mirrored))
+        return self
+
+
+class Resident:
+    """All images of a split, of the input's size, within a black border."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, device: str) -> None:
+        """pixels: uint8 [N, C, H, W]; labels: [N]."""
+        self.count, self.channels, self.height, self.width = pixels.shape
+        self.border = max(self.height, self.width) // 8
+        bordered = F.pad(pixels, [self.border] * 4)
+        # A pixel is a row, with its channels in it, so that a batch is one selection of rows.
+        self.rows = bordered.permute(0, 2, 3, 1).reshape(-1, self.channels).to(device)
+        self.labels, self.device = labels.to(device), device
+        self.y, self.x = torch.arange(self.height, device=device), torch.arange(self.width, device=device)
+
+    @classmethod
+    def of(cls, images: Images, preprocessing: Preprocessing, device: str) -> "Resident | None":
+        """Return a split at the input's size on a device; None unless its images are small and become of one size."""
+        key, known = (preprocessing, device), _known.get(images)
+        if known is None or known[0] != key:
+            known = _known[images] = (key, cls._made(images, preprocessing, device))
+        return known[1]  # type: ignore[no-any-return]
+
+    @classmethod
+    def _made(cls, images: Images, preprocessing: Preprocessing, device: str) -> "Resident | None":
+        whole = getattr(images, "whole", None)
+        try:
+            found = whole() if whole else None
+        except ImageError:  # it will be met again, and told, where images are read one by one
+            return None
+        if found is None or not len(found[1]):
+            return None
+        pixels, labels = found
+        resize = fit(preprocessing)
+        pixels = torch.cat([resize(some) for some in pixels.split(AT_ONCE)])
+        same = pixels.shape[1:] == preprocessing.input_size
+        return cls(pixels, torch.tensor(labels), device) if same else None
+
+    def batch(self, indices: Tensor, shifts: Shifts | None = None) -> tuple[Tensor, Tensor]:
+        """Return the images of these indices [B], uint8 [B, C, H, W] in channels-last, and their labels [B], on the device."""
+        i = indices.to(self.device, non_blocking=True)
+        wide, x, y = self.width + 2 * self.border, self.x + self.border, (self.y + self.border)[None]
+        columns = x[None]
+        if shifts is not None:
+            columns = torch.where(shifts.mirrored[i, None], x.flip(0), x) + shifts.left[i, None]
+            y = y + shifts.top[i, None]
+        rows = (i[:, None, None] * (self.height + 2 * self.border) + y[:, :, None]) * wide + columns[:, None, :]
+        pixels = self.rows.index_select(0, rows.flatten()).view(len(i), self.height, self.width, self.channels)
+        return pixels.permute(0, 3, 1, 2), self.labels[i]

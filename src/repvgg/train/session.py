@@ -1,0 +1,295 @@
+"""One process's work on a run: its epochs, what it saves, where it stops and where it goes on."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repvgg.data import Source
+from repvgg.data.transforms import BadImages, normalise
+from repvgg.disk import FileError, Log, atomically, hold
+from repvgg.measure.machine import write_record
+from repvgg.models.load import save
+from repvgg.train.batches import Feed
+from repvgg.train.distributed import LostError
+from repvgg.train.logs import Logs, draw_curve, read_lines
+from repvgg.train.progress import Progress
+from repvgg.train.recipes import Keeping
+from repvgg.train.signals import StoppedError, StopRequests
+from repvgg.train.state import State, Store, shared
+from repvgg.train.tasks import Evaluation, Task
+from repvgg.train.trainer import Trainer, out_of_memory
+
+LOG_EVERY = 20  # steps; so late, at most, a loss that is no number is noticed; before anything is saved always
+TROUBLE = 1000  # what processes agree on where one cannot read its images; no signal has this number
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run leaves: the model in training form, eval mode; its last and its best evaluation; and the time it took."""
+
+    model: nn.Module
+    last: Any
+    best: Any
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+@dataclass
+class Course:
+    """How far a run has come."""
+
+    step: int = 0
+    epochs: int = 0
+    """Epochs that have ended in an evaluation."""
+    seconds: float = 0.0
+    last: Evaluation | None = None
+    best: Evaluation | None = None
+    saved: float = field(default_factory=time.perf_counter)
+
+
+class Session:
+    """One process's work on a run, from where it was to its end."""
+
+    def __init__(
+        self, trainer: Trainer, feed: Feed, source: Source, settings: dict[str, Any], out: Path, keeping: Keeping, log: Log
+    ) -> None:
+        self.trainer, self.feed, self.source, self.out, self.keeping, self.log = trainer, feed, source, out, keeping, log
+        self.recipe, self.task, self.world = trainer.recipe, trainer.task, trainer.world
+        self.settings = settings
+        self.store = Store(out / "state", log)
+        if self.recipe.lr_per:
+            r = self.recipe
+            log(f"learning rate {r.lr:g} per {r.lr_per} images, {r.peak_lr:g} for {r.batch_size}")
+
+    def run(self) -> Run:
+        """Train what is left. Raises ValueError where memory does not suffice, and what `train` raises."""
+        _make_folder(self.out)
+        with hold(self.out) if self.world.main else nullcontext():
+            try:
+                return self._run()
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                parts = 2 * self.recipe.accumulate
+                raise ValueError(
+                    f"out of memory on {self.trainer.device} with {self.feed.part} images at a time: --accumulate {parts} takes "
+                    "half as many, or a smaller --batch-size. What was saved last is whole"
+                ) from None
+            finally:
+                self.store.wait()
+
+    def _run(self) -> Run:
+        course = self._take_up()
+        self.started = time.perf_counter() - course.seconds
+        if course.epochs < self.recipe.epochs:
+            with StopRequests() as stop, self._logs(course) as logs, self._progress(course) as progress:
+                for epoch in range(course.epochs, self.recipe.epochs):
+                    self._train(epoch, course, stop, logs, progress)
+                    self._evaluate(epoch, course, logs, progress)
+        self.store.wait()
+        lines = read_lines(self.out / "metrics.jsonl")
+        self._finish(course, lines)
+        assert course.last is not None
+        assert course.best is not None
+        self.trainer.model._compiled_call_impl = None
+        return Run(self.trainer.best_model.eval(), course.last, course.best, course.seconds, lines)
+
+    def _train(self, epoch: int, course: Course, stop: StopRequests, logs: Logs, progress: Progress) -> None:
+        """Take the steps of an epoch that are left."""
+        steps = self.feed.steps
+        self.trainer.train()
+        for waited, parts in self._parts(epoch, course, stop):
+            lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
+            inputs = [(self._normalised(x), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
+            self.trainer.step(inputs, lr, course.step)
+            course.step += 1
+            progress.step(epoch, lr, waited, self.feed.images_per_second * self.world.size)
+            if course.step % LOG_EVERY == 0:
+                progress.seen(*self.trainer.means())
+                logs.write(step=course.step, epoch=epoch, **progress.averages())
+            self._save_if_due(course)
+
+    def _parts(self, epoch: int, course: Course, stop: StopRequests) -> Iterator[tuple[float, Sequence[Any]]]:
+        """The parts of each step, and the seconds that they were waited for.
+
+        Before each step all processes agree to go on. Where one is asked to stop, or cannot read an image, the state is saved and
+        all of them leave.
+        """
+        data = self.feed.epoch(epoch, course.step - epoch * self.feed.steps)
+        while True:
+            started, trouble = time.perf_counter(), None
+            parts: Sequence[Any] = ()
+            try:
+                parts = list(islice(data, self.recipe.accumulate))
+            except ValueError as error:
+                trouble = error
+            asked = self.world.agree(TROUBLE if trouble else stop.signal)
+            if asked:
+                self._save(course)
+                self.store.wait()
+                self.world.wait()
+                if trouble:
+                    raise trouble
+                if asked == TROUBLE:
+                    raise LostError("another process could not read its images; the state is saved")
+                raise StoppedError(f"stopped after step {course.step}, and saved: the same command goes on", asked)
+            if not parts:
+                return
+            yield time.perf_counter() - started, parts
+
+    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
+        return normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+
+    def _evaluate(self, epoch: int, course: Course, logs: Logs, progress: Progress) -> None:
+        """At the end of an epoch: the figures, the models, the state."""
+        if self.trainer.summed:
+            progress.seen(*self.trainer.means())
+        self.trainer.settle()
+        world = self.world
+        bad = BadImages(self.out / "bad_images.txt", replace=False) if self.keeping.on_bad_image == "skip" else None
+        data = self.task.batches(
+            self.source.val, self.source.preprocessing, self.feed.part, self.feed.workers, str(self.trainer.device), bad, world
+        )
+        course.last = self.task.evaluate(self.trainer.predict, data, len(self.source.classes), world)
+        course.epochs += 1
+        better = course.best is None or course.last.score > course.best.score
+        if better:
+            course.best = course.last
+        if world.main:
+            for name in ("best", "last") if better else ("last",):
+                self._save_model(name, course)
+        last = course.last
+        progress.evaluated(epoch, last)
+        logs.write(step=course.step, epoch=epoch, **{f"val_{name}": value for name, value in last.figures.items()})
+        self._save(course)
+
+    def _save_model(self, name: str, course: Course) -> None:
+        assert course.last is not None
+        score = {f"val_{course.last.measure}": course.last.score}
+        training = {"data": self.source.name, "epoch": course.epochs, **score, "seed": self.settings["seed"]}
+        save(
+            self.trainer.best_model,
+            self.out / f"{name}.safetensors",
+            classes=self.source.classes,
+            preprocessing=self.source.preprocessing,
+            training={**training, "recipe": asdict(self.recipe)},
+        )
+
+    # ------------------------------------------------------------------------------------------------------- stop and go on
+
+    def _take_up(self) -> Course:
+        """Where the run in the folder is; its beginning if there is none. Raises ValueError if it is another run."""
+        found = self.store.latest() if self.world.main and self.keeping.resume != "never" else None
+        state = shared(self.world, found)
+        if state is None:
+            return self._begin()
+        allowed = set(filter(None, self.keeping.allow_change.split(",")))
+        if unknown := sorted(allowed - self.settings.keys()):
+            raise ValueError(f"--allow-change {unknown[0]}: there are {', '.join(self.settings)}")
+        before = state.facts["settings"]
+        for name, value in self.settings.items():
+            if before.get(name) != value and name not in allowed:
+                raise ValueError(
+                    f"{self.out}: holds a run with {name} {before.get(name)!r}, not {value!r}: "
+                    f"another --out, or --allow-change {name}, or --resume never"
+                )
+        last, best = (_evaluation(self.task, state, name) for name in ("last", "best"))
+        if state.facts["steps"] != self.feed.steps:
+            raise ValueError(
+                f"{self.out}: an epoch had {state.facts['steps']} steps, now it has {self.feed.steps}: a run cannot change that"
+            )
+        try:
+            self.trainer.load(state.tensors, state.facts["scaler"])
+        except (RuntimeError, KeyError):  # what was allowed to change has changed the network
+            raise FileError(f"{self.out}: the state in it is of another network: another --out, or --resume never") from None
+        course = Course(state.step, state.facts["epochs"], state.facts["seconds"], last, best)
+        if course.epochs >= self.recipe.epochs:
+            self.log(f"{self.out}: has had its {course.epochs} epochs already")
+        else:
+            self.log(f"{self.out}: goes on after step {course.step} of {self.recipe.epochs * self.feed.steps}")
+            if self.world.main:
+                (self.out / "summary.json").unlink(missing_ok=True)  # of a shorter run
+        return course
+
+    def _begin(self) -> Course:
+        if self.world.main:
+            models = [name for name in ("best.safetensors", "last.safetensors") if (self.out / name).exists()]
+            killed_early = (self.out / "state").exists()
+            if models and not killed_early and self.keeping.resume == "auto":
+                raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
+            (self.out / "summary.json").unlink(missing_ok=True)  # of the run before
+            self.store.clear()
+            text = json.dumps(asdict(self.recipe), indent=2) + "\n"
+            atomically(self.out / "recipe.json", lambda path: path.write_text(text))
+            self.store.folder.mkdir(exist_ok=True)
+        return Course()
+
+    def _save(self, course: Course) -> None:
+        course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started
+        if not self.world.main:
+            return
+        facts: dict[str, Any] = {
+            "epochs": course.epochs,
+            "steps": self.feed.steps,
+            "seconds": course.seconds,
+            "settings": self.settings,
+        }
+        tensors = self.trainer.tensors()
+        for name, evaluation in (("last", course.last), ("best", course.best)):
+            if evaluation is not None:
+                tensors[f"{name}.confusion"] = evaluation.confusion.clone()
+                facts[name] = {key: value for key, value in vars(evaluation).items() if key != "confusion"}
+        self.store.save_soon(State(course.step, tensors, {**facts, "scaler": self.trainer.scaler.state_dict()}))
+
+    def _save_if_due(self, course: Course) -> None:
+        by_steps = self.keeping.save_steps and course.step % self.keeping.save_steps == 0
+        if by_steps or time.perf_counter() - course.saved > 60 * self.keeping.save_minutes:
+            self._save(course)
+
+    def _progress(self, course: Course) -> Progress:
+        return Progress(self.recipe.epochs, self.feed.steps, self.feed.batch_size, self.log, course.step, self.task.share)
+
+    def _logs(self, course: Course) -> Logs:
+        return Logs(self.out if self.world.main else None, course.step, self.keeping.wandb, self.settings, self.log)
+
+    def _finish(self, course: Course, lines: list[dict[str, Any]]) -> None:
+        if not self.world.main or (self.out / "summary.json").exists():
+            return
+        assert course.last is not None
+        assert course.best is not None
+        bad = BadImages(self.out / "bad_images.txt", replace=False).listed() if self.keeping.on_bad_image == "skip" else []
+        if bad:
+            self.log(f"{len(bad)} images could not be read: {self.out / 'bad_images.txt'}")
+        summary = {
+            "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "repvgg"), *sys.argv[1:]]),
+            "seconds": course.seconds,
+            f"best_{course.best.measure}": course.best.score,
+            f"last_{course.last.measure}": course.last.score,
+            **{name: self.settings[name] for name in ("arch", "data", "seed")},
+            "processes": self.world.size,
+            "bad_images": len(bad),
+        }
+        draw_curve(lines, self.out / "curve.png")
+        write_record(self.out / "summary.json", summary)
+
+
+def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:
+    found = state.facts.get(name)
+    return task.restored(**found, confusion=state.tensors.pop(f"{name}.confusion")) if found else None
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{out}: cannot be a run folder ({error.strerror})") from None

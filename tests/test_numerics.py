@@ -1,0 +1,59 @@
+"""The switches that float32 and repeatable runs on a GPU hang on; they can be set, and read, without one."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from repvgg.numerics import full_float32, repeatable
+from repvgg.train.evaluate import evaluate
+from repvgg.train.recipes import Recipe
+from repvgg.train.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = kept
+    torch.use_deterministic_algorithms(False)
+
+
+def tf32() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_float32_on_cuda_has_no_tf32() -> None:
+    full_float32("cpu")
+    assert tf32() == (True, True)
+    full_float32("cuda:0")
+    assert tf32() == (False, False)
+
+
+def test_a_run_on_cuda_can_be_repeated() -> None:
+    repeatable("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+    repeatable("cuda")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_training_asks_for_both() -> None:
+    """A device of the name "cuda" that is not there: the switches are set before it is first used."""
+    with pytest.raises((RuntimeError, AssertionError)):
+        Trainer(torch.nn.Linear(1, 1), Recipe(), 2, device="cuda")
+    assert tf32() == (False, False)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_evaluation_on_cuda_is_in_float32() -> None:
+    evaluate(torch.nn.Flatten(), [(torch.zeros(2, 10, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda"))], 10)
+    assert tf32() == (False, False)
