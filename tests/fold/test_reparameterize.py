@@ -200,7 +200,10 @@ def test_any_module_may_be_the_root() -> None:
     with pytest.raises(ReparamError, match=r"^conv_1x1\.bn\.running_var: is 0"):
         reparameterize(block)
     bare = nn.Conv2d(3, 4, 3).eval()
-    assert str(report_of(reparameterize(bare))) == "folded 0 blocks, 0 conv+BN pairs and 0 other stretches; largest error of a part 0.0e+00"
+    assert (
+        str(report_of(reparameterize(bare)))
+        == "folded 0 blocks, 0 conv+BN pairs and 0 other stretches; largest error of a part 0.0e+00"
+    )
 
 
 def test_folding_twice_changes_nothing() -> None:

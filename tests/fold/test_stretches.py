@@ -1,4 +1,4 @@
-"""stretches.py and torch_*.py: what forwards do with their modules folds, however they are written; the rest is left, with its reason."""
+"""stretches.py and torch_*.py: what forwards do with modules folds, however it is written; the rest is left, with its reason."""
 
 import copy
 import pickle
@@ -350,7 +350,9 @@ def test_a_batch_norm_before_a_convolution_goes_into_it_across_modules() -> None
         def __init__(self, size: int) -> None:
             super().__init__()
             self.norm = nn.BatchNorm2d(4)
-            self.mlp = nn.Sequential(OrderedDict(fc1=nn.Conv2d(4, 8, size, padding=size // 2), act=nn.ReLU(), fc2=nn.Conv2d(8, 4, 1)))
+            self.mlp = nn.Sequential(
+                OrderedDict(fc1=nn.Conv2d(4, 8, size, padding=size // 2), act=nn.ReLU(), fc2=nn.Conv2d(8, 4, 1))
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = x + self.mlp(self.norm(x))
@@ -396,7 +398,9 @@ def test_what_is_changed_in_place_is_not_read_later() -> None:
 
 def test_hooks_on_a_container_see_what_they_saw() -> None:
     """What a hooked module gives must stay; inside it, folding goes on."""
-    model = randomize(nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)), BLOCK)
+    model = randomize(
+        nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)), BLOCK
+    )
     seen: list[Tensor] = []
     model[0].register_forward_hook(lambda m, i, o: seen.append(o))
     x = torch.randn(BLOCK, dtype=torch.float64)
@@ -406,3 +410,36 @@ def test_hooks_on_a_container_see_what_they_saw() -> None:
         folded(x)
     assert float((seen[0] - seen[1]).abs().max()) < 1e-12
     assert "1" in report_of(folded).left
+
+
+def test_a_detector_s_way_of_calling_is_followed() -> None:
+    """As ultralytics does: a root that asks whether it was given a dictionary, a list of layers, a list of chunks."""
+
+    class C2f(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cv1, self.m = (
+                with_bn(nn.Conv2d(4, 4, 1)),
+                nn.ModuleList([with_bn(nn.Conv2d(2, 2, 3, padding=1)) for _ in range(2)]),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = list(self.cv1(x).relu().chunk(2, 1))
+            y.extend(m(y[-1]).relu() for m in self.m)
+            return torch.cat(y, 1)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleList([C2f(), nn.Conv2d(8, 4, 1)])
+
+        def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(x, dict):
+                return self.loss(x)  # type: ignore[operator]
+            for m in self.model:
+                x = m(x)
+            return x
+
+    report = assert_folds_exactly(randomize(Root(), BLOCK), BLOCK)
+    assert len(report.pairs) == 3
+    assert report.left == {}

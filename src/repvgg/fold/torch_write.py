@@ -5,7 +5,6 @@ stays as its author wrote it. Where branches meet in a forward, that forward is 
 """
 
 import inspect
-import os
 from typing import Any
 
 from torch import fx, nn
@@ -15,7 +14,7 @@ from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered, inside
 from repvgg.fold.torch_graph import ModuleFlow
-from repvgg.fold.trace import kept
+from repvgg.fold.tracer import kept
 
 
 class Rewritten(fx.GraphModule):
@@ -44,7 +43,11 @@ class ModuleWriter:
 
     def refuse(self, stretch: Stretch) -> str | None:
         """Why it cannot be written, if so."""
-        return None if self._chain(stretch) or self._home(stretch) is not None else "its parts lie in forwards that do not see both its ends"
+        return (
+            None
+            if self._chain(stretch) or self._home(stretch) is not None
+            else "its parts lie in forwards that do not see both its ends"
+        )
 
     def write(self, stretch: Stretch) -> str:
         """Returns the path of the convolution that takes its place."""
@@ -101,7 +104,7 @@ class ModuleWriter:
     def _home(self, stretch: Stretch) -> str | None:
         """The innermost module whose forward sees both ends of a stretch and calls all that is inside."""
         owners = [self.read.places[v].owners for v in stretch.inside if v in self.read.places]
-        common = [path for path in os.path.commonprefix(owners)]  # type: ignore[type-var]
+        common = [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
         source, target = (self.read.places.get(v) for v in (stretch.source, stretch.target))
         if source is None or target is None:
             return None

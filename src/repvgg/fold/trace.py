@@ -160,7 +160,7 @@ def _has_no_forward(module: nn.Module) -> bool:
 
 def _is_operator(module: nn.Module) -> bool:
     """Tell whether a module's type says all: a batch norm, or one of PyTorch's own with nothing inside."""
-    return is_batch_norm(module) or not parts(module) and type(module).__module__.startswith("torch.nn.")
+    return is_batch_norm(module) or (not parts(module) and type(module).__module__.startswith("torch.nn."))
 
 
 def _owner(node: fx.Node) -> str | None:
