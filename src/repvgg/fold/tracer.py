@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 def kept(value: Any) -> Any:
@@ -21,6 +21,7 @@ class Slot:
     """Stand for a value that the caller passes: the same number, the same value."""
 
     number: int
+    tensor: bool = field(default=False, compare=False, repr=False)  # what a user passes to a network is one
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,17 @@ class Call:
     @staticmethod
     def of(node: fx.Node) -> "Call":
         slots: dict[fx.Node, Slot] = {}
-        fill: Any = lambda n: slots.setdefault(n, Slot(len(slots)))  # noqa: E731
+        fill: Any = lambda n: slots.setdefault(n, Slot(len(slots), n.meta.get(TENSOR, False)))  # noqa: E731
         return Call(fx.node.map_arg(node.args, fill), fx.node.map_arg(node.kwargs, fill))
 
     @staticmethod
     def by_default(module: nn.Module) -> "Call":
         """Return the call that passes only what has no default."""
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(module.forward).parameters.values()
-        return Call(tuple(Slot(i) for i, p in enumerate(parameters) if p.default is p.empty and p.kind in kinds), {})
+        needed = sum(p.default is p.empty and p.kind in kinds for p in parameters)
+        many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+        return Call(tuple(Slot(i, tensor=True) for i in range(needed or many)), {})
 
 
 ONE_INPUT = Call((Slot(0),), {})
@@ -97,6 +100,13 @@ class _Tracer(fx.Tracer):
         self.watching = False
         self.alive: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over the parts of a value, where the call that makes them says how many there are."""
+        if (count := _parts_of(obj.node)) is not None:
+            return iter([obj[i] for i in range(count)])
+        found: Iterator[Any] = super().iter(obj)
+        return found
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -107,6 +117,7 @@ class _Tracer(fx.Tracer):
             if isinstance(value, Slot):
                 if value.number not in proxies:
                     proxies[value.number] = self.create_proxy("placeholder", f"input_{value.number}", (), {})
+                    proxies[value.number].node.meta[TENSOR] = value.tensor
                 return proxies[value.number]
             if isinstance(value, slice):
                 return slice(filled(value.start), filled(value.stop), filled(value.step))
@@ -200,13 +211,32 @@ class _Tracer(fx.Tracer):
 
 
 class _Value(fx.Proxy):
-    """Stand for a value in a trace. Nobody can say what type it has, so a forward that asks (`isinstance`) cannot be traced."""
+    """Stand for a value in a trace.
+
+    But for an input of the whole, nobody can say what type it has, so a forward that asks (`isinstance`) cannot be traced.
+    """
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override, misc]
-        if self.tracer.watching:  # type: ignore[attr-defined]
-            raise TypeError("it asks what type a value is")
-        return _Value
+        if not self.tracer.watching:  # type: ignore[attr-defined]
+            return _Value
+        if self.node.meta.get(TENSOR):
+            return Tensor
+        raise TypeError("it asks what type a value is")
+
+    def __len__(self) -> int:
+        count = _parts_of(self.node)
+        return super().__len__() if count is None else count
 
 
+def _parts_of(node: fx.Node) -> int | None:
+    """Return how many parts a value has, where the call that makes it says so."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if name == "chunk" and isinstance(how, int):
+        return how
+    return len(how) if name in ("split", "split_with_sizes") and isinstance(how, tuple | list) else None
+
+
+TENSOR = "repvgg.tensor"  # in a node's meta
 _MISSING = object()
