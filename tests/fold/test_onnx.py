@@ -275,7 +275,7 @@ def test_a_wrong_fold_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         right(self, stretch)
 
     monkeypatch.setattr(fold_onnx_module.OnnxGraph, "write", wrong)
-    with pytest.raises(ReparamError, match="differs by .* so it was not written"):
+    with pytest.raises(ReparamError, match=r"differs by .* so it was not written"):
         fold_onnx(file, tmp_path / "b.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.onnx"]
 
