@@ -25,12 +25,14 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
     : kernels_(find_kernels(options.isa, options.bf16 != 0)), threads_(options.threads), pin_(options.pin != 0) {
     if (threads_ < 1 || threads_ > MOST_THREADS)
         refuse("threads is " + std::to_string(threads_) + ": it is between 1 and " + std::to_string(MOST_THREADS));
-    if (count < 1 || count > MOST_LAYERS) refuse("a net has at least one layer, and at most " + std::to_string(MOST_LAYERS));
+    if (count < 1 || count > MOST_LAYERS)
+        refuse("a net has at least one layer, and at most " + std::to_string(MOST_LAYERS));
     const auto take = [&](const Kernels &kernels) {
         for (int i = 0; i < kernels.count; i++) algorithms_.push_back(kernels.algorithms + i);
     };
     take(*kernels_);
-    if (options.bf16) take(*find_kernels(options.isa, false));  // as wide; a layer may be faster by them, and is more accurate
+    if (options.bf16)
+        take(*find_kernels(options.isa, false));  // as wide; a layer may be faster by them, and is more accurate
     for (int i = 0; i < count; i++) {
         layers_.push_back(make_layer(layers[i], i, i > 0 ? layers_.back().get() : nullptr, *kernels_));
         const Algorithm *first = fitting(i, 0);
@@ -92,7 +94,8 @@ void Net::pack(Runtime &runtime, int index, Weights &weights) const {
         const ConvShape &shape = layers_[index]->shape;
         auto memory = std::make_unique<Memory>(packed_floats(shape, algorithm, kernels_->width));
         runtime.pool->run(shape.groups * shape.panels, [&](int item, int) {
-            algorithm.pack(shape, layers_[index]->spec.weight, item / shape.panels, item % shape.panels, memory->floats());
+            algorithm.pack(shape, layers_[index]->spec.weight, item / shape.panels, item % shape.panels,
+                           memory->floats());
         });
         weights.packed = std::move(memory);
     });
@@ -152,7 +155,8 @@ void Net::run(const repvgg_images &images, float *output) {
 }
 
 void Net::profile(double *seconds) {
-    for (size_t i = 0; i < layers_.size(); i++) seconds[i] = static_cast<double>(layers_[i]->nanoseconds.exchange(0)) * 1e-9;
+    for (size_t i = 0; i < layers_.size(); i++)
+        seconds[i] = static_cast<double>(layers_[i]->nanoseconds.exchange(0)) * 1e-9;
 }
 
 }  // namespace repvgg

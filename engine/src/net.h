@@ -27,8 +27,8 @@ class Net {
     void profile(double *seconds);
 
   private:
-    /// Threads, and what they share. A forked process has none of its parent's threads, and its locks may be held by them; so it
-    /// makes a runtime of its own, and leaves the old one where it is.
+    /// Threads, and what they share. A forked process has none of its parent's threads, and its locks may be held by
+    /// them; so it makes a runtime of its own, and leaves the old one where it is.
     struct Runtime {
         Runtime(int threads, bool pin, int forks) : pool(Pool::shared(threads, pin)), forks(forks) {}
         const std::shared_ptr<Pool> pool;
@@ -47,7 +47,8 @@ class Net {
     const int threads_;
     const bool pin_;
     std::vector<std::unique_ptr<Layer>> layers_;
-    std::vector<std::shared_ptr<Weights>> weights_;  // of each layer, by the algorithm that was chosen last; packed when they are wanted
+    std::vector<std::shared_ptr<Weights>>
+        weights_;      // of each layer, by the algorithm that was chosen last; packed when they are wanted
     int choices_ = 0;  // made so far: plans of earlier ones are not used again
     std::atomic<Runtime *> runtime_{nullptr};
 };
