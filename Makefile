@@ -24,6 +24,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(wildcard engine/src/* engine/tests/*.c engine/examples/*)
 
 # The engine's wheel serves every Python; its tag names the oldest C library that it runs on, that of the machine that built it.
 wheel: $(VENV)/pip.stamp

@@ -1,4 +1,5 @@
-"""python -m repvgg_engine predict FILE IMAGE...
+"""python -m repvgg_engine predict FILE IMAGE... [--plan PLAN]
+python -m repvgg_engine plan FILE > PLAN
 
 Exit codes: 0 done, 2 bad input (one line says what).
 """
@@ -11,24 +12,36 @@ from pathlib import Path
 
 import numpy as np
 
-from repvgg_engine import EngineError, Net, load
-from repvgg_engine.net import ACCURACIES, PRECISIONS
+from repvgg_engine import EngineError, Net, load, plan
+from repvgg_engine.loader import ACCURACIES
+from repvgg_engine.net import PRECISIONS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m repvgg_engine", description="Run a RepVGG in deploy form on the CPU.")
     commands = parser.add_subparsers(dest="command", required=True)
     predict_parser = commands.add_parser("predict", help="print labels and probabilities of images")
-    predict_parser.add_argument("file", help="a model file in deploy form (.safetensors)")
+    plan_parser = commands.add_parser(
+        "plan", help="print the plan of a model for this machine: which algorithm computes each layer"
+    )
+    for command in (predict_parser, plan_parser):
+        command.add_argument("file", help="a model file in deploy form (.safetensors)")
+        command.add_argument("--precision", default="fp32", choices=PRECISIONS)
+        command.add_argument("--accuracy", default="high", choices=ACCURACIES)
+        command.add_argument("--threads", type=int, help="by default, as many as this process may use processors")
     predict_parser.add_argument("images", nargs="+")
     predict_parser.add_argument("--top", type=int, default=5)
-    predict_parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
-    predict_parser.add_argument("--accuracy", default="high", choices=ACCURACIES)
-    predict_parser.add_argument("--threads", type=int, help="by default, as many as this process may use processors")
+    predict_parser.add_argument(
+        "--plan", help="a file that `plan` printed: nothing is measured, and the bits are those of any such run"
+    )
     predict_parser.add_argument("--json", action="store_true")
     words = parser.parse_args(argv)
     try:
-        net = load(words.file, precision=words.precision, accuracy=words.accuracy, threads=words.threads)
+        options = {"precision": words.precision, "accuracy": words.accuracy, "threads": words.threads}
+        if words.command == "plan":
+            print(plan(words.file, **options).to_json(), end="")
+            return
+        net = load(words.file, plan=words.plan, **options)
         predict(net, words.images, words.top, words.json)
     except EngineError as error:
         print(f"repvgg_engine: {error}", file=sys.stderr)

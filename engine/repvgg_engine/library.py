@@ -7,7 +7,6 @@ from typing import Any
 
 ABI_VERSION = 1
 CONV, SQUEEZE_EXCITE, POOL = 0, 1, 2
-LARGE_BATCH = 4
 
 
 class EngineError(ValueError):
@@ -65,7 +64,9 @@ def _open() -> ctypes.CDLL:
     library.repvgg_destroy.restype = None
     library.repvgg_output_shape.argtypes = [c_void_p, c_int32, c_int32, POINTER(c_int32), *failing]
     library.repvgg_run.argtypes = [c_void_p, POINTER(ImagesStruct), c_void_p, *failing]
-    library.repvgg_choose.argtypes = [c_void_p, c_int32, c_int32, c_char_p, *failing]
+    library.repvgg_choose.argtypes = [c_void_p, c_int32, c_char_p, *failing]
+    library.repvgg_isa.argtypes = [c_void_p]
+    library.repvgg_isa.restype = c_char_p
     library.repvgg_algorithm.argtypes = [c_void_p, c_int32, c_int32]
     library.repvgg_algorithm.restype = c_char_p
     library.repvgg_weight_bytes.argtypes = [c_void_p, c_int32, c_char_p]

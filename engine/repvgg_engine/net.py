@@ -1,21 +1,19 @@
-"""A net that is ready to run.
+"""A net that runs: the library's, with NumPy arrays in and out.
 
-net = repvgg_engine.load("a0.safetensors")
+net = Net(layers)                     # or repvgg_engine.load("a0.safetensors")
 logits = net(images)                  # float32 [N, C, H, W], or uint8 [N, H, W, C] with the file's own mean and std applied
 """
 
 import ctypes
-import os
+import threading
 import weakref
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repvgg_engine import tune
-from repvgg_engine.files import Preprocessing, read
+from repvgg_engine.files import Preprocessing
 from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite, in_channels
 from repvgg_engine.library import (
     CONV,
@@ -28,9 +26,9 @@ from repvgg_engine.library import (
     Message,
     OptionsStruct,
 )
+from repvgg_engine.machine import available_threads
 
 PRECISIONS = ("fp32", "bf16")
-ACCURACIES = ("exact", "high", "fast")
 
 
 class Net:
@@ -45,8 +43,9 @@ class Net:
         pin: bool = False,
         preprocessing: Preprocessing | None = None,
         classes: list[str] | None = None,
+        isa: str | None = None,
     ) -> None:
-        """Every convolution is direct at first; see `choose`. Raises `EngineError`."""
+        """Every convolution is direct at first; see `choose`. isa: by default the best. Raises `EngineError`."""
         if precision not in PRECISIONS:
             raise EngineError(f"no precision {precision!r}: {', '.join(PRECISIONS)}")
         if threads is not None and threads < 1:
@@ -55,20 +54,30 @@ class Net:
         self.channels = in_channels(self.layers)
         self.precision, self.preprocessing, self.classes = precision, preprocessing, classes
         self.threads = available_threads() if threads is None else threads
-        self.tuning: tune.Tuning | None = None
+        self.before_first_call: Callable[[Net], None] | None = None  # what chooses the algorithms, once
+        self._lock = threading.Lock()  # of that
         structs = (LayerStruct * len(self.layers))(*[_struct(layer) for layer in self.layers])
-        options = OptionsStruct(self.threads, pin, precision == "bf16", None)
+        options = OptionsStruct(self.threads, pin, precision == "bf16", isa.encode() if isa else None)
         message = Message()
         self._net = LIBRARY.repvgg_create(structs, len(structs), options, *message.room)
         message.check(self._net)
         # Not when Python exits: another thread may be in a call then, and the memory goes with the process.
         weakref.finalize(self, LIBRARY.repvgg_destroy, self._net).atexit = False
+        self.isa: str = LIBRARY.repvgg_isa(self._net).decode().removesuffix("_bf16")
+        self.known = [self.algorithms(i) for i in range(len(self.layers))]
+        self.chosen = [names[0] if names else "" for names in self.known]
 
     def __call__(self, images: NDArray[Any]) -> Array:
         """Logits [N, classes], or, of a net that ends before its pool, the feature map [N, C, H, W]. Raises `EngineError`."""
-        if self.tuning:
-            self.tuning.ensure(self)
+        self.prepare()
         return self.run(images)
+
+    def prepare(self) -> None:
+        """Do what the first call would do before it computes; other callers wait."""
+        with self._lock:
+            if self.before_first_call:
+                self.before_first_call(self)
+                self.before_first_call = None
 
     def run(self, images: NDArray[Any]) -> Array:
         """The same, by the algorithms that are chosen now."""
@@ -104,11 +113,17 @@ class Net:
             names.append(name.decode())
         return names
 
-    def choose(self, layer: int, algorithm: str, large_batch: bool | None = None) -> None:
-        """How a layer is computed, for calls of many images, of few, or (None) for all."""
-        for batch in (0, 1) if large_batch is None else (int(large_batch),):
-            message = Message()
-            message.check(LIBRARY.repvgg_choose(self._net, batch, layer, algorithm.encode(), *message.room))
+    def choose(self, layer: int, algorithm: str) -> None:
+        """Have a layer computed by one of its algorithms."""
+        message = Message()
+        message.check(LIBRARY.repvgg_choose(self._net, layer, algorithm.encode(), *message.room))
+        self.chosen[layer] = algorithm
+
+    def choose_all(self, algorithms: Sequence[str]) -> None:
+        """Choose for every layer, "" for those that are no convolutions."""
+        for i, name in enumerate(algorithms):
+            if name and name != self.chosen[i]:
+                self.choose(i, name)
 
     def weight_bytes(self, layer: int, algorithm: str) -> int:
         """Of a layer's weights as that algorithm wants them."""
@@ -124,56 +139,6 @@ class Net:
         assert self.preprocessing is not None
         mean, std = (np.array(v, np.float64) for v in (self.preprocessing.mean, self.preprocessing.std))
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    precision: str = "fp32",
-    accuracy: str = "high",
-    threads: int | None = None,
-    pin: bool = False,
-    features: bool = False,
-    memory_limit: int | None = None,
-) -> Net:
-    """The net of a model file in deploy form.
-
-    precision: fp32, or bf16, whose products are of bfloat16 (AVX512-BF16). accuracy: "exact" computes every convolution directly;
-    "high" and "fast" let Winograd's algorithms in, as long as the output's error stays within what tune.py says; which is best for
-    each layer is measured at the first call and kept on disk. threads: that compute, by default as many as this process may use
-    processors. features: the last feature map instead of logits. memory_limit: bytes for weights. Raises `EngineError`.
-    """
-    model = read(Path(path))
-    layers = model.layers
-    if features:
-        layers = layers[: next((i for i, layer in enumerate(layers) if isinstance(layer, Pool)), len(layers))]
-    return build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit)
-
-
-def build(
-    layers: Sequence[Layer],
-    preprocessing: Preprocessing,
-    classes: list[str] | None = None,
-    precision: str = "fp32",
-    accuracy: str = "high",
-    threads: int | None = None,
-    pin: bool = False,
-    memory_limit: int | None = None,
-) -> Net:
-    """As `load`, of layers that are at hand."""
-    if accuracy not in ACCURACIES:
-        raise EngineError(f"no accuracy {accuracy!r}: {', '.join(ACCURACIES)}")
-    if memory_limit is not None and memory_limit < 1:
-        raise EngineError(f"memory_limit is {memory_limit}: it is a number of bytes")
-    net = Net(layers, precision=precision, threads=threads, pin=pin, preprocessing=preprocessing, classes=classes)
-    if accuracy != "exact":
-        net.tuning = tune.Tuning(accuracy, memory_limit)
-    return net
-
-
-def available_threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _struct(layer: Layer) -> LayerStruct:

@@ -16,41 +16,36 @@ def run(layers: Sequence[Layer], images: NDArray[Any], dtype: Any = np.float64) 
 
     dtype: of all numbers and sums; float32 shows what rounding alone does.
     """
-    outputs = [_run_one(layers, image.astype(dtype)) for image in images]
-    pooled = any(isinstance(layer, Pool) for layer in layers)
-    return np.stack([y.reshape(-1) if pooled else y for y in outputs])
-
-
-def _run_one(layers: Sequence[Layer], x: NDArray[Any]) -> NDArray[Any]:
+    x = images.astype(dtype)
     for layer in layers:
         if isinstance(layer, Conv):
             x = conv(layer, x)
         elif isinstance(layer, SqueezeExcite):
             reduce, expand = layer.reduce.astype(x.dtype), layer.expand.astype(x.dtype)
-            hidden = np.maximum(reduce @ x.mean((1, 2)) + layer.reduce_bias, 0)
-            gate = 0.5 + 0.5 * np.tanh((expand @ hidden + layer.expand_bias) / 2)  # the sigmoid
-            x = x * gate[:, None, None]
+            hidden = np.maximum(x.mean((2, 3)) @ reduce.T + layer.reduce_bias, 0)
+            gate = 0.5 + 0.5 * np.tanh((hidden @ expand.T + layer.expand_bias) / 2)  # the sigmoid
+            x = x * gate[:, :, None, None]
         else:
-            x = x.mean((1, 2), keepdims=True)
+            x = x.mean((2, 3), keepdims=True)
         if not isinstance(layer, Pool) and layer.relu:
             x = np.maximum(x, 0)
-    return x
+    return x.reshape(len(x), -1) if any(isinstance(layer, Pool) for layer in layers) else x
 
 
 def conv(layer: Conv, x: NDArray[Any]) -> NDArray[Any]:
-    """Return one image [C, H, W] after a convolution, without its ReLU: a matrix product for each tap of the kernel."""
+    """Return images [N, C, H, W] after a convolution, without its ReLU: a matrix product for each tap of the kernel."""
     out, depth, rows, columns = layer.weight.shape
     (sy, sx), (py, px), (dy, dx) = layer.stride, layer.padding, layer.dilation
-    x = np.pad(x, ((0, 0), (py, py), (px, px)))
-    height, width = (x.shape[1] - dy * (rows - 1) - 1) // sy + 1, (x.shape[2] - dx * (columns - 1) - 1) // sx + 1
-    y = np.zeros((layer.groups, out // layer.groups, height * width), x.dtype)
+    x = np.pad(x, ((0, 0), (0, 0), (py, py), (px, px)))
+    height, width = (x.shape[2] - dy * (rows - 1) - 1) // sy + 1, (x.shape[3] - dx * (columns - 1) - 1) // sx + 1
+    y = np.zeros((len(x), layer.groups, out // layer.groups, height * width), x.dtype)
     weight = layer.weight.astype(x.dtype).reshape(layer.groups, out // layer.groups, depth, rows, columns)
     for i in range(rows):
         for j in range(columns):
-            seen = x[:, i * dy : i * dy + sy * (height - 1) + 1 : sy, j * dx : j * dx + sx * (width - 1) + 1 : sx]
-            y += weight[..., i, j] @ seen.reshape(layer.groups, depth, height * width)
+            seen = x[:, :, i * dy : i * dy + sy * (height - 1) + 1 : sy, j * dx : j * dx + sx * (width - 1) + 1 : sx]
+            y += np.ascontiguousarray(weight[..., i, j]) @ seen.reshape(len(x), layer.groups, depth, height * width)
     y += layer.bias.astype(x.dtype).reshape(layer.groups, -1, 1)
-    return y.reshape(out, height, width)
+    return y.reshape(len(x), out, height, width)
 
 
 def error(got: NDArray[Any], wanted: Array64) -> float:

@@ -1,59 +1,57 @@
-"""Which algorithm for which layer: measured on this machine, under a budget for the output's error, and remembered on disk.
+"""Which algorithm for which layer: measured on this machine, under a budget for the output's error; a few seconds for any net.
 
-    1. Time every layer by every algorithm that fits it, in the whole net, for one image and for many.
-    2. Measure against float64 how much error each algorithm adds to the output, for all layers of one shape together, while the
-       others are as exact as can be.
-    3. Choose the fastest combination whose errors, added as squares, stay within the budget (and whose weights within the limit).
-    4. Check that on the whole net; if the errors add up to more, tighten the budget and choose again.
+    1. Guess what each algorithm costs each layer, and leave out those that cannot pay.
+    2. Time the others, in a net that has each kind of layer once, for one image and for a few.
+    3. Measure against float64 how much an error in each kind of layer moves the output.
+    4. Choose the fastest combination whose errors, added as squares, stay within the budget (and whose weights within the limit).
+    5. Check that on the whole net; if the errors add up to more, tighten the budget and choose again.
 
 The budget is a multiple of the error that remains where every convolution is direct, so that a deep or ill-conditioned net is
 judged by its own measure; for "fast" it is at least a number. It holds for smooth images and for noise, each by itself.
+
+One choice serves calls of any number of images, so weights are packed once and an image gives the same bits in any company: what a
+layer costs is its share of the time of one image plus its share of the time of many.
 
 Where products may be of bfloat16, float32 is among the choices: Winograd's large tiles in float32 can be as fast as small ones in
 bfloat16, and the error that they save lets other layers have larger tiles in bfloat16.
 """
 
-import hashlib
-import json
-import os
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repvgg_engine import reference
-from repvgg_engine.layers import Array, Conv
-from repvgg_engine.library import LARGE_BATCH, instruction_sets
+from repvgg_engine.costs import Size, estimated_cost, macs, output_size
+from repvgg_engine.layers import Array, Conv, Layer, Pool
+from repvgg_engine.net import Net
 
-if TYPE_CHECKING:
-    from repvgg_engine.net import Net
-
-VERSION = 3
+VERSION = 4
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
 TIMES_DIRECT = {("fp32", "high"): 4.4, ("fp32", "fast"): 4.4, ("bf16", "high"): 1.25, ("bf16", "fast"): 1.5}
 FAST = 2e-4
-# Of each kind of calibration images.
-CALIBRATION_IMAGES = LARGE_BATCH
-# Timing takes so many images at a time, fewer for large nets: about a second's work.
-MOST_IMAGES, MACS = 16, 1e11
-# Errors are measured on images of at most so many MACs in all, where that leaves the least side.
-MOST_CALIBRATION_MACS, LEAST_SIDE = 4e11, 16
-# The least of so many runs counts; of one image, that is little work.
-REPEATS, REPEATS_OF_ONE = 3, 20
-# Of the machine's memory, for weights.
-MEMORY_SHARE = 1 / 8
+# The error that an algorithm adds in a layer, as a multiple of the direct one's: a property of its matrices, the same within 5% in
+# float32 and in bfloat16, with AVX-512, AVX2 and SSE2, for 192 channels and for 512. The check in the end does not rest on it.
+GROWTH = {"direct": 1.0, "F2": 1.7, "F4": 4.9, "F5": 9.6, "F6": 20.5, "F7": 49.0}
+# An error is watched through the net in one layer computed by the first of these that it has: large enough to show.
+WATCHED = ("F5", "F4", "F2")
+# Of each kind of calibration images. They have at most so many MACs in all, where that leaves the least side.
+CALIBRATION_IMAGES, MOST_CALIBRATION_MACS, LEAST_SIDE = 4, 6e9, 56
+# Images that are timed at a time have at most so many MACs each, where that leaves the least side; many: enough for every thread.
+MOST_TIMED_MACS, MANY = 6e9, 4
+# The least of so many runs counts, of one image and of many.
+REPEATS_OF_ONE, REPEATS = 5, 2
+# Worth timing: no algorithm that is guessed to take so many times longer than a more accurate one.
+HOPELESS = 1.15
 
 Squares = NDArray[np.float64]  # of errors, for each kind of images
 
 
 @dataclass(frozen=True)
 class Option:
-    """A layer by one algorithm: seconds for the timed batch, what it adds to the square of the output's error on each kind of
+    """A layer by one algorithm: its share of the time of a call, what it adds to the square of the output's error on each kind of
     images, bytes of weights."""
 
     algorithm: str
@@ -62,69 +60,51 @@ class Option:
     bytes: int
 
 
-class Tuning:
-    """What a net has to do before its first call."""
-
-    def __init__(self, accuracy: str, memory_limit: int | None) -> None:
-        self.accuracy, self.memory_limit = accuracy, memory_limit
-        self._lock, self._done = threading.Lock(), False
-
-    def ensure(self, net: "Net") -> None:
-        """Choose the net's algorithms, from disk if they were measured before. Once; other callers wait."""
-        if self._done:
-            return
-        with self._lock:
-            if self._done:
-                return
-            path = self._path(net)
-            choices = _read(path, net) or _measure(net, self.accuracy, self.memory_limit or _memory_limit())
-            for large, names in enumerate(choices):
-                _apply(net, names, bool(large))
-            _write(path, choices)
-            self._done = True
-
-    def _path(self, net: "Net") -> Path:
-        machine = [_processor(), instruction_sets(), os.environ.get("REPVGG_ENGINE_ISA"), net.threads]
-        asked = [self.accuracy, net.precision, self.memory_limit]
-        key = hashlib.sha256(json.dumps([VERSION, machine, asked]).encode() + _fingerprint(net)).hexdigest()[:32]
-        folder = (
-            os.environ.get("REPVGG_ENGINE_CACHE")
-            or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
-        )
-        return Path(folder) / f"{key}.json"
-
-
-def _measure(net: "Net", accuracy: str, memory_limit: int) -> list[list[str]]:
-    """The algorithms of each layer, for calls of few images and for calls of many."""
-    batch = np.random.default_rng(0).standard_normal((_timed_images(net), net.channels, *_input_size(net)), np.float32)
-    seconds = [_time(net, batch[:1], REPEATS_OF_ONE, large=False), _time(net, batch, REPEATS, large=True)]
+def choose_algorithms(net: Net, accuracy: str, memory_limit: int) -> list[str]:
+    """Return an algorithm for each layer, "" for those that are no convolutions, and have the net run by them."""
+    contenders = [worth_timing(net, i, size, memory_limit) for i, size in enumerate(_sizes(net, _input_size(net)))]
+    seconds = _shares(net, contenders)
     errors = _Errors(net, calibration_images(net), accuracy)
-    added = errors.added()
-    choices = []
-    for times in seconds:
-        options = [
-            [Option(name, times[i][name], added[i][name], net.weight_bytes(i, name)) for name in net.algorithms(i)]
-            for i in range(len(net.layers))
-        ]
-        left = 1 - errors.of(errors.exact)
-        for _ in range(8):
-            names = choose(options, left, memory_limit)
-            worst = errors.of(names).max()
-            if worst <= 1:
-                break
-            left *= min(0.95, 0.98 / worst)
-        else:
-            names = errors.direct
-        choices.append(names)
-    return choices
+    added = errors.added(contenders)
+    options = [
+        [Option(name, seconds[i][name], added[i][name], net.weight_bytes(i, name)) for name in names]
+        for i, names in enumerate(contenders)
+    ]
+    left = 1 - errors.of(errors.exact)
+    for _ in range(8):
+        names = choose(options, left, memory_limit)
+        worst = errors.of(names).max()
+        if worst <= 1:
+            return names
+        left *= min(0.95, 0.98 / worst)
+    net.choose_all(errors.direct)
+    return errors.direct
+
+
+def worth_timing(net: Net, index: int, size: Size, memory_limit: int) -> list[str]:
+    """Return the algorithms of a layer that may be the best for one image or for many, the most accurate first."""
+    layer, known = net.layers[index], net.known[index]
+    if not isinstance(layer, Conv):
+        return []
+    kept: list[str] = []
+    best = {1: float("inf"), MANY: float("inf")}
+    for name in known:
+        if name == "direct" or name == known[0]:  # of a bfloat16 net: its own first, then float32's as a start of its own
+            best = dict.fromkeys(best, float("inf"))
+        costs = {n: estimated_cost(layer, size, name, n, net.isa) for n in best}
+        fits = net.weight_bytes(index, name) <= memory_limit / 2
+        if name in (known[0], "direct") or (fits and any(costs[n] < HOPELESS * best[n] for n in best)):
+            kept.append(name)
+            best = {n: min(best[n], costs[n]) for n in best}
+    return kept
 
 
 class _Errors:
     """Squares of the output's error on each kind of images, 1 being what is allowed."""
 
-    def __init__(self, net: "Net", images: Array, accuracy: str) -> None:
+    def __init__(self, net: Net, images: Array, accuracy: str) -> None:
         self.net = net
-        self.direct = [next(iter(net.algorithms(i)), "") for i in range(len(net.layers))]
+        self.direct = [names[0] if names else "" for names in net.known]
         self.exact = ["direct" if name else "" for name in self.direct]  # in float32
         self.kinds = np.split(images, len(images) // CALIBRATION_IMAGES)
         self.wanted = [reference.run(net.layers, kind) for kind in self.kinds]
@@ -133,35 +113,46 @@ class _Errors:
         self.allowed = np.maximum(TIMES_DIRECT[net.precision, accuracy] ** 2 * self.of(self.direct), least)
 
     def of(self, names: Sequence[str]) -> Squares:
-        """With these algorithms."""
-        _apply(self.net, names, large=True)
+        """Return the error with these algorithms."""
+        self.net.choose_all(names)
         pairs = zip(self.kinds, self.wanted, strict=True)
         return np.array([reference.error(self.net.run(kind), wanted) ** 2 for kind, wanted in pairs]) / self.allowed
 
-    def added(self) -> list[dict[str, Squares]]:
-        """Of each layer, what each algorithm adds; layers of one shape share it evenly."""
+    def added(self, contenders: Sequence[Sequence[str]]) -> list[dict[str, Squares]]:
+        """Return what each algorithm adds in each layer, watched in the middle one of those that are alike."""
         base = self.of(self.exact)
-        shapes: dict[Any, list[int]] = {}
+        alike: dict[Any, list[int]] = {}
         for i, layer in enumerate(self.net.layers):
             if isinstance(layer, Conv):
-                shapes.setdefault((layer.weight.shape, layer.stride, layer.dilation, layer.groups), []).append(i)
-        added: list[dict[str, Squares]] = [{} for _ in self.net.layers]
-        for alike in shapes.values():
-            for name in self.net.algorithms(alike[0]):
-                names = [name if i in alike else other for i, other in enumerate(self.exact)]
-                nothing = name == "direct" or (self.net.precision == "bf16" and not name.endswith("bf16"))  # beside bfloat16's
-                more = np.zeros_like(base) if nothing else (self.of(names) - base) / len(alike)
-                for i in alike:
-                    added[i][name] = more
+                alike.setdefault(_geometry(layer), []).append(i)
+        added: list[dict[str, Squares]] = [{} for _ in contenders]
+        for layers in alike.values():
+            watched = layers[len(layers) // 2]
+            for ending in {name[len(name.split()[0]) :] for name in contenders[watched]}:  # "", and perhaps " bf16"
+                unit = self._unit(watched, ending, base)
+                for i in layers:
+                    for name in contenders[i]:
+                        if name.removesuffix(ending) in GROWTH:
+                            growth = GROWTH[name.removesuffix(ending)] ** 2
+                            added[i][name] = unit * (growth - (ending == ""))
         return added
 
+    def _unit(self, layer: int, ending: str, base: Squares) -> Squares:
+        """Return what the direct algorithm of a layer adds, by an algorithm that adds more of it."""
+        if ending == "" and self.net.precision == "bf16":
+            return np.zeros_like(base)  # nothing beside bfloat16's
+        name = next((n for n in WATCHED if n + ending in self.net.known[layer]), "direct") + ending
+        names = [*self.exact[:layer], name, *self.exact[layer + 1 :]]
+        grown = GROWTH[name.removesuffix(ending)] ** 2 - (ending == "")
+        return np.maximum(self.of(names) - base, 0) / grown if grown else np.zeros_like(base)
 
-def calibration_images(net: "Net") -> Array:
-    """Of the input size, or smaller where float64 would take minutes, with mean 0 and deviation 1: first smooth patterns, rather
-    like photographs, then as many of pure noise, on which errors of the early layers weigh more."""
-    size = _input_size(net)
-    while 2 * CALIBRATION_IMAGES * _macs(net, size) > MOST_CALIBRATION_MACS and min(size) >= 2 * LEAST_SIDE:
-        size = size[0] // 2, size[1] // 2
+
+def calibration_images(net: Net) -> Array:
+    """Return images of mean 0 and deviation 1, of the input size or less where float64 would take long.
+
+    First smooth patterns, rather like photographs, then as many of pure noise, on which errors of the early layers weigh more.
+    """
+    size = _shrunk(net.layers, _input_size(net), MOST_CALIBRATION_MACS / (2 * CALIBRATION_IMAGES))
     random = np.random.default_rng(0)
     coarse = random.standard_normal((CALIBRATION_IMAGES, net.channels, 7, 7))
     at = [np.linspace(0, 6, n) for n in size]
@@ -171,43 +162,81 @@ def calibration_images(net: "Net") -> Array:
     return np.concatenate([smooth * 1.3 + noise[0] * 0.4, noise[1]]).astype(np.float32)
 
 
-def _timed_images(net: "Net") -> int:
-    """So many that they take about a second."""
-    return max(LARGE_BATCH, min(MOST_IMAGES, int(MACS / _macs(net, _input_size(net)))))
-
-
-def _input_size(net: "Net") -> tuple[int, int]:
+def _input_size(net: Net) -> Size:
     return (net.preprocessing.height, net.preprocessing.width) if net.preprocessing else (224, 224)
 
 
-def _macs(net: "Net", size: tuple[int, int]) -> int:
-    """Of one image."""
-    macs, (height, width) = 0, size
+def _shrunk(layers: Sequence[Layer], size: Size, most_macs: float) -> Size:
+    """Return a size with no more MACs than that, or about the least side."""
+    while macs(layers, size) > most_macs and min(size) >= 2 * LEAST_SIDE:
+        size = size[0] // 2, size[1] // 2
+    return size
+
+
+def _sizes(net: Net, size: Size) -> list[Size]:
+    """Return the size of each layer's input."""
+    sizes = []
     for layer in net.layers:
-        if isinstance(layer, Conv):
-            height, width = -(-height // layer.stride[0]), -(-width // layer.stride[1])
-            macs += layer.weight.size * height * width
-    return macs
+        sizes.append(size)
+        size = (1, 1) if isinstance(layer, Pool) else output_size(layer, size) if isinstance(layer, Conv) else size
+    return sizes
 
 
-def _time(net: "Net", images: Array, repeats: int, large: bool) -> list[dict[str, float]]:
-    """Of each layer, the seconds by each of its algorithms: the least of a few runs."""
-    known = [net.algorithms(i) for i in range(len(net.layers))]
-    seconds: list[dict[str, float]] = [{} for _ in known]
-    for turn in range(max(map(len, known))):
-        names = [of_layer[min(turn, len(of_layer) - 1)] if of_layer else "" for of_layer in known]
-        _apply(net, names, large)
-        for repeat in range(repeats + 1):
-            net.profile()
-            net.run(images)
-            if repeat > 0:  # the first lays out memory and weights
-                for times, name, taken in zip(seconds, names, net.profile(), strict=True):
-                    times[name] = min(times.get(name, taken), taken)
+def _shares(net: Net, contenders: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """Return, for each layer and contender, its share of the time of one image plus its share of the time of many."""
+    layers, kind = one_of_each(net, contenders)
+    size = _shrunk(layers, _input_size(net), MOST_TIMED_MACS)
+    images = np.random.default_rng(0).standard_normal((MANY, net.channels, *size), np.float32)
+    small = Net(layers, precision=net.precision, threads=net.threads, isa=net.isa)
+    of_kind = [contenders[kind.index(k)] for k in range(len(layers))]
+    shares: list[dict[str, float]] = [dict.fromkeys(names, 0.0) for names in contenders]
+    for seconds in _time(small, of_kind, images):
+        whole = sum(min(seconds[k].values(), default=0.0) for k in kind)
+        for i, k in enumerate(kind):
+            for name in contenders[i]:
+                shares[i][name] += seconds[k][name] / max(whole, 1e-12)
+    return shares
+
+
+def one_of_each(net: Net, contenders: Sequence[Sequence[str]]) -> tuple[list[Layer], list[int]]:
+    """Return a shorter net, without the layers that are like one before and give what they take; and each layer's place in it."""
+    kept: list[Layer] = []
+    kind: list[int] = []
+    seen: dict[Any, int] = {}
+    for layer, size, names in zip(net.layers, _sizes(net, _input_size(net)), contenders, strict=True):
+        key = (size, tuple(names), *_geometry(layer)) if isinstance(layer, Conv) else None
+        same = isinstance(layer, Conv) and layer.in_channels == layer.out_channels and output_size(layer, size) == size
+        if not same or key not in seen:
+            seen[key] = len(kept)
+            kept.append(layer)
+            kind.append(len(kept) - 1)
+        else:
+            kind.append(seen[key])
+    return kept, kind
+
+
+def _geometry(layer: Conv) -> tuple[Any, ...]:
+    return layer.weight.shape, layer.stride, layer.dilation, layer.groups
+
+
+def _time(net: Net, contenders: Sequence[Sequence[str]], images: Array) -> list[list[dict[str, float]]]:
+    """Return, for one image and for all, the seconds of each layer by each contender: the least of a few runs."""
+    seconds: list[list[dict[str, float]]] = [[{} for _ in contenders] for _ in range(2)]
+    for turn in range(max(map(len, contenders))):
+        names = [of_layer[min(turn, len(of_layer) - 1)] if of_layer else "" for of_layer in contenders]
+        net.choose_all(names)
+        for times, batch, repeats in zip(seconds, (images[:1], images), (REPEATS_OF_ONE, REPEATS), strict=True):
+            for repeat in range(repeats + 1):
+                net.profile()
+                net.run(batch)
+                if repeat > 0:  # the first lays out memory and weights
+                    for of_layer, name, taken in zip(times, names, net.profile(), strict=True):
+                        of_layer[name] = min(of_layer.get(name, taken), taken)
     return seconds
 
 
 def choose(options: Sequence[Sequence[Option]], error: Squares, memory: int) -> list[str]:
-    """One option of each layer: as little time as the budgets for errors and for memory allow. Layers without options get "".
+    """Return an option of each layer: as little time as the budgets for errors and memory allow; "" for layers without options.
 
     From the most accurate ones, take in turn the exchange that saves most time for what it costs of the budgets.
     """
@@ -232,54 +261,3 @@ def choose(options: Sequence[Sequence[Option]], error: Squares, memory: int) -> 
         if best is None:
             return [o.algorithm if o else "" for o in chosen]
         chosen[best[1]] = best[2]
-
-
-def _fingerprint(net: "Net") -> bytes:
-    """Tells nets apart: shapes, and samples of the weights."""
-    digest = hashlib.sha256(repr(net.preprocessing).encode())
-    for layer in net.layers:
-        for value in vars(layer).values():
-            is_array = isinstance(value, np.ndarray)
-            digest.update(repr(value.shape if is_array else value).encode())
-            if is_array:
-                digest.update(value.reshape(-1)[:: 1 + value.size // 1024].tobytes())
-    return digest.digest()
-
-
-def _apply(net: "Net", names: Sequence[str], large: bool) -> None:
-    for i, name in enumerate(names):
-        if name:
-            net.choose(i, name, large)
-
-
-def _read(path: Path, net: "Net") -> list[list[str]] | None:
-    """What was chosen before; None where nothing is, or nothing that fits this net."""
-    try:
-        choices = json.loads(path.read_text())["choices"]
-        fits = len(choices) == 2 and all(
-            len(names) == len(net.layers) and all(name in (net.algorithms(i) or [""]) for i, name in enumerate(names))
-            for names in choices
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return choices if fits else None
-
-
-def _write(path: Path, choices: list[list[str]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with suppress(OSError):  # a cache that cannot be written costs the next process some seconds
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"choices": choices}))
-        temporary.replace(path)
-
-
-def _memory_limit() -> int:
-    return int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line
-    return os.uname().machine

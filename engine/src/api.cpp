@@ -38,7 +38,8 @@ int32_t repvgg_abi_version(size_t sizes[3]) {
     return REPVGG_ABI_VERSION;
 }
 
-repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error, size_t size) {
+repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error,
+                          size_t size) {
     repvgg_net *net = nullptr;
     guarded(error, size, [&] {
         if (!layers || !options) throw std::invalid_argument("no layers, or no options");
@@ -49,7 +50,8 @@ repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvg
 
 void repvgg_destroy(repvgg_net *net) { delete net; }
 
-int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_t width, int32_t shape[3], char *error, size_t size) {
+int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_t width, int32_t shape[3], char *error,
+                        size_t size) {
     return guarded(error, size, [&] {
         if (!net || !shape) throw std::invalid_argument("no net, or no shape");
         net->net.output_shape(height, width, shape);
@@ -59,17 +61,20 @@ int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_t width, in
 int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size) {
     return guarded(error, size, [&] {
         if (!net || !images || !images->data || !output) throw std::invalid_argument("no net, no images or no output");
-        if (images->bytes && !(images->scale && images->shift)) throw std::invalid_argument("images of bytes have a scale and a shift");
+        if (images->bytes && !(images->scale && images->shift))
+            throw std::invalid_argument("images of bytes have a scale and a shift");
         net->net.run(*images, output);
     });
 }
 
-int repvgg_choose(repvgg_net *net, int32_t batch, int32_t layer, const char *algorithm, char *error, size_t size) {
+int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size) {
     return guarded(error, size, [&] {
         if (!net || !algorithm) throw std::invalid_argument("no net, or no algorithm");
-        net->net.choose(batch, layer, algorithm);
+        net->net.choose(layer, algorithm);
     });
 }
+
+const char *repvgg_isa(const repvgg_net *net) { return net ? net->net.isa() : nullptr; }
 
 const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i) {
     const repvgg::Algorithm *algorithm = net ? net->net.fitting(layer, i) : nullptr;

@@ -1,10 +1,10 @@
-// A convolution block by block: for a block of tiles that fits the cache, transform the inputs once; then for each panel of output
-// channels multiply, transform back, add the bias, apply the ReLU, store.
+// A convolution block by block: for a block of tiles that fits the cache, transform the inputs once; then for each
+// panel of output channels multiply, transform back, add the bias, apply the ReLU, store.
 //
-//     input maps --input()--> V [product][tile][channel] --multiply--> M [product][tile][output channel] --output()--> output maps
+//     input maps --input()--> V [product][tile][channel] --multiply--> M [product][tile][panel] --output()--> maps
 //
-// Winograd's algorithms and the direct one differ in `input` and `output` alone. For the direct one a tile is a pixel, its products are
-// the taps of the kernel (or whole rows of them, or all), and they all add into one M.
+// Winograd's algorithms and the direct one differ in `input` and `output` alone. For the direct one a tile is a pixel,
+// its products are the taps of the kernel (or whole rows of them, or all), and they all add into one M.
 #pragma once
 
 #include "gemm.h"
@@ -20,10 +20,12 @@ struct Tile {
     int rows, columns;
 };
 
-/// Where a block's numbers lie in scratch memory. Tiles are taken in groups of at most c.rows, about equally many in each.
+/// Where a block's numbers lie in scratch memory. Tiles are taken in groups of at most c.rows, about equally many in
+/// each.
 struct Block {
     int64_t tiles, groups, depth;  // depth: of a tile in V, in floats
-    int64_t v_product, m_product;      // from one product to the next; not a power of two, or they would all meet in one set of the cache
+    int64_t v_product,
+        m_product;  // from one product to the next; not a power of two, or they would all meet in one set of the cache
     Tile *tile;
     float *v, *m;
 
@@ -37,7 +39,9 @@ struct Block {
         m = v + c.products * v_product;
     }
     int64_t first(int64_t group) const { return tiles * group / groups; }
-    int64_t floats(const Conv &c) const { return m + c.products * m_product + tiles * MAX_PANEL * WIDTH - reinterpret_cast<float *>(tile); }
+    int64_t floats(const Conv &c) const {
+        return m + c.products * m_product + tiles * MAX_PANEL * WIDTH - reinterpret_cast<float *>(tile);
+    }
 };
 
 /// Where one tile of V lies: the vector `index` of its channels, of product p.
@@ -71,25 +75,29 @@ struct Direct {
         float numbers[MOST_JOINED + 2 * WIDTH];
         const int row = c.kernel[1] * c.in_channels;
         for (int y = 0; y < c.kernel[0]; y++)
-            for (int i = 0; i < row; i += WIDTH) store(numbers + y * row + i, load(tile.in + y * c.dilation[0] * c.in.row + i));
+            for (int i = 0; i < row; i += WIDTH)
+                store(numbers + y * row + i, load(tile.in + y * c.dilation[0] * c.in.row + i));
         store(numbers + c.depth, Vec{});
         for (int v = 0; v < vectors; v++) target.put(0, v, load(numbers + v * WIDTH));
     }
 
     template <class Finish>
-    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, int64_t, int channel, const Finish &finish) {
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, int64_t, int channel,
+                                     const Finish &finish) {
         prefetch_to_write(tile.out + 8 * c.out.pixel + channel);
         finish(tile.out, load(m));
     }
 
-    /// For lanes of output channels from `weights` on, and the k-th number of each product: sink(product, numbers of the lanes).
+    /// For lanes of output channels from `weights` on, and the k-th number of each product: sink(product, numbers of
+    /// the lanes).
     template <class Sink>
     static void weights(const ConvShape &c, const float *weights, int lanes, int k, const Sink &sink) {
         const int taps = c.kernel[0] * c.kernel[1], channel = k % c.in_channels;
         for (int p = 0; p < products_of(c, 0); p++) {
             const int tap = p * c.joined + k / c.in_channels;
             double numbers[WIDTH] = {};
-            for (int lane = 0; lane < lanes; lane++) numbers[lane] = weights[(static_cast<int64_t>(lane) * c.in_channels + channel) * taps + tap];
+            for (int lane = 0; lane < lanes; lane++)
+                numbers[lane] = weights[(static_cast<int64_t>(lane) * c.in_channels + channel) * taps + tap];
             sink(p, numbers);
         }
     }
@@ -118,19 +126,24 @@ struct Tiled {
             for (int j = 0; j < frequencies; j++) {
                 each<samples>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = across[i.value][j]; });
                 Line::input(line, out);
-                each<frequencies>([&](auto i) REPVGG_INLINE_LAMBDA { target.put(i.value * frequencies + j, v, out[i.value]); });
+                each<frequencies>([&](auto i)
+                                      REPVGG_INLINE_LAMBDA { target.put(i.value * frequencies + j, v, out[i.value]); });
             }
         }
     }
 
     template <class Finish>
-    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, int64_t product, int channel, const Finish &finish) {
+    static REPVGG_INLINE void output(const Conv &c, const Tile &tile, const float *m, int64_t product, int channel,
+                                     const Finish &finish) {
         const int64_t row = c.dilation[0] * c.out.row, column = c.dilation[1] * c.out.pixel;
         Vec down[outputs][frequencies], line[frequencies], out[outputs];
         for (int i = 0; i < outputs; i++)
-            each<outputs>([&](auto j) REPVGG_INLINE_LAMBDA { prefetch_to_write(tile.out + i * row + j.value * column + channel); });
+            each<outputs>([&](auto j) REPVGG_INLINE_LAMBDA {
+                prefetch_to_write(tile.out + i * row + j.value * column + channel);
+            });
         for (int j = 0; j < frequencies; j++) {
-            each<frequencies>([&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = load(m + (i.value * frequencies + j) * product); });
+            each<frequencies>(
+                [&](auto i) REPVGG_INLINE_LAMBDA { line[i.value] = load(m + (i.value * frequencies + j) * product); });
             Line::output(line, out);
             each<outputs>([&](auto i) REPVGG_INLINE_LAMBDA { down[i.value][j] = out[i.value]; });
         }
@@ -147,16 +160,19 @@ struct Tiled {
     static void weights(const ConvShape &c, const float *weights, int lanes, int k, const Sink &sink) {
         double taps[3][3][WIDTH] = {}, across[3][frequencies][WIDTH] = {};
         for (int lane = 0; lane < lanes; lane++)
-            for (int t = 0; t < 9; t++) taps[t / 3][t % 3][lane] = weights[(static_cast<int64_t>(lane) * c.in_channels + k) * 9 + t];
+            for (int t = 0; t < 9; t++)
+                taps[t / 3][t % 3][lane] = weights[(static_cast<int64_t>(lane) * c.in_channels + k) * 9 + t];
         for (int row = 0; row < 3; row++)
             for (int j = 0; j < frequencies; j++)
                 for (int t = 0; t < 3; t++)
-                    for (int lane = 0; lane < WIDTH; lane++) across[row][j][lane] += Line::weights.at[j][t] * taps[row][t][lane];
+                    for (int lane = 0; lane < WIDTH; lane++)
+                        across[row][j][lane] += Line::weights.at[j][t] * taps[row][t][lane];
         for (int i = 0; i < frequencies; i++)
             for (int j = 0; j < frequencies; j++) {
                 double numbers[WIDTH] = {};
                 for (int t = 0; t < 3; t++)
-                    for (int lane = 0; lane < WIDTH; lane++) numbers[lane] += Line::weights.at[i][t] * across[t][j][lane];
+                    for (int lane = 0; lane < WIDTH; lane++)
+                        numbers[lane] += Line::weights.at[i][t] * across[t][j][lane];
                 sink(i * frequencies + j, numbers);
             }
     }
@@ -202,7 +218,8 @@ void multiply_panel(const Conv &c, const Block &block, const float *weights, int
                 float *m = block.m + p * block.m_product + first * vectors * WIDTH;
                 const bool add = start > 0 || (Algorithm::one_sum && p > 0);
                 const float *ahead = next + (g * share < lines ? g * share : 0) * length * LINE;
-                multiply_for<Element>(static_cast<int>(rows), vectors)(v, weights, m, static_cast<int>(length), add, ahead, share);
+                multiply_for<Element>(static_cast<int>(rows), vectors)(v, weights, m, static_cast<int>(length), add,
+                                                                       ahead, share);
             }
             weights = next;
         }
@@ -217,26 +234,31 @@ void run(const Conv &c, const Piece &piece) {
         const int64_t first = block.first(g), rows = block.first(g + 1) - first;
         for (int64_t r = 0; r < rows; r++) {
             const Target<Element> target{block.v + first * block.depth + r * WIDTH, block.v_product, rows * WIDTH};
-            Algorithm::template input<Element>(c, block.tile[first + r], block.tile[first + r + (first + r + 1 < block.tiles)], target);
+            Algorithm::template input<Element>(c, block.tile[first + r],
+                                               block.tile[first + r + (first + r + 1 < block.tiles)], target);
         }
     }
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
     const int64_t vector_weights = c.products * ceil_div(c.depth, Element::pack) * WIDTH;
     for (int panel = piece.first_panel; panel < piece.last_panel; panel++) {
-        const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
-        multiply_panel<Algorithm, Element>(c, block, c.weights + (static_cast<int64_t>(piece.group) * vectors + start) * vector_weights, width);
+        const int start = panel_start(vectors, c.panels, panel),
+                  width = panel_start(vectors, c.panels, panel + 1) - start;
+        multiply_panel<Algorithm, Element>(
+            c, block, c.weights + (static_cast<int64_t>(piece.group) * vectors + start) * vector_weights, width);
         const float *bias = c.bias + (static_cast<int64_t>(piece.group) * vectors + start) * WIDTH;
         for (int64_t t = 0; t < block.tiles; t++)
             for (int v = 0; v < width; v++) {
                 const int channel = (start + v) * WIDTH, lanes = c.out_channels - channel;
-                const bool whole = lanes >= WIDTH || c.groups == 1;  // a group's last lanes would be the next group's first
+                const bool whole =
+                    lanes >= WIDTH || c.groups == 1;  // a group's last lanes would be the next group's first
                 const Vec shift = load(bias + v * WIDTH);
                 const auto finish = [&](float *pixel, Vec sum) REPVGG_INLINE_LAMBDA {
                     const Vec y = c.relu ? relu(sum + shift) : sum + shift;
                     if (whole) store(pixel + channel, y);
                     else store(pixel + channel, y, lanes);
                 };
-                Algorithm::output(c, block.tile[t], block.m + (t * width + v) * WIDTH, block.m_product, channel, finish);
+                Algorithm::output(c, block.tile[t], block.m + (t * width + v) * WIDTH, block.m_product, channel,
+                                  finish);
             }
     }
 }
@@ -247,7 +269,8 @@ void pack(const ConvShape &c, const float *weights, int group, int panel, float 
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
     const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
     const int products = products_of(c, Algorithm::frequencies), depth = depth_of(c, Algorithm::frequencies);
-    const int64_t k = ceil_div(depth, Element::pack), filter = static_cast<int64_t>(c.in_channels) * c.kernel[0] * c.kernel[1];
+    const int64_t k = ceil_div(depth, Element::pack),
+                  filter = static_cast<int64_t>(c.in_channels) * c.kernel[0] * c.kernel[1];
     packed += (static_cast<int64_t>(group) * vectors + start) * products * k * WIDTH;
     for (int v = 0; v < width; v++) {
         const int channel = (start + v) * WIDTH, left = c.out_channels - channel, lanes = left < WIDTH ? left : WIDTH;
@@ -255,7 +278,8 @@ void pack(const ConvShape &c, const float *weights, int group, int panel, float 
         for (int i = 0; i < depth; i++)
             Algorithm::weights(c, of_lanes, lanes, i, [&](int p, const double *numbers) {
                 float *to = packed + ((p * k + i / Element::pack) * width + v) * WIDTH;
-                for (int lane = 0; lane < WIDTH; lane++) Element::weight(to + lane, i % Element::pack, static_cast<float>(numbers[lane]));
+                for (int lane = 0; lane < WIDTH; lane++)
+                    Element::weight(to + lane, i % Element::pack, static_cast<float>(numbers[lane]));
             });
     }
 }

@@ -11,7 +11,8 @@ constexpr int LINE = 16;  // floats in a cache line
 constexpr int MAX_PANEL = REGISTERS == 32 ? 4 : 2;
 /// Rows for a panel of so many vectors: rows x vectors sums, one row of weights and one input fit the registers.
 constexpr int rows_for(int vectors) { return vectors < MAX_PANEL ? ROWS : 6; }
-/// A sum over more than so many products is made of parts, so that rounding errors grow with the parts' length, not with the whole.
+/// A sum over more than so many products is made of parts, so that rounding errors grow with the parts' length, not
+/// with the whole.
 constexpr int CHUNK = 192;
 
 /// What 32 bits of the transformed inputs and weights hold: one float, or two neighbouring channels in bfloat16.
@@ -33,7 +34,8 @@ struct BFloat16 {
     static REPVGG_INLINE void weight(float *at, int half, float w) {
         uint32_t bits;
         memcpy(&bits, &w, sizeof bits);
-        const uint16_t rounded = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+        const uint16_t rounded =
+            static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
         memcpy(reinterpret_cast<char *>(at) + 2 * half, &rounded, sizeof rounded);
     }
     static REPVGG_INLINE Vec broadcast(const float *p) {
@@ -41,13 +43,15 @@ struct BFloat16 {
         memcpy(&bits, p, sizeof bits);
         return (Vec)_mm512_set1_epi32(bits);
     }
-    static REPVGG_INLINE Vec multiply_add(Vec w, Vec x, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+    static REPVGG_INLINE Vec multiply_add(Vec w, Vec x, Vec sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+    }
 };
 #endif
 
-/// sums[r][n] = sum over k of v[k][r] * u[k][n], or added to what is there. v: blocks of WIDTH k, in each R rows of WIDTH numbers;
-/// u: k rows of N vectors; sums: R rows of N vectors. `ahead`: weights that will be needed next, fetched by the way, so many lines of
-/// the cache for each k.
+/// sums[r][n] = sum over k of v[k][r] * u[k][n], or added to what is there. v: blocks of WIDTH k, in each R rows of
+/// WIDTH numbers; u: k rows of N vectors; sums: R rows of N vectors. `ahead`: weights that will be needed next, fetched
+/// by the way, so many lines of the cache for each k.
 template <class Element, int R, int N>
 void multiply(const float *v, const float *u, float *sums, int k, bool add, const float *ahead, int lines) {
     Vec sum[R][N] = {};
@@ -84,7 +88,8 @@ using Multiply = void (*)(const float *, const float *, float *, int, bool, cons
 
 template <class Element, int... I>
 constexpr Multiply pick(int rows, int vectors, std::integer_sequence<int, I...>) {
-    constexpr Multiply all[] = {multiply<Element, (I / MAX_PANEL < rows_for(I % MAX_PANEL + 1) ? I / MAX_PANEL + 1 : 1), I % MAX_PANEL + 1>...};
+    constexpr Multiply all[] = {
+        multiply<Element, (I / MAX_PANEL < rows_for(I % MAX_PANEL + 1) ? I / MAX_PANEL + 1 : 1), I % MAX_PANEL + 1>...};
     return all[(rows - 1) * MAX_PANEL + vectors - 1];
 }
 

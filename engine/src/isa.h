@@ -5,7 +5,8 @@
 
 namespace repvgg {
 
-/// The best kernels of those names that this processor has; isa: null or "" for any. Throws std::invalid_argument where there are none.
+/// The best kernels of those names that this processor has; isa: null or "" for any. Throws std::invalid_argument where
+/// there are none.
 const Kernels *find_kernels(const char *isa, bool bf16);
 
 /// Names of the instruction sets, best first.

@@ -1,4 +1,5 @@
-// The engine's arithmetic. Compiled once for each instruction set, under a name of its own (REPVGG_ISA), with everything hidden.
+// The engine's arithmetic. Compiled once for each instruction set, under a name of its own (REPVGG_ISA), with
+// everything hidden.
 #include "kernels.h"
 
 #include <math.h>
@@ -22,14 +23,16 @@ int64_t scratch(const Conv &c, int64_t tiles) {
 
 template <class A>
 constexpr Algorithm algorithm(const char *name) {
-    return {name, A::outputs, A::samples, A::frequencies, A::stride, Element::pack, run<A, Element>, pack<A, Element>, scratch<A>};
+    return {name,          A::outputs,      A::samples,       A::frequencies, A::stride,
+            Element::pack, run<A, Element>, pack<A, Element>, scratch<A>};
 }
 
 constexpr Algorithm algorithms[] = {
-    algorithm<Direct>(REPVGG_NAMED("direct")),
-    algorithm<Tiled<2, 1>>(REPVGG_NAMED("F2")), algorithm<Tiled<4, 1>>(REPVGG_NAMED("F4")), algorithm<Tiled<5, 1>>(REPVGG_NAMED("F5")),
+    algorithm<Direct>(REPVGG_NAMED("direct")),  algorithm<Tiled<2, 1>>(REPVGG_NAMED("F2")),
+    algorithm<Tiled<4, 1>>(REPVGG_NAMED("F4")), algorithm<Tiled<5, 1>>(REPVGG_NAMED("F5")),
     algorithm<Tiled<6, 1>>(REPVGG_NAMED("F6")), algorithm<Tiled<7, 1>>(REPVGG_NAMED("F7")),
-    algorithm<Tiled<2, 2>>(REPVGG_NAMED("F2")), algorithm<Tiled<4, 2>>(REPVGG_NAMED("F4")), algorithm<Tiled<7, 2>>(REPVGG_NAMED("F7")),
+    algorithm<Tiled<2, 2>>(REPVGG_NAMED("F2")), algorithm<Tiled<4, 2>>(REPVGG_NAMED("F4")),
+    algorithm<Tiled<7, 2>>(REPVGG_NAMED("F7")),
 };
 
 /// Planes to pixels. CHANNELS: how many, where the compiler should know.
@@ -40,10 +43,12 @@ void interleave(const float *row, int64_t plane, int channels, int64_t width, in
         for (int64_t c = 0; c < count; c++) out[x * pixel + c] = row[c * plane + x];
 }
 
-void read_floats(const float *image, int channels, const int size[2], int first_row, int last_row, const Map &map, float *out) {
+void read_floats(const float *image, int channels, const int size[2], int first_row, int last_row, const Map &map,
+                 float *out) {
     const int64_t plane = static_cast<int64_t>(size[0]) * size[1];
     const auto read_row = channels == 3 && map.pixel == 3 ? interleave<3> : interleave<0>;
-    for (int64_t y = first_row; y < last_row; y++) read_row(image + y * size[1], plane, channels, size[1], map.pixel, out + y * map.row);
+    for (int64_t y = first_row; y < last_row; y++)
+        read_row(image + y * size[1], plane, channels, size[1], map.pixel, out + y * map.row);
 }
 
 void read_bytes(const uint8_t *image, int channels, const int size[2], int first_row, int last_row, const float *scale,
@@ -56,14 +61,25 @@ void read_bytes(const uint8_t *image, int channels, const int size[2], int first
         }
 }
 
-void write(const float *map, const Map &strides, int channels, const int size[2], float *image) {
+/// Pixels to planes: squares of WIDTH pixels and WIDTH channels at a time, so that both sides are walked in whole
+/// lines.
+void write(const float *map, const Map &strides, int channels, const int size[2], int first_row, int last_row,
+           float *image) {
     const int64_t plane = static_cast<int64_t>(size[0]) * size[1];
-    for (int64_t y = 0; y < size[0]; y++)
-        for (int64_t x = 0; x < size[1]; x++) {
-            const float *from = map + y * strides.row + x * strides.pixel;
-            float *to = image + y * size[1] + x;
-            for (int64_t c = 0; c < channels; c++) to[c * plane] = from[c];
-        }
+    for (int64_t y = first_row; y < last_row; y++)
+        for (int64_t c = 0; c < channels; c += WIDTH)
+            for (int64_t x = 0; x < size[1]; x += WIDTH) {
+                const int columns = static_cast<int>(size[1] - x < WIDTH ? size[1] - x : WIDTH);
+                const int planes = static_cast<int>(channels - c < WIDTH ? channels - c : WIDTH);
+                float square[WIDTH][WIDTH];  // [channel][pixel]
+                for (int i = 0; i < columns; i++) {
+                    const Vec pixel = load(map + y * strides.row + (x + i) * strides.pixel + c);
+                    for (int lane = 0; lane < WIDTH; lane++) square[lane][i] = pixel[lane];
+                }
+                for (int lane = 0; lane < planes; lane++)
+                    memcpy(image + (c + lane) * plane + y * size[1] + x, square[lane],
+                           static_cast<size_t>(columns) * sizeof(float));
+            }
 }
 
 void pool(const float *map, const Map &strides, int channels, const int size[2], float *means) {
@@ -116,8 +132,17 @@ namespace repvgg {
 const Kernels *REPVGG_JOIN(kernels_, REPVGG_ISA)() {
     using namespace REPVGG_ISA;
     static constexpr Kernels kernels = {
-        REPVGG_TEXT(REPVGG_ISA), WIDTH, MAX_PANEL, [](int vectors) { return rows_for(vectors); }, algorithms, sizeof algorithms / sizeof *algorithms,
-        read_floats, read_bytes, write, REPVGG_ISA::pool, REPVGG_ISA::excite,
+        REPVGG_TEXT(REPVGG_ISA),
+        WIDTH,
+        MAX_PANEL,
+        [](int vectors) { return rows_for(vectors); },
+        algorithms,
+        sizeof algorithms / sizeof *algorithms,
+        read_floats,
+        read_bytes,
+        write,
+        REPVGG_ISA::pool,
+        REPVGG_ISA::excite,
     };
     return &kernels;
 }

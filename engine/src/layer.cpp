@@ -19,7 +19,8 @@ void check_channels(const repvgg_layer &spec, const Layer *before, const std::st
     check(spec.in_channels);
     if (spec.op != REPVGG_POOL) check(spec.out_channels);
     if (!before && spec.op != REPVGG_CONV) throw std::invalid_argument("the first layer is no convolution");
-    if (before && spec.in_channels != before->out_channels()) throw std::invalid_argument(where + " does not fit the one before it");
+    if (before && spec.in_channels != before->out_channels())
+        throw std::invalid_argument(where + " does not fit the one before it");
 }
 
 void check_conv(const repvgg_layer &spec, const std::string &where) {
@@ -28,7 +29,8 @@ void check_conv(const repvgg_layer &spec, const std::string &where) {
             std::max({spec.kernel[axis], spec.stride[axis], spec.dilation[axis], spec.padding[axis]}) > MOST_GEOMETRY)
             throw std::invalid_argument(where + " is a convolution that cannot be");
     if (spec.groups < 1 || spec.in_channels % spec.groups || spec.out_channels % spec.groups)
-        throw std::invalid_argument(where + " has " + std::to_string(spec.groups) + " groups, which do not divide its channels");
+        throw std::invalid_argument(where + " has " + std::to_string(spec.groups) +
+                                    " groups, which do not divide its channels");
 }
 
 void check_weights(const repvgg_layer &spec, const std::string &where) {
@@ -43,7 +45,8 @@ void check_weights(const repvgg_layer &spec, const std::string &where) {
 /// dense: a pixel's channels are next to the next pixel's, without a gap.
 ConvShape conv_shape(const repvgg_layer &spec, bool dense, const Kernels &kernels) {
     ConvShape c;
-    c.groups = spec.groups, c.in_channels = spec.in_channels / spec.groups, c.out_channels = spec.out_channels / spec.groups;
+    c.groups = spec.groups, c.in_channels = spec.in_channels / spec.groups,
+    c.out_channels = spec.out_channels / spec.groups;
     std::copy(spec.kernel, spec.kernel + 2, c.kernel);
     std::copy(spec.stride, spec.stride + 2, c.stride);
     std::copy(spec.dilation, spec.dilation + 2, c.dilation);
@@ -61,7 +64,8 @@ ConvShape conv_shape(const repvgg_layer &spec, bool dense, const Kernels &kernel
 std::vector<float> padded_bias(const repvgg_layer &spec, const ConvShape &c, int width) {
     const int64_t lanes = ceil_div(c.out_channels, width) * width;
     std::vector<float> bias(static_cast<size_t>(c.groups * lanes));
-    for (int i = 0; i < spec.out_channels; i++) bias[static_cast<size_t>(i / c.out_channels * lanes + i % c.out_channels)] = spec.bias[i];
+    for (int i = 0; i < spec.out_channels; i++)
+        bias[static_cast<size_t>(i / c.out_channels * lanes + i % c.out_channels)] = spec.bias[i];
     return bias;
 }
 
@@ -86,12 +90,14 @@ std::unique_ptr<Layer> make_layer(const repvgg_layer &spec, int index, const Lay
 bool fits(const Layer &layer, const Algorithm &algorithm) {
     const repvgg_layer &s = layer.spec;
     if (!layer.is_conv() || algorithm.frequencies == 0) return layer.is_conv();
-    const bool square = s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1], dilated = s.dilation[0] > 1 || s.dilation[1] > 1;
+    const bool square = s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1],
+               dilated = s.dilation[0] > 1 || s.dilation[1] > 1;
     return square && s.stride[0] == algorithm.stride && !(dilated && s.stride[0] > 1);
 }
 
 int64_t packed_floats(const ConvShape &c, const Algorithm &algorithm, int width) {
-    const int64_t sums = static_cast<int64_t>(c.groups) * products_of(c, algorithm.frequencies) * ceil_div(depth_of(c, algorithm.frequencies), algorithm.packed);
+    const int64_t sums = static_cast<int64_t>(c.groups) * products_of(c, algorithm.frequencies) *
+                         ceil_div(depth_of(c, algorithm.frequencies), algorithm.packed);
     return sums * ceil_div(c.out_channels, width) * width;
 }
 
@@ -103,8 +109,9 @@ void output_size(const Layer &layer, int index, const int size[2], int out[2]) {
         const int64_t reach = static_cast<int64_t>(spec.dilation[axis]) * (spec.kernel[axis] - 1);
         const int64_t padded = size[axis] + 2 * static_cast<int64_t>(spec.padding[axis]);
         if (padded <= reach || padded > MOST_SIDE)
-            throw std::invalid_argument("images of that size do not fit layer " + std::to_string(index) + ": its input would be " +
-                                        std::to_string(size[0]) + " x " + std::to_string(size[1]));
+            throw std::invalid_argument("images of that size do not fit layer " + std::to_string(index) +
+                                        ": its input would be " + std::to_string(size[0]) + " x " +
+                                        std::to_string(size[1]));
         out[axis] = static_cast<int>((padded - reach - 1) / spec.stride[axis] + 1);
     }
 }

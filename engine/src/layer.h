@@ -13,10 +13,9 @@ namespace repvgg {
 
 struct Layer {
     repvgg_layer spec;
-    ConvShape shape;                        // of a convolution
-    std::vector<float> bias;                // a number for each lane of each vector of each group
-    const Algorithm *choice[2] = {};        // for few images, for many
-    std::atomic<int64_t> nanoseconds{0};    // that threads have spent in it
+    ConvShape shape;                      // of a convolution
+    std::vector<float> bias;              // a number for each lane of each vector of each group
+    std::atomic<int64_t> nanoseconds{0};  // that threads have spent in it
 
     bool is_conv() const { return spec.op == REPVGG_CONV; }
     int out_channels() const { return is_conv() ? spec.out_channels : spec.in_channels; }

@@ -1,5 +1,5 @@
-// Zeroed memory in huge pages where the system has them: transformed weights and tiles are walked in long strides, which small pages
-// make expensive.
+// Zeroed memory in huge pages where the system has them: transformed weights and tiles are walked in long strides,
+// which small pages make expensive.
 #pragma once
 
 #include <sys/mman.h>

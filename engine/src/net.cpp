@@ -25,17 +25,19 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
     : kernels_(find_kernels(options.isa, options.bf16 != 0)), threads_(options.threads), pin_(options.pin != 0) {
     if (threads_ < 1 || threads_ > MOST_THREADS)
         refuse("threads is " + std::to_string(threads_) + ": it is between 1 and " + std::to_string(MOST_THREADS));
-    if (count < 1 || count > MOST_LAYERS) refuse("a net has at least one layer, and at most " + std::to_string(MOST_LAYERS));
+    if (count < 1 || count > MOST_LAYERS)
+        refuse("a net has at least one layer, and at most " + std::to_string(MOST_LAYERS));
     const auto take = [&](const Kernels &kernels) {
         for (int i = 0; i < kernels.count; i++) algorithms_.push_back(kernels.algorithms + i);
     };
     take(*kernels_);
-    if (options.bf16) take(*find_kernels(options.isa, false));  // as wide; a layer may be faster by them, and is more accurate
+    if (options.bf16)
+        take(*find_kernels(options.isa, false));  // as wide; a layer may be faster by them, and is more accurate
     for (int i = 0; i < count; i++) {
         layers_.push_back(make_layer(layers[i], i, i > 0 ? layers_.back().get() : nullptr, *kernels_));
-        layers_[i]->choice[0] = layers_[i]->choice[1] = fitting(i, 0);
+        const Algorithm *first = fitting(i, 0);
+        weights_.push_back(first ? std::make_shared<Weights>(first) : nullptr);
     }
-    weights_.resize(layers_.size());
 }
 
 Net::~Net() {
@@ -61,18 +63,17 @@ int64_t Net::weight_bytes(int layer, const Algorithm &algorithm) const {
     return packed_floats(layers_[layer]->shape, algorithm, kernels_->width) * static_cast<int64_t>(sizeof(float));
 }
 
-void Net::choose(int batch, int layer, const char *name) {
+const char *Net::isa() const { return kernels_->isa; }
+
+void Net::choose(int layer, const char *name) {
     const Algorithm *algorithm = find(layer, name);
-    if (!algorithm || batch < 0 || batch > 1) refuse("layer " + std::to_string(layer) + " cannot be computed by " + name);
+    if (!algorithm) refuse("layer " + std::to_string(layer) + " cannot be computed by " + name);
     Runtime &shared = runtime();
     std::lock_guard<std::mutex> lock(shared.mutex);
-    Layer &l = *layers_[layer];
-    l.choice[batch] = algorithm;
+    if (weights_[layer]->algorithm == algorithm) return;
+    weights_[layer] = std::make_shared<Weights>(algorithm);
     shared.idle.clear();
     choices_++;
-    auto &all = weights_[layer];
-    const auto unused = [&](const auto &w) { return w->algorithm != l.choice[0] && w->algorithm != l.choice[1]; };
-    all.erase(std::remove_if(all.begin(), all.end(), unused), all.end());
 }
 
 Net::Runtime &Net::runtime() {
@@ -86,19 +87,6 @@ Net::Runtime &Net::runtime() {
     return *current;
 }
 
-/// An entry for each layer, packed or not yet. The runtime's mutex is held.
-std::vector<std::shared_ptr<Weights>> Net::chosen_weights(bool many) {
-    std::vector<std::shared_ptr<Weights>> chosen(layers_.size());
-    for (size_t i = 0; i < layers_.size(); i++) {
-        const Algorithm *algorithm = layers_[i]->choice[many];
-        if (!algorithm) continue;
-        auto &all = weights_[i];
-        const auto found = std::find_if(all.begin(), all.end(), [&](const auto &w) { return w->algorithm == algorithm; });
-        chosen[i] = found != all.end() ? *found : all.emplace_back(std::make_shared<Weights>(algorithm));
-    }
-    return chosen;
-}
-
 /// Once for each weights; other callers that want the same ones wait, and nobody else.
 void Net::pack(Runtime &runtime, int index, Weights &weights) const {
     std::call_once(weights.once, [&] {
@@ -106,7 +94,8 @@ void Net::pack(Runtime &runtime, int index, Weights &weights) const {
         const ConvShape &shape = layers_[index]->shape;
         auto memory = std::make_unique<Memory>(packed_floats(shape, algorithm, kernels_->width));
         runtime.pool->run(shape.groups * shape.panels, [&](int item, int) {
-            algorithm.pack(shape, layers_[index]->spec.weight, item / shape.panels, item % shape.panels, memory->floats());
+            algorithm.pack(shape, layers_[index]->spec.weight, item / shape.panels, item % shape.panels,
+                           memory->floats());
         });
         weights.packed = std::move(memory);
     });
@@ -123,7 +112,7 @@ std::unique_ptr<Plan> Net::take_plan(Runtime &runtime, int n, const int size[2],
                 runtime.idle.erase(plan);
                 return found;
             }
-        weights = chosen_weights(n >= REPVGG_LARGE_BATCH);
+        weights = weights_;
     }
     for (size_t i = 0; i < weights.size(); i++)
         if (weights[i]) pack(runtime, static_cast<int>(i), *weights[i]);
@@ -166,7 +155,8 @@ void Net::run(const repvgg_images &images, float *output) {
 }
 
 void Net::profile(double *seconds) {
-    for (size_t i = 0; i < layers_.size(); i++) seconds[i] = static_cast<double>(layers_[i]->nanoseconds.exchange(0)) * 1e-9;
+    for (size_t i = 0; i < layers_.size(); i++)
+        seconds[i] = static_cast<double>(layers_[i]->nanoseconds.exchange(0)) * 1e-9;
 }
 
 }  // namespace repvgg

@@ -18,16 +18,17 @@ class Net {
 
     void output_shape(int height, int width, int shape[3]) const;
     void run(const repvgg_images &images, float *output);
-    void choose(int batch, int layer, const char *algorithm);
+    void choose(int layer, const char *algorithm);
     /// The algorithm of that name, if it is one and fits the layer; otherwise null.
     const Algorithm *find(int layer, const char *name) const;
     const Algorithm *fitting(int layer, int i) const;
+    const char *isa() const;
     int64_t weight_bytes(int layer, const Algorithm &algorithm) const;
     void profile(double *seconds);
 
   private:
-    /// Threads, and what they share. A forked process has none of its parent's threads, and its locks may be held by them; so it
-    /// makes a runtime of its own, and leaves the old one where it is.
+    /// Threads, and what they share. A forked process has none of its parent's threads, and its locks may be held by
+    /// them; so it makes a runtime of its own, and leaves the old one where it is.
     struct Runtime {
         Runtime(int threads, bool pin, int forks) : pool(Pool::shared(threads, pin)), forks(forks) {}
         const std::shared_ptr<Pool> pool;
@@ -39,7 +40,6 @@ class Net {
     Runtime &runtime();
     /// A plan for n images of that size, and which choice of algorithms it follows.
     std::unique_ptr<Plan> take_plan(Runtime &runtime, int n, const int size[2], int &choice);
-    std::vector<std::shared_ptr<Weights>> chosen_weights(bool many);
     void pack(Runtime &runtime, int layer, Weights &weights) const;
 
     const Kernels *kernels_;
@@ -47,7 +47,8 @@ class Net {
     const int threads_;
     const bool pin_;
     std::vector<std::unique_ptr<Layer>> layers_;
-    std::vector<std::vector<std::shared_ptr<Weights>>> weights_;  // of each layer, by algorithm
+    std::vector<std::shared_ptr<Weights>>
+        weights_;      // of each layer, by the algorithm that was chosen last; packed when they are wanted
     int choices_ = 0;  // made so far: plans of earlier ones are not used again
     std::atomic<Runtime *> runtime_{nullptr};
 };

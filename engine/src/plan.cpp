@@ -13,11 +13,14 @@ namespace {
 constexpr int64_t BLOCK_BYTES = 640 << 10;
 /// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
 constexpr int64_t BLOCKS_OF_WEIGHTS = 32;
-/// Fewer rows than this for each thread, or so many times more weights than transformed inputs, and threads share out output channels
-/// rather than tiles: each weight is then read once, though each input is transformed by every thread.
+/// Fewer rows than this for each thread, or so many times more weights than transformed inputs, and threads share out
+/// output channels rather than tiles: each weight is then read once, though each input is transformed by every thread.
 constexpr int64_t FEW_TILES = 8, MANY_WEIGHTS = 8;
-/// From so many blocks a thread on, blocks are of whole groups of tiles; fewer would then be unequal work for the threads.
+/// From so many blocks a thread on, blocks are of whole groups of tiles; fewer would then be unequal work for the
+/// threads.
 constexpr int64_t WHOLE_GROUPS = 4;
+/// Floats of output that are worth handing to a thread: some ten microseconds' work.
+constexpr int64_t WORTH_A_PIECE = 1 << 16;
 constexpr int64_t ALIGNMENT = 1024;
 constexpr int64_t MOST_FLOATS = int64_t{1} << 36;
 
@@ -33,8 +36,8 @@ int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 }  // namespace
 
-Plan::Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<std::shared_ptr<Weights>> weights, int n,
-           const int size[2], int threads)
+Plan::Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers,
+           std::vector<std::shared_ptr<Weights>> weights, int n, const int size[2], int threads)
     : kernels_(kernels), layers_(layers), weights_(std::move(weights)), n_(n) {
     tensors_.emplace_back(layers[0]->spec.in_channels, size);
     for (int i = 0; i < static_cast<int>(layers.size()); i++) add_step(i, i > 0 ? steps_.back().out : 0);
@@ -78,15 +81,17 @@ void Plan::set_tiling(Step &step) {
     }
 }
 
-/// Early layers, whose maps are larger than their weights, run image by image, so that maps stay in the cache; the others layer by
-/// layer, so that weights do.
+/// Early layers, whose maps are larger than their weights, run image by image, so that maps stay in the cache; the
+/// others layer by layer, so that weights do.
 void Plan::choose_local(int threads) {
     if (n_ == 1 || (n_ % threads != 0 && n_ < 4 * threads)) return;
     for (const Step &step : steps_) {
         const repvgg_layer &spec = layers_[step.layer]->spec;
         const Tensor &in = tensors_[step.in], &out = tensors_[step.out];
-        const int64_t maps = static_cast<int64_t>(in.size[0]) * in.size[1] * in.channels + static_cast<int64_t>(out.size[0]) * out.size[1] * out.channels;
-        const int64_t weights = static_cast<int64_t>(spec.out_channels) * step.conv.in_channels * spec.kernel[0] * spec.kernel[1];
+        const int64_t maps = static_cast<int64_t>(in.size[0]) * in.size[1] * in.channels +
+                             static_cast<int64_t>(out.size[0]) * out.size[1] * out.channels;
+        const int64_t weights =
+            static_cast<int64_t>(spec.out_channels) * step.conv.in_channels * spec.kernel[0] * spec.kernel[1];
         if (spec.op == REPVGG_POOL || (layers_[step.layer]->is_conv() && maps < weights)) break;
         local_steps_++;
     }
@@ -94,7 +99,8 @@ void Plan::choose_local(int threads) {
     if (local_steps_ > 0) tensors_[steps_[local_steps_ - 1].out].local = false;
 }
 
-/// Gives each tensor its place, tensors that are alike the same two in turn: their borders are zero from the start and stay so.
+/// Gives each tensor its place, tensors that are alike the same two in turn: their borders are zero from the start and
+/// stay so.
 int64_t Plan::layout(bool local) {
     struct Buffer {
         int like, last;  // tensors: the first and the last that it was given to
@@ -107,8 +113,9 @@ int64_t Plan::layout(bool local) {
         if (t.local != local) continue;
         const auto alike = [&](const Buffer &buffer) {
             const Tensor &b = tensors_[buffer.like];
-            return buffer.last != i - 1 && b.channels == t.channels && b.map.pixel == t.map.pixel && std::equal(b.size, b.size + 2, t.size) &&
-                   std::equal(b.extent, b.extent + 2, t.extent) && std::equal(b.border, b.border + 2, t.border);
+            return buffer.last != i - 1 && b.channels == t.channels && b.map.pixel == t.map.pixel &&
+                   std::equal(b.size, b.size + 2, t.size) && std::equal(b.extent, b.extent + 2, t.extent) &&
+                   std::equal(b.border, b.border + 2, t.border);
         };
         const auto found = std::find_if(buffers.begin(), buffers.end(), alike);
         if (found != buffers.end()) {
@@ -125,10 +132,13 @@ int64_t Plan::layout(bool local) {
 }
 
 void Plan::place(int threads) {
-    for (Tensor &a : tensors_)  // tensors that differ in what a layer's tiles read beyond them take the larger extent, and so are alike
+    for (Tensor &a : tensors_)  // tensors that differ in what a layer's tiles read beyond them take the larger extent,
+                                // and so are alike
         for (Tensor &b : tensors_)
-            if (a.channels == b.channels && a.local == b.local && std::equal(a.size, a.size + 2, b.size) && std::equal(a.border, a.border + 2, b.border))
-                for (int axis = 0; axis < 2; axis++) a.extent[axis] = b.extent[axis] = std::max(a.extent[axis], b.extent[axis]);
+            if (a.channels == b.channels && a.local == b.local && std::equal(a.size, a.size + 2, b.size) &&
+                std::equal(a.border, a.border + 2, b.border))
+                for (int axis = 0; axis < 2; axis++)
+                    a.extent[axis] = b.extent[axis] = std::max(a.extent[axis], b.extent[axis]);
     for (Tensor &t : tensors_) {
         t.map.pixel = &t == &tensors_[0] ? t.channels : round_up(t.channels, kernels_.width);
         t.map.row = t.extent[1] * t.map.pixel;
@@ -143,8 +153,10 @@ void Plan::place(int threads) {
             cut(step, threads);
             scratch = std::max(scratch, step.algorithm->scratch(step.conv, step.block));
         } else {
-            const repvgg_layer &spec = layers_[step.layer]->spec;  // room for squeeze-excite's means, hidden numbers and gates
-            scratch = std::max(scratch, 4 * static_cast<int64_t>(spec.in_channels) + spec.out_channels + 4 * kernels_.width);
+            const repvgg_layer &spec =
+                layers_[step.layer]->spec;  // room for squeeze-excite's means, hidden numbers and gates
+            scratch =
+                std::max(scratch, 4 * static_cast<int64_t>(spec.in_channels) + spec.out_channels + 4 * kernels_.width);
         }
     }
     slot_floats_ = scratch_offset_ + round_up(scratch, ALIGNMENT);
@@ -159,14 +171,18 @@ void Plan::cut(Step &step, int threads) {
     c.weights = weights_[step.layer]->packed->floats(), c.bias = layers_[step.layer]->bias.data();
     const bool local = &step - steps_.data() < local_steps_;
     step.tiles = static_cast<int64_t>(c.tiles[0]) * c.tiles[1] * (local ? 1 : n_);
-    const int64_t tile_bytes = (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<int64_t>(sizeof(float));
+    const int64_t tile_bytes =
+        (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<int64_t>(sizeof(float));
     const int wanted = local ? 1 : static_cast<int>(ceil_div(threads, c.groups));
     step.splits = 1;
     const int64_t weight_bytes = packed_floats(c, *step.algorithm, 1) * static_cast<int64_t>(sizeof(float));
-    int64_t blocks = ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
+    int64_t blocks =
+        ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
     if (blocks < wanted) {
-        if (step.tiles < FEW_TILES * wanted || step.tiles * MANY_WEIGHTS < c.out_channels) step.splits = std::min<int>(wanted, c.panels);
-        else blocks = wanted;
+        // By panels first, and where there are more threads than panels by tiles too.
+        if (step.tiles < FEW_TILES * wanted || step.tiles * MANY_WEIGHTS < c.out_channels)
+            step.splits = std::min<int>(wanted, c.panels);
+        blocks = std::min(step.tiles, std::max(blocks, ceil_div(wanted, step.splits)));
     } else {
         blocks = round_up(blocks, wanted);
     }
@@ -201,7 +217,8 @@ void Plan::run_item(const Step &step, int item, int slot, int image) {
         Piece piece;
         piece.in = corner(in, slot, image), piece.out = inside(out, slot, image), piece.scratch = scratch;
         piece.group = item / step.blocks / step.splits;
-        piece.first_panel = panel_start(step.conv.panels, step.splits, split), piece.last_panel = panel_start(step.conv.panels, step.splits, split + 1);
+        piece.first_panel = panel_start(step.conv.panels, step.splits, split),
+        piece.last_panel = panel_start(step.conv.panels, step.splits, split + 1);
         piece.first = block * step.block, piece.last = std::min(step.tiles, piece.first + step.block);
         step.algorithm->run(step.conv, piece);
     } else if (layer.spec.op == REPVGG_POOL) {
@@ -220,9 +237,11 @@ void Plan::read(const repvgg_images &images, int image, int band, int bands, int
     const int first = panel_start(t.size[0], bands, band), last = panel_start(t.size[0], bands, band + 1);
     float *to = inside(t, slot, image);
     if (images.bytes)
-        kernels_.read_bytes(static_cast<const uint8_t *>(images.data) + offset, t.channels, t.size, first, last, images.scale, images.shift, t.map, to);
+        kernels_.read_bytes(static_cast<const uint8_t *>(images.data) + offset, t.channels, t.size, first, last,
+                            images.scale, images.shift, t.map, to);
     else
-        kernels_.read_floats(static_cast<const float *>(images.data) + offset, t.channels, t.size, first, last, t.map, to);
+        kernels_.read_floats(static_cast<const float *>(images.data) + offset, t.channels, t.size, first, last, t.map,
+                             to);
 }
 
 void Plan::run(Pool &pool, const repvgg_images &images, float *output) {
@@ -233,16 +252,25 @@ void Plan::run(Pool &pool, const repvgg_images &images, float *output) {
             for (int s = 0; s < local_steps_; s++)
                 for (int item = 0; item < items(steps_[s]); item++) run_item(steps_[s], item, slot, image);
         });
-    else
-        pool.run(n_ * bands, [&](int item, int slot) { read(images, item / bands, item % bands, bands, slot); });
+    else pool.run(n_ * bands, [&](int item, int slot) { read(images, item / bands, item % bands, bands, slot); });
     for (size_t s = local_steps_; s < steps_.size(); s++)
         pool.run(items(steps_[s]), [&](int item, int slot) { run_item(steps_[s], item, slot, 0); });
+    write(pool, output);
+}
+
+/// The last map to the caller's memory, in pieces that are worth a thread.
+void Plan::write(Pool &pool, float *output) {
     const Tensor &last = tensors_.back();
-    const int64_t floats = static_cast<int64_t>(last.channels) * last.size[0] * last.size[1];
-    pool.run(floats * n_ > 1 << 16 ? n_ : 1, [&](int item, int slot) {
-        const int end = floats * n_ > 1 << 16 ? item + 1 : n_;
-        for (int image = item; image < end; image++) kernels_.write(inside(last, slot, image), last.map, last.channels, last.size, output + image * floats);
-    });
+    const int64_t row = static_cast<int64_t>(last.channels) * last.size[1], image = row * last.size[0];
+    const int bands = static_cast<int>(std::clamp<int64_t>(image / WORTH_A_PIECE, 1, last.size[0]));
+    const auto write_band = [&](int item, int) {
+        const int i = item / bands, band = item % bands;
+        const int first = panel_start(last.size[0], bands, band), end = panel_start(last.size[0], bands, band + 1);
+        kernels_.write(inside(last, 0, i), last.map, last.channels, last.size, first, end, output + i * image);
+    };
+    if (n_ * image < WORTH_A_PIECE)
+        for (int item = 0; item < n_ * bands; item++) write_band(item, 0);
+    else pool.run(n_ * bands, write_band);
 }
 
 }  // namespace repvgg

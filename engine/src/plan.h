@@ -1,4 +1,5 @@
-// How a net runs on n images of one size: where each feature map lies, how each layer is cut into pieces, in which order.
+// How a net runs on n images of one size: where each feature map lies, how each layer is cut into pieces, in which
+// order.
 #pragma once
 
 #include <memory>
@@ -21,13 +22,15 @@ struct Weights {
 class Plan {
   public:
     /// weights: one for each layer, empty for those that are no convolutions.
-    Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers, std::vector<std::shared_ptr<Weights>> weights, int n,
-         const int size[2], int threads);
+    Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers,
+         std::vector<std::shared_ptr<Weights>> weights, int n, const int size[2], int threads);
 
     /// Not by two threads at once.
     void run(Pool &pool, const repvgg_images &images, float *output);
 
-    bool fits(int n, int height, int width) const { return n == n_ && height == tensors_[0].size[0] && width == tensors_[0].size[1]; }
+    bool fits(int n, int height, int width) const {
+        return n == n_ && height == tensors_[0].size[0] && width == tensors_[0].size[1];
+    }
 
   private:
     /// A feature map of each image, with the zero border that the layer that reads it wants.
@@ -37,15 +40,21 @@ class Plan {
         Map map;
         int64_t offset;  // of the padded map of the first image, in floats
         Tensor(int channels, const int size[2])
-            : channels(channels), size{size[0], size[1]}, border{0, 0}, extent{size[0], size[1]}, local(false), map{}, offset(0) {}
+            : channels(channels),
+              size{size[0], size[1]},
+              border{0, 0},
+              extent{size[0], size[1]},
+              local(false),
+              map{},
+              offset(0) {}
     };
     struct Step {
         int layer, in, out;  // tensors
         Conv conv;
         const Algorithm *algorithm;
         std::vector<int> origins[2];
-        int64_t tiles, block;   // of all images that it takes at once, and of a piece
-        int blocks, splits;  // how many pieces of the tiles, and of the panels
+        int64_t tiles, block;  // of all images that it takes at once, and of a piece
+        int blocks, splits;    // how many pieces of the tiles, and of the panels
     };
 
     void add_step(int index, int in);
@@ -57,6 +66,7 @@ class Plan {
     int items(const Step &step) const;
     void run_item(const Step &step, int item, int slot, int image);
     void read(const repvgg_images &images, int image, int band, int bands, int slot);
+    void write(Pool &pool, float *output);
     float *corner(const Tensor &tensor, int slot, int image) const;
     float *inside(const Tensor &tensor, int slot, int image) const;
 

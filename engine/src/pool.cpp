@@ -10,8 +10,8 @@ namespace repvgg {
 
 namespace {
 
-/// Between two layers a thread waits microseconds, so it looks about for a while before it sleeps; and it yields as it does, so that
-/// whatever else wants the processor gets it.
+/// Between two layers a thread waits microseconds, so it looks about for a while before it sleeps; and it yields as it
+/// does, so that whatever else wants the processor gets it.
 constexpr auto PATIENCE = std::chrono::microseconds(200);
 
 template <class Condition>
@@ -67,7 +67,8 @@ std::vector<Shared> &shared_pools() {
 
 int Pool::forks() {
     // The list's lock is held over a fork, so that no other thread's half-done change is copied.
-    static const int registered = pthread_atfork([] { shared_mutex.lock(); }, [] { shared_mutex.unlock(); }, [] { forks_so_far++, shared_mutex.unlock(); });
+    static const int registered = pthread_atfork([] { shared_mutex.lock(); }, [] { shared_mutex.unlock(); },
+                                                 [] { forks_so_far++, shared_mutex.unlock(); });
     (void)registered;
     return forks_so_far.load();
 }
@@ -76,7 +77,8 @@ std::shared_ptr<Pool> Pool::shared(int threads, bool pin) {
     const int now = forks();
     std::lock_guard<std::mutex> lock(shared_mutex);
     auto &pools = shared_pools();
-    pools.erase(std::remove_if(pools.begin(), pools.end(), [](const Shared &s) { return s.pool.expired(); }), pools.end());
+    pools.erase(std::remove_if(pools.begin(), pools.end(), [](const Shared &s) { return s.pool.expired(); }),
+                pools.end());
     for (const Shared &s : pools)
         if (s.threads == threads && s.pin == pin && s.forks == now)
             if (auto pool = s.pool.lock()) return pool;
@@ -118,7 +120,8 @@ void Pool::run_items(int items, Call call, const void *work) {
         for (int item = 0; item < items; item++) call(work, item, 0);
         return;
     }
-    const auto job = std::make_shared<Job>();  // shared, because a late thread may still look at it when the job is done
+    const auto job =
+        std::make_shared<Job>();  // shared, because a late thread may still look at it when the job is done
     job->call = call, job->work = work, job->items = items;
     bool sleepers;
     {

@@ -1,5 +1,5 @@
-// Threads that share out the items of a job. A job ends when its items are done, not when all threads have arrived: a thread that the
-// system has put aside holds up nobody but the item it is at.
+// Threads that share out the items of a job. A job ends when its items are done, not when all threads have arrived: a
+// thread that the system has put aside holds up nobody but the item it is at.
 #pragma once
 
 #include <atomic>
@@ -27,11 +27,12 @@ class Pool {
 
     int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-    /// work(item, slot) for each item; slot is in [0, threads) and no other thread's at the same time in this job. `work` must not
-    /// throw. Several threads may call this at once.
+    /// work(item, slot) for each item; slot is in [0, threads) and no other thread's at the same time in this job.
+    /// `work` must not throw. Several threads may call this at once.
     template <class Work>
     void run(int items, const Work &work) {
-        run_items(items, [](const void *self, int item, int slot) { (*static_cast<const Work *>(self))(item, slot); }, &work);
+        run_items(
+            items, [](const void *self, int item, int slot) { (*static_cast<const Work *>(self))(item, slot); }, &work);
     }
 
   private:

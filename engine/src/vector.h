@@ -1,5 +1,5 @@
-// One vector of floats, as wide as the instruction set's registers: compiler extensions of GCC and Clang, so the same source becomes
-// AVX-512, AVX2, SSE2 or NEON. Everything is in the instruction set's own namespace.
+// One vector of floats, as wide as the instruction set's registers: compiler extensions of GCC and Clang, so the same
+// source becomes AVX-512, AVX2, SSE2 or NEON. Everything is in the instruction set's own namespace.
 #pragma once
 
 #include <cstring>
@@ -25,11 +25,12 @@ constexpr int WIDTH = 4, REGISTERS = 16;
 #define REPVGG_INLINE_LAMBDA __attribute__((always_inline))
 
 typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef float Unaligned __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float))));  // a vector may alias its floats
+typedef float Unaligned
+    __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float))));  // a vector may alias its floats
 
 REPVGG_INLINE Vec load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
 REPVGG_INLINE void store(float *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
-REPVGG_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x; x + 0 would not be, for x = -0
+REPVGG_INLINE Vec splat(float x) { return x - Vec{}; }       // x - 0 is x; x + 0 would not be, for x = -0
 REPVGG_INLINE Vec relu(Vec v) { return v < 0 ? Vec{} : v; }  // NaN stays NaN
 
 /// The first n lanes only.

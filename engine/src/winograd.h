@@ -1,15 +1,18 @@
-// Winograd's minimal filtering in one dimension: matrices made from points at compile time, and their application to vectors.
+// Winograd's minimal filtering in one dimension: matrices made from points at compile time, and their application to
+// vectors.
 //
-// Toom and Cook: m outputs of an r-tap filter are the values of a polynomial product at n - 1 points and at infinity, n = m + r - 1:
+// Toom and Cook: m outputs of an r-tap filter are the values of a polynomial product at n - 1 points and at infinity, n
+// = m + r - 1:
 //
 //     y = A [(G w) * (B d)],   A: m x n,  G: n x r,  B: n x n,   * elementwise
 //
-// For the points p_j: A[i][j] = p_j^i, G[j][k] = p_j^k / prod_{l != j} (p_j - p_l), and row j of B holds the coefficients of
-// prod_{l != j} (x - p_l). In two dimensions each matrix is applied to rows and then to columns.
+// For the points p_j: A[i][j] = p_j^i, G[j][k] = p_j^k / prod_{l != j} (p_j - p_l), and row j of B holds the
+// coefficients of prod_{l != j} (x - p_l). In two dimensions each matrix is applied to rows and then to columns.
 //
-// The points decide how rounding errors grow. Those below minimise sum_ij A[i][j]^2 |G_j|^2 |B_j|^2, the predicted error for random
-// weights and inputs, and are then rounded to few bits, so that the matrices' entries are exact in float. They are symmetric, +p and -p
-// side by side, so that the rows of B (and the columns of A) come in pairs that share their even and their odd halves.
+// The points decide how rounding errors grow. Those below minimise sum_ij A[i][j]^2 |G_j|^2 |B_j|^2, the predicted
+// error for random weights and inputs, and are then rounded to few bits, so that the matrices' entries are exact in
+// float. They are symmetric, +p and -p side by side, so that the rows of B (and the columns of A) come in pairs that
+// share their even and their odd halves.
 #pragma once
 
 #include "vector.h"
@@ -42,7 +45,9 @@ struct ToomCook {
             for (int l = 0, degree = 0; l < n - 1; l++) {
                 if (l == j) continue;
                 degree++;
-                for (int i = degree; i >= 0; i--) input.at[j][i] = (i > 0 ? input.at[j][i - 1] : 0) - points.at[l] * (i < degree ? input.at[j][i] : 0);
+                for (int i = degree; i >= 0; i--)
+                    input.at[j][i] =
+                        (i > 0 ? input.at[j][i - 1] : 0) - points.at[l] * (i < degree ? input.at[j][i] : 0);
                 if (j < n - 1) scale *= points.at[j] - points.at[l];
             }
             if (j < n - 1) {
@@ -77,7 +82,8 @@ constexpr Points<4> points<4, 2> = {{.375, -.375, 1.25, -1.25}};
 template <>
 constexpr Points<7> points<7, 2> = {{0, .5, -.5, 1, -1, 2, -2}};
 
-/// Sum of coefficient times number over columns `first`, `first + step`, ... of a row; zeros cost nothing and ones an addition.
+/// Sum of coefficient times number over columns `first`, `first + step`, ... of a row; zeros cost nothing and ones an
+/// addition.
 template <class M, int row, int first, int step>
 REPVGG_INLINE Vec dot(const Vec *in) {
     constexpr auto &c = M::matrix.at[row];
@@ -170,7 +176,9 @@ REPVGG_INLINE void apply_columns(const Vec *in, Vec *out) {
             halves[j] = in[j];
         }
     });
-    each<M::matrix.rows>([&](auto i) REPVGG_INLINE_LAMBDA { out[decltype(i)::value] = dot<Halves<M>, decltype(i)::value, 0, 1>(halves); });
+    each<M::matrix.rows>([&](auto i) REPVGG_INLINE_LAMBDA {
+        out[decltype(i)::value] = dot<Halves<M>, decltype(i)::value, 0, 1>(halves);
+    });
 }
 
 /// OUTPUTS outputs of a 3-tap filter of stride 1.
@@ -201,7 +209,8 @@ constexpr Matrix<2 * OUTPUTS + 1, 3> strided_weights(const ToomCook<OUTPUTS, 2> 
     return all;
 }
 
-/// Stride 2: the even samples meet the two outer taps, in a Winograd algorithm of their own; the odd ones meet the middle tap alone.
+/// Stride 2: the even samples meet the two outer taps, in a Winograd algorithm of their own; the odd ones meet the
+/// middle tap alone.
 template <int OUTPUTS>
 struct Winograd<OUTPUTS, 2> {
     static constexpr int outputs = OUTPUTS, samples = 2 * OUTPUTS + 1, frequencies = 2 * OUTPUTS + 1;

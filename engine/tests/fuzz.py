@@ -90,7 +90,7 @@ def _queries(choose: random.Random, number: Any, net: int, structs: Any) -> bool
             assert LIBRARY.repvgg_weight_bytes(net, layer, name) >= 0
     with suppress(EngineError):
         name = choose.choice((b"F2", b"F4", b"F7", b"direct", b"", b"F3"))
-        message.check(LIBRARY.repvgg_choose(net, number(0, 1), number(*range(len(structs))), name, *message.room))
+        message.check(LIBRARY.repvgg_choose(net, number(*range(len(structs))), name, *message.room))
     shape, n = (ctypes.c_int32 * 3)(), choose.choice((1, 3, 5))
     message.check(LIBRARY.repvgg_output_shape(net, *sizes, shape, *message.room))
     weights = max(s.in_channels * s.out_channels * (s.kernel[0] * s.kernel[1] if s.op == 0 else 1) for s in structs)

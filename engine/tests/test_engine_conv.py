@@ -108,7 +108,7 @@ def test_reference_against_the_definition() -> None:
     random = np.random.default_rng(0)
     layer = conv(random, 4, 6, stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2)
     x = random.standard_normal((4, 9, 8))
-    y = reference.conv(layer, x)
+    y = reference.conv(layer, x[None])[0]
     padded = np.pad(x, ((0, 0), (2, 2), (1, 1)))
     for o, i, j in np.ndindex(*y.shape):
         total = float(layer.bias[o])

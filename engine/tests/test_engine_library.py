@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
-from repvgg_engine import EngineError
+from repvgg_engine import EngineError, library
 from repvgg_engine.library import CONV, LIBRARY, LayerStruct, Message, OptionsStruct
 
 FEW = np.zeros(64, np.float32)  # no kernel here is read: what is wrong with it shows in its sizes
@@ -52,11 +52,22 @@ def test_null_is_an_error() -> None:
         lambda: LIBRARY.repvgg_create(LayerStruct(), 1, None, *room),
         lambda: LIBRARY.repvgg_output_shape(None, 1, 1, (ctypes.c_int32 * 3)(), *room),
         lambda: LIBRARY.repvgg_run(None, None, None, *room),
-        lambda: LIBRARY.repvgg_choose(None, 0, 0, b"direct", *room),
+        lambda: LIBRARY.repvgg_choose(None, 0, b"direct", *room),
     ):
         with pytest.raises(EngineError, match=r"^no "):
             message.check(call())
+    assert LIBRARY.repvgg_isa(None) is None
     assert LIBRARY.repvgg_algorithm(None, 0, 0) is None
     assert LIBRARY.repvgg_weight_bytes(None, 0, None) == 0
     LIBRARY.repvgg_profile(None, None)
     LIBRARY.repvgg_destroy(None)
+
+
+def test_another_version_of_the_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "ABI_VERSION", library.ABI_VERSION + 1)
+    with pytest.raises(ImportError, match="belongs to another version of repvgg_engine: pip install"):
+        library._open()
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "LayerStruct", OptionsStruct)  # of another size
+    with pytest.raises(ImportError, match="belongs to another version of repvgg_engine"):
+        library._open()

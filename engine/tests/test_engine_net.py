@@ -49,6 +49,28 @@ def test_feature_maps_of_any_size() -> None:
         assert relative(got, wanted) < DIRECT * own_rounding(layers, x)
 
 
+def test_large_feature_maps() -> None:
+    """They are written by several threads, in squares that do not divide them."""
+    layers: list[Layer] = [conv(np.random.default_rng(0), 3, 43, padding=(1, 1))]
+    for n in (1, 3):
+        x = images(n, size=(67, 81))
+        got = Net(layers, threads=3)(x)
+        assert relative(got, reference.run(layers, x)) < DIRECT * own_rounding(layers, x)
+
+
+def test_more_threads_than_panels() -> None:
+    """Few tiles are shared out by panels and by tiles, and the bits stay the same."""
+    layers: list[Layer] = [conv(np.random.default_rng(0), 32, 96, padding=(1, 1))]
+    x = images(1, channels=32, size=(14, 14))
+    for algorithm in ("direct", "F4", "F7"):
+        results = []
+        for threads in (1, 2, 7, 16):
+            net = Net(layers, threads=threads)
+            net.choose(0, algorithm)
+            results.append(net(x))
+        assert all(np.array_equal(result, results[0]) for result in results)
+
+
 def test_an_image_gives_the_same_in_any_company() -> None:
     """Whatever the batch and the number of threads, each number is computed in one way."""
     layers = plain_net()

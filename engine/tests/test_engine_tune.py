@@ -1,15 +1,17 @@
-"""The choice of algorithms: within its budgets, remembered, and never wrong about a net."""
+"""The choice of algorithms: within its budgets, remembered, cheap, and never wrong about a net."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
-from nets import PREPROCESSING, images, model_file, plain_net
-from repvgg_engine import load, reference, tune
+from nets import conv, images, model_file, plain_net
+from repvgg_engine import Net, load, plan, reference, tune
+from repvgg_engine.costs import macs
 from repvgg_engine.tune import Option, choose
 
 
@@ -47,18 +49,53 @@ def test_the_error_stays_within_its_budget(tmp_path: Path, accuracy: str) -> Non
         assert reference.error(got, wanted) <= max(limit, tune.FAST if accuracy == "fast" else 0)
 
 
+def deep_net(layers: int = 12, channels: int = 64) -> list[Any]:
+    random = np.random.default_rng(0)
+    body = [conv(random, channels, channels, padding=(1, 1), relu=True) for _ in range(layers)]
+    return [conv(random, 3, channels, padding=(1, 1), stride=(2, 2), relu=True), *body]
+
+
+def test_one_layer_of_each_kind_is_timed() -> None:
+    net = Net(deep_net())
+    contenders = [tune.worth_timing(net, i, size, 1 << 30) for i, size in enumerate(tune._sizes(net, (64, 64)))]
+    kept, kind = tune.one_of_each(net, contenders)
+    assert len(kept) == 2
+    assert kind == [0] + [1] * 12
+    assert kept == net.layers[:2]
+    assert all(names[0] == "direct" for names in contenders)
+    assert {"F4", "F5"} & set(contenders[1])
+
+
+def test_little_is_computed_before_the_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever size of input a file names, and however many layers it has."""
+    path, computed = tmp_path / "net.safetensors", list[int]()
+    run = Net.run
+
+    def counted(net: Net, x: np.ndarray) -> np.ndarray:
+        computed.append(len(x) * macs(net.layers, (x.shape[2], x.shape[3])))
+        return run(net, x)
+
+    monkeypatch.setattr(Net, "run", counted)
+    for side in (224, 8192):
+        given = {"input_size": [3, side, side], "resize": side, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [1] * 3}
+        load(model_file(path, deep_net(), preprocessing=given), threads=2).prepare()
+        assert 0 < max(computed) <= tune.MANY * tune.MOST_TIMED_MACS
+        assert sum(computed) < 6e11  # some seconds
+        computed.clear()
+
+
 def test_choices_are_remembered(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = model_file(tmp_path / "net.safetensors", plain_net())
     first = load(path)(images())
     (cached,) = folder.iterdir()
-    few, many = json.loads(cached.read_text())["choices"]
-    assert len(few) == len(many) == len(plain_net())
-    monkeypatch.setattr(tune, "_measure", None)  # would fail if it were called
+    assert len(json.loads(cached.read_text())["algorithms"]) == len(plain_net())
+    monkeypatch.setattr(tune, "choose_algorithms", None)  # would fail if it were called
     assert np.array_equal(load(path)(images()), first)
-    monkeypatch.undo()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"choices": [["F4"], ["F4"]]}', '{"choices": [[], []]}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"repvgg_engine_plan": 1, "isa": "x", "precision": "", "algorithms": ["F4"]}']
+)
 def test_a_cache_that_does_not_fit_is_measured_again(tmp_path: Path, folder: Path, content: str) -> None:
     path = model_file(tmp_path / "net.safetensors", plain_net())
     wanted = load(path)(images())
@@ -81,4 +118,5 @@ def test_the_memory_limit_is_kept(tmp_path: Path) -> None:
     net = load(path, memory_limit=least)
     wanted = exact(images())
     assert np.allclose(net(images()), wanted, atol=1e-4)
-    assert PREPROCESSING.height == 32
+    assert sum(net.weight_bytes(i, name) for i, name in enumerate(net.chosen) if name) <= least
+    assert plan(path, memory_limit=least).algorithms == tuple(net.chosen)

@@ -21,6 +21,7 @@ _HOME = {
     "cost": "measure.costs",
     "equivalent_kernel": "fold.as_linear",
     "num_paths": "measure.costs",
+    "fold_onnx": "fold.onnx",
     "replace_conv": "fold.replace",
     "reparameterize": "fold.reparameterize",
     "verify": "fold.proof",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from repvgg.fold.algebra import ReparamError as ReparamError
     from repvgg.fold.as_linear import as_linear as as_linear
     from repvgg.fold.as_linear import equivalent_kernel as equivalent_kernel
+    from repvgg.fold.onnx import fold_onnx as fold_onnx
     from repvgg.fold.proof import verify as verify
     from repvgg.fold.reparameterize import reparameterize as reparameterize
     from repvgg.fold.replace import replace_conv as replace_conv

@@ -1,13 +1,17 @@
 """Files written whole or not at all, the cache folder, and how errors of files are told."""
 
+import errno
+import glob
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+STALE = 600  # seconds: a process on another machine may be writing to a shared folder
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
 
@@ -24,7 +28,7 @@ class FileError(ValueError):
 def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) -> None:
     """Call `write_to` with a temporary name in the same folder, flush it to disk, then rename: whoever reads sees all or nothing.
 
-    Raises `FileError` for an OSError.
+    What a process that was killed left behind in writing the same file is taken away. Raises `FileError` for an OSError.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -33,6 +37,7 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        flush_folder(path.parent)
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         reason = f"there is no folder {path.parent}" if missing else error.strerror
@@ -40,6 +45,40 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
     finally:
         with suppress(OSError):
             temporary.unlink()
+    _sweep(path)
+
+
+def flush_folder(folder: str | os.PathLike[str]) -> None:
+    """Flush a folder's list of names to disk, so that a file renamed in it is there after a power cut."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path) -> None:
+    """Take away temporary files of this one that nobody has touched for a while and whose process is gone."""
+    with suppress(OSError):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            process = left.name.removesuffix(".tmp").rpartition(".")[2]
+            if process.isdigit() and not _alive(int(process)) and time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 _held: set[Path] = set()  # a process loses its lock on a file when it closes any handle of it, so none is opened twice
@@ -103,6 +142,16 @@ def unescaped(text: str) -> str:
 def describe(error: BaseException) -> str:
     """Tell an error of somebody else's code in a few words."""
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether an error, of whatever library, means that memory ran out."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in text for words in ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc"))
+    )
 
 
 def cache_folder() -> Path:

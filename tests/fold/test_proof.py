@@ -28,8 +28,8 @@ class Nearly(nn.Module):
 def test_trap_07_a_constant_output_does_not_hide_a_wrong_fold() -> None:
     same, wrong = verify(Nearly(1).eval(), Nearly(1).eval(), (3, 8, 8)), verify(Nearly(1).eval(), Nearly(2).eval(), (3, 8, 8))
     assert same.ok
-    assert wrong.max_rel_err < wrong.bound
-    assert wrong.error.of_deviation > 1 / 3
+    assert wrong.max_rel_err < 1e-5
+    assert wrong.error.of_deviation > 1
     assert not wrong.ok
     assert str(wrong).startswith("NOT EQUAL in float32: relative error ")
 

@@ -93,7 +93,7 @@ def test_what_is_folded_already(trained: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_what_is_not_proved_is_not_written(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Verification(Error(1e-3, 1e-1), Error(1e-7, 1e-5), 1e-5, torch.float32)
+    wrong = Verification(Error(1e-3, 1e-1), Error(1e-7, 1e-5), torch.float32)
     monkeypatch.setattr(module, "verify", lambda *_: wrong)
     with pytest.raises(ReparamError, match="differs, so it was not written"):
         convert(trained, tmp_path / "deploy.safetensors", log=lambda _: None)

@@ -51,15 +51,16 @@ def test_there_and_back(name: str, form: str, scheme: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_d2se"])
 def test_a_scheme_is_known_by_its_keys(name: str, form: str, scheme: str) -> None:
-    assert keys.detect(state(name, form, scheme)) == scheme
-    assert keys.detect(ours(name, form)) == "repvgg"
+    for prefix in ("", "module.", "model.encoder."):
+        assert keys.locate(prefix + key for key in state(name, form, scheme)) == keys.Place(scheme, prefix)
+        assert keys.locate(prefix + key for key in ours(name, form)) == keys.Place("repvgg", prefix)
 
 
 def test_strangers_are_no_scheme() -> None:
     for other in ("resnet18", "mobileone_s0", "vgg16"):
         with torch.device("meta"):
-            assert keys.detect(timm.create_model(other).state_dict()) is None
-    assert keys.detect([]) is None
+            assert keys.locate(timm.create_model(other).state_dict()) is None
+    assert keys.locate([]) is None
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -102,10 +103,15 @@ def test_small_input_shows_in_the_training_form() -> None:
     assert found["small_input"]
 
 
+def test_without_a_head_it_is_a_backbone() -> None:
+    found = keys.infer_arch({key: tensor for key, tensor in ours("repvgg_a1").items() if not key.startswith("head.")})
+    assert found == {"name": "repvgg_a1", "num_classes": 0, "in_chans": 3, "width": 1.0, "small_input": False}
+
+
 def test_no_member_has_other_depths_widths_or_groups() -> None:
     whole = ours("repvgg_b1g4", "deploy")
     assert keys.infer_arch({}) is None
-    for changed in ("stages.3.0.block.weight", "stages.2.7.block.weight", "stem.block.weight", "head.weight"):
+    for changed in ("stages.3.0.block.weight", "stages.2.7.block.weight", "stem.block.weight"):
         assert keys.infer_arch({key: tensor for key, tensor in whole.items() if key != changed}) is None
     third = whole["stages.0.1.block.weight"]
     assert keys.infer_arch({**whole, "stages.0.1.block.weight": third[:, : third.shape[1] // 2]}) is None

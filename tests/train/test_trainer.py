@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from repvgg.data import open_source
 from repvgg.models import zoo
 from repvgg.models.repvgg import RepVGG
+from repvgg.train.distributed import World
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import Recipe
 from repvgg.train.trainer import Trainer
@@ -198,6 +199,18 @@ def test_a_loss_that_is_no_number_is_noticed_when_looked_at_and_before_saving() 
         trainer.tensors()
     with pytest.raises(FloatingPointError, match="steps 41 to 42: the loss is nan: training diverged, lower --lr"):
         trainer.means()
+
+
+def test_processes_exchange_buffers_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it was that of a set, so that one process's average got another's model's statistics."""
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(World, "copy_buffers", lambda self, model: asked.append(model))
+    for _ in range(10):
+        trainer = Trainer(narrow(), replace(EXACT, ema=0.9), 10)
+        asked.clear()
+        trainer.settle()
+        assert trainer.ema is not None
+        assert [id(model) for model in asked] == [id(trainer.model), id(trainer.ema.module)]
 
 
 def test_means_are_of_the_steps_since_the_last_look_and_of_their_parts() -> None:

@@ -268,7 +268,7 @@ def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Lo
     model, left = network(candidate, allow_unfolded)
     counted = cost(model, options.input_size)
     images = torch.randn(options.batch_size, *options.input_size)
-    wanted = reference(model, images[:2])
+    wanted = reference(model, images[:2]).logits
 
     def make(batch_size: int) -> _Ready:
         before, started = held(options.device), time.perf_counter()

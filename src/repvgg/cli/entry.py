@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from repvgg.cli.flags import Settings, process, say
 from repvgg.cli.parse import UsageError, parse, suggestion
+from repvgg.disk import out_of_memory
 from repvgg.train.recipes import Recipe, get_recipe
 from repvgg.version import __version__
 
@@ -111,12 +112,11 @@ def _told(error: Exception) -> str:
     """Return what to say of an error: what went wrong and, where it is known, the remedy."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"this needs {error.name}: pip install 'repvgg[all]'"
-    kind, text = type(error).__name__, str(error)
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text or "out of memory" in text:
+    if out_of_memory(error):
         return "out of memory: take a smaller --batch-size or --workers 0, or free some memory, and start it again"
     if isinstance(error, EXPECTED):
-        return text
-    return f"{kind}: {text or 'no reason given'} (REPVGG_DEBUG=1 shows where)"
+        return str(error)
+    return f"{type(error).__name__}: {str(error) or 'no reason given'} (REPVGG_DEBUG=1 shows where)"
 
 
 def _fail(reason: str, code: int) -> NoReturn:

@@ -16,14 +16,32 @@ class Convert:
     Example: repvgg convert runs/photos/best.safetensors photos.safetensors
     """
 
-    source: Annotated[Path, Positional, arg(metavar="MODEL", help="Our file, or an official, timm or mmpretrain checkpoint.")]
-    target: Annotated[
-        Path, Positional, arg(metavar="OUT", help="The file to write (.safetensors, or .pth for a bare PyTorch state dict).")
+    source: Annotated[
+        Path,
+        Positional,
+        arg(metavar="MODEL", help="Our file; an official, timm or mmpretrain checkpoint; anybody's .onnx; or timm:NAME."),
     ]
+    target: Annotated[
+        Path,
+        Positional,
+        arg(metavar="OUT", help="The file to write: .safetensors, or .pth for a bare state dict; .onnx from .onnx or timm:NAME."),
+    ]
+    checkpoint: Path | None = None
+    """Weights for timm:NAME; random ones without it."""
     to_keys: Literal["repvgg", "official", "timm", "mmpretrain"] | None = None
     """Keep the form, and spell the state dict as this implementation does."""
 
     def run(self) -> None:
+        if self.source.suffix == ".onnx":
+            from repvgg.fold.onnx import fold_onnx
+
+            say(str(fold_onnx(self.source, self.target)))
+            return
+        if str(self.source).startswith("timm:"):
+            from repvgg.deploy.from_timm import convert_timm
+
+            convert_timm(str(self.source).removeprefix("timm:"), self.target, self.checkpoint, say)
+            return
         from repvgg.models.convert import convert
 
         convert(self.source, self.target, self.to_keys, log=say)

@@ -44,7 +44,7 @@ def parse(command: type[C], name: str, words: list[str], **defaults: Any) -> C:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return "did you mean ...?" with the closest of the known words; nothing where none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else ""
 
 
@@ -68,12 +68,13 @@ def _required(f: "Field[Any]") -> bool:
 def _flat(box: str) -> str:
     """Return tyro's box of complaints as one line: what is missing, or its lines without the help texts below them."""
     missing, told = False, list[str]()
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯─\n ")
-        if text.startswith("For full helptext"):
+    for line in box.splitlines()[1:]:  # its frame is of other characters where the terminal's encoding has no lines
+        inner = line.strip("│|")
+        text = inner.strip(" ")
+        if text.startswith(("For full helptext", "Argument helptext")):
             break
         if text.startswith("Missing from"):
             missing = True
-        elif text and len(line.strip("│")) - len(line.strip("│").lstrip()) < 8:
+        elif text.strip("─-+╭╮╰╯ ") and len(inner) - len(inner.lstrip()) < 8:
             told.append(text)
     return ("missing: " + ", ".join(told)) if missing else " ".join(told) or "these words make no command"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -23,6 +23,9 @@ from repvgg.cli.flags import (
     say,
 )
 from repvgg.predict.where import Cluster
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class Eval:
         from repvgg.train.tasks import task_of
 
         device, how = self.where.chosen(), self.engine
-        network = open_model(self.model, how.engine, how.precision, self.batch_size, device, say)
+        network = answering(open_model(self.model, how.engine, how.precision, self.batch_size, device, say), self.model)
         source = self.draw.source(self.data)
         evaluation = task_of(source).evaluate_model(
             network,
@@ -99,6 +102,8 @@ class Predict:
             self._images()
 
     def _images(self) -> None:
+        if self._light():
+            return
         from repvgg.cli.show_results import show_masks, show_predictions
         from repvgg.deploy.load import open_model
         from repvgg.models.views import WHOLE
@@ -108,13 +113,25 @@ class Predict:
 
         at_once = min(self.batch_size, len(expand(self.images))) if self.images else self.batch_size
         device, views = self.where.chosen(), self.viewing.views()
-        network: Any = open_model(self.model, self.engine.engine, self.engine.precision, at_once, device, say)
-        task = (network.manifest or manifest_of(network)).task if "manifest" in vars(network) else "labels"
-        if task == "labels" and views == WHOLE and not self.out:
+        network = answering(open_model(self.model, self.engine.engine, self.engine.precision, at_once, device, say), self.model)
+        if manifest_of(network).task == "labels" and views == WHOLE and not self.out:
             show_predictions(predict(network, self.images, self.batch_size, self.top, device), self.output.json)
             return
         answers = predict_masks(network, self.images, device, views)
         show_masks(write_masks(answers, Path(self.out), class_names(network)) if self.out else answers, self.output.json)
+
+    def _light(self) -> bool:
+        """Answer without PyTorch where that can be; return whether it was."""
+        plain = self.viewing == Viewing() and not self.out and self.engine.precision == "fp32" and self.batch_size > 0
+        if not plain or self.where.device not in ("", "cpu"):
+            return False
+        from repvgg.cli.show_results import show_predictions
+        from repvgg.predict.light import predict_lightly
+
+        answers = predict_lightly(self.model, self.images, self.top, self.engine.engine)
+        if answers is not None:
+            show_predictions(answers, self.output.json)
+        return answers is not None
 
     def _whole_set(self) -> None:
         if self.images or not self.out:
@@ -145,3 +162,14 @@ class Predict:
 
             summary = predict_data(job, say)
         show_predicted(summary, self.output.json)
+
+
+def answering(network: "nn.Module", name: str) -> "nn.Module":
+    """Return the network. Raises ValueError for a backbone, which gives maps and neither labels nor masks."""
+    from repvgg.models.zoo import manifest_of
+
+    manifest = manifest_of(network)
+    last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
+    if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
+        raise ValueError(f"{name}: a backbone, which gives no labels: train a head on it first (repvgg train --init {name} ...)")
+    return network

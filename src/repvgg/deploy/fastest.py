@@ -47,13 +47,13 @@ def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, d
     it took part in. Raises ValueError if none is right."""
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, options.batch_size), *options.input_size, generator=random)
-    wanted = reference(model, images)
+    wanted = reference(model, images, options.precision)
     calls: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
     for name in engines.installed(options.precision, options.device, log):
         try:
             engine = engines.build(name, model, options)
-            parity = compare(engine.in_turns(images, options.batch_size), wanted, options.precision)
+            parity = compare(engine.in_turns(images, options.batch_size), wanted)
         except (ValueError, RuntimeError) as error:
             log(f"left out: {name} ({describe(error).splitlines()[0]})")
             continue

@@ -273,6 +273,7 @@ class _Part:
     def __init__(self, flow: Flow, values: list[Value]) -> None:
         self.flow, self.values, self.mine = flow, values, set(values)
         self.maps: dict[Value, dict[Value, LinearMap]] = {}
+        self.stuck: set[Value] = set()  # batch norms that cannot go into all that read them
         self.refusals: dict[tuple[Value, Value], str] = {}
         for v in values:
             for source in v.inputs:
@@ -291,21 +292,33 @@ class _Part:
                 try:
                     found[source] = _operator(v).apply(*(maps[source] for maps in inputs))
                 except ReparamError as error:
+                    if error.path and len(self.flow.readers[v.inputs[0]]) == 1 and _kind(v.inputs[0]) == "convolution":
+                        raise  # the tensor at that path is damaged
                     self.refusals[v, source] = error.reason
         return found | self._itself(v)
 
     def stretches(self) -> Iterator[Stretch]:
-        readers, needed, chosen = self.flow.readers, set(), []
-        needed = {v for v in self.values if v in self.flow.outputs or not self.mine.issuperset(readers[v])}
+        """Choose, anew where a batch norm was to go into all its readers and one of them took something else."""
+        while True:
+            chosen, needed = self._choose()
+            inside = {v for stretch in chosen for v in stretch.inside}
+            stuck = {v for v in inside if v in needed and all(v is not s.target for s in chosen)}
+            if not stuck:
+                break
+            self.stuck |= stuck
+        self.flow.left |= {v: self._why_left(v) for v in self.values if v.is_norm and v in needed and v not in inside}
+        return reversed(chosen)
+
+    def _choose(self) -> tuple[list[Stretch], set[Value]]:
+        chosen: list[Stretch] = []
+        needed = {v for v in self.values if v in self.flow.outputs or not self.mine.issuperset(self.flow.readers[v])}
         for v in reversed(self.values):
             if v in needed:
                 best = self._best(v, needed)
                 needed.update({best.source} if best else v.inputs)
                 if best:
                     chosen.append(best)
-        inside = {v for stretch in chosen for v in stretch.inside}
-        self.flow.left |= {v: self._why_left(v) for v in self.values if v.is_norm and v in needed and v not in inside}
-        return reversed(chosen)
+        return chosen, needed
 
     def _best(self, v: Value, needed: set[Value]) -> Stretch | None:
         """The stretch that ends in this value and spares most, or takes most in."""
@@ -337,7 +350,7 @@ class _Part:
 
     def _spreads(self, v: Value) -> bool:
         """A batch norm that each of the convolutions which read it can take in, at no more multiplications."""
-        if v in self.flow.outputs or not v.is_norm:
+        if v in self.flow.outputs or v in self.stuck or not v.is_norm:
             return False
         maps = [(r, self.maps[r].get(v.inputs[0])) for r in self.flow.readers[v] if r in self.mine]
         return len(maps) == len(self.flow.readers[v]) and all(
@@ -370,6 +383,10 @@ class _Part:
             if why := self.refusals.get((r, v.inputs[0])):
                 return why
         return f"{readers[0].says} after it takes in no batch norm"
+
+
+def _kind(v: Value) -> str:
+    return v.operator.kind if v.operator else ""
 
 
 def _operator(v: Value) -> Operator:

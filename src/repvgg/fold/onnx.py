@@ -20,7 +20,6 @@ import torch
 
 from repvgg.disk import FileError, describe
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.flow import Value
 from repvgg.fold.flow import check as check_stretch
 from repvgg.fold.onnx_file import OnnxFile
 from repvgg.fold.onnx_graph import OnnxGraph
@@ -69,10 +68,11 @@ def fold_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
         report.part_error = max(report.part_error, check_stretch(stretch))
         graph.write(stretch)
         report.stretches[stretch.target.name] = [v.name for v in stretch.inside]
+    report.left = graph.norms | {v.name: why for v, why in graph.flow.left.items()}
     if not report.stretches:
-        raise ValueError(f"{source}: there is nothing to fold" + _first(graph.flow.left))
+        why = next((f" (the batch norm {name} is left: {why})" for name, why in report.left.items()), "")
+        raise ValueError(f"{source}: there is nothing to fold{why}")
     graph.finish()
-    report.left = {v.name: why for v, why in graph.flow.left.items()}
     report.convolutions, report.norms = zip(before, _count(graph), strict=True)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(dir=Path(target).parent, prefix=".fold-") as folder:
         trial = Path(folder) / "folded.onnx"
@@ -89,10 +89,6 @@ def fold_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 def _count(graph: OnnxGraph) -> tuple[int, int]:
     kinds = [node.op_type for node in graph.graph.node]
     return kinds.count("Conv"), kinds.count("BatchNormalization")
-
-
-def _first(left: dict[Value, str]) -> str:
-    return next((f" (the batch norm {v.name} is left: {why})" for v, why in left.items()), "")
 
 
 # -------------------------------------------------------------------------------------------------------------------- proof

@@ -89,31 +89,33 @@ class OnnxFile:
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the model as it is now, whole or not at all; beside it what was beside it, or is too large to be inside."""
         path = Path(path)
-        large = [t for t in tensors_of(self.model) if size_of(t) >= BESIDE]
+        at = [i for i, t in enumerate(tensors_of(self.model)) if size_of(t) >= BESIDE or external_data_helper.uses_external_data(t)]
         if not self.has_files_beside and self.model.ByteSize() < LARGEST:
             atomically(path, lambda to: to.write_bytes(self.model.SerializeToString()))
             return
         # The file beside is named after what is in it: while one is written, the old model still finds the old one.
         digest = hashlib.sha256()
-        for tensor in large:
-            digest.update(np.ascontiguousarray(self.array(tensor)).data)
+        tensors = list(tensors_of(self.model))
+        for i in at:
+            digest.update(np.ascontiguousarray(self.array(tensors[i])))
         beside = path.with_name(f"{path.name}.{digest.hexdigest()[:12]}.data")
         model = ModelProto()
         model.CopyFrom(self.model)
-        atomically(beside, lambda to: self._write_beside(to, beside.name, model, large))
+        copies = list(tensors_of(model))
+        atomically(beside, lambda to: self._write_beside(to, beside.name, [(tensors[i], copies[i]) for i in at]))
         atomically(path, lambda to: to.write_bytes(model.SerializeToString()))
         for old in path.parent.glob(f"{path.name}.*.data"):
             if old != beside:
                 with suppress(OSError):
                     old.unlink()
 
-    def _write_beside(self, to: Path, name: str, model: ModelProto, large: list[TensorProto]) -> None:
+    def _write_beside(self, to: Path, name: str, tensors: list[tuple[TensorProto, TensorProto]]) -> None:
+        """Each tensor, and the copy that shall say where it lies now."""
         with to.open("wb") as file:
-            copies = [t for t in tensors_of(model) if size_of(t) >= BESIDE]
-            for tensor, copy in zip(large, copies, strict=True):
+            for tensor, copy in tensors:
                 array = np.ascontiguousarray(self.array(tensor))
                 offset = _aligned(file)
-                file.write(array.data)
+                file.write(array.data.cast("B") if array.size else b"")
                 copy.ClearField("raw_data")
                 for typed in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
                     copy.ClearField(typed)  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ class OnnxGraph:
         self.tensors = {t.name: t for t in self.graph.initializer}
         self.made: dict[str, NodeProto] = {}
         self.values: dict[str, Value] = {}
+        self.norms: dict[str, str] = {}  # batch norms that are no operator, and why
         self.uneven: dict[Value, tuple[str, list[int]]] = {}  # inputs of convolutions that pad more on one side than on the other
         self._constants: dict[str, np.ndarray[Any, Any] | None] = {}
         order: list[Value] = []
@@ -104,7 +105,11 @@ class OnnxGraph:
                     inputs = (found[0],)
                 found += [Value(o, inputs, how, says) for o, how in zip(proto.output, operators, strict=False)]
             except ReparamError as error:
+                if error.path:  # a tensor that is damaged
+                    raise
                 why = f"its {proto.op_type} {error.reason}"
+        if not found and proto.op_type == "BatchNormalization":
+            self.norms[proto.output[0]] = why or "its tensors are computed from the inputs"
         found = found or [Value(o, inputs, says=says, why=why) for o in proto.output if o]
         self.values.update((v.name, v) for v in found)
         return found

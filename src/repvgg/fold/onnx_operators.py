@@ -102,7 +102,7 @@ def _batch_norm(node: Node) -> Found:
     eps = float(node.get("epsilon", 1e-5))
     _refuse_nonfinite(weight, bias, mean, var)
     if bool((var + eps <= 0).any()):
-        raise ReparamError("has a variance that is not positive: the file is damaged", node.proto.input[4])
+        raise ReparamError("holds a variance that is not positive: the file is damaged", node.proto.input[4])
     m = batch_norm(mean, var, eps, weight, bias)
     return [normed(lambda: m, lambda x: F.batch_norm(x, mean, var, weight, bias, eps=eps), weight.numel())], None
 
@@ -201,7 +201,7 @@ def _gather(node: Node) -> Found:
 
 def _refuse_nonfinite(*tensors: Tensor) -> None:
     if not all(bool(t.isfinite().all()) for t in tensors):
-        raise ReparamError("holds NaN or Inf: the file is damaged, or training diverged")
+        raise ReparamError("holds NaN or Inf: the file is damaged, or training diverged", "a tensor")
 
 
 def _pair(values: Any) -> Pair:

@@ -160,8 +160,8 @@ def check_part(original: nn.Module, folded: LinearMap) -> float:
             f"its folded form differs by inf: it gives {list(got.shape)} for {list(wanted.shape)}; please report this"
         )
     error = distance([got], [wanted])
-    own = distance([shake(exact, EPSILON)(_shaken(x, EPSILON))], [wanted])
-    result = Verification(error, _at_least(own, [wanted], EPSILON / 2), torch.float64)
+    own = distance([shake(exact, EPSILON)(shaken(x, EPSILON))], [wanted])
+    result = Verification(error, at_least(own, [wanted], EPSILON / 2), torch.float64)
     if not error.relative <= result.bound:
         raise ReparamError(f"its folded form differs by {error.relative:.1e} (bound {result.bound:.0e}); please report this")
     return error.relative
@@ -176,7 +176,7 @@ def _judge(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...], dtype: torch.dty
     wide = _to(inputs, torch.empty(0, dtype=torch.float64))
     wanted, got = _run(exact, wide, instead), _run(b, inputs, instead)
     if dtype == torch.float64:
-        others = [_run(shake(exact, EPSILON), _shaken(wide, EPSILON), instead) for _ in range(SHAKES)]
+        others = [_run(shake(exact, EPSILON, i), shaken(wide, EPSILON, i), instead) for i in range(SHAKES)]
     else:
         others = [_run(copied(a).to(dtype), inputs, instead)]
     found: list[tuple[str, Verification]] = []
@@ -187,10 +187,11 @@ def _judge(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...], dtype: torch.dty
         if discrete:
             return Verification(UNKNOWN, UNKNOWN, dtype, discrete=True)
         own = Error.worst([distance(_floats(other[name]), _floats(wanted[name])) for other in others])
-        own = _at_least(own, _floats(wanted[name]), torch.finfo(dtype).eps / 2)
+        own = at_least(own, _floats(wanted[name]), torch.finfo(dtype).eps / 2)
         error = distance(_floats(got[name]), _floats(wanted[name]))
         chosen = any(not _is_float(t) for t in wanted[name])
-        result = Verification(error, own, dtype, discrete=not instead and chosen and not error.within(own.times(MULTIPLE[dtype])))
+        result = Verification(error, own, dtype)
+        result = replace(result, discrete=chosen and not instead and not result.ok)
         if not instead or result.verdict != "cannot be judged":
             found.append((name, result))
     if not found:
@@ -215,22 +216,28 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], children: bool) -> dict[str,
     return {name: kept for name, kept in seen.items() if _floats(kept)} if children else {"": _tensors(out)}
 
 
-def shake(model: nn.Module, step: float) -> nn.Module:
+def shake(model: nn.Module, step: float, seed: int = 0) -> nn.Module:
     """Change each number that a model holds by `step`, relatively, up or down; in place."""
-    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}.values():
-        tensor.copy_(_shaken(tensor, step))
+    for i, tensor in enumerate((*model.parameters(), *model.buffers())):
+        if tensor.is_floating_point():
+            tensor.copy_(shaken(tensor, step, seed + i))
     return model
 
 
-def _shaken(value: Any, step: float) -> Any:
-    def shaken(t: Any) -> Any:
-        return t + step * t * torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=random).sign() if _is_float(t) else t
+def shaken(value: Any, step: float, seed: int = 0) -> Any:
+    """Return tensors, or a tree of them, with each number changed by `step`, relatively, up or down."""
+    random = torch.Generator().manual_seed(seed)
 
-    random = torch.Generator().manual_seed(0)
-    return torch.utils._pytree.tree_map(shaken, value)
+    def moved(t: Any) -> Any:
+        if not _is_float(t):
+            return t
+        up = torch.randint(0, 2, t.shape, generator=random, dtype=torch.int8).to(t.device)
+        return t * (1 + step * (2 * up - 1).to(t.dtype))
+
+    return torch.utils._pytree.tree_map(moved, value)
 
 
-def _at_least(own: Error, wanted: list[Tensor], roundoff: float) -> Error:
+def at_least(own: Error, wanted: list[Tensor], roundoff: float) -> Error:
     """No result is nearer than one rounding of its largest number."""
     spread = max((_ratio(_largest(w), _deviation(w)) for w in wanted), default=0.0)
     return Error(max(own.relative, roundoff), max(own.of_deviation, roundoff * spread))

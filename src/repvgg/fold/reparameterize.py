@@ -12,16 +12,16 @@ from torch import nn
 
 from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, why_unknown
 from repvgg.fold.guards import copied, inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable
-from repvgg.fold.pairs import fold_pairs
 from repvgg.fold.proof import check_part
 from repvgg.fold.report import FoldReport
+from repvgg.fold.stretches import fold_stretches
 from repvgg.fold.trace import Traces, trace
 from repvgg.fold.whole import as_inputs, check_whole, example_of
 
 
 @torch.no_grad()
 def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
-    """Return a new module in deploy form: every foldable block and conv+BN pair of `model` is one convolution with bias.
+    """Return a new module in deploy form: every foldable block and linear stretch of `model` is one convolution.
 
     Works on any module tree; what cannot be folded stays as it is. `fold_report` of the result lists both. Each folded part
     was compared with the original alone, in float64, on an input made for its channels and kernel. Children that a module names in
@@ -39,7 +39,7 @@ def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
     for name, parameter in model.named_parameters():
         refuse_nonfinite(name, parameter)
     folded, report = _fold(model)
-    done = [*report.blocks, *(conv for conv, _ in report.pairs)]
+    done = [*report.blocks, *(names[0] for names in report.stretches.values())]
     inputs = example_of(model) if example is None else as_inputs(example)
     if inputs is not None and done:
         report.whole = check_whole(model, folded, inputs, done, lambda chosen: _fold(model, chosen)[0])
@@ -48,7 +48,7 @@ def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
 
 
 def _fold(model: nn.Module, chosen: frozenset[str] | None = None) -> tuple[nn.Module, FoldReport]:
-    """A folded copy. chosen: the blocks, and the convolutions of pairs, to fold; by default all that can be."""
+    """A folded copy. chosen: the blocks, and the first operators of stretches, to fold; by default all."""
     report = FoldReport()
     deployed = copied(model)
     for module in deployed.modules():
@@ -58,8 +58,7 @@ def _fold(model: nn.Module, chosen: frozenset[str] | None = None) -> tuple[nn.Mo
     folded = _Blocks(traces, report, chosen).fold(deployed, "")
     for path in traces.below(report.blocks):
         del traces.graphs[path]
-    fold_pairs(folded, traces, report, chosen)
-    return folded, report
+    return fold_stretches(folded, traces, report, chosen), report
 
 
 class _Blocks:

@@ -27,8 +27,8 @@ from repvgg.fold.as_linear import (
 )
 from repvgg.fold.blocks import DerivedConv, find_block
 from repvgg.fold.guards import altered, copied, inside, refuse_uncopyable
-from repvgg.fold.pairs import find_pairs
 from repvgg.fold.proof import check_part
+from repvgg.fold.stretches import partners
 from repvgg.fold.trace import Traces, refuse_lost, trace
 
 
@@ -71,7 +71,7 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
     model = copied(model)
     vars(model).pop("manifest", None)  # a file of it would no longer be what `create_model` makes
     traces, report = trace(model), ReplaceReport()
-    norm_paths = dict(find_pairs(model, traces))
+    norm_paths = partners(model, traces)
     in_blocks = {part for module in model.modules() if is_foldable(module) for part in module.modules()}
     for path, conv in list(model.named_modules()):
         if not isinstance(conv, nn.modules.conv._ConvNd):

@@ -7,17 +7,30 @@ from repvgg.fold.proof import Verification
 
 @dataclass
 class FoldReport:
-    """What `reparameterize` did: module paths folded (with the largest float64 error of their own checks), and left."""
+    """What `reparameterize` did.
+
+    blocks: paths of declared blocks that became one convolution each. stretches: path of a convolution -> what went into it: a
+    convolution and its batch norm, or whole branches. left: path -> why. errors: path -> the largest float64 error of its own check.
+    """
 
     blocks: list[str] = field(default_factory=list)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
+    stretches: dict[str, list[str]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     whole: Verification | None = None
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return those stretches that were two operators, mostly a convolution and its batch norm."""
+        return [(names[0], names[1]) for names in self.stretches.values() if len(names) == 2]
+
     def __str__(self) -> str:
         worst = max(self.errors.values(), default=0.0)
-        lines = [f"folded {len(self.blocks)} blocks and {len(self.pairs)} conv+BN pairs; largest error of a part {worst:.1e}"]
+        branches = len(self.stretches) - len(self.pairs)
+        lines = [
+            f"folded {len(self.blocks)} blocks, {len(self.pairs)} conv+BN pairs and {branches} other stretches; "
+            f"largest error of a part {worst:.1e}"
+        ]
         if self.errors:
             lines.append(f"the whole: {self.whole or 'not checked, only its parts; pass an example input'}")
         lines += [f"left {path}: {reason}" for path, reason in self.left.items()]

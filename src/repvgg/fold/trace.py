@@ -129,11 +129,11 @@ class _Walk:
 
     def _visit(self, module: nn.Module, call: _Call) -> None:
         path = self.names[module]
+        seen, graph = _Seen(), None
         try:
-            graph, seen = _traced(module, call)
+            graph = _traced(module, call, seen)
         except Exception as error:  # whatever a stranger's forward may raise on a value that is not there
             self.traces.untraceable[path] = _first_line(error)
-            return
         for other, name in seen.reads:
             self.read.append((module, other, name))
             self.traces.exposed.setdefault(self.names[other], f"{_called(path, module)} uses its `{name}`")
@@ -143,6 +143,8 @@ class _Walk:
                 why = f"{_called(path, module)} sets its `{name}` while it runs"
                 for inner in other.modules():
                     self.traces.exposed.setdefault(self.names[inner], why)
+        if graph is None:
+            return
         counted: Counter[str] = Counter()
         for node in graph.nodes:
             owner = _owner(node)
@@ -156,6 +158,7 @@ class _Walk:
                 self.todo.append((used, call))
                 if call != ONE_INPUT:
                     self.traces.exposed.setdefault(self.names[used], f"{_called(path, module)} calls it with more than its input")
+                    self.read.append((module, used, ARGUMENTS))
         self.counted[path] = self.counted.get(path, Counter()) | counted
         self.traces.graphs.setdefault(path, []).append(graph)
 
@@ -229,13 +232,13 @@ class _Seen:
     writes: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
-def _traced(module: nn.Module, call: _Call) -> tuple[fx.Graph, _Seen]:
-    """The forward of `module` as it is called, and what it read and wrote, which is then put back as it was."""
-    tracer = _Tracer(call)
+def _traced(module: nn.Module, call: _Call, seen: _Seen) -> fx.Graph:
+    """The forward of `module` as it is called. What it reads and writes goes into `seen`; what it wrote is put back as it was."""
+    tracer = _Tracer(call, seen)
     try:
         graph = tracer.trace(module)
         if tracer.undo:  # it has a state: does it do the same the next time?
-            again = _Tracer(call)
+            again = _Tracer(call, seen)
             try:
                 if str(again.trace(module)) != str(graph):
                     raise ValueError("it does something else each time")
@@ -243,20 +246,25 @@ def _traced(module: nn.Module, call: _Call) -> tuple[fx.Graph, _Seen]:
                 again.restore()
     finally:
         tracer.restore()
+    if repr(tracer.given) != tracer.as_given:
+        seen.writes.append((module, ARGUMENTS))
+    tracer.given = None
     tracer.mark_kept(graph)
-    return graph, tracer.seen
+    return graph
 
 
+ARGUMENTS = "a list or dictionary that it is given"
 MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
 
 
 class _Tracer(fx.Tracer):
     """Trace one module's own forward for one call; every module that it calls is a leaf."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Call, seen: _Seen) -> None:
         super().__init__()
-        self.call = call
-        self.seen = _Seen()
+        self.call, self.seen = call, seen
+        self.given: Any = None  # the arguments, and how they looked before the forward
+        self.as_given = ""
         self.undo: list[tuple[dict[str, Any], str, Any]] = []
         self.watching = False
         self.alive: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
@@ -279,6 +287,7 @@ class _Tracer(fx.Tracer):
             return {key: filled(v) for key, v in value.items()} if isinstance(value, dict) else value
 
         args, kwargs = filled(tuple(self.call.args)), filled(dict(self.call.kwargs))
+        self.given, self.as_given = (args, kwargs), repr((args, kwargs))
 
         def forward(*args: Any) -> Any:
             with self._watch():
@@ -347,12 +356,14 @@ class _Tracer(fx.Tracer):
 
     def mark_kept(self, graph: fx.Graph) -> None:
         """Whatever still holds a value now that the forward is done is one more user of it."""
-        if any(ref() is not None for _, ref in self.alive):
-            gc.collect()
+        computed = [(node, ref) for node, ref in self.alive if node.op not in ("get_attr", "placeholder")]
+        for generation in (1, 2):  # what nobody holds may still await the garbage collector; all of it is rarely needed
+            if any(ref() is not None for _, ref in computed):
+                gc.collect(generation)
         output = next(node for node in graph.nodes if node.op == "output")
         with graph.inserting_before(output):
-            for node, ref in self.alive:
-                if ref() is not None and node.op not in ("get_attr", "placeholder"):
+            for node, ref in computed:
+                if ref() is not None:
                     graph.call_function(kept, (node,))
 
 

@@ -5,10 +5,8 @@ one `FileError`. Files of ours are written whole or not at all.
 """
 
 import io
+import json
 import os
-import pickle
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,21 +14,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repvgg.disk import FileError, atomically, describe
+from repvgg.disk import FileError, atomically, describe, out_of_memory
+from repvgg.models import keys
 from repvgg.models.manifest import Manifest
+from repvgg.models.pickles import ZIP, dictionaries, read_pickle
 
 METADATA_KEY = "repvgg"
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-PREFIXES = ("module.", "_orig_mod.")
-ZIP = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | None]:
-    """Tensors and manifest (None in a stranger's file) of a safetensors file or a PyTorch checkpoint.
+    """Return the tensors and the manifest (None in a stranger's file) of a safetensors file or a PyTorch checkpoint.
 
-    Wrapping dictionaries ("state_dict", "model", ...) and prefixes ("module.", "_orig_mod.") are taken off. Raises `FileError`.
+    Of a checkpoint with several dictionaries ("model", "ema", "optimizer", ...) the tensors are those of the network. Raises
+    `FileError`.
     """
     path = Path(path)
     try:
@@ -47,14 +45,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | No
         _refuse_damage(tensors)
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a hostile file may raise anything in the readers of torch and safetensors
+        if out_of_memory(error):
+            raise MemoryError(str(error)) from None
         raise FileError(f"{path}: not a model file, or a damaged one ({describe(error)})") from None
-    return (tensors if manifest else _strip_prefixes(tensors)), manifest
+    return tensors, manifest
 
 
 def is_pickle(start: bytes) -> bool:
-    """By content, not by name: a zip archive, or a bare pickle. A safetensors file may begin with the same byte as those, since
-    it begins with its header's length; but then, after those 8 bytes, comes the header."""
+    """Say by content, not by name, whether it is a zip archive or a bare pickle.
+
+    A safetensors file may begin with the same byte as those, since it begins with its header's length; but then, after those 8
+    bytes, comes the header.
+    """
     return start.startswith((ZIP, b"\x80")) and start[8:9] != b"{"
 
 
@@ -69,35 +74,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
-    with path.open("rb") as file, warnings.catch_warnings():
-        entries = zipfile.ZipFile(file).infolist() if file.read(4) == ZIP else []
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise FileError("unpacks to more than its own size, which no checkpoint of PyTorch does")
-        file.seek(0)
-        warnings.simplefilter("ignore")  # of TorchScript, which it goes on to refuse
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise FileError(
-                "is refused: it holds more than tensors and could run code when opened, or it is damaged; save model.state_dict()"
-            ) from None
-    for _ in range(3):  # a wrapper may hold itself
-        loaded = next((loaded[k] for k in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(k), Mapping)), loaded)
-    tensors = {name: t for name, t in loaded.items() if isinstance(t, Tensor)} if isinstance(loaded, Mapping) else {}
-    if not tensors or not all(isinstance(name, str) for name in tensors):
+    """Read the state dict in a checkpoint: the one with a RepVGG's keys, and an average rather than the last."""
+    holders = [(name, holder) for name, holder in dictionaries(read_pickle(path)) if any(map(_is_tensor, holder.values()))]
+    found = [{name: t for name, t in holder.items() if _is_tensor(t) and isinstance(name, str)} for _, holder in holders]
+    known = [i for i, tensors in enumerate(found) if keys.locate(tensors)] or [i for i, tensors in enumerate(found) if tensors]
+    if not known:
         raise FileError("holds no dictionary of tensors: save model.state_dict()")
-    text = getattr(loaded, METADATA_KEY, None)
-    return tensors, Manifest.from_json(text) if text is not None else None
+    best = min(known, key=lambda i: ("ema" not in holders[i][0], i))
+    text = getattr(holders[best][1], "attributes", {}).get(METADATA_KEY)
+    return found[best], Manifest.from_json(text) if text is not None else None
 
 
-def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    while prefix := next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
-    return tensors
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _refuse_damage(tensors: Mapping[str, Tensor]) -> None:
-    """Raises `FileError` naming the first tensor that no trained network has."""
+    """Raise `FileError` naming the first tensor that no trained network has."""
     for name, tensor in tensors.items():
         dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not dense or tensor.dtype not in (*FLOATS, torch.int64):
@@ -108,8 +101,8 @@ def _refuse_damage(tensors: Mapping[str, Tensor]) -> None:
             raise FileError(f"{name} claims more numbers than the file holds")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FileError(f"{name} holds NaN or Inf: the checkpoint is damaged, or training diverged")
-        if name.endswith("running_var") and bool((tensor <= 0).any()):
-            raise FileError(f"{name} has a zero or negative variance: the checkpoint is damaged")
+        if name.endswith("running_var") and bool((tensor < 0).any()):  # zero is a channel that never varied; eps stands beside it
+            raise FileError(f"{name} has a negative variance: the checkpoint is damaged")
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
@@ -134,5 +127,15 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest:
     else:
         from safetensors.torch import save
 
-        data = save(tensors, {METADATA_KEY: manifest.to_json(), "format": "pt"})
+        data = _reproducible(save(tensors, {METADATA_KEY: manifest.to_json(), "format": "pt"}))
     atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _reproducible(data: bytes) -> bytes:
+    """Return a safetensors file with its metadata in alphabetical order, which the library leaves to chance."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -77,10 +77,11 @@ def _create_repvgg(r: Request) -> Made:
         return model, manifest
     revision = "main" if r.pretrained is True else r.pretrained
     source = pretrained.pretrained_file(r.name, revision)
-    tensors, _ = weights.read(source)
+    tensors, _, _ = weights.read(source)
     classes = imagenet_classes() if r.num_classes == 1000 else None
     if classes is None:
-        tensors.update({name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")})
+        head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")} | head
     try:
         weights.fill(model, tensors)
     except ValueError as error:

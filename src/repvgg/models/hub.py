@@ -16,7 +16,7 @@ LOG_IN = "log in (hf auth login, or HF_TOKEN)"
 
 
 def cached(repo: str, revision: str = "main", file: str = MODEL_FILE) -> Path | None:
-    """What was fetched before."""
+    """Return what was fetched before; None where nothing was."""
     from_hub = _client()
     with suppress(from_hub.errors.LocalEntryNotFoundError):
         return Path(from_hub.hf_hub_download(repo, file, revision=revision, local_files_only=True))
@@ -24,7 +24,7 @@ def cached(repo: str, revision: str = "main", file: str = MODEL_FILE) -> Path | 
 
 
 def fetch(repo: str, revision: str = "main", file: str = MODEL_FILE, token: str | None = None) -> Path:
-    """The local copy of a file, as it is on the hub now; where the hub cannot be reached, as it was fetched last.
+    """Return the local copy of a file, as it is on the hub now; where the hub cannot be reached, as it was fetched last.
 
     HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT are honoured. Raises `FileError` if there is none.
     """
@@ -41,7 +41,7 @@ def fetch(repo: str, revision: str = "main", file: str = MODEL_FILE, token: str 
 
 
 def upload(folder: Path, repo: str, message: str, private: bool = False, token: str | None = None) -> str:
-    """All files of a folder, in one commit to a repository, which is made if need be; the commit's address.
+    """Upload all files of a folder in one commit, to a repository that is made if need be, and return the commit's address.
 
     Raises `FileError` if nothing was uploaded, ValueError without a token.
     """
@@ -67,7 +67,7 @@ def _client() -> Any:
 
 
 def _status(error: BaseException) -> int | None:
-    """Of the hub's answer; None where there was none."""
+    """Return the status of the hub's answer; None where there was none."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return int(status) if status is not None else None
 

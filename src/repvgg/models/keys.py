@@ -18,7 +18,7 @@ from repvgg.models.names import FAMILY
 class Scheme:
     """How a key of ours is spelled elsewhere, and what gives such a checkpoint away."""
 
-    marker: str  # a regular expression that only this scheme's keys match
+    marker: str  # a regular expression that one of its keys matches, wherever the network lies in a larger one
     stem: str
     stage: str  # of stage {n} (1 to 4)
     parts: tuple[tuple[str, str], ...]
@@ -27,7 +27,7 @@ class Scheme:
 
 SCHEMES = {
     "official": Scheme(
-        marker=r"^stage0\.rbr_",
+        marker=r"stage0\.rbr_",
         stem="stage0",
         stage="stage",
         parts=(
@@ -41,7 +41,7 @@ SCHEMES = {
         ),
     ),
     "timm": Scheme(
-        marker=r"^stem\.(conv_kxk\.conv|reparam_conv)\.",
+        marker=r"stem\.(conv_kxk\.conv|reparam_conv)\.",
         stem="stem",
         stage="stages.",
         first_stage=0,
@@ -56,7 +56,7 @@ SCHEMES = {
         ),
     ),
     "mmpretrain": Scheme(
-        marker=r"^backbone\.stem\.branch_",
+        marker=r"(backbone\.)?stem\.branch_",
         stem="backbone.stem",
         stage="backbone.stage_",
         parts=(
@@ -75,12 +75,12 @@ SCHEMES = {
 
 
 def to_foreign(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
-    """A state dict of ours in another scheme's keys: `stages.0.1.block.weight` -> `stage1.1.rbr_reparam.weight` (official)."""
+    """Return our state dict in another scheme's keys: `stages.0.1.block.weight` -> `stage1.1.rbr_reparam.weight` (official)."""
     return {_foreign(key, SCHEMES[scheme]): tensor for key, tensor in tensors.items()}
 
 
 def to_ours(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
-    """The way back. Keys that the scheme does not know stay as they are: a strict load finds them.
+    """Return another scheme's state dict in our keys. Keys that the scheme does not know stay: a strict load finds them.
 
     Raises ValueError for two keys that mean the same tensor.
     """
@@ -109,23 +109,49 @@ def _ours(key: str, s: Scheme) -> str:
     return ours if _foreign(ours, s) == key else key
 
 
-def detect(keys: Iterable[str]) -> str | None:
-    """The scheme of a foreign checkpoint ("repvgg" for our own keys), or None if it is none that we know."""
+@dataclass(frozen=True)
+class Place:
+    """Where a network lies in a checkpoint: whose keys it has, and the prefix before each ("module.", "model.encoder.")."""
+
+    scheme: str
+    prefix: str
+
+
+def locate(keys: Iterable[str]) -> Place | None:
+    """Find a RepVGG among the keys of a foreign checkpoint; None where there is none. An averaged copy goes before the last."""
     keys = list(keys)
-    if any(k.startswith("stem.block.") for k in keys):
-        return "repvgg"
-    return next((name for name, s in SCHEMES.items() if any(re.match(s.marker, k) for k in keys)), None)
+    markers = {"repvgg": r"stem\.block\.", **{name: s.marker for name, s in SCHEMES.items()}}
+    found = [
+        Place(scheme, m[1])
+        for scheme, marker in markers.items()
+        for key in keys
+        if (m := re.match(rf"((?:[^.]+\.)*?){marker}", key))
+    ]
+    return min(found, key=lambda place: ("ema" not in place.prefix, len(place.prefix)), default=None)
+
+
+def network_at(tensors: Mapping[str, Tensor], place: Place) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of the network at this place, without its prefix, and the names of those that are left out.
+
+    `id_tensor` buffers, which old versions of timm and of the official code leaked, are left out everywhere.
+    """
+    inside = {name.removeprefix(place.prefix): t for name, t in tensors.items() if name.startswith(place.prefix)}
+    kept = {name: t for name, t in inside.items() if not name.endswith("id_tensor")}
+    if place.scheme == "mmpretrain" and not any(name.startswith("backbone.") for name in kept):
+        kept = {name if name.startswith("head.") else f"backbone.{name}": t for name, t in kept.items()}
+    left_out = [name for name in tensors if not name.startswith(place.prefix) or name.endswith("id_tensor")]
+    return kept, left_out
 
 
 def infer_arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """`create_model` arguments that fit a state dict in our keys, or None: read off the shapes of its tensors."""
+    """Return the `create_model` arguments that fit a state dict in our keys, or None: read off the shapes of its tensors."""
     weights: dict[tuple[int, int], Tensor] = {}
     for key, tensor in tensors.items():
         if (m := re.fullmatch(r"stages\.(\d)\.(\d+)\.block\.(?:conv_kxk\.conv\.)?weight", key)) and tensor.dim() == 4:
             weights[int(m[1]), int(m[2])] = tensor
     stem = next((t for k, t in tensors.items() if re.fullmatch(r"stem\.block\.(conv_kxk\.conv\.)?weight", k)), None)
-    head = tensors.get("head.weight")
-    if stem is None or stem.dim() != 4 or head is None or head.dim() != 2:
+    head = tensors.get("head.weight")  # a backbone has none
+    if stem is None or stem.dim() != 4 or (head is not None and head.dim() != 2):
         return None
     depths = tuple(sum(1 for stage, _ in weights if stage == s) for s in range(4))
     has_se = "stem.se.reduce.weight" in tensors
@@ -144,7 +170,7 @@ def infer_arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     name = min(fitting, key=lambda name: abs(fitting[name] - 1))  # B2 is B1 with width=1.25, but nobody calls it that
     return {
         "name": name,
-        "num_classes": head.shape[0],
+        "num_classes": 0 if head is None else head.shape[0],
         "in_chans": stem.shape[1],
         "width": fitting[name],
         "small_input": "stages.0.0.block.identity.weight" in tensors,
@@ -152,6 +178,6 @@ def infer_arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _groups(weights: dict[tuple[int, int], Tensor], widths: tuple[int, ...]) -> int:
-    """Of the third layer, counting the stem as the first: the second of stage 2."""
+    """Return the groups of the third layer, counting the stem as the first: the second of stage 2."""
     third = weights.get((0, 1))
     return widths[1] // third.shape[1] if third is not None and third.shape[1] else 1

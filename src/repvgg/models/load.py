@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.disk import FileError, describe
+from repvgg.disk import FileError, describe, out_of_memory
 from repvgg.models import checkpoint, hub, keys, weights
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import FAMILY, resolve_name, task_of
@@ -65,14 +65,18 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     """Return the model of a file, in eval mode, in the file's form and dtype, with its `manifest`.
 
     Reads our files, and official, timm and mmpretrain checkpoints of either form. Every tensor must find its place and every
-    place its tensor: raises `FileError` otherwise. Where dtypes are mixed, the model is in the widest.
+    place its tensor: raises `FileError` otherwise. Where dtypes are mixed, the model is in the widest. A run folder stands for its
+    best model.
     """
-    tensors, manifest = weights.read(path)
+    path = _in_run_folder(path)
+    tensors, manifest, left_out = weights.read(path)
     try:
-        return _restore(tensors, manifest)
+        return _restore(tensors, manifest or _manifest_from_content(tensors, left_out))
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
     except Exception as error:  # a hostile manifest may raise anything in torch's constructors
+        if out_of_memory(error):
+            raise
         raise FileError(f"{path}: its manifest describes no network ({describe(error)})") from None
 
 
@@ -113,14 +117,19 @@ def is_file(name_or_path: str) -> bool:
 def file_of(name_or_path: str) -> Path:
     """Return the path of the model file that is meant; of a hub repository, its local copy."""
     if not name_or_path.startswith(HUB):
-        return Path(name_or_path)
+        return _in_run_folder(name_or_path)
     repo, _, pinned = name_or_path.removeprefix(HUB).partition("@")
     return hub.fetch(repo, pinned or "main")
 
 
-def _restore(tensors: dict[str, Tensor], manifest: Manifest | None) -> nn.Module:
+def _in_run_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the best model of a run folder; any other path as it is."""
+    best = Path(path) / "best.safetensors"
+    return best if best.is_file() else Path(path)
+
+
+def _restore(tensors: dict[str, Tensor], manifest: Manifest) -> nn.Module:
     """Return the model that these tensors and this manifest describe, in eval mode. May raise anything."""
-    manifest = manifest or _manifest_from_content(tensors)
     model = _build(manifest, sum(tensor.numel() for tensor in tensors.values()))
     weights.fill(model, tensors)
     if manifest.arch is not None:
@@ -130,7 +139,8 @@ def _restore(tensors: dict[str, Tensor], manifest: Manifest | None) -> nn.Module
     return remember(model.eval(), manifest)
 
 
-def _manifest_from_content(tensors: dict[str, Tensor]) -> Manifest:
+def _manifest_from_content(tensors: dict[str, Tensor], left_out: list[str]) -> Manifest:
+    """Return the manifest of a stranger's file. left_out: tensors of the file that are not the network's."""
     arch = keys.infer_arch(tensors)
     if arch is None:
         raise ValueError("a RepVGG checkpoint, but no member of the family has these depths and widths")
@@ -139,7 +149,9 @@ def _manifest_from_content(tensors: dict[str, Tensor]) -> Manifest:
     if arch["num_classes"] == 1000:
         with suppress(ValueError):  # the names need torchvision, the weights do not
             classes = imagenet_classes()
-    return Manifest(arch, form, classes, default_preprocessing(arch))
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    training = {"left_out": f"{min(left_out)}{more}"} if left_out else {}
+    return Manifest(arch, form, classes, default_preprocessing(arch), training)
 
 
 def _build(manifest: Manifest, numbers: int) -> nn.Module:

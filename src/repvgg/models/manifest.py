@@ -12,6 +12,7 @@ deploy form it also lists the layers one by one, so that an engine without PyTor
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,6 +101,9 @@ class Manifest:
 
 def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:
     """Follow channels and sides of the feature map through a list of layers. Raises ValueError at the first that does not fit."""
+    names = [spec[key] for spec in layers for key in ("weight", "bias", "path") if key in spec]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the list of layers names {twice[0]} twice")
     channels, sides = input_size[0], input_size[1:]
     for i, spec in enumerate(layers):
         op, before, pooled = spec["op"], channels, not sides

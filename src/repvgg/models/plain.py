@@ -37,7 +37,7 @@ class PlainNet(nn.Module):
         return x
 
     def _place(self, path: str, module: nn.Module) -> None:
-        """`set_submodule`, making the containers on the way, so that parameters are called what the list calls them."""
+        """Set a submodule, making the containers on the way, so that parameters are called what the list calls them."""
         parent: nn.Module = self
         *containers, name = path.split(".")
         for container in containers:

@@ -35,7 +35,7 @@ def create_pspnet(
     width: float = 1.0,
     block: str = "repvgg",
 ) -> "PSPNet":
-    """A PSPNet by its name, in train mode. pretrained: a ResNet starts from timm's default weights.
+    """Return a PSPNet by its name, in train mode. pretrained: a ResNet starts from timm's default weights.
 
     deploy: in deploy form, on a RepVGG; on a ResNet that form comes of folding. Raises ValueError where timm is missing or its
     weights cannot be fetched.
@@ -63,7 +63,7 @@ class PSPNet(nn.Module):
     training_only = ("auxiliary",)
 
     def __init__(self, backbone: nn.Module, middle: int, last: int, num_classes: int, deploy: bool = False) -> None:
-        """middle, last: channels of the backbone's last two stages."""
+        """Build the heads on a backbone. middle, last: channels of the backbone's last two stages."""
         super().__init__()
         width = max(1, last // 4)
         self.backbone = backbone
@@ -88,13 +88,13 @@ class PSPNet(nn.Module):
         return logits
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        """Of the last two stages."""
+        """Return the feature maps of the last two stages."""
         if isinstance(self.backbone, RepVGG):
             return self.backbone.forward_intermediates(x, 2)
         return self.backbone(x)  # type: ignore[no-any-return]
 
     def reset_classifier(self, num_classes: int) -> None:
-        """New, untrained last layers of `num_classes` outputs in place of the old ones."""
+        """Put new, untrained last layers of `num_classes` outputs in place of the old ones."""
         for head in (self.head, self.auxiliary):
             if head is not None:
                 old: Any = head.get_submodule("classifier")
@@ -106,7 +106,7 @@ class PSPNet(nn.Module):
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def load_backbone(self, tensors: Mapping[str, Tensor]) -> str:
-        """The weights of a RepVGG classifier into the backbone, strictly but for the classifier's head; a line that says so.
+        """Load the weights of a RepVGG classifier, strictly but for its head, into the backbone; return a line that says so.
 
         Raises ValueError for weights of another network or form.
         """
@@ -138,7 +138,7 @@ class Pyramid(nn.Module):
 
 
 def _by_running_statistics(level: Any, x: Tensor) -> Tensor:
-    """A level in train mode on one value a channel, which has no variance to normalise by."""
+    """Run a level in train mode on one value a channel, which has no variance to normalise by."""
     bn = level.bn
     return F.relu(F.batch_norm(level.conv(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps))
 
@@ -149,7 +149,7 @@ def _head(channels: int, width: int, num_classes: int, deploy: bool = False) -> 
 
 
 def _conv_bn_relu(channels: int, width: int, kernel_size: int, deploy: bool) -> "OrderedDict[str, nn.Module]":
-    """In deploy form as `reparameterize` leaves them."""
+    """Return the three layers; in deploy form as `reparameterize` leaves them."""
     return OrderedDict(
         conv=nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=deploy),
         bn=nn.Identity() if deploy else nn.BatchNorm2d(width),
@@ -162,7 +162,7 @@ def _upsampled(logits: Tensor, like: Tensor) -> Tensor:
 
 
 def _resnet(name: str, in_chans: int, pretrained: bool) -> nn.Module:
-    """timm's, with the feature maps of its last two stages at stride 8."""
+    """Return timm's backbone, with the feature maps of its last two stages at stride 8."""
     try:
         import timm
     except ImportError:

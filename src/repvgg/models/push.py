@@ -44,7 +44,7 @@ def push_to_hub(
     message: str = "",
     token: str | None = None,
 ) -> str:
-    """Upload a model, or a model file, in the form that it is in; the address of the commit.
+    """Upload a model, or a model file, in the form that it is in, and return the address of the commit.
 
     repo_id: USER/NAME, made if it is not there. license: an identifier of the hub's, such as mit. summary: of the run, by default
     the summary.json beside the file. A card that somebody has made their own is left as it is. Raises `FileError` for a model that
@@ -74,7 +74,7 @@ def _may_write_card(repo_id: str, token: str | None) -> bool:
 
 
 def model_card(model: nn.Module, repo_id: str, license: str = "", summary: dict[str, Any] | None = None) -> str:
-    """README.md of a model in eval mode. Figures are those of its training and of its run, and what is computed here: its costs,
+    """Return the README.md of a model in eval mode. Figures are of its training and its run, and what is computed here: costs,
     and how exactly it folds."""
     manifest = manifest_of(model)
     name = str((manifest.arch or {}).get("name", "pruned network"))
@@ -109,7 +109,7 @@ deploy = repvgg.reparameterize(model)  # 3x3 convolutions and ReLU
 
 
 def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
-    """The card's front matter, as the hub's own library writes it."""
+    """Return the card's front matter, as the hub's own library writes it."""
     from huggingface_hub import EvalResult, ModelCardData
 
     arch = str((manifest.arch or {}).get("name", ""))
@@ -140,7 +140,7 @@ def _accuracy(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _data(manifest: Manifest) -> str:
-    """What it was trained on; of what lies on somebody's disk, the last part of the path."""
+    """Return what it was trained on; of a path on somebody's disk, the last part."""
     data = str(manifest.training.get("data", ""))
     place = data.partition(":")[2] or data
     return _plain(Path(place).name if place.startswith((".", "/", "~")) else place)
@@ -162,7 +162,7 @@ def _costs(model: nn.Module, manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _run(manifest: Manifest, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """How it was trained; no paths of the machine that it was trained on."""
+    """Return how it was trained; no paths of the machine that it was trained on."""
     recipe = manifest.training.get("recipe") or {}
     shown = ("epochs", "batch_size", "lr", "weight_decay", "label_smoothing", "mixup", "precision")
     machine = summary.get("machine") or {}
@@ -188,5 +188,5 @@ def _listed(classes: list[str] | None) -> str:
 
 
 def _plain(text: Any) -> str:
-    """A stranger's words, which may hold no markup."""
+    """Return a stranger's words without markup."""
     return re.sub(r"[^\w.,:;/()+%@# -]+", " ", str(text))[:200].strip()

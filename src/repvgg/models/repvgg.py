@@ -8,6 +8,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,7 +43,7 @@ def layer_plan(
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride}: choose 8, 16 or 32")
     if in_chans < 1 or not 0 < width <= 16:
-        raise ValueError("num_classes and in_chans are at least 1, width is above 0 and at most 16")
+        raise ValueError("in_chans is at least 1, width is above 0 and at most 16")
     count = 1 + sum(member.depths)
     channels = [in_chans, *(widths or member.layer_widths(width))]
     if len(channels) != 1 + count or min(channels) < 1:
@@ -106,6 +107,8 @@ class Residual(nn.Module):
 class RepVGG(nn.Module):
     """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
 
+    num_classes 0 makes a backbone, which returns its last feature map.
+
     output_stride: 32, or 16 or 8, where the last one or two stages keep their resolution and dilate every 3x3 instead; of all the
     network's layers only the last `dilated_layers`, if given.
     small_input: stem and first stage at stride 1, for images of some 32 pixels. block: a name in `BLOCKS`; None for the member's.
@@ -130,8 +133,8 @@ class RepVGG(nn.Module):
         make = find_block(block)
         if deploy and block in UNFOLDABLE:
             raise ValueError(f"the block {block} has no deploy form: it cannot be folded")
-        if num_classes < 1:
-            raise ValueError("num_classes and in_chans are at least 1, width is above 0 and at most 16")
+        if num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}: at least 1, or 0 for a backbone")
         plan = layer_plan(member, in_chans, output_stride, width, small_input, dilated_layers, widths)
         make = deploy_conv if deploy else make
 
@@ -147,12 +150,12 @@ class RepVGG(nn.Module):
         self.stem = layer(stem[0])
         self.stages = nn.Sequential(*(stage(specs) for specs in stages))
         self.num_features = plan[-1].out_channels
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head: Any = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.checkpointing = False
 
     @property
     def num_classes(self) -> int:
-        return self.head.out_features
+        return self.head.out_features if isinstance(self.head, nn.Linear) else 0
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map, [N, num_features, H / output_stride, W / output_stride] (rounded up)."""
@@ -171,15 +174,15 @@ class RepVGG(nn.Module):
         return features[len(features) - indices :] if isinstance(indices, int) else [features[i] for i in indices]
 
     def forward_head(self, features: Tensor) -> Tensor:
-        return self.head(features.mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(features.mean((2, 3))) if self.num_classes else features  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Put a new, untrained classifier of `num_classes` outputs in place of the old one."""
-        old = self.head
-        self.head = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
+        like = next(self.parameters())
+        self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         self.head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -39,7 +39,7 @@ WHOLE = Views()
 def segment(
     network: Callable[[Tensor], Tensor], images: Tensor, size: tuple[int, int], window: Sequence[int], views: Views = WHOLE
 ) -> Tensor:
-    """Scores [N, classes, *size] of normalised images [N, C, H, W]: logits of one view, log-probabilities of several.
+    """Return the scores [N, classes, *size] of normalised images [N, C, H, W]: logits of one view, log-probabilities of several.
 
     window: height and width, for `views.slide`.
     """
@@ -59,7 +59,7 @@ def segment(
 
 
 def _through_windows(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int]) -> Tensor:
-    """Probabilities, averaged where windows overlap."""
+    """Return probabilities, averaged where windows overlap."""
     height, width = (min(w, n) for w, n in zip(window, x.shape[2:], strict=True))
     total: Tensor | None = None
     count = x.new_zeros(x.shape[2:])
@@ -75,7 +75,7 @@ def _through_windows(network: Callable[[Tensor], Tensor], x: Tensor, window: Seq
 
 
 def starts(length: int, window: int) -> list[int]:
-    """Where windows begin, so that they cover all and overlap by a third at least."""
+    """Return where windows begin, so that they cover all and overlap by a third at least."""
     step = math.ceil(window * STEP)
     number = math.ceil(max(0, length - window) / step) + 1
     return [min(i * step, length - window) for i in range(number)]
@@ -86,7 +86,7 @@ def _to_size(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def placed(model: nn.Module, device: str) -> Callable[[Tensor], Tensor]:
-    """The model on a device, in eval mode: normalised images in, scores in float32 at least."""
+    """Return the model on a device, in eval mode: normalised images in, scores in float32 at least."""
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dtype = next(model.parameters()).dtype
 

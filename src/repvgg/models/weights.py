@@ -12,16 +12,23 @@ from repvgg.models import checkpoint, keys
 from repvgg.models.manifest import Manifest
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | None]:
-    """Return a model file's tensors in our keys, and its manifest (None in a stranger's file). Raises `FileError`."""
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | None, list[str]]:
+    """Return a model file's tensors in our keys, its manifest (None in a stranger's file), and what was left out of that.
+
+    In a stranger's file the network is found by its keys, wherever it lies. Raises `FileError`.
+    """
     tensors, manifest = checkpoint.read(path)
-    scheme = manifest.keys if manifest else keys.detect(tensors)
-    if scheme == "repvgg":
-        return tensors, manifest
-    if scheme not in keys.SCHEMES:
-        raise FileError(f"{path}: not a RepVGG checkpoint: its keys are none of ours, {', '.join(keys.SCHEMES)}")
+    left_out: list[str] = []
     try:
-        return keys.to_ours(tensors, scheme), manifest
+        if manifest is None:
+            place = keys.locate(tensors)
+            if place is None:
+                raise ValueError(f"not a RepVGG checkpoint: its keys are none of ours, {', '.join(keys.SCHEMES)}")
+            tensors, left_out = keys.network_at(tensors, place)
+            scheme = place.scheme
+        else:
+            scheme = manifest.keys
+        return tensors if scheme == "repvgg" else keys.to_ours(tensors, scheme), manifest, left_out
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
 

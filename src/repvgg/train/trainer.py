@@ -146,7 +146,7 @@ class Trainer:
         and a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is
         added. Raises FloatingPointError for numbers that are not finite.
         """
-        for model in {self.model, self.best_model}:
+        for model in dict.fromkeys((self.model, self.best_model)):  # in one order: processes exchange buffers here
             model.eval()
             self.world.copy_buffers(model)
             refuse_infinite(model.state_dict())

@@ -11,7 +11,7 @@ import torch
 from repvgg_engine import Net
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.layers import Conv, Layer, Pool, SqueezeExcite
-from repvgg_engine.net import build as build_net
+from repvgg_engine.loader import build as build_net
 from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Options

@@ -1,0 +1,138 @@
+"""From a model file, or layers at hand, to a net that is ready to run: read, plan, build.
+
+net = repvgg_engine.load("a0.safetensors")
+plan = repvgg_engine.plan("a0.safetensors")
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from repvgg_engine import plans, tune
+from repvgg_engine.files import Preprocessing, read
+from repvgg_engine.layers import Layer, Pool
+from repvgg_engine.library import EngineError
+from repvgg_engine.machine import available_memory, processor
+from repvgg_engine.net import Net
+from repvgg_engine.plans import Plan
+
+ACCURACIES = ("exact", "high", "fast")
+# Of the memory that this process may use, for packed weights.
+MEMORY_SHARE = 1 / 8
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    accuracy: str = "high",
+    threads: int | None = None,
+    pin: bool = False,
+    features: bool = False,
+    memory_limit: int | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+) -> Net:
+    """Return the net of a model file in deploy form.
+
+    precision: fp32, or bf16, whose products are of bfloat16 (AVX512-BF16). accuracy: "exact" computes every convolution directly;
+    "high" and "fast" let Winograd's algorithms in, as long as the output's error stays within what tune.py says; which is best for
+    each layer is measured at the first call and kept on disk. threads: that compute, by default as many as this process may use
+    processors. features: the last feature map instead of logits. memory_limit: bytes for packed weights. plan: by which each layer
+    is computed, or its file; precision and accuracy are then the plan's. Raises `EngineError`.
+    """
+    model = read(Path(path))
+    layers = model.layers
+    if features:
+        layers = layers[: next((i for i, layer in enumerate(layers) if isinstance(layer, Pool)), len(layers))]
+    chosen = plans.read(plan) if isinstance(plan, str | os.PathLike) else plan
+    if chosen and features:
+        chosen = Plan(chosen.isa, chosen.precision, chosen.algorithms[: len(layers)])
+    return build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit, chosen)
+
+
+def build(
+    layers: Sequence[Layer],
+    preprocessing: Preprocessing,
+    classes: list[str] | None = None,
+    precision: str = "fp32",
+    accuracy: str = "high",
+    threads: int | None = None,
+    pin: bool = False,
+    memory_limit: int | None = None,
+    plan: Plan | None = None,
+) -> Net:
+    """Return the net of layers that are at hand; arguments as those of `load`."""
+    if accuracy not in ACCURACIES:
+        raise EngineError(f"no accuracy {accuracy!r}: {', '.join(ACCURACIES)}")
+    if memory_limit is not None and memory_limit < 1:
+        raise EngineError(f"memory_limit is {memory_limit}: it is a number of bytes")
+    isa = plan.isa if plan else None
+    net = Net(
+        layers,
+        precision=plan.precision if plan else precision,
+        threads=threads,
+        pin=pin,
+        preprocessing=preprocessing,
+        classes=classes,
+        isa=isa,
+    )
+    if plan:
+        _apply(net, plan)
+    elif accuracy != "exact":
+        net.before_first_call = lambda net: _apply(net, _planned(net, accuracy, memory_limit))
+    return net
+
+
+def plan(
+    path: str | os.PathLike[str],
+    *,
+    precision: str = "fp32",
+    accuracy: str = "high",
+    threads: int | None = None,
+    memory_limit: int | None = None,
+) -> Plan:
+    """Return the plan of a model file for this machine, measured now or before; arguments as those of `load`."""
+    net = load(path, precision=precision, accuracy=accuracy, threads=threads, memory_limit=memory_limit)
+    net.prepare()
+    return Plan(net.isa, net.precision, tuple(net.chosen))
+
+
+def _planned(net: Net, accuracy: str, memory_limit: int | None) -> Plan:
+    """Return the plan that is kept for this net on this machine, or else measure one and keep it."""
+    limit = memory_limit or int(MEMORY_SHARE * available_memory())
+    machine = [processor(), net.isa, net.threads]
+    asked = [tune.VERSION, accuracy, net.precision, limit.bit_length() if memory_limit is None else limit]
+    key = hashlib.sha256(json.dumps([machine, asked]).encode() + _fingerprint(net)).hexdigest()[:32]
+    kept = plans.cached(key)
+    if kept:
+        with suppress(EngineError):
+            plans.check(kept, net.known)
+            return kept
+    if sys.stderr.isatty():
+        print("repvgg_engine: choosing algorithms for this machine; takes some seconds, once", file=sys.stderr)
+    measured = Plan(net.isa, net.precision, tuple(tune.choose_algorithms(net, accuracy, limit)))
+    plans.keep(key, measured)
+    return measured
+
+
+def _apply(net: Net, plan: Plan) -> None:
+    plans.check(plan, net.known)
+    net.choose_all(plan.algorithms)
+
+
+def _fingerprint(net: Net) -> bytes:
+    """Tell nets apart: shapes, and samples of the weights."""
+    digest = hashlib.sha256(repr(net.preprocessing).encode())
+    for layer in net.layers:
+        for value in vars(layer).values():
+            is_array = isinstance(value, np.ndarray)
+            digest.update(repr(value.shape if is_array else value).encode())
+            if is_array:
+                digest.update(value.reshape(-1)[:: 1 + value.size // 1024].tobytes())
+    return digest.digest()

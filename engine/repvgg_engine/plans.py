@@ -1,0 +1,91 @@
+"""Plans: which algorithm computes each layer. They are measured once (tune.py), kept on disk, and can be shipped with a model.
+
+    plan = repvgg_engine.plan("a0.safetensors")
+    Path("a0.plan.json").write_text(plan.to_json())
+    net = repvgg_engine.load("a0.safetensors", plan="a0.plan.json")      # measures nothing
+
+By one plan an image gives the same bits in any batch, on any number of threads, on any machine that has the plan's instruction set.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from repvgg_engine.library import EngineError
+
+VERSION = 1
+MOST_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """algorithms: one name for each layer, "" for those that are no convolutions. isa: the instruction set it is for."""
+
+    isa: str
+    precision: str
+    algorithms: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """Return the plan as text, for a file."""
+        return json.dumps({"repvgg_engine_plan": VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def parse(text: str) -> Plan:
+    """Return the plan of a text that `Plan.to_json` wrote. Raises `EngineError`."""
+    try:
+        values: Any = json.loads(text)
+        if values["repvgg_engine_plan"] != VERSION:
+            raise EngineError(f"is a plan of version {values['repvgg_engine_plan']!r}, this engine reads {VERSION}")
+        isa, precision, algorithms = values["isa"], values["precision"], values["algorithms"]
+        if not all(isinstance(word, str) for word in (isa, precision, *algorithms)) or not isinstance(algorithms, list):
+            raise EngineError("is not a plan, or a damaged one")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise error if isinstance(error, EngineError) else EngineError("is not a plan, or a damaged one") from None
+    return Plan(isa, precision, tuple(algorithms))
+
+
+def read(path: str | os.PathLike[str]) -> Plan:
+    """Return the plan of a file. Raises `EngineError` that names it."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return parse(file.read(MOST_BYTES))
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        reason = error if isinstance(error, EngineError) else "is not a plan, or a damaged one"
+        raise EngineError(f"{path}: {reason}") from None
+
+
+def check(plan: Plan, known: Sequence[Sequence[str]]) -> None:
+    """Raise `EngineError` where a plan does not fit a net. known: the algorithms that fit each of its layers."""
+    if len(plan.algorithms) != len(known):
+        raise EngineError(f"the plan is of {len(plan.algorithms)} layers, the net has {len(known)}")
+    for i, (name, fitting) in enumerate(zip(plan.algorithms, known, strict=True)):
+        if name not in (fitting or [""]):
+            raise EngineError(f"the plan computes layer {i} by {name!r}, which cannot be: {', '.join(fitting)}")
+
+
+def cached(key: str) -> Plan | None:
+    """Return the plan that was kept under a key; None where there is none, or none that can be read."""
+    with suppress(EngineError):
+        return read(_path(key))
+    return None
+
+
+def keep(key: str, plan: Plan) -> None:
+    """Keep a plan on disk; one that cannot be kept costs the next process some seconds."""
+    path = _path(key)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(plan.to_json())
+        temporary.replace(path)
+
+
+def _path(key: str) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
+    return Path(os.environ.get("REPVGG_ENGINE_CACHE") or home) / f"{key}.json"

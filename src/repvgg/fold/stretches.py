@@ -1,0 +1,67 @@
+"""Fold the linear stretches of a module tree, wherever its forwards can be read."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from repvgg.fold.as_linear import resembles_batch_norm
+from repvgg.fold.flow import check
+from repvgg.fold.guards import inside
+from repvgg.fold.report import FoldReport
+from repvgg.fold.torch_graph import ModuleFlow
+from repvgg.fold.torch_write import ModuleWriter
+from repvgg.fold.trace import Traces, refuse_lost
+
+UNSEEN = "its parent's forward cannot be traced"
+
+
+def fold_stretches(model: nn.Module, traces: Traces, report: FoldReport, chosen: frozenset[str] | None = None) -> nn.Module:
+    """Return the model with a convolution in the place of each linear stretch; what is left of its batch norms is reported.
+
+    chosen: the first operators of the stretches to fold, by default of all.
+    """
+    left: dict[str, str] = {}
+    for read in _flows(model, traces):
+        writer = ModuleWriter(model, read)
+        read.flow.refuse = writer.refuse
+        for stretch in read.flow.stretches():
+            names = [writer.name_of(v) for v in stretch.inside]
+            if chosen is not None and names[0] not in chosen:
+                continue
+            with inside(names[0]):
+                error = check(stretch)
+            path = writer.write(stretch)
+            report.stretches[path] = names
+            report.errors[path] = error
+        left |= read.norms | {writer.name_of(v): why for v, why in read.flow.left.items()}
+        model = writer.finish()
+    refuse_lost(model, traces, "folded")
+    for path, module in model.named_modules():
+        if resembles_batch_norm(module):
+            report.left.setdefault(path, left.get(path) or traces.hidden.get(path, UNSEEN))
+    return model
+
+
+def partners(model: nn.Module, traces: Traces) -> dict[str, str]:
+    """Return the path of each convolution whose output goes to a batch norm and nowhere else -> that of the batch norm."""
+    found = {}
+    for read in _flows(model, traces):
+        for v in read.flow.values:
+            if v.is_norm and (conv := v.inputs[0]).operator is not None and conv.operator.kind == "convolution":
+                paths = read.places[conv].path, read.places[v].path
+                if read.flow.readers[conv] == [v] and conv not in read.flow.outputs and None not in paths:
+                    found[paths[0]] = paths[1]
+    return found  # type: ignore[return-value]
+
+
+def _flows(model: nn.Module, traces: Traces) -> Iterator[ModuleFlow]:
+    """The computation of the whole, and of each module that is seen apart: because it is called in several places, say."""
+    todo = [path for path in traces.graphs if not any(p != path and (not p or path.startswith(f"{p}.")) for p in traces.graphs)]
+    done: set[str] = set()
+    while todo:
+        path = todo.pop(0)
+        if path not in done and len(traces.graphs[path]) == 1:
+            done.add(path)
+            read = ModuleFlow(model, traces, path)
+            yield read
+            todo += read.apart

@@ -1,0 +1,207 @@
+"""Read a module tree as a computation (flow.py): each module's own forward, with those of its children in their places."""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.as_linear import resembles_batch_norm, split_activation
+from repvgg.fold.flow import Flow, Value
+from repvgg.fold.guards import altered
+from repvgg.fold.torch_operators import FUNCTIONS, Input, of_module
+from repvgg.fold.trace import Traces
+
+MUTATED = "what it reads is changed in place"
+# What may give back the memory of its input: a change in place of the one is one of the other.
+VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "to", "split", "chunk", "unbind", "squeeze", "unsqueeze",
+         "expand", "detach", "getitem", "float", "narrow", "identity"}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a value is made: by the leaf at `path` ("" where by a function), in the forwards of the modules `owners`, outermost
+    first; and the nodes it is known by, by the path of the module whose forward that is."""
+
+    path: str | None
+    owners: tuple[str, ...]
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+
+
+class ModuleFlow:
+    """The computation of one module, seen from outside as a whole: its children's included, but for those in `apart`."""
+
+    def __init__(self, model: nn.Module, traces: Traces, root: str) -> None:
+        self.model, self.traces, self.root = model, traces, root
+        self.names = {module: path for path, module in model.named_modules()}
+        self.values: list[Value] = []
+        self.places: dict[Value, Place] = {}
+        self.apart: list[str] = []  # modules that are a computation of their own
+        self.norms: dict[str, str] = {}  # batch norms that are no operator here, and why
+        self._aliases: dict[Value, Value] = {}
+        self._changed: list[tuple[Value, Value]] = []
+        (graph,) = traces.graphs[root]
+        inputs = [self._enter(Value(n.name, says="the input"), None, (root,)) for n in graph.nodes if n.op == "placeholder"]
+        returned = self._run(root, graph, inputs, (root,))
+        self._refuse_changed()
+        device = next(model.get_submodule(root).parameters(), torch.empty(0)).device
+        self.flow = Flow(self.values, {v for v in _values_in(returned)}, device)
+
+    # ------------------------------------------------------------------------------------------------------------- one forward
+
+    def _run(self, path: str, graph: fx.Graph, inputs: list[Any], owners: tuple[str, ...]) -> Any:
+        """What the forward of the module at `path` returns for these."""
+        known: dict[fx.Node, Any] = {}
+        waiting = iter(inputs)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                known[node] = next(waiting)
+            elif node.op == "get_attr":
+                known[node] = _attribute(self.model.get_submodule(path), str(node.target))
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], lambda n: known[n])
+            else:
+                known[node] = self._call(path, node, known, owners)
+            for v in _values_in(known[node]) if isinstance(known[node], Value) else ():
+                self.places[v].nodes[path] = node
+        return None
+
+    def _call(self, path: str, node: fx.Node, known: dict[fx.Node, Any], owners: tuple[str, ...]) -> Any:
+        args, kwargs = (fx.map_arg(a, lambda n: known[n]) for a in (node.args, node.kwargs))
+        if node.op == "call_module":
+            child = self.model.get_submodule(path).get_submodule(str(node.target))
+            given = [*dict.fromkeys(_nodes_in((node.args, node.kwargs)))]
+            return self._module(self.names[child], child, args, kwargs, [known[n] for n in given], owners)
+        if node.target is operator.getitem and not isinstance(args[0], Value):
+            return args[0][args[1]]
+        inputs = list(dict.fromkeys(_values_in((args, kwargs))))
+        if not inputs:
+            return _constant(node, args, kwargs)
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        says, why, found = f"`{name}`", "", None
+        if (reader := FUNCTIONS.get(node.target)) is not None:
+            try:
+                found = reader(*_numbered(args), **_numbered(kwargs))
+                inputs = list(_values_in((args, kwargs)))
+            except (ReparamError, TypeError) as error:
+                why = f"{says} {error}"
+        if isinstance(found, list):
+            return [self._enter(Value(f"{node.name}.{i}", tuple(inputs), how, says), None, owners) for i, how in enumerate(found)]
+        v = self._enter(Value(node.name, tuple(inputs), found, says, why), None, owners)
+        if name in VIEWS or (found is not None and found.kind == "same"):
+            self._aliases[v] = inputs[0]
+        if _changes_its_input(name, kwargs):
+            self._changed.append((inputs[0], v))
+        return v
+
+    def _module(
+        self, path: str, module: nn.Module, args: Any, kwargs: Any, given: list[Any], owners: tuple[str, ...]
+    ) -> Any:
+        cls = type(module).__name__
+        inputs = list(dict.fromkeys(_values_in((args, kwargs))))
+        says, why, found = f"{'an' if cls[:1] in 'AEIOU' else 'a'} {cls}", "", None
+        graphs = self.traces.graphs.get(path, [])
+        alone = self.traces.why_not_replaced(path)
+        try:
+            if len(args) == 1 and not kwargs and len(inputs) == 1:
+                found = of_module(module, path)
+            if found is not None and alone and found.kind != "same":
+                found, why = None, f"its {cls} {alone}"
+        except ReparamError as error:
+            why = error.reason
+        if found is None and not why and graphs:
+            if len(graphs) == 1 and self.traces.uses[path] <= 1 and not altered(module) and path not in self.traces.hidden:
+                return self._run(path, graphs[0], given, (*owners, path))
+            self.apart.append(path)
+        if found is None and resembles_batch_norm(module):
+            self.norms[path] = why
+        v = self._enter(Value(path, tuple(inputs), found, says, why), path, owners)
+        if found is not None and found.kind == "same":
+            self._aliases[v] = inputs[0]
+        if any(getattr(m, "inplace", False) for m in module.modules()) and inputs and found is None:
+            self._changed.append((inputs[0], v))
+        if found is not None and found.kind == "norm" and not isinstance(split_activation(module)[1], nn.Identity):
+            after = self._enter(Value(f"{path}.act", (v,), None, f"the activation of {says}"), None, owners)
+            return after
+        return v
+
+    def _enter(self, v: Value, path: str | None, owners: tuple[str, ...]) -> Value:
+        self.values.append(v)
+        self.places[v] = Place(path, owners)
+        return v
+
+    # --------------------------------------------------------------------------------------------------------- changes in place
+
+    def _refuse_changed(self) -> None:
+        """A value that is changed in place and read elsewhere too is no operator's input: when it is read would matter."""
+        readers: dict[Value, set[Value]] = {}
+        for v in self.values:
+            for source in v.inputs:
+                readers.setdefault(self._base(source), set()).add(v)
+        aliases = {v for v in self._aliases}
+        for value, by in self._changed:
+            base = self._base(value)
+            others = readers[base] - {by} - aliases
+            if others:
+                for v in readers[base]:
+                    v.operator, v.why = None, v.why or MUTATED
+
+    def _base(self, v: Value) -> Value:
+        while v in self._aliases:
+            v = self._aliases[v]
+        return v
+
+
+def _values_in(tree: Any) -> Iterator[Value]:
+    if isinstance(tree, Value):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _values_in(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _values_in(value)
+    elif isinstance(tree, slice):
+        yield from _values_in((tree.start, tree.stop, tree.step))
+
+
+def _nodes_in(tree: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(tree, lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
+def _numbered(tree: Any) -> Any:
+    """The arguments of a call with an `Input` for each value."""
+    if isinstance(tree, Value):
+        return Input(0)
+    if isinstance(tree, dict):
+        return {key: _numbered(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_numbered(value) for value in tree) if type(tree) in (list, tuple) else [_numbered(v) for v in tree]
+    return tree
+
+
+def _constant(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a call gives that no input goes into: a function of parameters."""
+    try:
+        if node.op == "call_method":
+            return getattr(args[0].clone(), str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs) if callable(node.target) else None
+    except Exception:  # whatever a stranger's code raises here, it is no constant for us
+        return None
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    for name in target.split("."):
+        module = getattr(module, name)
+    return module.detach() if isinstance(module, Tensor) else module
+
+
+def _changes_its_input(name: str, kwargs: dict[str, Any]) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("iadd", "isub", "imul", "itruediv", "setitem") or bool(kwargs.get("inplace"))
+

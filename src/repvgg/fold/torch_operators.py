@@ -1,0 +1,221 @@
+"""The modules and functions of PyTorch that are linear, as operators of a computation (flow.py)."""
+
+import copy
+import operator
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repvgg.fold.algebra import LinearMap, ReparamError, batch_norm
+from repvgg.fold.as_linear import (
+    CONVOLUTIONS,
+    NO_STATISTICS,
+    UNEVEN,
+    as_linear,
+    is_batch_norm,
+    pads_unevenly,
+    resembles_batch_norm,
+    split_activation,
+    why_unknown,
+)
+from repvgg.fold.flow import Operator, concatenated, convolved, mapped, normed, padded, picked, pooled, same, scaled, summed
+from repvgg.fold.guards import altered, inside
+
+Reader = Callable[..., Operator | list[Operator]]  # takes a call's arguments, inputs as `Input`
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+class Input:
+    """In the arguments of a call: something that is computed."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+
+def of_module(module: nn.Module, path: str) -> Operator | None:
+    """The operator that a module is, if it is one by itself. Raises `ReparamError` where it looks like one and is not."""
+    cls = type(module).__name__
+    looks = isinstance(module, nn.Conv2d) or resembles_batch_norm(module)
+    if looks and (reason := altered(module)):
+        raise ReparamError(f"its {cls} {reason}")
+    if looks and hasattr(module, "parametrizations"):
+        raise ReparamError(f"its {why_unknown(module)}")
+    if type(module) in CONVOLUTIONS:
+        assert isinstance(module, nn.Conv2d)
+        if pads_unevenly(module):
+            raise ReparamError(f"its {cls} {UNEVEN}")
+        return convolved(_read(module, path), _run(module), module.weight.shape, module.groups)
+    if is_batch_norm(module):
+        if module.running_mean is None:
+            raise ReparamError(f"its {cls} {NO_STATISTICS}")
+        affine, _ = split_activation(module)
+        return normed(_read(affine, path), _run(affine), len(module.running_mean))  # type: ignore[arg-type]
+    if resembles_batch_norm(module):
+        raise ReparamError(f"its {why_unknown(module)}")
+    if type(module) in NOTHING:
+        return same()
+    if altered(module) or as_linear.reader(module) is None or type(module) is nn.Sequential:
+        return None
+    return mapped("other", lambda channels: as_linear.child(path, module, channels), _run(module))
+
+
+def _read(module: nn.Module, path: str) -> Callable[[], LinearMap]:
+    def read() -> LinearMap:
+        with inside(path):
+            return as_linear.read(module)
+
+    return read
+
+
+def _run(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: copy.deepcopy(module).double()(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------- functions
+
+
+def _add(a: Any, b: Any, alpha: float = 1) -> Operator:
+    if isinstance(a, Input) and isinstance(b, Input):
+        return scaled_sum(1, alpha)
+    return scaled(_one(), _constant(b) * alpha) if isinstance(a, Input) else scaled(_one() * alpha, _constant(a))
+
+
+def _sub(a: Any, b: Any) -> Operator:
+    if isinstance(a, Input) and isinstance(b, Input):
+        return summed(1, -1)
+    return scaled(_one(), -_constant(b)) if isinstance(a, Input) else scaled(-_one(), _constant(a))
+
+
+def scaled_sum(*factors: float) -> Operator:
+    if any(f not in (1, -1) for f in factors):
+        raise ReparamError("adds with a factor")
+    return summed(*(int(f) for f in factors))
+
+
+def _mul(a: Any, b: Any) -> Operator:
+    if isinstance(a, Input) and isinstance(b, Input):
+        raise ReparamError("multiplies two values")
+    return scaled(_constant(b if isinstance(a, Input) else a), _one() * 0)
+
+
+def _div(a: Any, b: Any) -> Operator:
+    if isinstance(b, Input):
+        raise ReparamError("divides by a value")
+    return scaled(1 / _constant(b), _one() * 0)
+
+
+def _neg(a: Any) -> Operator:
+    return scaled(-_one(), _one() * 0)
+
+
+def _one() -> Tensor:
+    return torch.ones(1, dtype=torch.float64)
+
+
+def _constant(value: Any) -> Tensor:
+    """One number, or one for each channel."""
+    if isinstance(value, (int, float)):
+        return torch.tensor([float(value)], dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        raise ReparamError("takes in something else than a number or a tensor")
+    shape = value.shape
+    if value.numel() != 1 and not (len(shape) in (3, 4) and shape[-2:] == (1, 1) and (len(shape) == 3 or shape[0] == 1)):
+        raise ReparamError("has a constant that differs from pixel to pixel")
+    return value.detach().double().flatten()
+
+
+def _cat(tensors: Any, dim: int = 0) -> Operator:
+    if dim != 1 or not isinstance(tensors, (list, tuple)) or not all(isinstance(t, Input) for t in tensors):
+        raise ReparamError("is not along the channels, or takes in a constant")
+    return concatenated()
+
+
+def _split(x: Any, sizes: Any, dim: int = 0) -> list[Operator]:
+    if dim != 1 or not isinstance(sizes, (list, tuple)) or not all(isinstance(n, int) for n in sizes):
+        raise ReparamError("is not along the channels, or into an unknown number of parts")
+    return [picked(range(a, b)) for a, b in pairwise(accumulate(sizes, initial=0))]
+
+
+def _getitem(x: Any, index: Any) -> Operator:
+    """`x[:, a:b]`"""
+    if not isinstance(index, tuple) or len(index) < 2 or any(i != slice(None) for n, i in enumerate(index) if n != 1):
+        raise ReparamError("takes out something else than channels")
+    channels = index[1]
+    if not isinstance(channels, slice) or not isinstance(channels.stop, int) or channels.step not in (None, 1):
+        raise ReparamError("takes out an unknown number of channels")
+    start = channels.start or 0
+    if not isinstance(start, int) or start < 0 or channels.stop <= start:
+        raise ReparamError("counts channels from the end")
+    return picked(range(start, channels.stop))
+
+
+def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Operator:
+    even = len(pad) == 4 and pad[0] == pad[1] and pad[2] == pad[3] and all(isinstance(p, int) and p >= 0 for p in pad)
+    if mode != "constant" or value or not even:
+        raise ReparamError("is uneven, or pads with something else than zeros")
+    return padded(pad[2], pad[0])
+
+
+def _pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
+          count_include_pad: bool = True, divisor_override: int | None = None) -> Operator:  # fmt: skip
+    size, step, around = (_two(v) for v in (kernel_size, stride or kernel_size, padding))
+    if ceil_mode or (any(around) and not count_include_pad):
+        raise ReparamError("with ceil_mode, or padding that is not counted, is not one linear map at the border")
+    return pooled(size, step, around, divisor_override)
+
+
+def _conv(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Operator:
+    if not isinstance(weight, Tensor) or isinstance(bias, Input) or isinstance(padding, str):
+        raise ReparamError("has a kernel that is computed, or padding in words")
+    weight = weight.detach().double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
+    geometry = _two(stride), _two(padding), _two(dilation), groups
+    run = lambda x: F.conv2d(x, weight, bias, *geometry)  # noqa: E731
+    return convolved(lambda: LinearMap(weight, bias, *geometry), run, weight.shape, groups)
+
+
+def _batch_norm(x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+                training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Operator:  # fmt: skip
+    tensors = [None if t is None else t.detach().double() for t in (running_mean, running_var, weight, bias)]
+    mean, var, gain, shift = tensors
+    if training is not False or mean is None or var is None or bool((var <= 0).any()):
+        raise ReparamError("has no statistics, or a variance that is not positive")
+    run = lambda x: F.batch_norm(x, mean, var, gain, shift, False, 0.0, eps)  # noqa: E731
+    return normed(lambda: batch_norm(mean, var, eps, gain, shift), run, len(mean))
+
+
+def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Operator:
+    if training is not False:
+        raise ReparamError("is a dropout in train mode")
+    return same()
+
+
+def _unchanged(x: Any, *arguments: Any, **named: Any) -> Operator:
+    return same()
+
+
+def _two(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+FUNCTIONS: dict[Any, Reader] = {
+    **dict.fromkeys([operator.add, operator.iadd, torch.add, "add", "add_"], _add),
+    **dict.fromkeys([operator.sub, operator.isub, torch.sub, "sub", "sub_"], _sub),
+    **dict.fromkeys([operator.mul, operator.imul, torch.mul, "mul", "mul_"], _mul),
+    **dict.fromkeys([operator.truediv, operator.itruediv, torch.div, "div", "div_"], _div),
+    **dict.fromkeys([operator.neg, torch.neg, "neg"], _neg),
+    **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], _cat),
+    **dict.fromkeys([torch.split, "split"], _split),
+    **dict.fromkeys(["contiguous"], _unchanged),
+    **dict.fromkeys([F.dropout, F.dropout2d], _dropout),
+    operator.getitem: _getitem,
+    F.pad: _pad,
+    F.avg_pool2d: _pool,
+    F.conv2d: _conv,
+    torch.conv2d: _conv,
+    F.batch_norm: _batch_norm,
+}

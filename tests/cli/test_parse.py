@@ -1,0 +1,80 @@
+"""parse.py: words that make no command get one line that says which ones, and what was meant."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from repvgg.cli import entry
+from repvgg.cli.parse import UsageError, parse
+
+
+@dataclass(frozen=True)
+class Group:
+    """Flags together."""
+
+    epochs: int = 3
+    """Passes."""
+    flip: bool = True
+    """Mirror."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """A command.
+
+    Example: repvgg toy x
+    """
+
+    model: Annotated[str, Positional, arg(metavar="MODEL", help="A model.")]
+    out: Path
+    """A folder."""
+    group: OmitArgPrefixes[Group] = field(default_factory=Group)
+
+
+def test_words_make_a_command() -> None:
+    assert parse(Toy, "toy", ["m", "--out", "x", "--no-flip", "--epochs=5"]) == Toy(model="m", out=Path("x"), group=Group(5, False))
+    assert parse(Toy, "toy", ["m", "--out", "x"], group=Group(9)).group.epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("m --out x --epoch 5", "toy --epoch: did you mean --epochs?"),
+        ("m --outt=x", "toy --outt: did you mean --out?"),
+        ("m --out x --no-flop", "toy --no-flop: did you mean --no-flip?"),
+        ("m --out x --colour", "toy --colour: no such flag; see repvgg toy --help"),
+        ("m", "toy: missing: --out PATH; see repvgg toy --help"),
+        ("", "toy: missing: MODEL, --out PATH; see repvgg toy --help"),
+    ],
+)
+def test_a_usage_error_is_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(Toy, "toy", words.split())
+    assert str(refused.value) == line
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", ["m --out x --epochs many", "m --out x more", "m --out"])
+def test_other_usage_errors_are_lines_too(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match=r"^toy: \w[^\n│]+; see repvgg toy --help$"):
+        parse(Toy, "toy", words.split())
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", entry.COMMANDS)
+def test_every_help_has_an_example_and_names_its_positionals(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(entry._command(name), name, ["--help"])
+    assert stop.value.code in (0, None)
+    page = capsys.readouterr().out
+    usage, example = page.splitlines()[0], next(line for line in page.splitlines() if line.startswith("Example: "))
+    assert example.startswith(f"Example: repvgg {name}")
+    positionals = re.sub(r"\[[^]]*\]|--\S+ \S+", "", usage)
+    assert not re.search("STR|PATH|INT", positionals)
+    entry._command(name)  # and the example is one that it takes:
+    words = example.removeprefix("Example: repvgg ").split()[1:]
+    assert callable(parse(entry._command(name), name, words).run)

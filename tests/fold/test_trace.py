@@ -1,0 +1,127 @@
+"""trace.py: whatever forwards do with their parts, a network that is folded or given blocks computes the same."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import randomize, relative_error
+from folding import EXACT, SMALL, outputs, report_of
+from forwards import ODD, Keeps, KeptOnItself, RawArgument, UNet, Untraceable, Whole
+from torch import Tensor, nn
+
+from repvgg.fold.algebra import ReparamError
+from repvgg.fold.blocks import repvgg, with_bn
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.fold.replace import replace_conv
+from repvgg.fold.trace import kept, trace
+
+
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    """In float64 and eval mode, on random statistics, whether its forward calls its batch norms or not."""
+    model = make()
+    model.train()(torch.randn(SMALL))
+    model = randomize(model, SMALL).double()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean = torch.linspace(-1, 1, norm.num_features).double()
+    return model
+
+
+@pytest.mark.parametrize("make", ODD)
+@pytest.mark.parametrize("change", [reparameterize, replace_conv])
+def test_what_forwards_do_with_their_parts_is_kept(make: type[nn.Module], change: Callable[[nn.Module], nn.Module]) -> None:
+    model = built(make)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert relative_error(outputs(change(model), x), outputs(model, x)) <= EXACT
+
+
+def test_a_u_net_on_our_backbone() -> None:
+    model = randomize(built(UNet), (8, 3, 32, 32))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    folded = reparameterize(model)
+    assert len(report_of(folded).blocks) == 10
+    assert report_of(folded).left == {"up.bn": "no convolution feeds this batch norm alone"}
+    assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT
+
+
+def test_below_something_untraceable_only_declared_blocks_fold() -> None:
+    class Root(Untraceable):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = repvgg(3, 3)
+
+        def odd(self, x: Tensor) -> Tensor:
+            return self.block(self.stem(x)) + self.part(x)  # type: ignore[no-any-return]
+
+    report = report_of(reparameterize(built(Root)))
+    assert (report.blocks, report.pairs) == (["block"], [])
+    why = "Root cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"
+    assert report.left == {"part.bn": why, "stem.1": why}
+
+
+def test_a_block_that_somebody_looks_into_is_left() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = repvgg(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) + self.block.conv_1x1.conv(x)  # type: ignore[no-any-return, operator, union-attr]
+
+    model = built(Looks)
+    folded = reparameterize(model)
+    assert report_of(folded).blocks == []
+    assert report_of(folded).left["block"] == "is not only called as a whole: Looks uses its `conv_1x1`"
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT
+
+
+def test_graphs_are_there_for_each_way_of_calling() -> None:
+    traces = trace(RawArgument().eval())
+    assert [len(traces.graphs[path]) for path in ("", "part")] == [1, 2]
+    assert traces.uses["part"] == 2
+    assert traces.uses["part.conv"] == traces.uses["part.bn"] == 1
+    assert traces.hidden.keys() == {"stem", "stem.0", "stem.1"}
+    assert any(node.target is kept for node in trace(KeptOnItself().eval()).graphs.get("part", [])[0].nodes)
+
+
+def test_a_trace_leaves_no_trace() -> None:
+    model = Keeps().eval()
+    before = dict(vars(model))
+    trace(model)
+    assert vars(model) == before
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_the_mode_of_a_copy_is_that_of_its_original() -> None:
+    """torch.fx's deep copy of a feature extractor comes back in train mode."""
+    torchvision = pytest.importorskip("torchvision")
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    net = randomize(torchvision.models.resnet18().double(), (4, 3, 64, 64))
+    model = extraction.create_feature_extractor(net, {"layer2": "a", "layer4": "b"}).eval()
+    folded = reparameterize(model, torch.randn(2, 3, 64, 64))
+    assert not any(m.training for m in folded.modules())
+    assert len(report_of(folded).pairs) == 20
+    assert report_of(folded).whole.ok  # type: ignore[union-attr]
+
+
+def test_a_wrong_reader_is_found_by_the_whole() -> None:
+    """A pre-hook changes the arguments, which no trace sees; the whole does, and bisection names the part."""
+
+    class Hooked(Whole):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(self.stem(x))  # type: ignore[no-any-return]
+
+    model = built(Hooked)
+    model.get_submodule("part").register_forward_pre_hook(lambda m, args, kwargs: (args, {"raw": True}), with_kwargs=True)
+    with pytest.raises(
+        ReparamError, match=r"^part\.conv: the model computes something else once this is folded \(NOT EQUAL in float64"
+    ):
+        reparameterize(model, torch.randn(2, 3, 8, 8))
+    assert report_of(reparameterize(built(Hooked), torch.randn(2, 3, 8, 8))).whole.ok  # type: ignore[union-attr]
+
+
+def test_the_report_says_whether_the_whole_was_checked() -> None:
+    pair = randomize(with_bn(nn.Conv2d(3, 4, 3)), SMALL)
+    assert "\nthe whole: not checked, only its parts; pass an example input" in str(report_of(reparameterize(pair)))
+    assert "\nthe whole: equal in float32: relative error" in str(report_of(reparameterize(pair, torch.randn(SMALL))))

@@ -1,0 +1,140 @@
+"""cluster.py: Ray Data makes the rows that the plain loop makes, whatever is killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from predicting import command, rows, run
+from roads import make_camvid
+
+from repvgg.disk import FileError
+from repvgg.predict import cluster
+from repvgg.predict.job import Job
+from repvgg.predict.remote import open_data
+from repvgg.predict.where import Cluster
+
+pytest.importorskip("ray")
+ALONE = Cluster("auto", "1,1")
+
+
+def by_key(out: str | Path) -> dict[str, dict[str, Any]]:
+    found = rows(out)
+    assert len({row["key"] for row in found}) == len(found)  # none twice
+    return {row["key"]: row for row in found}
+
+
+def on_ray(job: Job, *more: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command as a user does, in a process with a cluster of its own."""
+    words = [*command(job), "--ray", "auto", "--concurrency", "1,1", "--json", *more]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+
+# ---------------------------------------------------------------------------------------------------- what needs no cluster
+
+
+def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos: Path, tmp_path: Path) -> None:
+    """Read, decode and predict, as Ray calls them: names that are no UTF-8 and images that are none included."""
+    (photos / "val/cat/00.png").rename(photos / "val/cat" / os.fsdecode(b"\xe9.png"))
+    job = Job(str(files / "colour.safetensors"), str(photos), str(tmp_path / "out"), part_size=4, batch_size=3)
+    run(job)
+    shards = open_data(job.data, "val", 4)
+    (tmp_path / "ray").mkdir()
+    store, root = cluster._place(str(tmp_path / "ray"))
+    _, decoder, _ = cluster._agreed(job, shards, store, root, str)
+    actor = cluster.Predictor(job, "", (store, root))
+    tables = [actor(cluster._decode(decoder, table)) for table in cluster._blocks(job, [0, 1, 2])]
+    found = {row["key"]: row for table in tables for row in table.to_pylist()}
+    for key, wanted in by_key(job.out).items():
+        got = found.pop(key)
+        assert got.pop("probabilities") == pytest.approx(wanted.pop("probabilities"), abs=1e-5)
+        assert got == wanted
+    assert not found
+
+
+def test_what_is_refused_before_ray_is_asked(files: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(str(files / "colour.safetensors"), str(photos), str(tmp_path / "out"))
+    run(job)
+    with pytest.raises(FileError, match="was begun with the runner None, not ray: give another --out"):
+        cluster.predict_on_ray(job, ALONE, str)
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--ray needs ray, pandas: pip install 'repvgg\[scale\]'"):
+        cluster.predict_on_ray(job, ALONE, str)
+
+
+# ------------------------------------------------------------------------------------------------------------- on a cluster
+
+
+@pytest.mark.slow
+def test_ray_gives_the_rows_of_the_loop(files: Path, photos: Path, tmp_path: Path) -> None:
+    job = Job(str(files / "colour.safetensors"), str(photos), str(tmp_path / "out"), part_size=4)
+    run(job)
+    alone, job = job.out, replace(job, out=str(tmp_path / "ray"))
+    done = on_ray(job)
+    assert done.returncode == 0, done.stderr
+    assert {k: v for k, v in json.loads(done.stdout).items() if k in ("images", "errors", "here")} == {
+        "images": 11,
+        "errors": 1,
+        "here": 11,
+    }
+    for key, row in by_key(job.out).items():
+        wanted = by_key(alone)[key]
+        assert (row["label"], row["labels"], row["error"]) == (wanted["label"], wanted["labels"], wanted["error"])
+    assert json.loads(on_ray(job).stdout)["here"] == 0
+    refused = on_ray(replace(job, part_size=5))
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "was begun with the part size 4, not 5" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_goes_on(job: Job, tmp_path: Path) -> None:
+    job = replace(job, part_size=30, batch_size=10)
+    run(replace(job, out=str(tmp_path / "alone")))
+    words = [*command(job), "--ray", "auto", "--concurrency", "1,1"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(Path(job.out).glob("*.parquet")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = on_ray(job)
+    assert done.returncode == 0, done.stderr
+    assert by_key(job.out).keys() == by_key(tmp_path / "alone").keys()
+
+
+@pytest.mark.slow
+def test_from_and_to_an_object_store(bucket: str, files: Path, photos: Path, tmp_path: Path) -> None:
+    from repvgg.predict.remote import filesystem
+
+    for path in sorted((photos / "val").rglob("*.png")):
+        store, target = filesystem(f"{bucket}/in/{path.relative_to(photos / 'val')}")
+        with store.open_output_stream(target) as file:
+            file.write(path.read_bytes())
+    job = Job(str(files / "colour.safetensors"), f"{bucket}/in", f"{bucket}/out", part_size=4)
+    done = on_ray(job)
+    assert done.returncode == 0, done.stderr
+    run(replace(job, out=str(tmp_path / "local")))
+    import pyarrow.parquet as pq
+
+    store, root = filesystem(job.out)
+    names = [name for name in cluster._names(store, root) if name.endswith(".parquet")]
+    found = {row["key"]: row for name in names for row in pq.read_table(f"{root}/{name}", filesystem=store).to_pylist()}
+    wanted = by_key(tmp_path / "local")
+    assert found.keys() == wanted.keys()
+    assert all(found[key]["labels"] == wanted[key]["labels"] for key in wanted)
+
+
+@pytest.mark.slow
+def test_masks(files: Path, tmp_path: Path) -> None:
+    root = make_camvid(tmp_path / "camvid", val=3)
+    job = Job(str(files / "masks.safetensors"), str(root / "val"), str(tmp_path / "out"))
+    run(job)
+    done = on_ray(replace(job, out=str(tmp_path / "ray")))
+    assert done.returncode == 0, done.stderr
+    for key, row in by_key(tmp_path / "ray").items():
+        mask = by_key(job.out)[key]["mask"]
+        assert (tmp_path / "ray" / row["mask"]).read_bytes() == (Path(job.out) / mask).read_bytes()

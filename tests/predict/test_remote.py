@@ -1,0 +1,68 @@
+"""remote.py: images and Parquet files of an object store, against an S3 server on this machine."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from predicting import rows, run
+
+from repvgg.data import DataError
+from repvgg.predict.job import Job
+from repvgg.predict.remote import filesystem, is_url, open_data
+
+
+def put(url: str, data: bytes) -> None:
+    store, path = filesystem(url)
+    with store.open_output_stream(path) as file:
+        file.write(data)
+
+
+def test_what_is_a_url() -> None:
+    assert [is_url(name) for name in ("s3://b/x", "gs://b", "wds:s3://b/x", "photos", "hf:a/b")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_folder_of_images(bucket: str, photos: Path, files: Path, tmp_path: Path) -> None:
+    for path in sorted((photos / "val").rglob("*.png")):
+        put(f"{bucket}/all/{path.relative_to(photos / 'val')}", path.read_bytes())
+    job = Job(str(files / "colour.safetensors"), f"{bucket}/all", str(tmp_path / "out"), part_size=4)
+    run(job)
+    run(replace(job, data=str(photos), out=str(tmp_path / "local")))
+    assert rows(job.out) == rows(tmp_path / "local")
+
+
+def test_parquet_files(bucket: str, photos: Path, files: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = sorted((photos / "val").rglob("*.png"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    for number, some in enumerate((pictures[:6], pictures[6:])):
+        columns = {
+            "image": [{"bytes": path.read_bytes(), "path": None} for path in some],
+            "label": [("cat", "dog").index(path.parent.name) for path in some],
+        }
+        table = pa.Table.from_pydict(columns, schema=features.arrow_schema)
+        data = io.BytesIO()
+        pq.write_table(table, data)
+        put(f"{bucket}/tables/{number}.parquet", data.getvalue())
+    job = Job(str(files / "colour.safetensors"), f"{bucket}/tables", str(tmp_path / "out"), part_size=4)
+    assert run(job).parts == 2
+    run(replace(job, data=str(photos), out=str(tmp_path / "local")))
+    for got, wanted in zip(rows(job.out), rows(tmp_path / "local"), strict=True):
+        assert (got["label"], got["labels"], got["error"] is None) == (wanted["label"], wanted["labels"], wanted["error"] is None)
+    assert rows(job.out)[7]["key"] == "1.parquet/1"
+
+
+def test_nothing_there(bucket: str) -> None:
+    put(f"{bucket}/none/letter.txt", b"precious")
+    with pytest.raises(DataError, match="holds neither Parquet files nor images"):
+        open_data(f"{bucket}/none", "val", 8)
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_data("nonsense://bucket", "val", 8)
