@@ -237,8 +237,8 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
 def _backbone_of(model: str, settings: Settings) -> str:
     """Return the classifier that a PSPNet's backbone starts from; "" where none of those given is of its architecture."""
     for word in settings.init_backbone:
-        known = manifest_of(load(word)).arch if Path(word).exists() else {"name": resolve_name(word)}
-        if known and known["name"] == PSPNETS[model].backbone:
+        name = (manifest_of(load(word)).arch or {}).get("name") if Path(word).exists() else resolve_name(word)
+        if name == PSPNETS[model].backbone:
             return word
     if settings.init_backbone:
         settings.log(f"{model}: no classifier given is a {PSPNETS[model].backbone}: it starts from nothing")
