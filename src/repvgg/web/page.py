@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2530; --muted: #5c6675; --rule: #dde2e8; --page: #f7f8fa; --accent: #2f6cab; --card: #fff }
+:root { color-scheme: light dark; --ink: #1d2530; --muted: #5c6675; --rule: #dde2e8 }
+:root { --page: #f7f8fa; --accent: #2f6cab; --card: #fff }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ee; --muted: #9aa5b4; --rule: #323a46; --page: #14181e; --accent: #85b6ea; --card: #141414 }
   .card svg { filter: invert(.92) hue-rotate(180deg) } /* white becomes --card, every hue stays */
