@@ -122,7 +122,7 @@ class Paper:
         Positional,
         arg(
             metavar="PART",
-            help="table1, ..., table8, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.",
+            help="table1, ..., table8, figure1, ..., figure4, training_vs_deploy, winograd; or all.",
         ),
     ]
     data: str = ""
@@ -131,9 +131,13 @@ class Paper:
     quick: bool = False
     """Minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so."""
     models: str = ""
-    """Models of tables 4, 5 and 8, figure 1 and forms, several with commas; by default all."""
+    """Models of tables 4, 5 and 8, figure 1 and training_vs_deploy, several with commas; by default all."""
     engine: str = ""
-    """eager, compile, onnxruntime or openvino; by default eager, for winograd all that are installed."""
+    """An engine's name; best: for each model its fastest that computes what PyTorch does. By default best for tables 4 and 5 and
+    figure 1 (eager with --quick), all that are installed for winograd, eager for the rest."""
+    init_backbone: str = ""
+    """Classifiers that table 8 starts from, as the paper does from ImageNet's: model files or names, several with commas, each for
+    the networks on its architecture."""
     precision: Precision = "fp32"
     """Precision of weights and activations."""
     batch_size: int | None = None
@@ -155,6 +159,7 @@ class Paper:
             workers=self.where.workers,
             models=listed(self.models),
             engine=self.engine,
+            init_backbone=listed(self.init_backbone),
             precision=self.precision,
             batch_size=self.batch_size,
             rounds=self.rounds,

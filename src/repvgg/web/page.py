@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2530; --muted: #5c6675; --rule: #dde2e8; --page: #f7f8fa; --accent: #2f6cab }
+:root { color-scheme: light dark; --ink: #1d2530; --muted: #5c6675; --rule: #dde2e8 }
+:root { --page: #f7f8fa; --accent: #2f6cab; --card: #fff }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ee; --muted: #9aa5b4; --rule: #323a46; --page: #14181e; --accent: #85b6ea }
+  :root { --ink: #e4e8ee; --muted: #9aa5b4; --rule: #323a46; --page: #14181e; --accent: #85b6ea; --card: #141414 }
+  .card svg { filter: invert(.92) hue-rotate(180deg) } /* white becomes --card, every hue stays */
 }
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100% }
@@ -40,7 +42,7 @@ a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset:
 section { margin-top: 3.5rem; scroll-margin-top: 1rem }
 figure { margin: 0 0 1.5rem }
 figcaption { margin-top: .6rem; max-width: 44rem; font-size: .9rem; line-height: 1.45; color: var(--muted) }
-.card { overflow-x: auto; background: #fff; border: 1px solid var(--rule); border-radius: .75rem; padding: .75rem }
+.card { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: .75rem; padding: .75rem }
 .card svg { display: block; width: 100%; height: auto; margin: 0 auto }
 img { display: block; max-width: 100%; height: auto; border-radius: .4rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 1.25rem 1rem; margin-bottom: 1.5rem }
@@ -160,7 +162,7 @@ def png(image: Image.Image | np.ndarray[Any, Any], alt: str, caption: str = "") 
 
 
 def svg(figure: "Figure", caption: str = "") -> str:
-    """Return a matplotlib figure as inline SVG on a white card, its letters as outlines: the same in every browser, light or dark.
+    """Return a matplotlib figure as inline SVG on a card, its letters as outlines: the same in every browser; dark on a dark page.
 
     Its ids are new at every call, so that any number of figures can share a page.
     """
