@@ -77,6 +77,25 @@ class SwitchedAttribute(Whole):
         return y  # type: ignore[no-any-return]
 
 
+class Flagged(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flags = {"raw": False}
+
+    def forward(self, x: Tensor, raw: bool = False, skip: Tensor | None = None) -> Tensor:
+        return super().forward(x, self.flags["raw"])
+
+
+class SwitchedInADictionary(Whole):
+    part_type = Flagged
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.part.flags["raw"] = True
+        y = self.part(x)
+        self.part.flags["raw"] = False
+        return y  # type: ignore[no-any-return]
+
+
 class SwitchedByMethod(Whole):
     def forward(self, x: Tensor) -> Tensor:
         self.part.turn(True)

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from repvgg.fold.algebra import ReparamError as ReparamError
     from repvgg.fold.as_linear import as_linear as as_linear
     from repvgg.fold.as_linear import equivalent_kernel as equivalent_kernel
+    from repvgg.fold.onnx import fold_onnx as fold_onnx
     from repvgg.fold.proof import verify as verify
     from repvgg.fold.reparameterize import reparameterize as reparameterize
-    from repvgg.fold.onnx import fold_onnx as fold_onnx
     from repvgg.fold.replace import replace_conv as replace_conv
     from repvgg.measure.costs import cost as cost
     from repvgg.measure.costs import num_paths as num_paths

@@ -66,7 +66,7 @@ def test_no_error_is_a_traceback(error: Exception, line: str, capsys: Captured, 
         ("--data hf:./nowhere", "no such folder"),
         ("--device tpu", "no device 'tpu' here: "),
         ("--device cuda:99", "no device 'cuda:99' here: "),
-        ("--workers -1", "num_workers"),
+        ("--workers -1", "--workers -1: at least 0"),
     ],
 )
 def test_train_refuses(flags: str, complaint: str, tmp_path: Path, capsys: Captured) -> None:

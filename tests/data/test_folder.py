@@ -1,5 +1,7 @@
 """data/folder.py: class folders, and what is said of those that cannot be used."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,14 @@ from PIL import Image
 
 from repvgg.data import DataError, open_source
 from repvgg.data import folder as data_folder
-from repvgg.data.images import ImageError
+from repvgg.data.images import ImageError, decode
+from repvgg.data.shards import open_shards
+from repvgg.models.load import load
 from repvgg.models.manifest import Preprocessing
+from repvgg.models.zoo import manifest_of
+from repvgg.train.evaluate import evaluate_model
+from repvgg.train.loop import train
+from repvgg.train.recipes import Recipe
 
 
 def make(root: Path, *paths: str, size: tuple[int, int] = (20, 14)) -> Path:
@@ -97,3 +105,26 @@ def test_a_folder_of_many_is_listed_once_and_again_when_it_changes(tmp_path: Pat
     data_folder.Folder(root / "val")
     data_folder.Folder(root / "val")  # of few images nothing is kept
     assert len(listings) == 6
+
+
+def test_names_that_are_not_utf8_are_shown_and_read(tmp_path: Path) -> None:
+    """A Latin-1 folder trains, and its file says so in words that any terminal and any JSON can hold."""
+    latin = os.fsdecode(b"caf\xe9")
+    try:
+        make(tmp_path, f"train/{latin}/1{latin}.png", "train/tea/2.png", f"val/{latin}/3.png", "val/tea/4\n.png")
+    except OSError:
+        pytest.skip("this file system knows UTF-8 alone")
+    source = replace(open_source(str(tmp_path)), preprocessing=Preprocessing((3, 32, 32), 32))
+    assert source.classes == ["caf\\udce9", "tea"]
+    assert [int(source.train[i][0][0, 0, 0]) for i in range(2)] == [0, 1]
+    recipe = Recipe(epochs=1, batch_size=2, crop="shift")
+    run = train("repvgg_micro", source, recipe, tmp_path / "run", log=lambda line: None, width=0.25)
+    model = load(tmp_path / "run/last.safetensors")
+    assert manifest_of(model).classes == source.classes
+    assert evaluate_model(model, source).images == run.last.images == 2
+    (tmp_path / f"train/{latin}/1{latin}.png").write_bytes(b"damaged")
+    with pytest.raises(ImageError, match=r"1caf\\udce9\.png: not an image"):
+        source.train[0]
+    items = [item for shard in [open_shards(str(tmp_path), "val")] for item in shard.read(0)]
+    assert [(item.key, item.label) for item in items] == [("caf\\udce9/3.png", "caf\\udce9"), ("tea/4\\n.png", "tea")]
+    assert all(decode(str(item.image)).shape == (3, 14, 20) for item in items)

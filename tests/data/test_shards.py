@@ -197,3 +197,14 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     assert len(list(shards.read(0))) == 3  # a damaged one hinders no other
     with pytest.raises(DataError, match=r"shard 1: cannot be read on"):
         list(shards.read(1))
+
+
+def test_keys_do_not_lead_out_of_a_folder(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "val.tar", "w") as file:
+        for number, name in enumerate(("../../etc/passwd", "/tmp/x", "a/./b\x1b", "a/..c/d")):
+            data = png(number)
+            info = tarfile.TarInfo(f"{name}.png")
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    keys = [item.key for item in every(open_shards(f"wds:{tmp_path}"))]
+    assert keys == [r"val.tar/\x2e\x2e/\x2e\x2e/etc/passwd", "val.tar/tmp/x", r"val.tar/a/\x2e/b\x1b", "val.tar/a/..c/d"]

@@ -10,7 +10,7 @@ import torch
 from conftest import randomize, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from rounding import ENGINES, REPORTED, rounding
+from rounding import ENGINES, rounding
 from torch import Tensor, nn
 from torchvision.transforms import v2
 

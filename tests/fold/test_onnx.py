@@ -129,7 +129,10 @@ def one_conv(tmp_path: Path, **attributes: Any) -> Path:
         helper.make_node("BatchNormalization", ["y", "scale", "shift", "mean", "var"], ["z"]),
         helper.make_node("Relu", ["z"], ["out"]),
     ]
-    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", ["n", 3, "h", "w"]), ("out", ["n", 4, "oh", "ow"]))]
+    info = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+        for n, s in (("x", ["n", 3, "h", "w"]), ("out", ["n", 4, "oh", "ow"]))
+    ]
     graph = helper.make_graph(nodes, "g", info[:1], info[1:], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     onnx.save(model, tmp_path / "one.onnx")

@@ -1,17 +1,22 @@
 """proof.py: right folds are equal, wrong ones are not, and what cannot be judged is said to be so."""
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
+from conftest import randomize
 from folding import small
 from rounding import REPORTED
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError
+from repvgg.fold.blocks import with_bn
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.names import FAMILY
+from repvgg.models.repvgg import RepVGG
 
 
 class Nearly(nn.Module):
@@ -85,3 +90,114 @@ def test_verify_compares_trees_of_tensors() -> None:
 class ArgMax(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.argmax(1)
+
+
+# ------------------------------------------------------------------------------------------ three verdicts, and their reasons
+
+
+def one_element_off(model: nn.Module, layer: int, by: float = 1e-3) -> nn.Module:
+    """A copy with one element of one convolution's kernel changed."""
+    wrong = copy.deepcopy(model)
+    kernels = [m.weight for m in wrong.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        kernel = kernels[layer % len(kernels)].flatten()
+        kernel[kernel.abs().argsort()[len(kernel) // 2]] *= 1 + by
+    return wrong
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "repvgg_micro"])
+def test_one_wrong_element_is_caught_on_every_member(name: str) -> None:
+    model = randomize(RepVGG(FAMILY[name], num_classes=10, width=1 / 32), (4, 3, 64, 64)).double()
+    folded = reparameterize(model)
+    assert verify(model, folded, (3, 64, 64)).ok
+    for layer in (0, 13, -1):
+        found = verify(model, one_element_off(folded, layer), (3, 64, 64), images=2)
+        assert found.verdict == "NOT EQUAL", (layer, found)
+
+
+class Amplifier(nn.Module):
+    """Multiplies differences between its inputs by `gain`: where they are nearly equal, its own rounding too."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.conv = with_bn(nn.Conv2d(3, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return (y * self.gain).sin()
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(1e6, "equal"), (1e12, "equal"), (1e16, "cannot be judged")])
+def test_a_network_that_amplifies_rounding_is_judged_by_its_condition(gain: float, verdict: str) -> None:
+    model = randomize(Amplifier(gain), (8, 3, 8, 8)).double()
+    folded = reparameterize(model)
+    found = verify(model, folded, (3, 8, 8))
+    assert found.verdict == verdict
+    assert found.ok == (verdict == "equal")
+    assert f"one unit in the last place moves the output by {found.own.relative:.1e}" in str(found)
+    assert found.own.relative > 1e-17 * gain
+    assert not verify(model, one_element_off(folded, 0), (3, 8, 8)).ok
+
+
+def test_what_cannot_be_judged_says_what_to_compare_instead() -> None:
+    model = randomize(Amplifier(1e8), (8, 3, 8, 8))
+    found = verify(model, copy.deepcopy(model), (3, 8, 8))  # in float32 its own rounding is as large as its output
+    assert (found.verdict, found.ok) == ("cannot be judged", False)
+    assert str(found).startswith("cannot be judged in float32: ")
+    assert str(found).endswith("; compare both in float64 (.double())")
+    assert verify(model.double(), copy.deepcopy(model).double(), (3, 8, 8)).ok
+
+
+class Detector(nn.Module):
+    """The five places that score best, as a detector gives them: which ones is decided by the last digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = with_bn(nn.Conv2d(3, 4, 3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores = self.backbone(x).sigmoid().flatten(1)
+        found = (scores * 1e13).sin().topk(5)
+        return {"boxes": found.indices.double() / scores.shape[1], "labels": found.indices}
+
+
+def test_of_detections_the_features_are_compared() -> None:
+    model = randomize(Detector(), (8, 3, 8, 8)).double()
+    folded = reparameterize(model)
+    found = verify(model, folded, (3, 8, 8))
+    assert found.ok
+    assert found.compared == ("backbone",)
+    assert "equal in float64 (outputs are discrete: backbone compared instead)" in str(found)
+    assert verify(model, one_element_off(folded, 0), (3, 8, 8)).verdict == "NOT EQUAL"
+
+
+@pytest.mark.slow
+def test_a_deep_network_with_random_statistics() -> None:
+    """timm's efficientnetv2_rw_t multiplies its own rounding by some ten orders of magnitude."""
+    model = pytest.importorskip("timm").create_model("efficientnetv2_rw_t").double().eval()
+    random = torch.Generator().manual_seed(0)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_(generator=random)  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 2, generator=random)  # type: ignore[union-attr]
+    folded = reparameterize(model)
+    right, wrong = (verify(model, m, (3, 96, 96)) for m in (folded, one_element_off(folded, 60)))
+    assert right.ok, right
+    assert not wrong.ok, wrong
+
+
+@pytest.mark.slow
+def test_different_detectors_are_not_equal() -> None:
+    detection = pytest.importorskip("torchvision.models.detection")
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        nets.append(detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval())
+    changed = copy.deepcopy(nets[0])
+    with torch.no_grad():
+        for tensor in list(changed.parameters())[10:16]:
+            tensor.mul_(1.5)
+    size = 3, 320, 320
+    assert not verify(*nets, size, images=2).ok
+    assert not verify(nets[0], changed, size, images=2).ok
+    assert verify(nets[0], copy.deepcopy(nets[0]), size, images=2).verdict != "NOT EQUAL"

@@ -44,7 +44,7 @@ def test_comparators_take_no_options_of_the_family(options: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": -1}, "num_classes"),
         ({"in_chans": 0}, "in_chans"),
         ({"width": 0.0}, "width"),
         ({"width": float("nan")}, "width"),
@@ -52,7 +52,7 @@ def test_comparators_take_no_options_of_the_family(options: dict[str, Any]) -> N
         ({"block": "nonsense"}, "no block 'nonsense'"),
         ({"pretrained": True, "width": 0.5}, "pretrained"),
         ({"pretrained": True, "in_chans": 1}, "pretrained"),
-        ({"pretrained": True, "num_classes": 0}, "num_classes"),
+        ({"pretrained": True, "num_classes": -1}, "num_classes"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

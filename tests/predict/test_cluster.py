@@ -16,6 +16,7 @@ from roads import make_camvid
 from repvgg.disk import FileError
 from repvgg.predict import cluster
 from repvgg.predict.job import Job
+from repvgg.predict.remote import open_data
 from repvgg.predict.where import Cluster
 
 pytest.importorskip("ray")
@@ -42,7 +43,7 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
     (photos / "val/cat/00.png").rename(photos / "val/cat" / os.fsdecode(b"\xe9.png"))
     job = Job(str(files / "colour.safetensors"), str(photos), str(tmp_path / "out"), part_size=4, batch_size=3)
     run(job)
-    shards = cluster.open_data(job.data, "val", 4)
+    shards = open_data(job.data, "val", 4)
     (tmp_path / "ray").mkdir()
     store, root = cluster._place(str(tmp_path / "ray"))
     _, decoder, _ = cluster._agreed(job, shards, store, root, str)

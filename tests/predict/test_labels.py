@@ -16,7 +16,8 @@ from repvgg.data.images import ImageError, decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import create_model, manifest_of, remember
-from repvgg.predict.labels import Prediction, expand, predict
+from repvgg.predict.labels import expand, predict
+from repvgg.predict.prediction import Prediction
 from repvgg.train.loop import new_model
 
 

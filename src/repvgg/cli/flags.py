@@ -68,6 +68,11 @@ class WhereLoading(Where):
     workers: int = 0
     """Processes that load images; 0: the main one does."""
 
+    def chosen(self) -> str:
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: at least 0")
+        return super().chosen()
+
 
 @dataclass(frozen=True)
 class Draw:

@@ -1,10 +1,14 @@
 """Tables of models in the terminal: the family, one model layer by layer, an exported file's operators, recipes; or JSON."""
 
-from dataclasses import asdict, fields
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.terminal import billions, millions, print_json, print_table
+from repvgg.models.header import Header, costs_of, read_header
+from repvgg.models.manifest import Manifest
+from repvgg.models.names import resolve_name
+from repvgg.terminal import billions, millions, print_json, print_table, printable
 from repvgg.train.recipes import RECIPES, get_recipe
 
 if TYPE_CHECKING:
@@ -16,11 +20,16 @@ def show(name_or_file: str, as_json: bool) -> None:
     if not name_or_file:
         _show_family(as_json)
         return
+    path = Path(name_or_file)
+    if not as_json and (header := read_header(path)) and header.manifest.layers:  # at once, where PyTorch is not needed
+        _show_listed(name_or_file, header)
+        return
+    if not path.exists() and not path.suffix and ":" not in name_or_file:
+        resolve_name(name_or_file)  # a mistyped name is told before PyTorch is imported
     import torch
 
     from repvgg.models import zoo
     from repvgg.models.load import is_file, open_model
-    from repvgg.models.names import resolve_name
 
     if is_file(name_or_file):
         _show_model(name_or_file, open_model(name_or_file), as_json)
@@ -106,6 +115,15 @@ def _show_family(as_json: bool) -> None:
     print("Comparators: " + ", ".join(name for name in list_models() if name not in FAMILY and name not in PSPNETS))
 
 
+def _show_listed(name: str, header: Header) -> None:
+    rows = costs_of(header)
+    _print_layers(name, header.manifest, map(astuple, rows))
+    params, macs, muls = (sum(numbers) for numbers in zip(*((r.params, r.macs, r.winograd_muls) for r in rows), strict=True))
+    print(f"parameters        {params / 1e6:10.2f} M\nMACs              {macs / 1e9:10.2f} G   multiply-adds counted once")
+    print(f"Winograd MULs     {muls / 1e9:10.2f} G   F(2x2, 3x3)")
+    _print_origin(header.manifest)
+
+
 def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
     from repvgg.measure.costs import cost
     from repvgg.models import zoo
@@ -117,27 +135,38 @@ def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
         print_json({**asdict(manifest), **summary, "cost": [asdict(layer) for layer in c.layers]})
         return
     modules = dict(model.named_modules())
+    rows = [(x.path, x.operator, _geometry(modules[x.path]), x.output_shape, x.params, x.macs, x.winograd_muls) for x in c.layers]
+    _print_layers(name, manifest, rows)
+    print(c)
+    _print_origin(manifest)
+
+
+def _print_layers(name: str, manifest: Manifest, rows: Iterable[tuple[Any, ...]]) -> None:
     table = [
         (
-            layer.path or "(model)",
-            layer.operator,
-            _geometry(modules[layer.path]),
-            "x".join(map(str, layer.output_shape)),
-            f"{layer.params:,}" if layer.params else "",
-            f"{layer.macs / 1e6:,.1f}" if layer.macs else "",
-            f"{layer.winograd_muls / 1e6:,.1f}" if layer.macs else "",
+            path or "(model)",
+            operator,
+            geometry,
+            "x".join(map(str, output)),
+            f"{params:,}" if params else "",
+            f"{macs / 1e6:,.1f}" if macs else "",
+            f"{muls / 1e6:,.1f}" if macs else "",
         )
-        for layer in c.layers
+        for path, operator, geometry, output, params, macs, muls in rows
     ]
     size = " x ".join(map(str, manifest.preprocessing.input_size))
     header = ("layer", "operator", "geometry", "output", "params", "MACs (M)", "Winograd MULs (M)")
-    print_table(header, table, title=f"{name}, {manifest.form} form, input {size}")
-    print(c)
+    print_table(header, table, title=printable(f"{name}, {manifest.form} form, input {size}"))
+
+
+def _print_origin(manifest: Manifest) -> None:
+    """Print the classes, and how it was trained."""
     if manifest.classes:
         shown = ", ".join(manifest.classes[:8]) + (" ..." if len(manifest.classes) > 8 else "")
-        print(f"classes           {len(manifest.classes)}: {shown}")
+        print(printable(f"classes           {len(manifest.classes)}: {shown}"))
     if manifest.training:
-        print("trained           " + ", ".join(f"{k} {v}" for k, v in manifest.training.items() if not isinstance(v, dict)))
+        facts = ", ".join(f"{k} {v}" for k, v in manifest.training.items() if not isinstance(v, dict))
+        print(printable(f"trained           {facts}"))
 
 
 def _geometry(module: Any) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from repvgg.deploy.prune import PruningReport
     from repvgg.deploy.quantize import QuantizationReport
     from repvgg.predict.job import Summary
-    from repvgg.predict.labels import Prediction
     from repvgg.predict.masks import MaskPrediction
+    from repvgg.predict.prediction import Prediction
     from repvgg.train.evaluate import Accuracy
     from repvgg.train.segmentation import Overlap
     from repvgg.train.tasks import Evaluation
@@ -83,7 +83,8 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
             failed += 1
             say(f"repvgg: {p.error}")
         elif as_json:
-            print(json.dumps({"path": p.path, "labels": [{"label": name, "probability": round(x, 6)} for name, x in p.labels]}))
+            labels = [{"label": name, "probability": round(x, 6)} for name, x in p.labels]
+            print(json.dumps({"path": p.path, "labels": labels, "engine": p.engine}))
         else:
             rows.append((p.path, *(f"{name} {x:.1%}" for name, x in p.labels)))
     if rows:

@@ -102,6 +102,8 @@ class Predict:
             self._images()
 
     def _images(self) -> None:
+        if self._light():
+            return
         from repvgg.cli.show_results import show_masks, show_predictions
         from repvgg.deploy.load import open_model
         from repvgg.models.views import WHOLE
@@ -117,6 +119,19 @@ class Predict:
             return
         answers = predict_masks(network, self.images, device, views)
         show_masks(write_masks(answers, Path(self.out), class_names(network)) if self.out else answers, self.output.json)
+
+    def _light(self) -> bool:
+        """Answer without PyTorch where that can be; return whether it was."""
+        plain = self.viewing == Viewing() and not self.out and self.engine.precision == "fp32" and self.batch_size > 0
+        if not plain or self.where.device not in ("", "cpu"):
+            return False
+        from repvgg.cli.show_results import show_predictions
+        from repvgg.predict.light import predict_lightly
+
+        answers = predict_lightly(self.model, self.images, self.top, self.engine.engine)
+        if answers is not None:
+            show_predictions(answers, self.output.json)
+        return answers is not None
 
     def _whole_set(self) -> None:
         if self.images or not self.out:

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-MAX_PIXELS = 100_000_000  # 10,000 x 10,000: some 300 MB once decoded
+from repvgg.terminal import printable
+
+MAX_PIXELS = 100_000_000  # 10,000 x 10,000: 300 MB once decoded, up to 9 bytes a pixel while it is
+STRIP = 4_000_000  # pixels that are converted at once
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 ORIENTATION = 0x0112  # EXIF's tag
 # Pillow's names of these. It reads more, for one EPS, which it hands to Ghostscript: a program for a stranger to run.
@@ -24,7 +27,10 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names it."""
+    """An image that cannot be used; the message names it, in one printable line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def is_image(path: Path) -> bool:
@@ -33,13 +39,61 @@ def is_image(path: Path) -> bool:
 
 
 def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str | None = None) -> Tensor:
-    """uint8 tensor [channels, H, W] (1: grey, 3: RGB) of a file or of encoded bytes, as a viewer would show it."""
+    """Return an image of a file or of encoded bytes as a viewer would show it, uint8 [channels, H, W] (1: grey, 3: RGB).
+
+    Raises `ImageError` for all that is no image, and ValueError for other numbers of channels.
+    """
     if channels not in (1, 3):
         raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {channels}")
-    mode = "L" if channels == 1 else "RGB"
-    array = _read(source, name, lambda image: np.array(_convert(_upright(image), mode)))
-    tensor = torch.from_numpy(array)
-    return tensor.unsqueeze(0) if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+    turned: tuple[Tensor, int] = _read(source, name, lambda image: _decoded(image, source, channels))
+    return _upright(*turned)
+
+
+def _decoded(image: Image.Image, source: str | os.PathLike[str] | bytes, channels: int) -> tuple[Tensor, int]:
+    """The pixels as they are stored, and EXIF's word on how the camera was held."""
+    pixels = _from_jpeg(source, channels) if image.format == "JPEG" and image.mode == ("RGB" if channels == 3 else "L") else None
+    if pixels is None:
+        image.load()  # what is truncated fails here
+        pixels = _in_strips(image, channels)
+    try:
+        return pixels, image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF does not make a whole image useless
+        return pixels, 1
+
+
+def _from_jpeg(source: str | os.PathLike[str] | bytes, channels: int) -> Tensor | None:
+    """As torchvision reads it, which is twice as fast as Pillow; None where it cannot, and Pillow will say why."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+        return pixels
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+def _in_strips(image: Image.Image, channels: int) -> Tensor:
+    """A large image is converted piece by piece: conversions keep several copies of what they are given."""
+    rows = max(1, STRIP // image.width)
+    edges = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    white = None
+    if image.mode.startswith(("I", "F")):
+        white = _white(image.mode, max(float(_numbers(image.crop(edge)).max()) for edge in edges))
+    pixels = torch.empty(channels, image.height, image.width, dtype=torch.uint8)
+    for edge in edges:
+        strip = np.array(_convert(image if len(edges) == 1 else image.crop(edge), "L" if channels == 1 else "RGB", white))
+        pixels[:, edge[1] : edge[3]] = torch.from_numpy(strip).view(edge[3] - edge[1], image.width, channels).permute(2, 0, 1)
+    return pixels
+
+
+def _upright(pixels: Tensor, orientation: int) -> Tensor:
+    """Turn an image [C, H, W] as EXIF's tag says."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    mirrored = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
+    return (pixels.flip(mirrored) if mirrored else pixels).contiguous()
 
 
 def decode_mask(source: str | os.PathLike[str]) -> Tensor:
@@ -48,6 +102,7 @@ def decode_mask(source: str | os.PathLike[str]) -> Tensor:
     def ids(image: Image.Image) -> Any:
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise ImageError(f"{source}: is a picture in {image.mode}, a mask has one class id a pixel (grey or palette)")
+        image.load()
         array = np.array(image)
         if array.max() > 255 or array.min() < 0:
             raise ImageError(f"{source}: class id {array.max() if array.max() > 255 else array.min()}; ids are from 0 to 255")
@@ -63,13 +118,11 @@ def size_of(source: str | os.PathLike[str]) -> tuple[int, int]:
         turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return image.size if turned else (image.height, image.width)
 
-    found: tuple[int, int] = _read(source, None, size, load=False)
+    found: tuple[int, int] = _read(source, None, size)
     return found
 
 
-def _read(
-    source: str | os.PathLike[str] | bytes, name: str | None, convert: Callable[[Image.Image], Any], load: bool = True
-) -> Any:
+def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Callable[[Image.Image], Any]) -> Any:
     """What `convert` makes of an image. Raises `ImageError` and nothing else."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
@@ -81,8 +134,6 @@ def _read(
                 width, height = image.size
                 if not 0 < width * height <= MAX_PIXELS:
                     raise ImageError(f"{name}: {width} x {height} pixels; between 1 and {MAX_PIXELS:,} can be decoded")
-                if load:
-                    image.load()  # what is truncated fails here
                 return convert(image)
     except ImageError:
         raise
@@ -95,18 +146,15 @@ def _read(
         raise ImageError(f"{name}: not an image, or a damaged one ({reason})") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """As EXIF says the camera was held. Damaged EXIF does not make a whole image useless."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+def _numbers(image: Any) -> Any:
+    """What an image of 16 or 32 bits holds, as float32 without NaN and Inf."""
+    return np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
 
 
-def _convert(image: Any, mode: str) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow would clip them to 255, not scale them
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        image = Image.fromarray((values * (255 / _white(image.mode, values))).clip(0, 255).round().astype(np.uint8))
+def _convert(image: Any, mode: str, white: float | None) -> Image.Image:
+    """white: the value that becomes 255, in 16 or 32 bits: Pillow would clip them to 255, not scale them."""
+    if white is not None:
+        image = Image.fromarray((_numbers(image) * (255 / white)).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -114,8 +162,7 @@ def _convert(image: Any, mode: str) -> Image.Image:
     return converted
 
 
-def _white(mode: str, values: Any) -> float:
+def _white(mode: str, largest: float) -> float:
     """The value of white: 65535 in a mode of 16 bits; in one of 32 bits or floats, the end of the first usual range that fits."""
-    largest = float(values.max())
     usual = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(mode, (65535.0,))
     return next((white for white in usual if largest <= white), largest)

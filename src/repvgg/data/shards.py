@@ -25,6 +25,7 @@ from repvgg.data.images import is_image
 from repvgg.data.masks import Masked
 from repvgg.data.stream import expanded, refuse_damaged
 from repvgg.disk import describe
+from repvgg.terminal import shown
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _of_folder(root: Path, split: str, size: int) -> Shards:
     def items(numbers: range) -> Iterator[Item]:
         for name in (names[i] for i in numbers):
             folder, *rest = Path(name).parts
-            yield Item(name, folder if labelled and rest else None, str(below / name))
+            yield Item(shown(name), shown(folder) if labelled and rest else None, str(below / name))
 
     return _in_rows(str(root), len(names), size, items, names)
 
@@ -148,7 +149,7 @@ def _of_stream(spec: str, load: dict[str, Any], split: str, files: Sequence[str]
     def read(shard: int) -> Iterator[Item]:
         try:
             for i, row in enumerate(table.shard(count, shard)):
-                key = f"{Path(row['__url__']).name}/{row['__key__']}" if "__url__" in row else f"{shard}/{i}"
+                key = f"{Path(row['__url__']).name}/{_inside(row['__key__'])}" if "__url__" in row else f"{shard}/{i}"
                 yield Item(key, to_label(row), _encoded(row[image]))
         except (DataError, GeneratorExit):
             raise
@@ -184,6 +185,12 @@ def _columns(spec: str, features: Any) -> tuple[str, Callable[[Any], str | int |
         return classes[number] if classes and number < len(classes) else int(number)
 
     return image, to_label
+
+
+def _inside(key: str) -> str:
+    """A stranger's name of a member, printable, and without a way out of the folder that it may be put into."""
+    parts = [part.replace(".", "\\x2e") if part in (".", "..") else part for part in shown(key).split("/")]
+    return "/".join(part for part in parts if part)
 
 
 def _encoded(cell: Any) -> bytes | str:

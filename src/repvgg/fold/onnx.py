@@ -20,7 +20,6 @@ import torch
 
 from repvgg.disk import FileError, describe
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.flow import Value
 from repvgg.fold.flow import check as check_stretch
 from repvgg.fold.onnx_file import OnnxFile
 from repvgg.fold.onnx_graph import OnnxGraph

@@ -70,8 +70,8 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
     refuse_uncopyable(model)
     model = copied(model)
     vars(model).pop("manifest", None)  # a file of it would no longer be what `create_model` makes
-    traces, report = trace(model), ReplaceReport()
-    norm_paths = partners(model, traces)
+    modes, report = (trace(model), trace(_still(model))), ReplaceReport()  # it is trained and evaluated
+    norm_paths = dict(partners(model, modes[0]).items() & partners(model, modes[1]).items())
     in_blocks = {part for module in model.modules() if is_foldable(module) for part in module.modules()}
     for path, conv in list(model.named_modules()):
         if not isinstance(conv, nn.modules.conv._ConvNd):
@@ -79,14 +79,14 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         try:
             if conv in in_blocks:
                 raise ReparamError("is part of a block that folds")
-            if reason := traces.why_not_replaced(path):
+            if reason := _why_not(path, modes):
                 raise ReparamError(reason)
             new = make(*_geometry(conv))
         except ReparamError as error:
             report.left[path] = error.reason
             continue
         assert isinstance(conv, nn.Conv2d)
-        norm = _partner(model, norm_paths.get(path, ""), traces)
+        norm = _partner(model, norm_paths.get(path, ""), modes)
         if not fresh:
             with inside(path):
                 _take_over(new.to(conv.weight.device, torch.float64), conv, norm)
@@ -95,9 +95,22 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         if norm is not None:
             model.set_submodule(norm_paths[path], split_activation(norm)[1].train(norm.training))
             report.norms.append(norm_paths[path])
-    refuse_lost(model, traces, "replaced")
+    refuse_lost(model, modes[0], "replaced")
     model.replace_report = report  # type: ignore[assignment]
     return model
+
+
+def _still(model: nn.Module) -> nn.Module:
+    """A copy in eval mode."""
+    copy_ = copied(model, share_tensors=True)
+    for module in copy_.modules():
+        module.training = False
+    return copy_
+
+
+def _why_not(path: str, modes: tuple[Traces, ...]) -> str | None:
+    """Why no block can take this module's place, in train mode or in eval mode, if so."""
+    return next(filter(None, (traces.why_not_replaced(path) for traces in modes)), None)
 
 
 def _geometry(conv: nn.Module) -> tuple[Any, ...]:
@@ -117,12 +130,12 @@ def _geometry(conv: nn.Module) -> tuple[Any, ...]:
     return conv.in_channels, conv.out_channels, conv.stride[0], conv.dilation[0], conv.groups, conv.padding_mode
 
 
-def _partner(model: nn.Module, path: str, traces: Traces) -> nn.BatchNorm2d | None:
+def _partner(model: nn.Module, path: str, modes: tuple[Traces, ...]) -> nn.BatchNorm2d | None:
     """The batch norm at `path`, if it can go into a block: it trains (a frozen one does not) and has nothing odd about it."""
     norm = model.get_submodule(path) if path else None
     if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not is_batch_norm(norm) or norm.running_mean is None:
         return None
-    return None if altered(norm) or traces.why_not_replaced(path) else norm  # type: ignore[return-value]
+    return None if altered(norm) or _why_not(path, modes) else norm  # type: ignore[return-value]
 
 
 def _take_over(block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from repvgg.fold.algebra import ReparamError, concat
+from repvgg.fold.algebra import concat
 from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered

@@ -302,9 +302,12 @@ class _Tracer(fx.Tracer):
         plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
 
         def get(module: nn.Module, name: str) -> Any:
+            value = plain_get(module, name)
             if self.watching and module is not self.root and name not in MACHINERY:
                 self.seen.reads.append((module, name))
-            return plain_get(module, name)
+                if isinstance(value, list | dict | set):  # which may be changed as well as read
+                    self.seen.writes.append((module, name))
+            return value
 
         def set_(module: nn.Module, name: str, value: Any) -> None:
             if self.watching:

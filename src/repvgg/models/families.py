@@ -80,7 +80,8 @@ def _create_repvgg(r: Request) -> Made:
     tensors, _, _ = weights.read(source)
     classes = imagenet_classes() if r.num_classes == 1000 else None
     if classes is None:
-        tensors.update({name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")})
+        head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")} | head
     try:
         weights.fill(model, tensors)
     except ValueError as error:

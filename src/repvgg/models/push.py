@@ -74,7 +74,7 @@ def _may_write_card(repo_id: str, token: str | None) -> bool:
 
 
 def model_card(model: nn.Module, repo_id: str, license: str = "", summary: dict[str, Any] | None = None) -> str:
-    """Return the README.md of a model in eval mode. Figures are those of its training and its run, and what is computed here: costs,
+    """Return the README.md of a model in eval mode. Figures are of its training and its run, and what is computed here: costs,
     and how exactly it folds."""
     manifest = manifest_of(model)
     name = str((manifest.arch or {}).get("name", "pruned network"))

@@ -37,7 +37,7 @@ from repvgg.predict.where import Cluster
 
 CHECKPOINT, DONE = "_checkpoint", "_done.json"
 BLOCK_ROWS, BLOCK_BYTES = 256, 16 * 2**20  # of what a read task gives at once, at most
-LIGHT = {"num_cpus": 0.25}  # what tasks need that read and write
+LIGHT = 0.25  # of a processor, which is what tasks need that read and write
 FEW = 3  # processors
 READ_TASKS = 2000  # at most: each reads several shards where there are more
 READ = pa.schema(
@@ -99,20 +99,30 @@ def _run(job: Job, cluster: Cluster, engine: str, decoder: Decoder, schema: pa.S
     url = f"{root}/{CHECKPOINT}"
     context.checkpoint_config = CheckpointConfig("key", url, override_filesystem=store, delete_checkpoint_on_success=False)
     processors = int(ray.cluster_resources().get("CPU", 1))
+    least, most = cluster.actors(processors)
+    at_once = max(1, processors // 2)  # tasks that read, and that write: each is a process, which takes seconds to start
     share = 1 if processors > FEW else 0.5  # the checkpoint's filter takes a processor too, and reading must not starve
     try:
-        images = ray.data.read_datasource(_source(job, count), override_num_blocks=min(count, READ_TASKS), ray_remote_args=LIGHT)
+        tasks = min(count, READ_TASKS)
+        images = ray.data.read_datasource(_source(job, count), override_num_blocks=tasks, concurrency=at_once, num_cpus=LIGHT)
         decoded = images.map_batches(partial(_decode, decoder), batch_size=job.batch_size, batch_format="pyarrow")
         rows = decoded.map_batches(
             Predictor,
             fn_constructor_args=[job, engine, out],
             batch_size=job.batch_size,
             batch_format="pyarrow",
-            concurrency=cluster.actors(processors),
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             num_gpus=cluster.gpus or None,
             num_cpus=None if cluster.gpus else share,
         )
-        rows.write_parquet(root, filesystem=store, min_rows_per_file=job.part_size, schema=schema, ray_remote_args=LIGHT)
+        rows.write_parquet(
+            root,
+            filesystem=store,
+            min_rows_per_file=job.part_size,
+            schema=schema,
+            ray_remote_args={"num_cpus": LIGHT},
+            concurrency=at_once,
+        )
     except ray.exceptions.RayError as error:
         raise ValueError(f"the prediction stopped, the same command goes on ({_reason(error)})") from None
     finally:
@@ -142,7 +152,7 @@ def _connect(cluster: Cluster, log: Log) -> None:
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         if cluster.ray != "auto":
             raise ValueError(f"--ray {cluster.ray}: no cluster answers there ({describe(error).splitlines()[0]})") from None
-        ray.init(include_dashboard=False, num_cpus=max(FEW + 1, os.cpu_count() or 1), **quiet)
+        ray.init(include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
     log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
 
 

@@ -2,7 +2,6 @@
 
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,15 +11,7 @@ from repvgg.data.images import ImageError, decode, is_image
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.models.finite import finite
 from repvgg.models.zoo import dtype_of, manifest_of
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The likeliest classes of one image, best first; or why it could not be read."""
-
-    path: str
-    labels: list[tuple[str, float]]
-    error: str | None = None
+from repvgg.predict.prediction import Prediction
 
 
 def predict(
@@ -56,7 +47,7 @@ def predict(
                 probabilities = finite(model, images.to(dtype_of(model))).float().softmax(1).cpu()
             labels = dict(zip(inputs, named(probabilities, manifest.classes, top), strict=True))
         for path in chunk:
-            yield Prediction(path, labels.get(path, []), errors.get(path))
+            yield Prediction(path, labels.get(path, []), errors.get(path), getattr(model, "name", "pytorch"))
 
 
 def expand(patterns: Sequence[str]) -> list[str]:

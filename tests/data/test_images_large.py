@@ -1,0 +1,90 @@
+"""data/images.py: large images cost a bounded amount of memory, and JPEGs are read by the faster of two readers, alike."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import encoded, noise
+from PIL import Image
+
+from repvgg.data import images
+from repvgg.data.images import decode
+
+MODES = {
+    "RGB": Image.fromarray(noise(3)),
+    "RGBA": Image.fromarray(noise(4)),
+    "L": Image.fromarray(noise()),
+    "P": Image.fromarray(noise(3)).quantize(16),
+    "1": Image.fromarray(noise()).convert("1"),
+    "I;16": Image.fromarray(noise(high=65536, dtype=np.uint16)),
+    "F": Image.fromarray(noise().astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_in_strips_as_at_once(mode: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = "TIFF" if mode in ("F", "I;16") else "PNG"
+    source = encoded(MODES[mode], kind, **({"transparency": 3} if mode == "P" else {}))
+    whole = decode(source, channels)
+    monkeypatch.setattr(images, "STRIP", 2 * 13 + 1)  # two rows of the nine at a time
+    assert torch.equal(decode(source, channels), whole)
+
+
+MEASURE = """
+import resource, sys
+from repvgg.data.images import decode
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image = decode(data)
+print(image[0].numel(), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in kilobytes")
+@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK"])
+def test_a_large_image_takes_nine_bytes_a_pixel_at_most(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    Image.new(mode, (6000, 6000)).save(path, "JPEG" if mode == "CMYK" else "PNG")
+    assert path.stat().st_size < 2_000_000
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
+    pixels, peak = map(int, done.stdout.split())
+    assert pixels == 36_000_000
+    assert 3 * pixels < peak < 9 * pixels + 100_000_000  # libraries that are loaded on the way
+
+
+def photo(size: tuple[int, int] = (150, 113)) -> Image.Image:
+    """Smooth, with edges and noise, as photos are."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    planes = [120 + 90 * np.sin(7 * x + i) * np.cos(5 * y) + 25 * (x > 0.5) for i in range(3)]
+    rough = np.random.default_rng(0).normal(0, 6, (size[1], size[0], 3))
+    return Image.fromarray((np.stack(planes, 2) + rough).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"subsampling": 1, "quality": 95}, {"progressive": True, "quality": 30}]
+)
+def test_both_readers_of_jpeg_agree(mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, channels = encoded(photo().convert(mode), "JPEG", **options), 3 if mode == "RGB" else 1
+    fast = images._from_jpeg(source, channels)
+    assert fast is not None
+    assert torch.equal(decode(source, channels), fast)
+    monkeypatch.setattr(images, "_from_jpeg", lambda *_: None)
+    slow = decode(source, channels)
+    assert int((fast.int() - slow.int()).abs().max()) <= 2  # two builds of libjpeg may round otherwise
+
+
+def test_what_the_faster_reader_does_not_read_the_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(images, "_from_jpeg", lambda source, channels: asked.append(channels))
+    grey, colour = encoded(photo().convert("L"), "JPEG"), encoded(photo(), "JPEG")
+    for source, channels in ((grey, 3), (colour, 1), (encoded(photo().convert("CMYK"), "JPEG"), 3), (encoded(photo(), "PNG"), 3)):
+        assert decode(source, channels).shape == (channels, 113, 150)
+    assert asked == []
+    assert decode(colour, 3).shape == (3, 113, 150)  # it gives up here
+    assert asked == [3]

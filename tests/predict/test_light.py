@@ -1,0 +1,90 @@
+"""light.py: the answers of labels.py for the usual cases, without PyTorch; everything else is left to it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import repvgg
+from repvgg.deploy.export import export
+from repvgg.models.load import load
+from repvgg.predict.labels import predict
+from repvgg.predict.light import predict_lightly
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, size in (("same.png", (36, 36)), ("wide.png", (200, 90)), ("tall.jpg", (77, 123)), ("odd.jpg", (375, 300))):
+        smooth = Image.fromarray(random.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+        smooth.resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=90)
+    turned = Image.open(folder / "tall.jpg")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "turned.jpg", exif=exif)
+    Image.open(folder / "wide.png").convert("L").save(folder / "grey.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deploy(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deploy")
+    for name in ("colour", "grey"):
+        repvgg.save(repvgg.reparameterize(load(files / f"{name}.safetensors")), folder / f"{name}.safetensors")
+    return folder
+
+
+def test_the_answers_of_pytorch(deploy: Path, pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("repvgg_engine")
+    pytest.importorskip("onnxscript")
+    for name in ("colour", "grey"):
+        file = deploy / f"{name}.safetensors"
+        exported = export(load(file), "onnx", tmp_path, name, log=str)
+        paths = list(map(str, sorted(pictures.iterdir())))
+        wanted = list(predict(load(file), paths, top=3))
+        for model, engine in ((file, "native"), (exported, "onnxruntime")):
+            found = predict_lightly(str(model), paths, top=3)
+            assert found is not None
+            for got, exact in zip(found, wanted, strict=True):
+                assert (got.path, got.engine, got.error) == (exact.path, engine, None)
+                # Pillow's resizing and PyTorch's differ by a grey level here and there.
+                assert dict(got.labels) == pytest.approx(dict(exact.labels), abs=2e-3)
+
+
+def test_the_unusual_is_left_alone(deploy: Path, files: Path, pictures: Path, tmp_path: Path) -> None:
+    model, photo = str(deploy / "colour.safetensors"), str(pictures / "wide.png")
+    image = Image.open(photo)
+    image.convert("P").save(tmp_path / "palette.png")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    image.resize((900, 20)).save(tmp_path / "long.png")
+    image.save(tmp_path / "bitmap.bmp")
+    (tmp_path / "bad.png").write_bytes(Path(photo).read_bytes()[:500])
+    for words in (
+        (str(files / "colour.safetensors"), [photo]),  # in training form
+        (str(files / "masks.safetensors"), [photo]),
+        ("repvgg_a0", [photo]),
+        (model, [str(pictures)]),
+        (model, [photo] * 40),
+        (model, []),
+        *((model, [photo, str(tmp_path / name)]) for name in ("palette.png", "alpha.png", "long.png", "bitmap.bmp", "bad.png")),
+    ):
+        assert predict_lightly(*words) is None
+    assert predict_lightly(model, [photo], engine="eager") is None
+    assert predict_lightly(model, [photo], top=0) is None
+
+
+def test_pytorch_is_not_imported(deploy: Path, pictures: Path) -> None:
+    pytest.importorskip("repvgg_engine")
+    code = "import sys; from repvgg.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    words = ["predict", str(deploy / "colour.safetensors"), str(pictures / "wide.png"), "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["engine"] == "native"
+    code = code.replace("not in", "in")
+    done = subprocess.run([sys.executable, "-c", code, *words, "--engine", "eager"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["engine"] == "eager"
