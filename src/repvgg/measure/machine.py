@@ -62,7 +62,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, if it runs from one, with "+" where files were changed since."""
+    """Return the commit of the checkout that this package runs from, if any, with "+" where files were changed since."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         # Installed inside somebody's checkout, it is not that checkout's commit.
