@@ -11,19 +11,8 @@ from onnx import NodeProto, helper
 from torch import Tensor
 
 from repvgg.fold.algebra import LinearMap, Pair, ReparamError, batch_norm
-from repvgg.fold.flow import (
-    Operator,
-    Value,
-    concatenated,
-    convolved,
-    normed,
-    padded,
-    picked,
-    pooled,
-    same,
-    scaled,
-    summed,
-)
+from repvgg.fold.flow import Value
+from repvgg.fold.operators import Operator, concatenated, convolved, normed, padded, picked, pooled, same, scaled, summed
 
 Pads = list[int]
 

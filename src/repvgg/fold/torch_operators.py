@@ -22,8 +22,8 @@ from repvgg.fold.as_linear import (
     split_activation,
     why_unknown,
 )
-from repvgg.fold.flow import Operator, concatenated, convolved, mapped, normed, padded, picked, pooled, same, scaled, summed
 from repvgg.fold.guards import altered, inside
+from repvgg.fold.operators import Operator, concatenated, convolved, mapped, normed, padded, picked, pooled, same, scaled, summed
 
 Reader = Callable[..., Operator | list[Operator]]  # takes a call's arguments, inputs as `Input`
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
