@@ -16,7 +16,6 @@ from rounding import REPORTED
 from torch import Tensor, nn
 
 from repvgg.disk import FileError
-from repvgg.fold import onnx as fold_onnx_module
 from repvgg.fold import onnx_file
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
