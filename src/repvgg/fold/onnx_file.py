@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, checker, external_data_helper, helper, numpy_helper
 
 from repvgg.disk import FileError, atomically, describe
@@ -49,7 +49,8 @@ class OnnxFile:
     def array(self, tensor: TensorProto) -> np.ndarray[Any, Any]:
         """The numbers of a tensor, wherever they lie; those beside the graph are read as they are used."""
         if not external_data_helper.uses_external_data(tensor):
-            return numpy_helper.to_array(tensor)
+            inside: np.ndarray[Any, Any] = numpy_helper.to_array(tensor)
+            return inside
         file, offset, size = self._beside(tensor)
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if not size:
@@ -97,7 +98,7 @@ class OnnxFile:
         digest = hashlib.sha256()
         tensors = list(tensors_of(self.model))
         for i in at:
-            digest.update(np.ascontiguousarray(self.array(tensors[i])))
+            digest.update(np.ascontiguousarray(self.array(tensors[i])).data)
         beside = path.with_name(f"{path.name}.{digest.hexdigest()[:12]}.data")
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -139,7 +140,8 @@ def size_of(tensor: TensorProto) -> int:
         bits = BITS.get(tensor.data_type) or helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
     except KeyError:
         raise FileError(f"{tensor.name}: is of an unknown type {tensor.data_type}") from None
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    size: int = (math.prod(tensor.dims) * bits + 7) // 8
+    return size
 
 
 BITS = {getattr(TensorProto, name): 4 for name in ("INT4", "UINT4", "FLOAT4E2M1") if hasattr(TensorProto, name)}

@@ -70,7 +70,8 @@ class ModuleFlow:
         return None
 
     def _call(self, path: str, node: fx.Node, known: dict[fx.Node, Any], owners: tuple[str, ...]) -> Any:
-        args, kwargs = (fx.map_arg(a, lambda n: known[n]) for a in (node.args, node.kwargs))
+        args: Any = fx.map_arg(node.args, lambda n: known[n])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: known[n])
         if node.op == "call_module":
             child = self.model.get_submodule(path).get_submodule(str(node.target))
             given = [*dict.fromkeys(_nodes_in((node.args, node.kwargs)))]

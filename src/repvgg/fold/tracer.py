@@ -98,7 +98,7 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over the parts of a value, where the call that makes them says how many there are."""
         if (count := _parts_of(obj.node)) is not None:
-            return iter([obj[i] for i in range(count)])
+            return iter([obj[i] for i in range(count)])  # type: ignore[index]
         found: Iterator[Any] = super().iter(obj)
         return found
 
