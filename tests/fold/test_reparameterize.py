@@ -196,8 +196,8 @@ def test_any_module_may_be_the_root() -> None:
     assert_folds_exactly(block, (2, 4, 6, 6))
     assert report_of(reparameterize(block)).blocks == [""]
     with torch.no_grad():
-        block.get_submodule("conv_1x1.bn").running_var[0] = 0  # type: ignore[index, operator]
-    with pytest.raises(ReparamError, match=r"^conv_1x1\.bn\.running_var: is 0"):
+        block.get_submodule("conv_1x1.bn").running_var[0] = -1  # type: ignore[index, operator]
+    with pytest.raises(ReparamError, match=r"^conv_1x1\.bn\.running_var: is -1"):
         reparameterize(block)
     bare = nn.Conv2d(3, 4, 3).eval()
     assert (

@@ -41,7 +41,7 @@ def test_a_u_net_on_our_backbone() -> None:
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     folded = reparameterize(model)
     assert len(report_of(folded).blocks) == 10
-    assert report_of(folded).left == {"up.bn": "no convolution feeds this batch norm alone"}
+    assert report_of(folded).left.keys() == {"up.bn"}
     assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT
 
 

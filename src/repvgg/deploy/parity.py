@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.guards import copied
-from repvgg.fold.rounding import Error, at_least, distance, shake, shaken
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.fold.rounding import Error, at_least, distance, shake, shaken
 
 # How many times the model's own rounding an engine may be off: engines use Winograd's algorithms, and add in another order.
 MULTIPLE = {"fp32": 64, "tf32": 16, "fp16": 16, "bf16": 16}

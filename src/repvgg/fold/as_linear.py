@@ -119,11 +119,12 @@ NO_STATISTICS = "has no running statistics (track_running_stats=False), so its o
 def _batch_norm(m: nn.BatchNorm2d, channels: int | None) -> LinearMap:
     if m.running_mean is None or m.running_var is None:
         raise ReparamError(NO_STATISTICS)
-    if bool((m.running_var <= 0).any()):
-        channel = int((m.running_var <= 0).nonzero()[0])
+    impossible = (m.running_var < 0) | (m.running_var + m.eps <= 0)  # zero is a channel that never varied, and eps stands beside it
+    if bool(impossible.any()):
+        channel = int(impossible.nonzero()[0])
         raise ReparamError(
-            f"is {float(m.running_var[channel]):g} in channel {channel}; a variance is positive. The checkpoint is damaged or "
-            "the channel was constant throughout training: re-estimate the statistics, or set that entry by hand",
+            f"is {float(m.running_var[channel]):g} in channel {channel}; a variance is not negative, and positive with "
+            f"eps={m.eps:g} added. The checkpoint is damaged: re-estimate the statistics",
             "running_var",
         )
     return batch_norm(m.running_mean, m.running_var, m.eps, m.weight, m.bias)

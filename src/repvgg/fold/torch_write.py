@@ -112,7 +112,7 @@ class ModuleWriter:
             if not self._may_rewrite(path):
                 return None
             if path in source.nodes and path in target.nodes:
-                return path
+                return str(path)
         return None
 
     def _may_rewrite(self, path: str) -> bool:

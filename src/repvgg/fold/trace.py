@@ -59,7 +59,7 @@ def trace(model: nn.Module) -> Traces:
 
 def refuse_lost(model: nn.Module, before: Traces, done: str) -> None:
     """Raise `ReparamError` naming a module whose forward could be traced before, and now, its parts `done`, cannot."""
-    if broken := trace(model).untraceable.keys() - before.untraceable.keys():
+    if broken := trace(model).untraceable.keys() & before.graphs.keys():
         raise ReparamError(f"uses a {done} module in another way than calling its own child of that name", min(broken))
 
 
@@ -80,7 +80,7 @@ class _Walk:
                 done.add((module, repr(call)))
                 self._visit(module, call)
         self._distrust_readers_of_what_is_written()
-        self._hide({module for module, _ in done})
+        self._hide({*_entries(model), *(module for module, _ in done)})
         for counted in self.counted.values():
             self.traces.uses += counted
         self.traces.uses |= Counter(self.names[child] for parent in self.names for _, child in parts(parent))

@@ -60,7 +60,7 @@ class Seen:
 
 def traced(module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
     """Trace the forward of `module` as it is called. What it reads and writes goes into `seen`; what it wrote is put back."""
-    tracer = _Tracer(call, seen)
+    tracer, held, homeless = _Tracer(call, seen), set(vars(module)), False
     try:
         graph = tracer.trace(module)
         if tracer.undo:  # it has a state: does it do the same the next time?
@@ -72,6 +72,11 @@ def traced(module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
                 again.restore()
     finally:
         tracer.restore()
+        for name in vars(module).keys() - held:  # constants, which fx has put there
+            del vars(module)[name]
+            homeless = True
+    if homeless:
+        raise ValueError("it uses a tensor that no module holds")
     if repr(tracer.given) != tracer.as_given:
         seen.writes.append((module, ARGUMENTS))
     tracer.given = None
