@@ -1,6 +1,7 @@
 """What the tests share: random networks that a fold can really break, and how far apart two outputs are."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,15 @@ settings.load_profile("repvgg")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """A command that is run in this process leaves its signal handlers to none of the next tests, or their worker processes."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @torch.no_grad()

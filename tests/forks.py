@@ -32,7 +32,7 @@ LATE = (  # what commands import when they need it, and is slow to import
     "onnxruntime",
     "pyarrow.parquet",
     "torchvision.transforms.v2",
-    "torch.utils.tensorboard",
+    "tensorboard.summary.writer.record_writer",
     "matplotlib.figure",
 )
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from conftest import randomize
 from onnx import TensorProto, helper, numpy_helper
+from rounding import REPORTED
 from torch import Tensor, nn
 
 from repvgg.disk import FileError
-from repvgg.fold import onnx as fold_onnx_module
 from repvgg.fold import onnx_file
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.onnx import fold_onnx
+from repvgg.fold.onnx_graph import OnnxGraph
 
 Make = Callable[..., Path]
 
@@ -89,7 +90,7 @@ def test_a_network_of_every_sort_folds(tmp_path: Path, dynamo: bool) -> None:
     assert report.convolutions == (6, 5)
     assert report.norms == (5, 1)
     assert list(report.left.values()) == ["a Relu comes before it, and it is read from outside"]
-    assert apart(folded, file) < 1e-5
+    assert apart(folded, file) < REPORTED
     onnx.checker.check_model(str(folded), full_check=True)
 
 
@@ -101,7 +102,7 @@ def test_every_block_folds_into_one_convolution(tmp_path: Path, block: str) -> N
     file, folded = exported(nn.Sequential(BLOCKS[block](3, 3)), tmp_path / "a.onnx"), tmp_path / "b.onnx"
     fold_onnx(file, folded)
     assert kinds(folded) == {"Conv": 1}
-    assert apart(folded, file) < 1e-5
+    assert apart(folded, file) < REPORTED
 
 
 def test_opset_names_and_metadata_stay(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_uneven_padding_is_kept(tmp_path: Path, geometry: dict[str, Any]) -> Non
     file = one_conv(tmp_path, **geometry)
     fold_onnx(file, tmp_path / "b.onnx")
     assert kinds(tmp_path / "b.onnx") == {"Conv": 1, "Relu": 1}
-    assert apart(tmp_path / "b.onnx", file) < 1e-5
+    assert apart(tmp_path / "b.onnx", file) < REPORTED
 
 
 def test_what_a_branch_reads_from_outside_stays(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_external_data_stays_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fold_onnx(file, folded)
     (beside,) = folded.parent.glob("*.data")  # that of the first time is gone
     assert beside.stat().st_size > 1000
-    assert apart(folded, plain) < 1e-5
+    assert apart(folded, plain) < REPORTED
     fold_onnx(plain, tmp_path / "c.onnx")
     monkeypatch.setattr(onnx_file, "LARGEST", 1000)  # as if it were more than a protobuf holds
     fold_onnx(plain, tmp_path / "out" / "d.onnx")
@@ -268,14 +269,14 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes) -> None
 def test_a_wrong_fold_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof of the whole looks at the file, so what goes wrong between a stretch and its tensors is found."""
     file = one_conv(tmp_path)
-    right = fold_onnx_module.OnnxGraph.write
+    right = OnnxGraph.write
 
     def wrong(self: Any, stretch: Any) -> None:
         stretch.map.kernel[0, 0, 0, 0] *= 1.001
         right(self, stretch)
 
-    monkeypatch.setattr(fold_onnx_module.OnnxGraph, "write", wrong)
-    with pytest.raises(ReparamError, match="differs by .* so it was not written"):
+    monkeypatch.setattr(OnnxGraph, "write", wrong)
+    with pytest.raises(ReparamError, match=r"differs by .* so it was not written"):
         fold_onnx(file, tmp_path / "b.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.onnx"]
 

@@ -92,7 +92,7 @@ def test_each_model_in_its_own_fastest_engine(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(engines, "installed", lambda *_: ["eager", "native"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     two = Settings(
-        engine="best", models=("repvgg_a0", "resnet18"), batch_size=2, rounds=2, input_size=64, out=tmp_path, log=lambda line: None
+        engine="best", models=("repvgg_a0", "resnet18"), batch_size=1, rounds=2, input_size=32, out=tmp_path, log=lambda line: None
     )
     result = table4.run(two)
     chosen = {row[0]: row[4] for row in result.tables[0].rows}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from predicting import command, rows, run
 from roads import make_camvid
+from rounding import REPORTED
 
 from repvgg.disk import FileError
 from repvgg.predict import cluster
@@ -52,7 +53,7 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
     found = {row["key"]: row for table in tables for row in table.to_pylist()}
     for key, wanted in by_key(job.out).items():
         got = found.pop(key)
-        assert got.pop("probabilities") == pytest.approx(wanted.pop("probabilities"), abs=1e-5)
+        assert got.pop("probabilities") == pytest.approx(wanted.pop("probabilities"), abs=REPORTED)
         assert got == wanted
     assert not found
 

@@ -43,9 +43,19 @@ def test_tensorboard_reads_its_events(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
 
 
+def test_tensorboard_forgets_what_came_again(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, steps in ((0, (10, 20, 30)), (20, (30, 40))):
+        with Logs(tmp_path, step=first) as logs:
+            for step in steps:
+                logs.write(step=step, epoch=0, loss=step + first)
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 10), (20, 20), (30, 50), (40, 60)]
+
+
 def test_a_tensorboard_that_does_not_load_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     said: list[str] = []
     with Logs(tmp_path, log=said.append) as logs:
         logs.write(step=10, epoch=0, loss=0.5)
@@ -55,7 +65,7 @@ def test_a_tensorboard_that_does_not_load_stops_no_training(tmp_path: Path, monk
 
 
 def test_what_cannot_be_written_is_told_once_and_stops_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is gone, as one is on a disk that was taken away; TensorBoard's own thread meets that too."""
+    """A folder that is gone, as one is on a disk that was taken away."""
     pytest.importorskip("tensorboard")
     said: list[str] = []
     with Logs(tmp_path, log=said.append) as logs:
@@ -64,6 +74,8 @@ def test_what_cannot_be_written_is_told_once_and_stops_no_training(tmp_path: Pat
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(logs.board, "add_scalar", full)
+        assert logs.board is not None
+        logs.board.close()
         monkeypatch.setattr(logs.board, "close", full)
         logs.path = tmp_path / "gone" / "metrics.jsonl"
         for step in (10, 20):

@@ -1,4 +1,4 @@
-"""What a run leaves in writing: metrics.jsonl, TensorBoard's events, Weights & Biases if asked for, and a curve to look at."""
+"""The log of a run: metrics.jsonl, TensorBoard's events, Weights & Biases if asked for, and a curve to look at."""
 
 import io
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg.disk import Log, atomically, describe
+from repvgg.train.events import Events
 
 
 class Logs:
@@ -28,7 +29,7 @@ class Logs:
         """
         self.log, self.told = log, set[str]()
         self.path: Path | None = None
-        self.board: Any = None
+        self.board: Events | None = None
         self.wandb: Any = None
         if out is None:
             return
@@ -36,13 +37,13 @@ class Logs:
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
         atomically(self.path, lambda path: path.write_text(text))
-        self.board = _board(out, step, log)
         if wandb:
             try:
                 import wandb as client
             except ImportError:
                 raise ValueError("--wandb needs wandb: pip install wandb") from None
             self.wandb = client.init(project=wandb, name=out.name, dir=str(out), config=settings, id=out.name, resume="allow")
+        self.board = _board(out, step, log)
         if step:
             self.write(step=step, resumed_from=step)
 
@@ -80,25 +81,27 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _add(board: Any, curves: dict[str, float], step: int) -> None:
+def _add(board: Events, curves: dict[str, float], step: int) -> None:
     for name, value in curves.items():
         board.add_scalar(name, value, step)
 
 
-def _board(out: Path, step: int, log: Log) -> Any:
-    """None where TensorBoard is not installed, or its installation is broken: that is no reason not to train."""
+def _board(out: Path, step: int, log: Log) -> Events | None:
+    """Return a writer of events; none where TensorBoard is missing or broken, which is no reason not to train."""
     if not find_spec("tensorboard"):
         return None
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return Events(out, step + 1 if step else None)
+    except OSError as error:
+        log(f"TensorBoard's events: cannot be written ({error.strerror}); training goes on")
+        return None
     except Exception as error:  # a protobuf of another version raises its own kind
         log(f"without TensorBoard, which does not load ({type(error).__name__}): pip install -U tensorboard protobuf")
         return None
-    return SummaryWriter(str(out), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: a process that was killed may have left half of one."""
+    """Return the lines that are whole: a process that was killed may have left half of one."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -114,8 +117,10 @@ TITLES = {"loss": "loss", "top1": "top-1, %", "pixel_accuracy": "pixel accuracy,
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG; nothing where matplotlib is not
-    installed."""
+    """Draw the loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG.
+
+    Nothing is drawn where matplotlib is not installed.
+    """
     if not lines or not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
