@@ -17,6 +17,7 @@ import sysconfig
 import time
 import venv
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def measure(case: str) -> dict[str, Any]:
     from conftest import randomize
 
     import repvgg
-    from repvgg.fold.proof import _tensors
+    from repvgg.fold.rounding import tensors
 
     torch.manual_seed(0)
     model, shape = create(case)
@@ -118,8 +119,8 @@ def measure(case: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     x = torch.randn(2, *shape[1:], dtype=torch.float64)
     with torch.no_grad():
-        wanted, got = _tensors(model(x)), _tensors(folded(x))
-        nudged = _tensors(model(x * (1 + 2**-52)))
+        wanted, got = tensors(model(x)), tensors(folded(x))
+        nudged = tensors(model(x * (1 + 2**-52)))
     off = max((float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, wanted, strict=True)), default=0.0)
     own = max((float((g - w).abs().max() / w.abs().max()) for g, w in zip(nudged, wanted, strict=True)), default=0.0)
     left = Counter(folded.fold_report.left.values())
@@ -210,7 +211,8 @@ def time_one(case: str) -> dict[str, Any]:
     }
     engines = {form: open_file(file, Options(size)) for form, file in forms.items()}
     images = torch.randn(1, *size)
-    times = interleave({form: (lambda e=e: e.run(e.prepare(images))) for form, e in engines.items()}, rounds=10, batches=5)
+    calls = {form: partial(engine.run, engine.prepare(images)) for form, engine in engines.items()}
+    times = interleave(calls, rounds=10, batches=5)
     gain = ratio(times["before"], times["after"])
     return {"before_ms": times["before"].median * 1e3, "after_ms": times["after"].median * 1e3, "gain": str(gain)}
 

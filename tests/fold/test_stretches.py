@@ -264,7 +264,7 @@ class Official(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if hasattr(self, "rbr_reparam"):
-            return self.nonlinearity(self.se(self.rbr_reparam(inputs)))
+            return self.nonlinearity(self.se(self.rbr_reparam(inputs)))  # type: ignore[no-any-return, operator]
         id_out = 0 if self.rbr_identity is None else self.rbr_identity(inputs)
         out: Tensor = self.nonlinearity(self.se(self.rbr_dense(inputs) + self.rbr_1x1(inputs) + id_out))
         return out

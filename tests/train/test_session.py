@@ -214,7 +214,7 @@ def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, 
                 assert process.poll() is None
             time.sleep(0.05)  # somewhere in an epoch
             process.send_signal(sent)
-            _, rest = process.communicate(timeout=60)
+            _, rest = process.communicate(timeout=300)
         finally:
             process.kill()
     assert process.returncode == code
