@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STALE = 600  # seconds: a process on another machine may be writing to a shared folder
+RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
 
@@ -153,11 +154,7 @@ def describe(error: BaseException) -> str:
 def out_of_memory(error: BaseException) -> bool:
     """Say whether an error, of whatever library, means that memory ran out."""
     text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in text for words in ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc"))
-    )
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in text for words in RAN_OUT)
 
 
 def cache_folder() -> Path:

@@ -104,7 +104,7 @@ class ModuleWriter:
     def _home(self, stretch: Stretch) -> str | None:
         """The innermost module whose forward sees both ends of a stretch and calls all that is inside."""
         owners = [self.read.places[v].owners for v in stretch.inside if v in self.read.places]
-        common = [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
+        common: list[str] = [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
         source, target = (self.read.places.get(v) for v in (stretch.source, stretch.target))
         if source is None or target is None:
             return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.as_linear import is_batch_norm
+from repvgg.fold.as_linear import as_linear, is_batch_norm
 from repvgg.fold.guards import copied, parts
 from repvgg.fold.tracer import ARGUMENTS, ONE_INPUT, Call, Seen, traced
 
@@ -159,8 +159,9 @@ def _has_no_forward(module: nn.Module) -> bool:
 
 
 def _is_operator(module: nn.Module) -> bool:
-    """Tell whether a module's type says all: a batch norm, or one of PyTorch's own with nothing inside."""
-    return is_batch_norm(module) or (not parts(module) and type(module).__module__.startswith("torch.nn."))
+    """Tell whether a module's type says all: a batch norm, or one of PyTorch's own or a registered one with nothing inside."""
+    known = type(module).__module__.startswith("torch.nn.") or as_linear.reader(module) is not None
+    return is_batch_norm(module) or (known and not parts(module))
 
 
 def _owner(node: fx.Node) -> str | None:
