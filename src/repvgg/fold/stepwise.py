@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from repvgg.fold.guards import parts
 from repvgg.fold.rounding import EPSILON, Error, at_least, distance, floats, is_float, shake, shaken, tensors
 
 Watch = Callable[[str, int, Tensor], Tensor | None]  # what to go on with after the module at a path gave this, for the n-th time
@@ -19,9 +20,10 @@ def stepwise(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...], multiple: floa
     """Return how far `b` is from `a` at the output, and how far `a` is when its weights and input move by their last place.
 
     Both are in float64; `a` is changed. `b` goes on from the value of `a` after each module that gives the same within `multiple`
-    times what the last place does to it; after others (a convolution that has taken up its batch norm) from its own.
+    times what the last place does to it; after others from its own.
     """
-    common = dict(b.named_modules()).keys() - {""}
+    # Not after an operator: a convolution that has taken up its batch norm rounds otherwise than the two.
+    common = dict(b.named_modules()).keys() & {path for path, module in a.named_modules() if path and parts(module)}
     there: dict[tuple[str, int], Tensor] = {}
     own: dict[tuple[str, int], float] = {}
 
