@@ -24,7 +24,7 @@ class StopRequests:
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
                     self.before[signum] = signal.signal(signum, self._note)
         return self
 
