@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test test-slow test-isa check wheel sanitize soak clean
+.PHONY: setup demo docs test test-slow test-isa check wheel sanitize soak clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/repvgg demo --out demo
 
 setup: $(VENV)/all.stamp $(VENV)/engine.stamp
+
+# The documentation as a site, in build/site; a broken link is an error.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python docs/pages.py
+	$(BIN)/mkdocs build -q
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -51,6 +56,10 @@ $(VENV)/pip.stamp:
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/pip.stamp
 	$(BIN)/pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml | $(VENV)/demo.stamp
+	$(BIN)/pip install -q -e '.[docs]'
 	@touch $@
 
 $(VENV)/all.stamp: pyproject.toml | $(VENV)/pip.stamp

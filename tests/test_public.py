@@ -16,7 +16,22 @@ OLD = Path(__file__).parent / "models" / "files" / "version1.safetensors"
 LONGEST = 350  # lines of a file
 # Rooms from the top of the house down; a room imports only from rooms above it.
 ROOMS = (
-    *("version", "disk", "terminal", "fold", "measure", "models", "data", "train", "deploy", "predict", "bench", "web", "paper"),
+    *(
+        "version",
+        "disk",
+        "terminal",
+        "numerics",
+        "fold",
+        "measure",
+        "models",
+        "data",
+        "train",
+        "deploy",
+        "predict",
+        "bench",
+        "web",
+        "paper",
+    ),
     *("api", "demo", "cli", "__init__", "__main__"),
 )
 PUBLIC = {  # DESIGN, section 4: names, and the arguments that are promised

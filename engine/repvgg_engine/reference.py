@@ -36,16 +36,18 @@ def conv(layer: Conv, x: NDArray[Any]) -> NDArray[Any]:
     """Return images [N, C, H, W] after a convolution, without its ReLU: a matrix product for each tap of the kernel."""
     out, depth, rows, columns = layer.weight.shape
     (sy, sx), (py, px), (dy, dx) = layer.stride, layer.padding, layer.dilation
-    x = np.pad(x, ((0, 0), (0, 0), (py, py), (px, px)))
-    height, width = (x.shape[2] - dy * (rows - 1) - 1) // sy + 1, (x.shape[3] - dx * (columns - 1) - 1) // sx + 1
-    y = np.zeros((len(x), layer.groups, out // layer.groups, height * width), x.dtype)
-    weight = layer.weight.astype(x.dtype).reshape(layer.groups, out // layer.groups, depth, rows, columns)
+    x = np.pad(x.swapaxes(0, 1), ((0, 0), (0, 0), (py, py), (px, px)))  # channels first: one product for all images
+    n, height, width = x.shape[1], (x.shape[2] - dy * (rows - 1) - 1) // sy + 1, (x.shape[3] - dx * (columns - 1) - 1) // sx + 1
+    y = np.zeros((layer.groups, out // layer.groups, n * height * width), x.dtype)
+    taps = (
+        layer.weight.reshape(layer.groups, out // layer.groups, depth, rows, columns).transpose(3, 4, 0, 1, 2).astype(x.dtype, "C")
+    )
     for i in range(rows):
         for j in range(columns):
             seen = x[:, :, i * dy : i * dy + sy * (height - 1) + 1 : sy, j * dx : j * dx + sx * (width - 1) + 1 : sx]
-            y += np.ascontiguousarray(weight[..., i, j]) @ seen.reshape(len(x), layer.groups, depth, height * width)
+            y += taps[i, j] @ seen.reshape(layer.groups, depth, -1)
     y += layer.bias.astype(x.dtype).reshape(layer.groups, -1, 1)
-    return y.reshape(len(x), out, height, width)
+    return y.reshape(out, n, height, width).swapaxes(0, 1)
 
 
 def error(got: NDArray[Any], wanted: Array64) -> float:

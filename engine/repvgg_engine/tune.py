@@ -107,7 +107,7 @@ class _Errors:
         self.direct = [names[0] if names else "" for names in net.known]
         self.exact = ["direct" if name else "" for name in self.direct]  # in float32
         self.kinds = np.split(images, len(images) // CALIBRATION_IMAGES)
-        self.wanted = [reference.run(net.layers, kind) for kind in self.kinds]
+        self.wanted = np.split(reference.run(net.layers, images), len(self.kinds))
         self.allowed = np.ones(len(self.kinds))
         least = FAST**2 if (net.precision, accuracy) == ("fp32", "fast") else 0.0
         self.allowed = np.maximum(TIMES_DIRECT[net.precision, accuracy] ** 2 * self.of(self.direct), least)

@@ -201,7 +201,7 @@ def _page(s: Story, model: nn.Module) -> str:
         f"of the layer's largest output: rounding. Against float64 the whole model is {s.proof.max_rel_err:.1e} off, "
         f"where {s.proof.bound:.0e} is allowed; "
         f"{'every held-out scan gets the same label' if s.same_predictions else 'some scans get different labels'} from both."
-    ) + page.svg(_error_bars(s.layer_errors))
+    ) + page.svg(_error_dots(s.layer_errors))
     speed = page.paragraph(
         f"Both forms on the same batch of {BATCH} scans, taking turns over {rounds} rounds, so that whatever else this machine "
         f"does hits both alike. The deploy form has {s.speedup} the speed (95% interval)."
@@ -213,7 +213,8 @@ def _page(s: Story, model: nn.Module) -> str:
     reading = page.paragraph(f"The {GRID // 2} scans that the network was least sure of, then the surest.") + page.grid(pieces)
     about = this_machine()
     versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
-    where = page.table([*about.items(), ("versions", versions)], ("", ""))
+    known = [(name.replace("_gib", ", GiB"), value) for name, value in about.items() if value is not None]
+    where = page.table([*known, ("versions", versions)], ("", ""))
     sections = [
         ("It learns", learning),
         ("One layer, before and after", structure),
@@ -226,38 +227,37 @@ def _page(s: Story, model: nn.Module) -> str:
     return page.page("RepVGG, from training to plain 3x3", sections, lead)
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    found = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, found if columns > 1 else found[0]
 
 
 def _learning_curve(history: list[dict[str, Any]]) -> Any:
     from repvgg.paper.drawing import POINTWISE, WIDEST
 
-    figure, axes = _axes(9, 3.4)
+    figure, (left, right) = _axes(9, 3.2, columns=2)
     steps = [(h["step"], h["loss"]) for h in history if "loss" in h]
     epochs = [(h["step"], h["val_top1"] * 100) for h in history if "val_top1" in h]
-    axes.plot(*zip(*steps, strict=True), color=WIDEST[1], label="training loss (left)")
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    right = axes.twinx()
-    right.spines["top"].set_visible(False)
-    right.plot(*zip(*epochs, strict=True), color=POINTWISE[1], marker="o", label="top-1 on held-out scans, % (right)")
-    right.set(ylim=(0, 102), ylabel="top-1, %")
+    left.plot(*zip(*steps, strict=True), color=WIDEST[1])
+    left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    right.plot(*zip(*epochs, strict=True), color=POINTWISE[1], marker="o")
+    right.set(xlabel="step", ylabel="top-1 on held-out scans, %", ylim=(0, 102))
     right.annotate(f"{epochs[-1][1]:.1f}%", epochs[-1], xytext=(-4, -16), textcoords="offset points", ha="right")
-    figure.legend(loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 
-def _error_bars(errors: list[tuple[str, float]]) -> Any:
+def _error_dots(errors: list[tuple[str, float]]) -> Any:
+    """Draw each layer's error as a dot: a bar on a logarithmic axis would have a length that means nothing."""
     from repvgg.paper.drawing import WIDEST
 
     figure, axes = _axes(9, 3.2)
-    names = [name.removeprefix("stages.") for name, _ in errors]
-    axes.bar(names, [max(e, 1e-9) for _, e in errors], color=WIDEST[1], width=0.6)
+    shown = [(name.removeprefix("stages."), error) for name, error in errors if error]  # a layer without any error has no place
+    axes.plot(*zip(*shown, strict=True), "o", color=WIDEST[1])
     axes.axhline(2**-23, color="#667080", linewidth=1, linestyle="--", label="one unit in the last place of float32")
     axes.legend(loc="upper left", bbox_to_anchor=(0, 1.16), frameon=False, fontsize=9)
     axes.set(yscale="log", ylim=(1e-9, 1e-5), xlabel="layer (stage.layer)", ylabel="relative difference")

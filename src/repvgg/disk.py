@@ -4,6 +4,7 @@ import errno
 import glob
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -137,6 +138,11 @@ def unescaped(text: str) -> str:
     found = re.split(rb"(\\\\|\\x[0-9a-f]{2})", text.encode())
     parts = [b"\\" if part == b"\\\\" else bytes([int(part[2:], 16)]) if part[:2] == b"\\x" else part for part in found]
     return os.fsdecode(b"".join(parts))
+
+
+def full(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a disk is full, or so nearly that whatever was written last may have been cut short."""
+    return shutil.disk_usage(folder).free < 64 * 1024
 
 
 def describe(error: BaseException) -> str:

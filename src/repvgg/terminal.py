@@ -1,9 +1,10 @@
-"""What is shown in a terminal: tables, progress, and strangers' words."""
+"""Tables, progress and strangers' words in a terminal."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -115,3 +116,15 @@ def millions(n: int) -> str:
 
 def billions(n: int) -> str:
     return f"{n / 1e9:.2f} G"
+
+
+@contextmanager
+def live() -> Iterator[Callable[[str], object]]:
+    """Yield what shows one line in a terminal, in place of the last; elsewhere it shows nothing."""
+    if not sys.stderr.isatty():
+        yield str
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, markup=False, highlight=False).status("") as status:
+        yield lambda line: status.update(printable(line))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repvgg.cli import show_results as info
-from repvgg.predict.labels import Prediction
+from repvgg.predict.prediction import Prediction
 from repvgg.train.evaluate import Accuracy
 
 Captured = pytest.CaptureFixture[str]
@@ -45,7 +45,8 @@ def test_predictions(capsys: Captured) -> None:
     answers = [Prediction("a.png", [("cat", 0.75), ("dog", 0.25)]), Prediction("b [x].png", [("dog", 0.6), ("cat", 0.4)])]
     info.show_predictions(answers, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == {"path": "a.png", "labels": [{"label": "cat", "probability": 0.75}, {"label": "dog", "probability": 0.25}]}
+    labels = [{"label": "cat", "probability": 0.75}, {"label": "dog", "probability": 0.25}]
+    assert lines[0] == {"path": "a.png", "labels": labels, "engine": "pytorch"}
     assert len(lines) == 2
     info.show_predictions(answers, as_json=False)
     assert re.search(r"^ *b \[x\]\.png +dog 60.0% +cat 40.0%", capsys.readouterr().out, re.MULTILINE)

@@ -1,5 +1,7 @@
 """data/transforms.py: evaluation's pipeline against Pillow, and randomness that depends on seed, epoch and index alone."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +160,21 @@ def test_the_loaders_speed_is_measured() -> None:
     list(load(images, 4))
     assert images.spent[0, 1] == 8
     assert images.images_per_second > 0
+
+
+HALF = """
+import sys
+import torch
+from repvgg.data import Decoded
+from repvgg.data.transforms import Transformed, load
+images = Decoded(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), [0] * 64)
+batches = load(Transformed(images, torch.nn.Identity()), 4, int(sys.argv[1]))
+next(batches)
+sys.modules["kept to the end"] = batches
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_program_may_end_with_a_loader_half_read(workers: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HALF, workers], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

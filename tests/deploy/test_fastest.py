@@ -130,3 +130,26 @@ def test_real_engines_are_measured(model: nn.Module, monkeypatch: pytest.MonkeyP
     found = measure(reparameterize(model), Options((1, 16, 16), 2), silent)
     assert found.keys() <= set(names)
     assert all(f["images_per_second"] > 0 and f["max_rel_err"] < REPORTED for f in found.values())
+
+
+def test_what_compiles_for_long_is_left_out_unless_nothing_else_runs(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def right(network: nn.Module) -> Engine:
+        return engine_of(torch.no_grad()(network))
+
+    def late(network: nn.Module) -> Engine:
+        raise AssertionError("was built")
+
+    deploy, options, said, told = reparameterize(model), Options((1, 16, 16), 2), list[str](), list[str]()
+    only(monkeypatch, "compile", "eager")
+    built(monkeypatch, eager=right, compile=late)
+    assert list(measure(deploy, options, said.append, told.append)) == ["eager"]
+    assert said == ["left out: compile (it would take long to build; name it to have it: --engine compile)"]
+    assert told[:2] == ["building eager", "timing eager"]
+    only(monkeypatch, "compile")
+    built(monkeypatch, compile=right)
+    assert list(measure(deploy, options, silent)) == ["compile"]
+    monkeypatch.setattr(choosing, "BUILDING", -1.0)  # no time is left for a second one
+    monkeypatch.setattr(choosing, "MEASURING", -1.0)  # nor for a second round
+    only(monkeypatch, "eager", "ncnn")
+    built(monkeypatch, eager=right, ncnn=late)
+    assert list(measure(deploy, options, silent)) == ["eager"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from repvgg.deploy.parity import Parity, Reference
 from repvgg.deploy.parity import compare as compare_with
-from repvgg.fold.proof import Error
+from repvgg.fold.rounding import Error
 
 
 def compare(got: Tensor, exact: Tensor) -> Parity:

@@ -12,21 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import LinearMap, batch_norm
-from repvgg.fold.flow import (
-    Flow,
-    Operator,
-    Stretch,
-    Value,
-    concatenated,
-    convolved,
-    normed,
-    padded,
-    picked,
-    pooled,
-    same,
-    scaled,
-    summed,
-)
+from repvgg.fold.flow import Flow, Stretch, Value
+from repvgg.fold.operators import Operator, concatenated, convolved, normed, padded, picked, pooled, same, scaled, summed
 
 EXACT = 1e-11
 

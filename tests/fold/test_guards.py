@@ -38,7 +38,7 @@ def test_trap_01_train_mode_is_refused_in_one_block() -> None:
 
 
 DAMAGE = [
-    ("stages.1.0.block.conv_kxk.bn.running_var", 0.0, "is 0 in channel 1; a variance is positive"),
+    ("stages.1.0.block.conv_kxk.bn.running_var", -1e-9, "is -1e-09 in channel 1; a variance is not negative"),
     ("stages.1.0.block.conv_1x1.bn.running_var", -0.25, "is -0.25 in channel 1"),
     ("stages.2.1.block.identity.running_var", math.nan, "NaN or Inf"),
     ("stages.2.1.block.identity.running_mean", math.inf, "NaN or Inf"),
@@ -60,7 +60,7 @@ def test_trap_10_a_damaged_tensor_is_refused_by_name(name: str, value: float, wo
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("layer1.0.bn1.running_var", 0.0), ("layer1.0.bn1.running_mean", math.nan), ("conv1.weight", math.inf)]
+    ("name", "value"), [("layer1.0.bn1.running_var", -1e-9), ("layer1.0.bn1.running_mean", math.nan), ("conv1.weight", math.inf)]
 )
 def test_trap_10_in_a_stranger_s_network(name: str, value: float) -> None:
     model = pytest.importorskip("torchvision").models.resnet18().eval()
@@ -68,6 +68,15 @@ def test_trap_10_in_a_stranger_s_network(name: str, value: float) -> None:
         model.state_dict()[name][1] = value
     with pytest.raises(ReparamError, match=rf"^{name}: "):
         reparameterize(model)
+
+
+def test_a_variance_of_zero_folds_exactly() -> None:
+    """A channel that never varied in training; eps makes it well defined."""
+    model = small()
+    with torch.no_grad():
+        for name in ("stages.1.0.block.conv_kxk.bn", "stages.2.1.block.identity"):
+            model.get_submodule(name).running_var[1] = 0  # type: ignore[index, operator]
+    assert verify(model.double(), reparameterize(model.double()), (3, 64, 64)).ok
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

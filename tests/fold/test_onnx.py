@@ -16,11 +16,11 @@ from rounding import REPORTED
 from torch import Tensor, nn
 
 from repvgg.disk import FileError
-from repvgg.fold import onnx as fold_onnx_module
 from repvgg.fold import onnx_file
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.onnx import fold_onnx
+from repvgg.fold.onnx_graph import OnnxGraph
 
 Make = Callable[..., Path]
 
@@ -269,13 +269,13 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes) -> None
 def test_a_wrong_fold_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof of the whole looks at the file, so what goes wrong between a stretch and its tensors is found."""
     file = one_conv(tmp_path)
-    right = fold_onnx_module.OnnxGraph.write
+    right = OnnxGraph.write
 
     def wrong(self: Any, stretch: Any) -> None:
         stretch.map.kernel[0, 0, 0, 0] *= 1.001
         right(self, stretch)
 
-    monkeypatch.setattr(fold_onnx_module.OnnxGraph, "write", wrong)
+    monkeypatch.setattr(OnnxGraph, "write", wrong)
     with pytest.raises(ReparamError, match=r"differs by .* so it was not written"):
         fold_onnx(file, tmp_path / "b.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.onnx"]

@@ -96,9 +96,9 @@ class ArgMax(nn.Module):
 
 
 def one_element_off(model: nn.Module, layer: int, by: float = 1e-3) -> nn.Module:
-    """A copy with one element of one convolution's kernel changed."""
+    """A copy with one element of one convolution's kernel changed (but in squeeze-excite, whose gates may be shut)."""
     wrong = copy.deepcopy(model)
-    kernels = [m.weight for m in wrong.modules() if isinstance(m, nn.Conv2d)]
+    kernels = [m.weight for name, m in wrong.named_modules() if isinstance(m, nn.Conv2d) and ".se." not in name]
     with torch.no_grad():
         kernel = kernels[layer % len(kernels)].flatten()
         kernel[kernel.abs().argsort()[len(kernel) // 2]] *= 1 + by
@@ -128,16 +128,16 @@ class Amplifier(nn.Module):
         return (y * self.gain).sin()
 
 
-@pytest.mark.parametrize(("gain", "verdict"), [(1e6, "equal"), (1e12, "equal"), (1e16, "cannot be judged")])
-def test_a_network_that_amplifies_rounding_is_judged_by_its_condition(gain: float, verdict: str) -> None:
+@pytest.mark.parametrize("gain", [1e3, 1e10, 1e16])
+def test_a_network_that_amplifies_rounding_is_judged_by_its_condition(gain: float) -> None:
     model = randomize(Amplifier(gain), (8, 3, 8, 8)).double()
     folded = reparameterize(model)
     found = verify(model, folded, (3, 8, 8))
-    assert found.verdict == verdict
-    assert found.ok == (verdict == "equal")
+    assert found.ok, found
     assert f"one unit in the last place moves the output by {found.own.relative:.1e}" in str(found)
-    assert found.own.relative > 1e-17 * gain
-    assert not verify(model, one_element_off(folded, 0), (3, 8, 8)).ok
+    assert found.own.relative > min(1e-17 * gain, 0.1)
+    assert ("step by step" in str(found)) == (gain > 1e6)
+    assert verify(model, one_element_off(folded, 0), (3, 8, 8)).verdict == "NOT EQUAL"
 
 
 def test_what_cannot_be_judged_says_what_to_compare_instead() -> None:
@@ -181,9 +181,12 @@ def test_a_deep_network_with_random_statistics() -> None:
         norm.running_mean.normal_(generator=random)  # type: ignore[union-attr]
         norm.running_var.uniform_(0.5, 2, generator=random)  # type: ignore[union-attr]
     folded = reparameterize(model)
-    right, wrong = (verify(model, m, (3, 96, 96)) for m in (folded, one_element_off(folded, 60)))
+    right = verify(model, folded, (3, 64, 64), images=2)
     assert right.ok, right
-    assert not wrong.ok, wrong
+    assert right.own.relative > 1e-8  # one unit in the last place is 2e-16
+    for layer in (0, 2, -1):  # deeper ones may be behind a gate that random statistics have shut
+        wrong = verify(model, one_element_off(folded, layer), (3, 64, 64), images=2)
+        assert not wrong.ok, (layer, wrong)
 
 
 @pytest.mark.slow
@@ -198,6 +201,6 @@ def test_different_detectors_are_not_equal() -> None:
         for tensor in list(changed.parameters())[10:16]:
             tensor.mul_(1.5)
     size = 3, 320, 320
-    assert not verify(*nets, size, images=2).ok
+    assert not verify(nets[0], nets[1], size, images=2).ok
     assert not verify(nets[0], changed, size, images=2).ok
     assert verify(nets[0], copy.deepcopy(nets[0]), size, images=2).verdict != "NOT EQUAL"

@@ -43,8 +43,12 @@ def test_batch_norms_before_the_activation_are_reported_as_left() -> None:
     model = randomize(timm.create_model("densenet121", num_classes=10).double(), (4, 3, 64, 64))
     report = assert_folds_exactly(model, (2, 3, 64, 64))
     assert ("features.denseblock1.denselayer1.conv1", "features.denseblock1.denselayer1.norm2") in report.pairs
-    assert report.left["features.denseblock1.denselayer1.norm1"] == "no convolution feeds this batch norm alone"
-    assert len(report.left) + len(report.pairs) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    left = report.left["features.denseblock1.denselayer2.norm1"]
+    assert left == "`cat` comes before it, and the activation of a BatchNormAct2d comes after it"
+    norms = {path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    taken = {name for names in report.stretches.values() for name in names}
+    assert norms == report.left.keys() | (norms & taken)
+    assert not report.left.keys() & taken
 
 
 def test_a_module_used_twice_is_folded_once_and_stays_one() -> None:
@@ -86,7 +90,7 @@ def test_trap_04_frozen_batch_norm() -> None:
         Branches(a=nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), frozen()), b=frozen()), nn.Conv2d(4, 4, 3), frozen()
     )
     report = assert_folds_exactly(nn.Sequential(model, Branches(only=frozen())), (2, 4, 6, 6))
-    assert (report.blocks, report.pairs, report.left) == (["0.0", "1"], [("0.1", "0.2")], {})
+    assert (report.blocks, report.stretches, report.left) == (["0.0", "1"], {"0.1": ["0.1", "0.2", "1"]}, {})
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -128,19 +132,21 @@ def test_trap_14_the_tree_is_walked_by_type() -> None:
             self.up = nn.ConvTranspose2d(6, 4, 2)
             self.alone = nn.BatchNorm2d(4)
             self.plain = nn.Conv2d(4, 4, 1)
+            self.last = nn.BatchNorm2d(4)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.plain(self.alone(self.up(self.pair(self.anything(x)))))
+            out: Tensor = self.last(self.plain(self.alone(self.up(self.pair(self.anything(x))))).relu())
             return out
 
     report = assert_folds_exactly(randomize(Net(), (8, 3, 17, 17)), (2, 3, 17, 17))
     assert report.blocks == ["anything.deep.inside"]
-    assert report.pairs == [("pair.conv", "pair.bn")]
-    assert report.left == {"alone": "no convolution feeds this batch norm alone"}
-    assert report.errors.keys() == {"anything.deep.inside", "pair.conv"}
+    assert report.stretches == {"pair.conv": ["pair.conv", "pair.bn"], "plain": ["alone", "plain"]}
+    assert report.left == {"last": "`relu` comes before it, and it is read from outside"}
+    assert report.errors.keys() == {"anything.deep.inside", "pair.conv", "plain"}
     assert max(report.errors.values()) <= EXACT
-    assert str(report).splitlines()[0].startswith("folded 1 blocks and 1 conv+BN pairs; largest error of a part ")
-    assert str(report).splitlines()[-1] == "left alone: no convolution feeds this batch norm alone"
+    first, *_, last = str(report).splitlines()
+    assert first.startswith("folded 1 blocks, 2 conv+BN pairs and 0 other stretches; largest error of a part ")
+    assert last == "left last: `relu` comes before it, and it is read from outside"
 
 
 class Wrapper(nn.Module):
@@ -153,14 +159,13 @@ class Wrapper(nn.Module):
         return out
 
 
-def test_trap_15_a_stranger_s_branches_are_left_and_said() -> None:
+def test_trap_15_a_stranger_s_branches_are_no_block_and_its_forward_is_read() -> None:
     report = assert_folds_exactly(
         randomize(nn.Sequential(MyBranches(a=with_bn(conv()), b=nn.BatchNorm2d(4))), (8, 4, 6, 6)), (2, 4, 6, 6)
     )
     assert report.blocks == []
-    assert report.pairs == [("0.a.conv", "0.a.bn")]
-    assert report.left["0"] == "MyBranches " + SUBCLASS.format("Branches")
-    assert "0.b" in report.left
+    assert report.stretches == {"0.a": ["0.a.conv", "0.a.bn", "0.b", "0.add"]}
+    assert report.left == {"0": "MyBranches " + SUBCLASS.format("Branches")}
 
 
 def test_the_original_is_untouched() -> None:
@@ -191,11 +196,14 @@ def test_any_module_may_be_the_root() -> None:
     assert_folds_exactly(block, (2, 4, 6, 6))
     assert report_of(reparameterize(block)).blocks == [""]
     with torch.no_grad():
-        block.get_submodule("conv_1x1.bn").running_var[0] = 0  # type: ignore[index, operator]
-    with pytest.raises(ReparamError, match=r"^conv_1x1\.bn\.running_var: is 0"):
+        block.get_submodule("conv_1x1.bn").running_var[0] = -1  # type: ignore[index, operator]
+    with pytest.raises(ReparamError, match=r"^conv_1x1\.bn\.running_var: is -1"):
         reparameterize(block)
     bare = nn.Conv2d(3, 4, 3).eval()
-    assert str(report_of(reparameterize(bare))) == "folded 0 blocks and 0 conv+BN pairs; largest error of a part 0.0e+00"
+    assert (
+        str(report_of(reparameterize(bare)))
+        == "folded 0 blocks, 0 conv+BN pairs and 0 other stretches; largest error of a part 0.0e+00"
+    )
 
 
 def test_folding_twice_changes_nothing() -> None:

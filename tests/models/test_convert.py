@@ -17,7 +17,8 @@ import repvgg
 from repvgg.cli import main
 from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.proof import Error, Verification
+from repvgg.fold.proof import Verification
+from repvgg.fold.rounding import Error
 from repvgg.models import convert as module
 from repvgg.models import zoo
 from repvgg.models.convert import convert

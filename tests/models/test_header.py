@@ -32,7 +32,7 @@ def test_costs_are_those_that_are_counted(name: str, options: dict[str, Any], tm
     assert sum(row.params for row in rows) == counted.params
     assert sum(row.macs for row in rows) == counted.macs
     assert sum(row.winograd_muls for row in rows) == counted.winograd_muls
-    shapes = [layer.output_shape for layer in counted.layers if layer.operator == "convolution" and ".se" not in layer.path]
+    shapes = [layer.output_shape[1:] for layer in counted.layers if layer.operator == "convolution" and ".se" not in layer.path]
     assert [row.output for row in rows if row.operator.startswith("conv2d")] == shapes
 
 
@@ -51,4 +51,4 @@ def test_info_of_a_deploy_form_imports_no_pytorch(tmp_path: Path) -> None:
     words = [sys.executable, "-c", code, str(tmp_path / "a.safetensors")]
     *shown, imported = subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout.splitlines()
     assert imported == "False"
-    assert "a.safetensors, deploy form, input 3 x 16 x 16" in shown[0]
+    assert "a.safetensors, deploy form, input 3 x 16 x 16" in " ".join(" ".join(shown).split())

@@ -6,6 +6,7 @@ import pytest
 from roads import make_camvid
 from rounding import REPORTED
 
+import repvgg
 from repvgg.bench.models import Candidate, network
 from repvgg.deploy.space_to_batch import SpaceToBatch
 from repvgg.paper import speeds, table8
@@ -61,6 +62,23 @@ def test_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "table8/pspnet_repvgg_micro_fast/best.safetensors").exists()
     shown = next(t for t in result.tables if t.title.startswith("Trained on"))
     assert shown.rows[0][0] == "pspnet_repvgg_micro_fast"
+
+
+def test_backbones_start_from_the_classifiers_that_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first evaluation of a run without a step is the classifier's: its tensors are in the saved model."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    classifier = repvgg.create_model("repvgg_micro", num_classes=3)
+    repvgg.save(classifier, tmp_path / "classifier.safetensors")
+    roads = make_camvid(tmp_path / "camvid", size=(24, 32))
+    said: list[str] = []
+    given = settings(
+        tmp_path, data=f"camvid:{roads}", init_backbone=("repvgg_b1g2", str(tmp_path / "classifier.safetensors")), log=said.append
+    )
+    figures = table8._trained("pspnet_repvgg_micro", given)
+    assert figures["init"] == str(tmp_path / "classifier.safetensors")
+    assert any("tensors in the backbone" in line for line in said)
+    assert table8._backbone_of("pspnet_resnet50", given) == ""
+    assert "no classifier given is a resnet50" in said[-1]
 
 
 def test_which_models() -> None:

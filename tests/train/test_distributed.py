@@ -15,10 +15,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from repvgg.models.load import load
-from repvgg.train.distributed import ALONE, local_device
+from repvgg.train.distributed import ALONE, joined, local_device
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -181,6 +182,45 @@ def test_alone_nothing_is_exchanged() -> None:
     ALONE.wait()
     ALONE.copy_buffers(torch.nn.BatchNorm2d(2))
     assert ALONE.main
+
+
+def test_a_group_that_is_there_is_joined_and_left_as_it_was() -> None:
+    """As Ray Train makes one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        with joined("cpu") as world:
+            assert (world.rank, world.size, world.main) == (0, 1, True)
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+SHARED = """
+import sys
+from pathlib import Path
+import torch
+from repvgg.train.distributed import joined
+from repvgg.train.state import State, Store, shared
+with joined("cpu") as world:
+    assert shared(world, None) is None
+    weight = torch.arange(24.0).view(1, 2, 3, 4).to(torch.bfloat16)
+    state = State(7, {"weight": weight, "count": torch.tensor(3), "none": torch.zeros(0, 2)}, {"lr": 0.1, "name": "é"})
+    store = Store(Path(sys.argv[1]) / "of the first one")
+    if world.main:
+        store.folder.mkdir()
+        store.save(state)
+    found = shared(world, store.latest() if world.main else None)
+    assert (found.step, found.facts) == (7, {"lr": 0.1, "name": "é"})
+    for name, tensor in state.tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor), name
+    assert world.agree(world.rank * 5) == 5
+"""
+
+
+def test_the_first_process_reads_the_state_for_all(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SHARED)
+    done = run(torchrun(str(tmp_path / "script.py"), str(tmp_path)))
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""What to time: models."""
+"""Timing of models, convolutions and memory."""

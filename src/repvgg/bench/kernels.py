@@ -35,7 +35,7 @@ class Convolution:
 
     @property
     def macs(self) -> int:
-        """Of one image."""
+        """Multiply-adds of one image."""
         return self.out_channels * self.out_size**2 * self.kernel_size**2 * self.in_channels // self.groups
 
     def module(self) -> nn.Conv2d:
@@ -59,7 +59,7 @@ def time_convolutions(
     warmup: int = 2,
     log: Log = print,
 ) -> tuple[int, list[Times]]:
-    """The batch size, halved with a word as often as memory runs out, and each convolution's times, taking turns.
+    """Return the batch size, halved with a word as often as memory runs out, and each convolution's times, taking turns.
 
     `options` says for what to build; its input size is each convolution's own.
     """

@@ -44,7 +44,7 @@ def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Log) -
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an engine says, in whatever words, that memory ran out."""
+    """Return whether an engine says, in whatever words, that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -63,7 +63,7 @@ def held(device: str) -> int:
 
 
 def peak(device: str) -> int:
-    """On CUDA the allocator's peak since `held`; on the CPU what the process holds now, which engines do not give back."""
+    """Return the bytes of CUDA's allocator at its peak since `held`; on the CPU those held now, which engines do not give back."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
@@ -90,7 +90,7 @@ class ResidualBlock(nn.Module):
 
 
 def stack(kind: str, channels: int) -> nn.Sequential:
-    """A "residual" or "plain" stack of four 3x3 convolutions, in eval mode: [N, 1, H, W] -> [N, channels, H, W].
+    """Return a "residual" or "plain" stack of four 3x3 convolutions, in eval mode: [N, 1, H, W] -> [N, channels, H, W].
 
     A convolution of one channel to `channels` comes before it, so that what the caller holds on to hardly counts.
     """
@@ -105,7 +105,7 @@ def stack(kind: str, channels: int) -> nn.Sequential:
 
 
 def resident_growth(kind: str, channels: int, size: int) -> int | None:
-    """By how many bytes a fresh process grows at its peak while a stack runs on one image, as Linux sees it; elsewhere None."""
+    """Return by how many bytes a fresh process grows at its peak while a stack runs on one image; None but on Linux."""
     if not PROCESS.exists():
         return None
     command = [sys.executable, "-m", "repvgg.bench.memory", kind, str(channels), str(size)]

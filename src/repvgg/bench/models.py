@@ -32,8 +32,8 @@ from repvgg.models.names import resolve_name
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is timed. form: "deploy" (folded), "space_to_batch" (folded, dilated convolutions run as plain ones) or "training" (as
-    it trains); the last two are marked as such. block: as `create_model` takes it."""
+    """A network, how it is run, and in which precision. form: "deploy" (folded), "space_to_batch" (folded, dilated convolutions run
+    as plain ones) or "training" (as it trains); the last two are marked as such. block: as `create_model` takes it."""
 
     model: str
     engine: str = "eager"
@@ -56,7 +56,7 @@ def candidates(
     device: str = "cpu",
     log: Log = print,
 ) -> list[Candidate]:
-    """Every combination of models, engines (`names`; "all": those that are installed), precisions and forms.
+    """Return every combination of models, engines (`names`; "all": those that are installed), precisions and forms.
 
     Pairs of engine and precision that do not exist are left out, with a word. Raises ValueError where an engine is unknown or
     missing, or nothing is left of it.
@@ -229,7 +229,7 @@ def bench(
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:
-    """The candidate's network with random weights, in its form, eval mode; and how many of its batch norms are left."""
+    """Return the candidate's network with random weights, in its form, eval mode; and how many of its batch norms are left."""
     torch.manual_seed(0)
     options: dict[str, Any] = {} if candidate.block == "repvgg" else {"block": candidate.block}
     model = randomise_norms(zoo.create_model(candidate.model, **options))

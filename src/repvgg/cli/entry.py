@@ -22,6 +22,7 @@ DESCRIPTION = f"repvgg {__version__}: train a multi-branch RepVGG, fold it exact
 COMMANDS = {
     "demo": "look.Demo",
     "info": "look.Info",
+    "engines": "look.Engines",
     "recipe": "look.ShowRecipe",
     "train": "training.Train",
     "eval": "using.Eval",
@@ -33,6 +34,7 @@ COMMANDS = {
     "quantize": "training.Quantize",
     "prune": "training.Prune",
     "bench": "measuring.Bench",
+    "bench-data": "measuring.BenchData",
     "ablate": "training.Ablate",
     "paper": "measuring.Paper",
 }

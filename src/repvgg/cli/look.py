@@ -34,6 +34,21 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engines:
+    """The engines that run a model here, their versions and precisions, and their speeds when they were last measured.
+
+    Example: repvgg engines
+    """
+
+    output: Printed = field(default_factory=Output)
+
+    def run(self) -> None:
+        from repvgg.cli.show_models import show_engines
+
+        show_engines(self.output.json)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Web:
     """A page that runs a model in the browser on the visitor's images, training form and deploy form side by side.
 

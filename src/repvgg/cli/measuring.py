@@ -1,4 +1,4 @@
-"""Commands that measure: bench, paper."""
+"""Commands that measure: bench, bench-data, paper."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from repvgg.cli.flags import OnDevice, OnDeviceLoading, Output, Precision, Printed, Where, WhereLoading, listed, say
+from repvgg.cli.flags import DATA, OnDevice, OnDeviceLoading, Output, Precision, Printed, Where, WhereLoading, listed, say
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,35 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchData:
+    """Speed of training data, stage by stage: reading, decoding, augmenting, collating, to the device.
+
+    Stages are timed in one process each; "batches" is what a training run gets from all its workers.
+
+    Example: repvgg bench-data digits
+    """
+
+    data: Annotated[str, Positional, arg(metavar="DATA", help=DATA)]
+    recipe: str = ""
+    """Recipe whose augmentation is timed; by default what suits the data."""
+    images: int = 512
+    """Images of the training split that are timed."""
+    where: OnDeviceLoading = field(default_factory=WhereLoading)
+    output: Printed = field(default_factory=Output)
+
+    def run(self) -> None:
+        from repvgg.bench.data import data_speeds
+        from repvgg.cli.show_results import show_speeds
+        from repvgg.data import open_source
+        from repvgg.train.recipes import get_recipe
+
+        source = open_source(self.data)
+        recipe = get_recipe(self.recipe or source.recipe)
+        speeds = data_speeds(source, recipe, self.where.workers, self.where.chosen(), self.images)
+        show_speeds(speeds, self.output.json)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Paper:
     """What the paper reports, beside what this machine measures: tables, figures and a page.
 
@@ -93,7 +122,7 @@ class Paper:
         Positional,
         arg(
             metavar="PART",
-            help="table1, ..., table8, figure1, ..., figure4, forms (training form against deploy form), winograd; or all.",
+            help="table1, ..., table8, figure1, ..., figure4, training_vs_deploy, winograd; or all.",
         ),
     ]
     data: str = ""
@@ -102,9 +131,13 @@ class Paper:
     quick: bool = False
     """Minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so."""
     models: str = ""
-    """Models of tables 4, 5 and 8, figure 1 and forms, several with commas; by default all."""
+    """Models of tables 4, 5 and 8, figure 1 and training_vs_deploy, several with commas; by default all."""
     engine: str = ""
-    """eager, compile, onnxruntime or openvino; by default eager, for winograd all that are installed."""
+    """An engine's name; best: for each model its fastest that computes what PyTorch does. By default best for tables 4 and 5 and
+    figure 1 (eager with --quick), all that are installed for winograd, eager for the rest."""
+    init_backbone: str = ""
+    """Classifiers that table 8 starts from, as the paper does from ImageNet's: model files or names, several with commas, each for
+    the networks on its architecture."""
     precision: Precision = "fp32"
     """Precision of weights and activations."""
     batch_size: int | None = None
@@ -126,6 +159,7 @@ class Paper:
             workers=self.where.workers,
             models=listed(self.models),
             engine=self.engine,
+            init_backbone=listed(self.init_backbone),
             precision=self.precision,
             batch_size=self.batch_size,
             rounds=self.rounds,

@@ -135,7 +135,9 @@ def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
         print_json({**asdict(manifest), **summary, "cost": [asdict(layer) for layer in c.layers]})
         return
     modules = dict(model.named_modules())
-    rows = [(x.path, x.operator, _geometry(modules[x.path]), x.output_shape, x.params, x.macs, x.winograd_muls) for x in c.layers]
+    rows = [
+        (x.path, x.operator, _geometry(modules[x.path]), x.output_shape[1:], x.params, x.macs, x.winograd_muls) for x in c.layers
+    ]
     _print_layers(name, manifest, rows)
     print(c)
     _print_origin(manifest)
@@ -199,3 +201,30 @@ def show_recipe(name: str, as_json: bool) -> None:
     print_table(
         ("flag", "value"), [(f"--{key.replace('_', '-')}", value) for key, value in asdict(recipe).items()], title=f"Recipe {name}"
     )
+
+
+def show_engines(as_json: bool) -> None:
+    """Print the engines of this machine."""
+    from repvgg.deploy.here import engines_here
+
+    found, measured = engines_here()
+    if as_json:
+        print_json({"engines": [asdict(engine) for engine in found], "measured": measured})
+        return
+    rows = [
+        (
+            engine.name,
+            engine.version or "missing",
+            " ".join(engine.on_cpu),
+            " ".join(engine.on_cuda),
+            "" if engine.images_per_second is None else f"{engine.images_per_second:,.1f}",
+            engine.remedy,
+        )
+        for engine in found
+    ]
+    print_table(("engine", "version", "on the CPU", "on CUDA", "images/s", ""), rows)
+    if measured:
+        size = " x ".join(map(str, measured["input_size"]))
+        print(f"images/s: of the model that --engine auto measured last, {size}, batches of {measured['batch_size']}")
+    else:
+        print("no speeds yet: --engine auto measures them, or repvgg bench MODEL --engines all")

@@ -157,6 +157,14 @@ def show_pruning(report: "PruningReport", as_json: bool) -> None:
     print(report.path)
 
 
+def show_speeds(speeds: dict[str, float], as_json: bool) -> None:
+    """Show the speed of each stage of loading data."""
+    if as_json:
+        print_json({"images_per_second": {stage: round(speed, 1) for stage, speed in speeds.items()}})
+        return
+    print_table(("stage", "images a second"), [(stage, f"{speed:,.0f}") for stage, speed in speeds.items()])
+
+
 def show_reports(reports: Sequence["BenchReport"], out: Path | None, as_json: bool) -> None:
     """Show what `repvgg bench` measured, one report for each batch size: tables or JSON, and a file."""
     each = [report.to_json() for report in reports]

@@ -1,4 +1,4 @@
-"""Where images come from. One string names a source:
+"""Sources of images. One string names one:
 
 digits                 1,797 scans of handwritten digits, embedded (see digits.py)
 FOLDER                 train/<class>/*, val/<class>/*
@@ -61,7 +61,7 @@ class Source:
     test: Images | None = None
 
     def limited(self, count: int | None, seed: int = 0) -> "Source":
-        """At most `count` images of each split, drawn with the seed."""
+        """Return the source with at most `count` images of each split, drawn with the seed."""
         if count is None:
             return self
         if count < 1:
@@ -153,13 +153,13 @@ class InMemory:
 
 
 def _shared(*shape: int) -> Tensor:
-    """uint8 zeros in anonymous memory: /dev/shm, where PyTorch's own shared tensors live, holds but 64 MB in a container."""
+    """Return uint8 zeros in anonymous memory: /dev/shm, where PyTorch's own shared tensors live, holds but 64 MB in a container."""
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
 @functools.lru_cache(maxsize=4)
 def open_source(spec: str) -> Source:
-    """The source that a string names. Raises `DataError` if it is not there or cannot be trained on."""
+    """Open the source that a string names. Raises `DataError` if it is not there or cannot be trained on."""
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         from repvgg.data.digits import open_digits

@@ -1,4 +1,4 @@
-"""What took long to find out about a data set, kept between runs in ~/.cache/repvgg (XDG_CACHE_HOME is honoured)."""
+"""Facts about data sets that take long to find out, kept between runs in ~/.cache/repvgg (XDG_CACHE_HOME is honoured)."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ Arrays = dict[str, Any]
 
 
 def kept(key: Sequence[str], fresh: Callable[[Arrays], bool], make: Callable[[], Arrays]) -> Arrays:
-    """The arrays kept under `key` if they are `fresh` still, else what `make` returns, which is then kept if it is.
+    """Return the arrays kept under `key` if they are `fresh` still, else what `make` returns, which is then kept if it is.
 
     A cache that cannot be read or written costs time and nothing else.
     """

@@ -1,4 +1,6 @@
-"""Handwritten digits, embedded: 1,797 scans of 8x8 pixels by 43 writers, the test set of
+"""Handwritten digits, embedded: 1,797 scans of 8x8 pixels by 43 writers.
+
+They are the test set of
 
 E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998 (CC BY 4.0),
 as scikit-learn distributes it. Every fifth scan is held out: 1,437 for training, 360 for validation.

@@ -66,7 +66,7 @@ def open_hf(name: str) -> Source:
 
 
 def columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
-    """As `find_columns`. Raises DataError where one is missing."""
+    """Find the columns as `find_columns` does. Raises DataError where one is missing."""
     image, label, classes = find_columns(features)
     if image is None or label is None:
         there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
@@ -84,7 +84,7 @@ def refuse_ids(name: str, column: str, labels: set[int]) -> None:
 
 
 def find_columns(features: Any) -> tuple[str | None, str | None, list[str] | None]:
-    """Those of images and labels, and the names of the classes; None for what is not there."""
+    """Return the columns of images and of labels, and the names of the classes; None for what is not there."""
     image = next((c for c, f in features.items() if isinstance(f, datasets.Image)), None)
     labels = {c: f for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
     integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith("int")]

@@ -19,6 +19,7 @@ from torch import Tensor
 from repvgg.terminal import printable
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: 300 MB once decoded, up to 9 bytes a pixel while it is
+LONGEST = 32  # times as long as wide: resized by its short side, a longer image would fill the memory
 STRIP = 4_000_000  # pixels that are converted at once
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 ORIENTATION = 0x0112  # EXIF's tag
@@ -34,7 +35,7 @@ class ImageError(ValueError):
 
 
 def is_image(path: Path) -> bool:
-    """By its name alone: a suffix of `SUFFIXES`, and not hidden (macOS leaves a `._name` beside every file it copies)."""
+    """Tell an image by its name: a suffix of `SUFFIXES`, and not hidden (macOS leaves a `._name` beside every file)."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
@@ -50,7 +51,7 @@ def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str 
 
 
 def _decoded(image: Image.Image, source: str | os.PathLike[str] | bytes, channels: int) -> tuple[Tensor, int]:
-    """The pixels as they are stored, and EXIF's word on how the camera was held."""
+    """Return the pixels as they are stored, and EXIF's word on how the camera was held."""
     pixels = _from_jpeg(source, channels) if image.format == "JPEG" and image.mode == ("RGB" if channels == 3 else "L") else None
     if pixels is None:
         image.load()  # what is truncated fails here
@@ -62,7 +63,7 @@ def _decoded(image: Image.Image, source: str | os.PathLike[str] | bytes, channel
 
 
 def _from_jpeg(source: str | os.PathLike[str] | bytes, channels: int) -> Tensor | None:
-    """As torchvision reads it, which is twice as fast as Pillow; None where it cannot, and Pillow will say why."""
+    """Read a JPEG by torchvision, which is faster than Pillow. Return None where it cannot: Pillow will say why."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -75,7 +76,7 @@ def _from_jpeg(source: str | os.PathLike[str] | bytes, channels: int) -> Tensor 
 
 
 def _in_strips(image: Image.Image, channels: int) -> Tensor:
-    """A large image is converted piece by piece: conversions keep several copies of what they are given."""
+    """Convert an image piece by piece: conversions keep several copies of what they are given."""
     rows = max(1, STRIP // image.width)
     edges = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
     white = None
@@ -97,7 +98,7 @@ def _upright(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def decode_mask(source: str | os.PathLike[str]) -> Tensor:
-    """uint8 tensor [H, W] of the class ids of a grey or palette image; raises `ImageError` for one of colours."""
+    """Return the class ids of a grey or palette image, uint8 [H, W]; raises `ImageError` for one of colours."""
 
     def ids(image: Image.Image) -> Any:
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
@@ -123,7 +124,7 @@ def size_of(source: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Callable[[Image.Image], Any]) -> Any:
-    """What `convert` makes of an image. Raises `ImageError` and nothing else."""
+    """Open an image and return what `convert` makes of it. Raises `ImageError` and nothing else."""
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():  # opening a pipe would wait for ever
@@ -147,12 +148,12 @@ def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Cal
 
 
 def _numbers(image: Any) -> Any:
-    """What an image of 16 or 32 bits holds, as float32 without NaN and Inf."""
+    """Return the numbers of an image of 16 or 32 bits, as float32 without NaN and Inf."""
     return np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
 
 
 def _convert(image: Any, mode: str, white: float | None) -> Image.Image:
-    """white: the value that becomes 255, in 16 or 32 bits: Pillow would clip them to 255, not scale them."""
+    """Convert an image to grey or RGB, on white. white: the value that becomes 255, where Pillow would clip and not scale."""
     if white is not None:
         image = Image.fromarray((_numbers(image) * (255 / white)).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

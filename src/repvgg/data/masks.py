@@ -20,24 +20,26 @@ from torchvision.tv_tensors import Mask
 
 from repvgg.data import DataError, Source
 from repvgg.data.cache import kept
-from repvgg.data.images import ImageError, decode, decode_mask, is_image, size_of
+from repvgg.data.images import LONGEST, ImageError, decode, decode_mask, is_image, size_of
 from repvgg.models.manifest import Preprocessing
 
 IGNORED = 255
-LONGEST = 32  # times as long as wide: resized by its short side, a longer image would fill the memory
 CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 
 
 @dataclass(frozen=True)
 class Ids:
-    """classes: names by their number in training. train_id: [256], that number for each id in a file, `IGNORED` where it has no
-    label, -1 where there is no such id."""
+    """The ids in mask files, and what they are in training.
+
+    classes: names by their number in training. train_id: [256], that number for each id in a file, `IGNORED` where it has no
+    label, -1 where there is no such id.
+    """
 
     classes: list[str]
     train_id: Any
 
     def read(self, path: Path) -> Tensor:
-        """uint8 [H, W] of a mask file. Raises `ImageError` naming the file and the id that it should not have."""
+        """Return a mask file, uint8 [H, W]. Raises `ImageError` naming the file and the id that it should not have."""
         raw = decode_mask(path)
         ids = self.train_id[raw.numpy()]
         if ids.min() < 0:
@@ -65,7 +67,7 @@ class Masked:
 
 
 def open_camvid(root: Path) -> Source:
-    """The layout that SegNet's authors made: 367 photos to train on, 101 and 233 to evaluate."""
+    """Open the layout that SegNet's authors made: 367 photos to train on, 101 and 233 to evaluate."""
     ids = np.full(256, -1)
     ids[: len(CAMVID)], ids[len(CAMVID)] = range(len(CAMVID)), IGNORED
     splits = [_camvid_pairs(root, split) for split in ("train", "val", "test")]
@@ -80,7 +82,7 @@ def _camvid_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def open_cityscapes(root: Path) -> Source:
-    """The layout that torchvision reads: 2,975 photos to train on, 500 to evaluate; those of the test split have no masks."""
+    """Open the layout that torchvision reads: 2,975 photos to train on, 500 to evaluate; those of the test split have no masks."""
     from torchvision.datasets import Cityscapes
 
     ids, classes = np.full(256, -1), {}
@@ -139,7 +141,7 @@ def _stamp(pair: tuple[Path, Path]) -> str:
 
 
 def _verified(pairs: Sequence[tuple[Path, Path]], ids: Ids) -> dict[str, Any]:
-    """How many pixels of each mask have a label. Raises `ImageError` naming a file that cannot be trained on."""
+    """Count the pixels of each mask that have a label. Raises `ImageError` naming a file that cannot be trained on."""
     labelled = []
     for photo, path in pairs:
         mask, size = ids.read(path), size_of(photo)

@@ -22,7 +22,7 @@ _known: Any = weakref.WeakKeyDictionary()  # the one of each split, for as long 
 
 
 class Shifts:
-    """How each image of a split is shifted and mirrored in one epoch: a function of seed, epoch and image alone."""
+    """The shift and the mirroring of each image of a split in one epoch: a function of seed, epoch and image alone."""
 
     def __init__(self, count: int, most: int, flip: bool, seed: tuple[int, int]) -> None:
         random = torch.Generator().manual_seed(hash(seed) % 2**63)
@@ -39,7 +39,7 @@ class Resident:
     """All images of a split, of the input's size, within a black border."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, device: str) -> None:
-        """pixels: uint8 [N, C, H, W]; labels: [N]."""
+        """Take the pixels, uint8 [N, C, H, W], and labels [N] to a device."""
         self.count, self.channels, self.height, self.width = pixels.shape
         self.border = max(self.height, self.width) // 8
         bordered = F.pad(pixels, [self.border] * 4)

@@ -54,7 +54,7 @@ class Shards:
 
 
 def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
-    """The data that a string names: as for `open_source`, or any folder of images, or `wds:` with one pattern of shards.
+    """Open the data that a string names: as for `open_source`, or any folder of images, or `wds:` with one pattern of shards.
 
     split: "val" is also whatever held-out split a Hugging Face data set has. Raises `DataError` if it is not there.
     """
@@ -88,7 +88,7 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
 
 
 def _in_rows(name: str, count: int, size: int, items: Callable[[range], Iterator[Item]], *facts: Any) -> Shards:
-    """Of images that have numbers."""
+    """Divide images that have numbers."""
     if not count:
         raise DataError(f"{name}: holds no images")
 
@@ -194,7 +194,7 @@ def _inside(key: str) -> str:
 
 
 def _encoded(cell: Any) -> bytes | str:
-    """Of an image that is missing: nothing, which is no image."""
+    """Return an image's bytes or path; of one that is missing nothing, which is no image."""
     cell = cell or {"bytes": b"", "path": None}
     return cell["bytes"] if cell["bytes"] is not None else cell["path"] or b""
 

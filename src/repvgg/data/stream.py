@@ -28,7 +28,7 @@ BUFFER = 4096  # examples that are shuffled among each other
 
 
 class Example(NamedTuple):
-    """What the main process hands to a worker. position: in the epoch's order, of this process."""
+    """An encoded image that the main process hands to a worker. position: in the epoch's order, of this process."""
 
     position: int
     data: bytes
@@ -54,7 +54,7 @@ class Stream:
         return Stream(self.name, table, self.image, self.label, min(count, self.count))
 
     def order(self, seed: int, rank: int, processes: int, first: int, last: int) -> Iterator[Example]:
-        """The examples from `first` to `last` of one process's part; over again from its start if it has fewer."""
+        """Yield the examples from `first` to `last` of one process's part; over again from its start if it has fewer."""
         shuffled = self.table.shuffle(seed=seed, buffer_size=BUFFER)
         own = split_dataset_by_node(shuffled, rank, processes)
         position = first
@@ -74,7 +74,7 @@ class Stream:
                 raise DataError(f"{self.name}: process {rank} has no images: there are too few shards for {processes} processes")
 
     def in_order(self, rank: int = 0, processes: int = 1) -> Iterator[Example]:
-        """All of them once, every n-th for each of n processes."""
+        """Yield all of them once, every n-th for each of n processes."""
         return islice(self._examples(self.table), rank, None, processes)
 
     def _examples(self, table: Any) -> Iterator[Example]:
@@ -90,7 +90,7 @@ class Stream:
 
 
 def open_stream(name: str) -> Source:
-    """A data set of the hub, or a local folder of parquet, without a copy on the disk."""
+    """Open a data set of the hub, or a local folder of parquet, without a copy on the disk."""
     return _open(f"hf-stream:{name}", {"path": name}, [])
 
 
@@ -125,7 +125,7 @@ def refuse_damaged(name: str, shards: list[str]) -> None:
 
 
 def expanded(pattern: str) -> list[str]:
-    """a-{08..11}.tar -> a-08.tar, a-09.tar, a-10.tar, a-11.tar"""
+    """Return the names that a pattern stands for: a-{08..11}.tar for a-08.tar, a-09.tar, a-10.tar and a-11.tar."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
         return [pattern]
@@ -160,7 +160,7 @@ def _open(name: str, load: dict[str, Any], shards: list[str]) -> Source:
 
 
 def _counted(name: str, split: str, table: Any, label: str, shards: list[str]) -> Any:
-    """How many images each class has: one pass over all of it, kept for as long as the local files do not change."""
+    """Count the images of each class: one pass over all of it, kept for as long as the local files do not change."""
     stamps = [f"{s} {Path(s).stat().st_size} {Path(s).stat().st_mtime_ns}" for s in shards if "://" not in s]
 
     def count() -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Transforms: torchvision v2 on uint8 images, one by one; normalisation on whole batches, where it is cheap."""
 
+import atexit
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,38 +13,38 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data import Images
-from repvgg.data.images import ImageError
+from repvgg.data.images import LONGEST, ImageError
 from repvgg.models.manifest import Preprocessing
 
 MAX_WORKERS = 256
 
 
 def eval_transform(preprocessing: Preprocessing) -> nn.Module:
-    """uint8 [C, H, W] of any size -> uint8 of the input size."""
+    """Return a transform from uint8 [C, H, W] of any size to uint8 of the input size."""
     transform: nn.Module = v2.Compose([fit(preprocessing), v2.CenterCrop(preprocessing.input_size[1:])])
     return transform
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 [N, C, H, W] -> float32, mean 0 and deviation 1 on the training set."""
+    """Turn uint8 [N, C, H, W] into float32 of mean 0 and deviation 1 on the training set."""
     mean, std = ([255 * x for x in values] for values in (preprocessing.mean, preprocessing.std))
     normalised: Tensor = v2.functional.normalize(images.float(), mean, std)
     return normalised
 
 
 def fit(preprocessing: Preprocessing) -> nn.Module:
-    """Resize the short side."""
+    """Return a transform that resizes the short side."""
     mode = InterpolationMode(preprocessing.interpolation)
     resize: nn.Module = v2.Resize(preprocessing.resize, interpolation=mode, antialias=True)
     return v2.Compose([Trim(), resize])  # type: ignore[no-any-return]
 
 
 class Trim(nn.Module):
-    """Cut the ends off an image more than 32 times as long as wide: resized by its short side, it would fill the memory."""
+    """Cut the ends off an image that is more than `LONGEST` times as long as wide."""
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        longest = 32 * min(height, width)
+        longest = LONGEST * min(height, width)
         if max(height, width) <= longest:
             return image
         trimmed: Tensor = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
@@ -54,7 +56,7 @@ class Transformed:
     process runs it."""
 
     def __init__(self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None) -> None:
-        """bad: what to do about an image that cannot be read; by default its `ImageError` is raised."""
+        """Take images and a transform. bad: what to do about an image that cannot be read; without it `ImageError` is raised."""
         self.images, self.transform, self.seed, self.bad = images, transform, seed, bad
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by worker processes that live on
         self.spent = torch.zeros(MAX_WORKERS, 2, dtype=torch.float64).share_memory_()  # by worker: seconds, images
@@ -78,7 +80,7 @@ class Transformed:
 
     @property
     def images_per_second(self) -> float:
-        """That the workers can load, all together, if nothing keeps them waiting; 0 before any was loaded."""
+        """Images a second that the workers can load, all together, if nothing keeps them waiting; 0 before any was loaded."""
         used = self.spent[self.spent[:, 1] > 0]
         return float((used[:, 1] / used[:, 0]).sum())
 
@@ -103,7 +105,7 @@ class BadImages:
         return torch.zeros(3, 8, 8, dtype=torch.uint8), index.label if self.replace else -1
 
     def listed(self) -> list[str]:
-        """Each once."""
+        """Return what is listed, each line once."""
         return sorted(set(self.listing.read_text().splitlines())) if self.listing.exists() else []
 
 
@@ -119,11 +121,27 @@ def load(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
+    batches = _batches(loader)
+    _unfinished.add(batches)
+    return batches
+
+
+def _batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
     try:
         yield from loader
-    except ImageError as error:  # from a worker process it comes with the whole traceback in its message
-        reason = str(error).strip().splitlines()[-1]
-        raise ImageError(reason.removeprefix(f"{ImageError.__module__}.ImageError: ")) from None
+    except ImageError as error:  # from a worker process it comes with the whole traceback in its message, newlines spelled out
+        reason = str(error).rpartition(f"{ImageError.__module__}.ImageError: ")[2]
+        raise ImageError(reason.removesuffix("\\n")) from None
+
+
+_unfinished: Any = weakref.WeakSet()
+
+
+@atexit.register
+def _finish() -> None:
+    """Close what is half read, before the interpreter takes workers and names away from it."""
+    for batches in list(_unfinished):
+        batches.close()
 
 
 def leave_signals_to_the_main_process(_: int) -> None:

@@ -9,10 +9,6 @@ was found to be. Formats that can hold the same inside, do.
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,8 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options, Runtime, Signature
 from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.deploy.parity import Parity, compare, folded, reference
-from repvgg.disk import FileError, Log, describe
+from repvgg.deploy.staged import staged, written
+from repvgg.disk import Log, describe
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
@@ -37,8 +34,8 @@ LARGE = 3 * 512 * 512  # numbers in an image of which eight in float64 take too 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the file shall take. batch_size: None for any; any_size: any height and width; pixels: uint8 pixels, so that the graph
-    normalises; image_size: uint8 pixels of that height and width, so that the graph resizes and crops too."""
+    """Images that the file shall take. batch_size: None for any; any_size: any height and width; pixels: uint8 pixels, so that the
+    graph normalises; image_size: uint8 pixels of that height and width, so that the graph resizes and crops too."""
 
     batch_size: int | None = None
     any_size: bool = False
@@ -46,7 +43,7 @@ class Shape:
     image_size: tuple[int, int] | None = None
 
     def refused_by(self, name: str) -> str | None:
-        """Why that format cannot hold such a graph, if so."""
+        """Return why that format cannot hold such a graph, if so."""
         has = FORMATS[name]
         if self.batch_size is not None and self.batch_size < 1:
             return f"--batch-size {self.batch_size}: at least 1, or 0 for any"
@@ -60,7 +57,7 @@ class Shape:
 
 
 class FromPixels(nn.Module):
-    """uint8 pixels [N, C, H, W] -> logits: preparing an image is a part of the graph.
+    """Maps uint8 pixels [N, C, H, W] to logits: preparing an image is a part of the graph.
 
     Resizing is linear, so it is two products with matrices, which every runtime has and none does in its own way. `predict` rounds
     the resized image to whole grey levels, this does not.
@@ -151,7 +148,10 @@ def export(
     with staged(out) as folder:
         path = folder / (name + FORMATS[to].suffix)
         runtime = engines.runtime(FORMATS[to].module)
-        runtime.write(deploy, signature, path, manifest.to_json())
+        try:
+            runtime.write(deploy, signature, path, manifest.to_json())
+        except Exception as error:  # of any runtime
+            raise written(to, error) from None
         found = [_prove(_opened(runtime, path, signature, x), original, x) for x in samples]
         report = max(found, key=lambda parity: parity.error.relative)
         if bad := next((parity for parity in found if not parity.ok), None):
@@ -162,7 +162,7 @@ def export(
 
 
 def described(manifest: Manifest, shape: Shape) -> Manifest:
-    """What an exported file says of itself: what is done to an image before it goes in."""
+    """Return what an exported file says of itself: what is done to an image before it goes in."""
     p = manifest.preprocessing
     if shape.pixels or shape.image_size:  # float pixels are left as they are
         p = replace(p, mean=(0.0,) * len(p.mean), std=(1 / 255,) * len(p.std))
@@ -172,14 +172,14 @@ def described(manifest: Manifest, shape: Shape) -> Manifest:
 
 
 def real_images(model: nn.Module, data: str, count: int, shape: Shape = Shape()) -> Tensor:
-    """`count` images of the validation split that `data` names, prepared as an exported file of that shape takes them."""
+    """Return `count` images of the validation split that `data` names, prepared as an exported file of that shape takes them."""
     source = open_source(data).limited(count)
     preprocessing = described(zoo.manifest_of(model), shape).preprocessing
     return torch.cat([x for x, _ in batches(source.val, preprocessing, 64)])
 
 
 def random_images(signature: Signature) -> Tensor:
-    """Eight, of large ones two; normal, or pixels of any value."""
+    """Return eight images, of large ones two: normal numbers, or pixels of any value."""
     random = torch.Generator().manual_seed(0)
     count = 8 if math.prod(signature.size) <= LARGE else 2
     if signature.dtype == torch.uint8:
@@ -188,7 +188,7 @@ def random_images(signature: Signature) -> Tensor:
 
 
 def write_report(path: Path, to: str, signature: Signature, manifest: Manifest, found: dict[str, Any]) -> None:
-    """The .json beside an exported file."""
+    """Write the .json beside an exported file."""
     sides = (None, None) if signature.any_size else signature.size[1:]
     told = {
         "format": to,
@@ -198,29 +198,6 @@ def write_report(path: Path, to: str, signature: Signature, manifest: Manifest, 
         "machine": this_machine(),
     }
     report_of(path).write_text(json.dumps(told, indent=2) + "\n")
-
-
-@contextmanager
-def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder inside `out` whose files move to `out` when all went well, and are gone otherwise. Raises `FileError`."""
-    out = Path(out)
-    existed = out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".", dir=out))
-    except OSError as error:
-        raise FileError(f"{out}: cannot be written ({error.strerror})") from None
-    try:
-        yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".json"):  # what tells of the others comes last
-            file.replace(out / file.name)
-    except OSError as error:
-        raise FileError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):
-                out.rmdir()  # which does nothing unless it is empty
 
 
 def _opened(runtime: Runtime, path: Path, signature: Signature, images: Tensor) -> Engine:

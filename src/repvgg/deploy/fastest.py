@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +18,11 @@ from repvgg.deploy.parity import compare, reference
 from repvgg.disk import Log, atomically, cache_folder, describe
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import interleave, synchroniser
+from repvgg.terminal import live
 
+# Compile for tens of seconds. On a CPU they are built where nothing else can be, or by name.
+COMPILERS = ("compile", "compile-max", "aotinductor", "cudagraphs")
+BUILDING, MEASURING = 8.0, 11.0  # seconds from the start, after which no other engine is built, and no other round begun
 # Rounds of the search, and how many times slower than the best an engine may be in them to go on to the next.
 KNOCKOUT = ((1, 2.0), (5, 1.15), (15, 1.0))
 
@@ -31,8 +36,9 @@ def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
     path = cache_folder() / "engines" / f"{_digest(model, options)}.json"
     with suppress(OSError, ValueError, KeyError):
         return str(json.loads(path.read_text())["fastest"])
-    log("measuring the engines, once for this model on this machine: it takes a minute or two")
-    found = measure(model, options, log)
+    log("measuring the engines, once for this model on this machine")
+    with live() as tell:
+        found = measure(model, options, log, tell)
     best = next(iter(found))
     text = json.dumps({"fastest": best, "engines": found, "options": asdict(options), "machine": this_machine()}, indent=2)
     with suppress(OSError, ValueError):  # a cache that cannot be written costs time and nothing else
@@ -42,15 +48,23 @@ def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
     return best
 
 
-def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, dict[str, float]]:
+def measure(model: nn.Module, options: Options, log: Log = print, tell: Log = str) -> dict[str, dict[str, float]]:
     """Return images a second and relative error of the engines that are right, the fastest first; each as in the last rounds that
-    it took part in. Raises ValueError if none is right."""
+    it took part in.
+
+    tell: hears what is being built or timed. Raises ValueError if none is right.
+    """
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, options.batch_size), *options.input_size, generator=random)
     wanted = reference(model, images, options.precision)
     calls: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
-    for name in engines.installed(options.precision, options.device, log):
+    started = time.perf_counter()
+    for name in _in_order(engines.installed(options.precision, options.device, log)):
+        if calls and (time.perf_counter() - started > BUILDING or (name in COMPILERS and options.device == "cpu")):
+            log(f"left out: {name} (it would take long to build; name it to have it: --engine {name})")
+            continue
+        tell(f"building {name}")
         try:
             engine = engines.build(name, model, options)
             parity = compare(engine.in_turns(images, options.batch_size), wanted)
@@ -67,6 +81,9 @@ def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, d
     figures: dict[str, dict[str, float]] = {}
     batches = 2
     for rounds, slower in KNOCKOUT:
+        if figures and time.perf_counter() - started > MEASURING:
+            break
+        tell(f"timing {', '.join(calls)}")
         timed = interleave(calls, rounds=rounds, batches=batches, warmup=1, synchronise=synchroniser(options.device))
         best = min(t.median for t in timed.values())
         for name in sorted(timed, key=lambda name: -timed[name].median):  # the fastest of the last rounds ends up as the last
@@ -75,6 +92,11 @@ def measure(model: nn.Module, options: Options, log: Log = print) -> dict[str, d
         calls = {name: call for name, call in calls.items() if timed[name].median <= slower * best}
         batches = max(1, min(20, round(0.1 / best)))
     return dict(reversed(figures.items()))
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    """Return the names, those that compile for long at the end."""
+    return sorted(names, key=lambda name: name in COMPILERS)
 
 
 def _digest(model: nn.Module, options: Options) -> str:

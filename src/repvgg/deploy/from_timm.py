@@ -11,8 +11,9 @@ from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.engines.onnxruntime import open_file
 from repvgg.disk import FileError, Log, atomically
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.proof import distance, verify
+from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.fold.rounding import distance
 from repvgg.models.baselines import timm_preprocessing
 from repvgg.models.checkpoint import read
 

@@ -40,7 +40,7 @@ def round_convolutions(model: nn.Module) -> None:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """To 256 levels from the smallest number (zero at most) to the largest; zero, which pads, is one of them."""
+    """Return `x` rounded to 256 levels from the smallest number (zero at most) to the largest; zero, which pads, is one of them."""
     low, high = x.detach().aminmax()
     low, high = low.clamp(max=0), high.clamp(min=0)
     step = _step((high - low) / 255)
@@ -48,7 +48,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def rounded_weight(weight: Tensor) -> Tensor:
-    """[out, in, kh, kw] to 255 levels, zero in their middle, for each of the output channels."""
+    """Return a weight [out, in, kh, kw] rounded to 255 levels, zero in their middle, for each of the output channels."""
     step = _step(weight.detach().abs().amax((1, 2, 3)) / 127)
     return torch.fake_quantize_per_channel_affine(weight, step, torch.zeros_like(step, dtype=torch.int32), 0, -127, 127)
 

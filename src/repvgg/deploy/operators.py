@@ -1,4 +1,4 @@
-"""What an exported file is made of: the proof that a deploy form is plain.
+"""Operators that an exported file is made of: the proof that a deploy form is plain.
 
 read("exported/a0.onnx")          # [Operator("Conv", (3, 3), ...), Operator("Relu"), ...]
 summary(read("exported/a0.onnx")) # "22 x (3x3 convolution, ReLU) and no other operator, then ReduceMean, Gemm"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.guards import copied
-from repvgg.fold.proof import Error, at_least, distance, shake, shaken
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.fold.rounding import Error, at_least, distance, shake, shaken
 
 # How many times the model's own rounding an engine may be off: engines use Winograd's algorithms, and add in another order.
 MULTIPLE = {"fp32": 64, "tf32": 16, "fp16": 16, "bf16": 16}
@@ -24,7 +24,7 @@ TURN = 16  # images at a time in float64
 
 @dataclass(frozen=True)
 class Reference:
-    """The float64 logits of a model, and how far its own rounding in a precision moves them."""
+    """Hold the float64 logits of a model, and how far its own rounding in a precision moves them."""
 
     logits: Tensor
     own: Error
@@ -33,7 +33,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Parity:
-    """The error of the logits, the largest that a right engine may make, and how many predictions (a label for
+    """Tell the error of the logits, the largest that a right engine may make, and how many predictions (a label for
     each image; of masks, for each pixel) are the same as in float64.
 
     A prediction is clear if its two best logits in float64 are farther apart than twice the largest error.
@@ -100,7 +100,7 @@ def _varies(wanted: Tensor) -> bool:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy in deploy form. Raises `ReparamError` naming the first thing that cannot be folded."""
+    """Return a copy in deploy form. Raises `ReparamError` naming the first thing that cannot be folded."""
     deploy = reparameterize(model)
     left: dict[str, str] = deploy.fold_report.left  # type: ignore[assignment, union-attr]
     if left:

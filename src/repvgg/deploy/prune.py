@@ -42,7 +42,7 @@ BATCH = 32  # of the speeds
 
 @torch.no_grad()
 def pruned(model: nn.Module, images: Tensor, keep: float) -> nn.Module:
-    """A copy with the share `keep` of every layer's channels, those that matter most; in eval mode, in the form of `model`.
+    """Return a copy with the share `keep` of every layer's channels, those that matter most; in eval mode, in the form of `model`.
 
     A channel matters as much as it brings to what reads it: its root mean square over `images` [N, C, H, W], times the norm of the
     folded weights that read it. Of grouped convolutions each group keeps the same number. Raises ValueError for a share that is
@@ -83,7 +83,7 @@ def _layers(model: RepVGG) -> dict[str, Layer]:
 
 
 def _importance(model: RepVGG, maps: list[LinearMap], images: Tensor) -> list[Tensor]:
-    """Of every layer's channels, float64, the mean being 1."""
+    """Return how much every layer's channels matter, float64, the mean being 1."""
     model = copy.deepcopy(model)  # which will have hooks
     sizes: list[Tensor] = []
     for layer in _layers(model).values():
@@ -96,7 +96,7 @@ def _importance(model: RepVGG, maps: list[LinearMap], images: Tensor) -> list[Te
 
 
 def _kept(maps: list[LinearMap], importance: list[Tensor], keep: float, tied: bool) -> list[Tensor]:
-    """Of every layer, the numbers of the channels that stay, in order. tied: layers that keep the shape of what goes in decide
+    """Return the numbers of every layer's channels that stay, in order. tied: layers that keep the shape of what goes in decide
     together with the layer before."""
     groups = max(m.groups for m in maps)
     together: list[list[int]] = []

@@ -24,12 +24,13 @@ from repvgg.data import Source
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Int8Runtime, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.deploy.export import Shape, described, staged, write_report
+from repvgg.deploy.export import Shape, described, write_report
 from repvgg.deploy.formats import FORMATS
 from repvgg.deploy.int8 import round_convolutions
 from repvgg.deploy.parity import folded
 from repvgg.deploy.runner import Runner
 from repvgg.deploy.speedup import Speedup, speedup
+from repvgg.deploy.staged import staged, written
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
 from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
@@ -47,7 +48,8 @@ WATCHED = 32  # images on which the signal-to-noise ratio is measured
 
 @dataclass(frozen=True)
 class Quantization:
-    """images: to calibrate on. bias_correction: of what rounding weights does to a layer's mean. equalise: first, cross-layer.
+    """Settings of INT8. images: to calibrate on. bias_correction: of what rounding weights does to a layer's mean. equalise: first,
+    cross-layer.
 
     keep: layers left in float, by their number (-1: the classifier). max_drop: of top-1, as a fraction; layers are left in float,
     the worst first, until it is kept. qat_epochs: of training with batch norms inserted and weights and activations rounded, before
@@ -86,7 +88,7 @@ class LayerNoise:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What INT8 costs and gains: accuracy on the whole validation split, by layer, and speed in the same runtime."""
+    """Costs and gains of INT8: accuracy on the whole validation split, by layer, and speed in the same runtime."""
 
     path: Path
     before: Accuracy
@@ -98,7 +100,7 @@ class QuantizationReport:
 
     @property
     def drop(self) -> float:
-        """Of top-1, as a fraction."""
+        """Loss of top-1, as a fraction."""
         return self.before.top1 - self.after.top1
 
     def to_json(self) -> dict[str, Any]:
@@ -158,16 +160,17 @@ def quantize(
         def accuracy(file: Path) -> Accuracy:
             return evaluate(runner(file), batches(source.val, told.preprocessing, BATCH), len(source.classes))
 
-        runtime.save(runtime.read(to_onnx(deploy, signature)), plain, "")
+        _saved(runtime, runtime.read(to_onnx(deploy, signature)), plain, "")
         before = accuracy(plain)
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
         if settings.qat_epochs:
             deploy = _trained_rounded(deploy, images, source, settings, device, log)
             save(deploy, folder / f"{name}.qat.safetensors")
-            runtime.save(runtime.read(to_onnx(deploy, signature)), plain, "")
+            _saved(runtime, runtime.read(to_onnx(deploy, signature)), plain, "")
         while True:
             log(f"quantising on {len(images)} images" + (f", {len(kept)} layers left in float" if kept else ""))
-            runtime.save(_quantised(runtime, plain, images, kept, settings), path, told.to_json())
+            rounded = _quantised(runtime, plain, images, kept, settings)
+            _saved(runtime, rounded, path, told.to_json())
             after = accuracy(path)
             layers = _noise(runtime, plain, path, images[:WATCHED], names)
             log(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8")
@@ -194,13 +197,13 @@ def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings
 
 
 def qat_recipe(source: Source) -> Recipe:
-    """The source's own, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a training,
-    augmented as they are, would change the network more than the rounding does."""
+    """Return the source's own recipe, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a
+    training, augmented as they are, would change the network more than the rounding does."""
     return replace(get_recipe(source.recipe), warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
 
 
 def _numbers(keep: tuple[int, ...], count: int) -> list[int]:
-    """Of layers, counted from the front. Raises ValueError for one that is not there."""
+    """Return layers' numbers, counted from the front. Raises ValueError for one that is not there."""
     if wrong := next((n for n in keep if not -count <= n < count), None):
         raise ValueError(f"--keep {wrong}: there are {count} layers")
     return sorted({n % count for n in keep})
@@ -219,6 +222,13 @@ def _worst(layers: list[LayerNoise], kept: list[int], max_drop: float) -> int:
     if not left:
         raise ValueError(f"--max-drop {max_drop}: not kept even with every convolution in float; it is the classifier or chance")
     return max(left, key=lambda i: layers[i].added)
+
+
+def _saved(runtime: Int8Runtime, network: Any, path: Path, metadata: str) -> None:
+    try:
+        runtime.save(network, path, metadata)
+    except Exception as error:  # of either runtime
+        raise written("INT8", error) from None
 
 
 def _quantised(runtime: Int8Runtime, plain: Path, images: Tensor, kept: list[int], settings: Quantization) -> Any:

@@ -40,14 +40,14 @@ class SpaceToBatch(nn.Module):
 
 
 def to_batch(x: Tensor, d: int) -> Tensor:
-    """[N, C, H, W] -> [N d d, C, H / d, W / d], in the same memory format; d divides H and W."""
+    """Turn [N, C, H, W] into [N d d, C, H / d, W / d], in the same memory format; d divides H and W."""
     if _channels_last(x):
         return _to_batch(x.movedim(1, 3), d, 1).movedim(3, 1)
     return _to_batch(x, d, 2)
 
 
 def to_space(x: Tensor, d: int) -> Tensor:
-    """The way back."""
+    """Undo `to_batch`."""
     if _channels_last(x):
         return _to_space(x.movedim(1, 3), d, 1).movedim(3, 1)
     return _to_space(x, d, 2)
@@ -69,7 +69,7 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def space_to_batch(model: nn.Module) -> nn.Module:
-    """A copy whose dilated convolutions run so, layers of ours in deploy form whole. Raises ValueError if there are none."""
+    """Return a copy whose dilated convolutions run so, layers of ours in deploy form whole. Raises ValueError if there are none."""
     rebuilt = _rebuilt(copy.deepcopy(model))
     if not any(isinstance(m, SpaceToBatch) for m in rebuilt.modules()):
         raise ValueError(f"{type(model).__name__} has no dilated convolution to run by space-to-batch")
@@ -98,7 +98,7 @@ def _joined(layers: nn.Sequential) -> nn.Sequential:
 
 
 def _dilation(module: nn.Module) -> int | None:
-    """Of a convolution that keeps the size, or a layer of ours with one: more than 1, the same in both directions."""
+    """Return the dilation, above 1 and the same both ways, of a convolution that keeps the size, or a layer of ours with one."""
     if isinstance(module, Layer):
         return _dilation(module.block) if type(module.se) is nn.Identity else None
     if type(module) is not nn.Conv2d or module.padding_mode != "zeros":

@@ -1,4 +1,4 @@
-"""How much faster a network has become: it and what it was, taking turns."""
+"""Speed of a network over that of what it was, the two taking turns."""
 
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +14,8 @@ ROUNDS, BATCHES, WARMUP = 7, 3, 2
 
 @dataclass(frozen=True)
 class Speedup:
-    """How much faster a network has become. images_per_second: before and after; ratio: of the two, with its 95% interval."""
+    """Speed of a network over that of what it was. images_per_second: before and after; ratio: of the two, with its 95%
+    interval."""
 
     batch_size: int
     images_per_second: tuple[float, float]

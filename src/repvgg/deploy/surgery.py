@@ -34,7 +34,7 @@ def convolutions(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def equalise(model: nn.Module) -> nn.Module:
-    """A copy that computes the same, its channels scaled so that what makes a channel has the same range as what uses it.
+    """Return a copy that computes the same, its channels scaled so that what makes a channel has the same range as what uses it.
 
     Raises `ReparamError` for what is no plain network in deploy form.
     """
@@ -65,7 +65,7 @@ def _as_map(layer: nn.Module) -> LinearMap:
 
 @torch.no_grad()
 def insert_bn(model: nn.Module, images: Tensor) -> nn.Module:
-    """The training form with block="plain" that computes what a plain network in deploy form does, in eval mode.
+    """Return the training form with block="plain" that computes what a plain network in deploy form does, in eval mode.
 
     Each convolution has a batch norm after it that undoes itself; its statistics are those of `images`, and the more there are, the
     less the first steps of training disturb. A deploy form without batch norms trains badly; `reparameterize` folds them again.
@@ -93,7 +93,7 @@ def insert_bn(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _note(moments: list[Tensor], conv: nn.Module, inputs: object, outputs: Tensor) -> None:
-    """Of each channel: how many numbers there are, their sum and that of their squares."""
+    """Note of each channel: how many numbers there are, their sum and that of their squares."""
     numbers = outputs.double().transpose(0, 1).flatten(1)
     moments.append(torch.stack([torch.full_like(numbers[:, 0], numbers.shape[1]), numbers.sum(1), numbers.square().sum(1)]))
 

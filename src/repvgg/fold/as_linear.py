@@ -23,7 +23,7 @@ Reader = Callable[[Any, int | None], LinearMap]
 
 
 class Branches(nn.Module):
-    """The sum of its children, all applied to the same input (equation 1). Folds if each of them does."""
+    """Add up the outputs of its children, all applied to the same input (equation 1). It folds if each of them does."""
 
     def __init__(self, **branches: nn.Module) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class Branches(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """Its children one after the other, as one block: it folds whole or is refused. A plain Sequential folds part by part."""
+    """Apply its children one after the other, as one block: it folds whole or is refused. A plain Sequential folds part by part."""
 
 
 class _AsLinear:
-    """`as_linear(module, channels=None) -> LinearMap`: the eval-mode meaning of a module tree, in float64.
+    """Read a module tree as the linear map that it is in eval mode, in float64: `as_linear(module, channels=None) -> LinearMap`.
 
     `channels` tells modules that fit any number of channels (an identity, a pool) how many they see. Raises `ReparamError` for
     what is not linear, is in train mode, carries hooks, or holds non-finite numbers. Readers of a module that has parts use
@@ -72,7 +72,7 @@ class _AsLinear:
         return self.read(module, channels)
 
     def read(self, module: nn.Module, channels: int | None = None) -> LinearMap:
-        """As `as_linear`, at the running statistics even in train mode."""
+        """Read a module as `as_linear` does, at the running statistics even in train mode."""
         reader = self.reader(module)
         if reader is None:
             raise ReparamError(why_unknown(module))
@@ -82,7 +82,7 @@ class _AsLinear:
         return reader(module, channels)
 
     def child(self, name: str, module: nn.Module, channels: int | None) -> LinearMap:
-        """As `read`, for the part `name` of a larger module: errors say so."""
+        """Read the part `name` of a larger module: errors say so."""
         with inside(name):
             return self.read(module, channels)
 
@@ -99,7 +99,7 @@ def _convolution(m: nn.Conv2d, channels: int | None) -> LinearMap:
 
 
 def conv_map(m: nn.Conv2d) -> LinearMap:
-    """A convolution's parameters and geometry as a map."""
+    """Return a convolution's parameters and geometry as a map."""
     bias = m.weight.new_zeros(m.out_channels) if m.bias is None else m.bias
     return LinearMap(
         m.weight.double(),
@@ -119,11 +119,12 @@ NO_STATISTICS = "has no running statistics (track_running_stats=False), so its o
 def _batch_norm(m: nn.BatchNorm2d, channels: int | None) -> LinearMap:
     if m.running_mean is None or m.running_var is None:
         raise ReparamError(NO_STATISTICS)
-    if bool((m.running_var <= 0).any()):
-        channel = int((m.running_var <= 0).nonzero()[0])
+    impossible = (m.running_var < 0) | (m.running_var + m.eps <= 0)  # zero is a channel that never varied, and eps stands beside it
+    if bool(impossible.any()):
+        channel = int(impossible.nonzero()[0])
         raise ReparamError(
-            f"is {float(m.running_var[channel]):g} in channel {channel}; a variance is positive. The checkpoint is damaged or "
-            "the channel was constant throughout training: re-estimate the statistics, or set that entry by hand",
+            f"is {float(m.running_var[channel]):g} in channel {channel}; a variance is not negative, and positive with "
+            f"eps={m.eps:g} added. The checkpoint is damaged: re-estimate the statistics",
             "running_var",
         )
     return batch_norm(m.running_mean, m.running_var, m.eps, m.weight, m.bias)
@@ -171,14 +172,14 @@ CONVOLUTIONS: set[type] = {nn.Conv2d}
 
 
 def register_convolution(cls: type[nn.Conv2d]) -> type[nn.Conv2d]:
-    """Class decorator: this subclass computes what `nn.Conv2d` with the same parameters does, in another way."""
+    """Register a subclass (class decorator) that computes what `nn.Conv2d` with the same parameters does, in another way."""
     as_linear.register(cls)(_convolution)
     CONVOLUTIONS.add(cls)
     return cls
 
 
 def equivalent_kernel(block: nn.Module) -> tuple[Tensor, Tensor]:
-    """Kernel [out, in / groups, kh, kw] and bias [out] of a block, float64, differentiable with respect to its parameters.
+    """Return the kernel [out, in / groups, kh, kw] and bias [out] of a block: float64, differentiable in its parameters.
 
     Batch norms count at their running statistics, in train mode too, so that a loss may be put on the folded kernel.
     """
@@ -190,14 +191,14 @@ def equivalent_kernel(block: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def is_foldable(module: nn.Module) -> bool:
-    """Whether `reparameterize` would replace this module as one block; a conv or a BN alone is already one operator."""
+    """Tell whether `reparameterize` would replace this module as one block; a conv or a BN alone is already one operator."""
     if as_linear.reader(module) is None or is_batch_norm(module) or type(module) in (nn.Sequential, *CONVOLUTIONS):
         return False
     return bool(floats(module))  # an identity or a pool has nothing to fold
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Of a type whose affine part we know; a stranger's subclass is not."""
+    """Tell whether a module is of a type whose affine part we know; a stranger's subclass is not."""
     return as_linear.reader(module) in (_batch_norm, _batch_norm_act)
 
 
@@ -206,7 +207,7 @@ def resembles_batch_norm(module: nn.Module) -> bool:
 
 
 def split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A batch norm as its affine part and what it does after that (timm's BatchNormAct2d has an activation inside)."""
+    """Return the affine part of a batch norm, and what it does after that (timm's BatchNormAct2d has an activation inside)."""
     affine = copy.deepcopy(norm)
     for name, _ in parts(affine):
         affine._modules[name] = nn.Identity()
@@ -214,7 +215,7 @@ def split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def _activation_of(norm: nn.Module) -> nn.Module | None:
-    """What timm's BatchNormAct2d does after its batch norm, if anything."""
+    """Return what timm's BatchNormAct2d does after its batch norm, if anything."""
     after = [m for m in norm.children() if not isinstance(m, nn.Identity)]
     return nn.Sequential(*after).eval() if len(after) > 1 else after[0] if after else None
 
@@ -230,7 +231,7 @@ def why_unknown(module: nn.Module) -> str:
 
 
 def conv_padding(m: nn.Conv2d) -> Pair:
-    """Padding of a convolution as two numbers of pixels, "same" and "valid" resolved."""
+    """Return the padding of a convolution as two numbers of pixels, "same" and "valid" resolved."""
     if m.padding == "valid":
         return 0, 0
     if pads_unevenly(m):
@@ -252,7 +253,7 @@ def pads_unevenly(m: nn.Conv2d) -> bool:
 
 
 def as_conv(m: LinearMap, like: Tensor) -> nn.Conv2d:
-    """The map as a convolution with bias, in eval mode, in the dtype, device and memory format of `like`."""
+    """Write the map as a convolution with bias, in eval mode, in the dtype, device and memory format of `like`."""
     conv: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d,
         m.in_channels,
@@ -283,7 +284,7 @@ def floats(module: nn.Module) -> list[Tensor]:
 
 
 def main_tensor(module: nn.Module) -> Tensor:
-    """Its largest kernel: what has the dtype, device and memory format that the module is in."""
+    """Return its largest kernel: what has the dtype, device and memory format that the module is in."""
     return max(floats(module), key=lambda t: (t.dim() == 4, t.numel()))
 
 
@@ -301,7 +302,7 @@ def _needed(channels: int | None) -> int:
 
 
 def _channels_into(module: nn.Module) -> int | None:
-    """Input channels of the first module inside that fixes them."""
+    """Return the input channels of the first module inside that fixes them."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             return m.in_channels
@@ -311,6 +312,6 @@ def _channels_into(module: nn.Module) -> int | None:
 
 
 def _on_one_device(maps: list[LinearMap]) -> list[LinearMap]:
-    """An identity or a pool has no tensors to say where it lives: put it where the others are."""
+    """Put an identity or a pool, which has no tensors to say where it lives, where the others are."""
     device = next((m.kernel.device for m in maps if m.kernel.device.type != "cpu"), torch.device("cpu"))
     return [replace(m, kernel=m.kernel.to(device), bias=m.bias.to(device)) for m in maps]

@@ -2,42 +2,23 @@
 
 A computation is a list of values, each made from earlier ones. A value whose operator is linear is a linear map of each earlier
 value that all its paths come from: a batch norm of a convolution, a sum of branches, a part of a concatenation. `stretches` chooses
-those maps that take the place of several operators and cost no more multiplications than these did. Front ends (`modules.py` for
-PyTorch, `onnx.py` for files) write a computation down as values, and write the stretches back.
+those maps that take the place of several operators and cost no more multiplications than these did. Front ends (`torch_graph.py`
+for modules, `onnx_graph.py` for files) write a computation down as values, and write the stretches back.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from repvgg.fold.algebra import LinearMap, Pair, ReparamError, add, compose, concat, identity, pick, scale
+from repvgg.fold.algebra import LinearMap, ReparamError, concat, identity
+from repvgg.fold.operators import Operator, concatenated, part_of_norm
 
 PART_BOUND = 1e-10  # relative error of one folded stretch in float64; rounding alone is some 1e-15
 TINY = 1e-300
-
-Kind = Literal["convolution", "norm", "scale", "other", "same"]
-
-
-@dataclass(frozen=True, eq=False)
-class Operator:
-    """A linear operator: the map of its output, given those of its inputs; and how it is run on tensors, for the proof.
-
-    channels: of its output, None for as many as go in; reads: of its input, where it fits one number only.
-    multiplications: for each pixel of its output.
-    """
-
-    kind: Kind
-    apply: Callable[..., LinearMap]
-    run: Callable[..., Tensor]
-    channels: int | None = None
-    reads: int | None = None
-    multiplications: int = 0
 
 
 @dataclass(eq=False, repr=False)
@@ -59,102 +40,6 @@ class Value:
 
     def __repr__(self) -> str:
         return self.name
-
-
-# ---------------------------------------------------------------------------------------------------------------- operators
-
-
-def mapped(
-    kind: Kind,
-    own: Callable[[int], LinearMap],
-    run: Callable[[Tensor], Tensor],
-    channels: int | None = None,
-    reads: int | None = None,
-    multiplications: int = 0,
-) -> Operator:
-    """An operator of one input that is the map `own(channels that go in)`: a convolution, a batch norm, a pool."""
-
-    def apply(m: LinearMap) -> LinearMap:
-        return compose(m, own(m.out_channels).to(m.kernel.device))
-
-    return Operator(kind, apply, run, channels, reads, multiplications)
-
-
-def convolved(own: Callable[[], LinearMap], run: Callable[[Tensor], Tensor], shape: torch.Size, groups: int) -> Operator:
-    """A convolution with a kernel of `shape` [out, in / groups, kh, kw]."""
-    return mapped("convolution", lambda _: own(), run, shape[0], shape[1] * groups, math.prod(shape))
-
-
-def normed(own: Callable[[], LinearMap], run: Callable[[Tensor], Tensor], channels: int) -> Operator:
-    """A batch norm."""
-    return mapped("norm", lambda _: own(), run, channels, channels, channels)
-
-
-def same() -> Operator:
-    """What changes nothing: an identity, a dropout in eval mode."""
-    return Operator("same", lambda m: m, lambda x: x)
-
-
-def scaled(weight: Tensor, bias: Tensor) -> Operator:
-    """`weight x + bias`; both of one number, or one for each channel."""
-    weight, bias = weight.double().flatten(), bias.double().flatten()
-
-    def own(channels: int) -> LinearMap:
-        if {weight.numel(), bias.numel()} - {1, channels}:
-            raise ReparamError("its constant does not have one number for each channel")
-        return scale(weight.expand(channels).contiguous(), bias.expand(channels).contiguous())
-
-    return mapped("scale", own, lambda x: x * weight.view(-1, 1, 1).to(x) + bias.view(-1, 1, 1).to(x))
-
-
-def padded(rows: int, columns: int) -> Operator:
-    """Zeros around the image, as many on one side as on the other."""
-
-    def own(channels: int) -> LinearMap:
-        return replace(identity(channels), padding=(rows, columns))
-
-    return mapped("other", own, lambda x: F.pad(x, (columns, columns, rows, rows)))
-
-
-def pooled(size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) -> Operator:
-    """An average over windows, whose padding counts."""
-
-    def own(channels: int) -> LinearMap:
-        kernel = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)), dtype=torch.float64)
-        return LinearMap(kernel, kernel.new_zeros(channels), stride, padding, groups=channels)
-
-    return mapped("other", own, lambda x: F.avg_pool2d(x, size, stride, padding, divisor_override=divisor))
-
-
-def summed(*signs: int) -> Operator:
-    """The sum of its inputs, each times its sign."""
-
-    def apply(*maps: LinearMap) -> LinearMap:
-        return add(*(replace(m, kernel=m.kernel * s, bias=m.bias * s) for m, s in zip(maps, signs, strict=True)))
-
-    return Operator("other", apply, lambda *xs: sum(x * s for x, s in zip(xs, signs, strict=True)))  # type: ignore[arg-type]
-
-
-def concatenated() -> Operator:
-    """Its inputs one behind the other along the channels."""
-    return Operator("other", concat, lambda *xs: torch.cat(xs, dim=1))
-
-
-def picked(channels: Iterable[int]) -> Operator:
-    """Some channels of its input, in some order."""
-    index = torch.tensor(list(channels))
-    return Operator("other", lambda m: pick(m, index.to(m.kernel.device)), lambda x: x[:, index.to(x.device)], index.numel())
-
-
-def part_of_norm(norm: Operator, start: int, count: int, total: int) -> Operator:
-    """A batch norm of `total` channels on `count` of them, from `start` on."""
-    whole = norm.apply(identity(total))
-
-    def run(x: Tensor) -> Tensor:
-        return norm.run(F.pad(x, (0, 0, 0, 0, start, total - start - count)))[:, start : start + count]
-
-    gain, shift = (t[start : start + count] for t in (whole.kernel.flatten(), whole.bias))
-    return normed(lambda: scale(gain, shift), run, count)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the pass
@@ -324,7 +209,9 @@ class _Part:
         """The stretch that ends in this value and spares most, or takes most in."""
         best, most = None, (0.0, 0)
         for source, m in self.maps[v].items():
-            inside = self._inside(source, v, needed) if source is not v else []
+            if source is v or self._takes_its_norm(source):
+                continue
+            inside = self._inside(source, v, needed)
             work = [w for w in inside if _operator(w).kind != "same"]
             if len(work) < 2 or not any(_operator(w).kind == "convolution" for w in work):
                 continue
@@ -333,6 +220,11 @@ class _Part:
             if spared >= 0 and (spared, len(inside)) > most and not self.flow.refuse(stretch):
                 best, most = stretch, (spared, len(inside))
         return best
+
+    def _takes_its_norm(self, v: Value) -> bool:
+        """A convolution before a batch norm: that goes into it, not into what comes next."""
+        readers = self.flow.readers[v]
+        return _kind(v) == "convolution" and len(readers) == 1 and readers[0].is_norm and v not in self.flow.outputs
 
     def _inside(self, source: Value, target: Value, needed: set[Value]) -> list[Value]:
         """Values between the two that nothing else reads, the target among them."""

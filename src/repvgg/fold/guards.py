@@ -12,7 +12,7 @@ from repvgg.fold.algebra import ReparamError
 
 @contextmanager
 def inside(path: str) -> Iterator[None]:
-    """Errors raised here are about something within the module at `path`."""
+    """Make errors raised in here name the module at `path`."""
     try:
         yield
     except ReparamError as error:
@@ -30,7 +30,7 @@ def refuse_train_mode(model: nn.Module) -> None:
 
 
 def altered(module: nn.Module) -> str | None:
-    """Why this object may do something else than its type says."""
+    """Return why this object may do something else than its type says, if so."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "carries forward hooks (old-style spectral_norm is one), which folding would lose: remove them first"
     return REPLACED if "forward" in vars(module) else None
@@ -40,7 +40,7 @@ REPLACED = "has a forward of its own in place of its class's (torch.compile does
 
 
 def refuse_uncopyable(model: nn.Module) -> None:
-    """What a deep copy would tie to the original, or cannot copy at all."""
+    """Refuse a model of which a deep copy would stay tied to the original, or cannot be made."""
     for path, module in model.named_modules():
         if "forward" in vars(module):
             raise ReparamError(REPLACED, path or type(module).__name__)
@@ -76,10 +76,10 @@ def refuse_nonfinite(path: str, tensor: Tensor) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN, no Inf; by the extremes, which takes a twentieth of the time that looking at each element does."""
+    """Tell whether there is no NaN and no Inf; by the extremes, in a twentieth of the time that each element would take."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Children by name, one that is there twice included."""
+    """Return the children by name, one that is there twice included."""
     return [(name, child) for name, child in module._modules.items() if child is not None]

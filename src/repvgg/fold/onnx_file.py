@@ -49,7 +49,8 @@ class OnnxFile:
     def array(self, tensor: TensorProto) -> np.ndarray[Any, Any]:
         """The numbers of a tensor, wherever they lie; those beside the graph are read as they are used."""
         if not external_data_helper.uses_external_data(tensor):
-            return numpy_helper.to_array(tensor)
+            held: np.ndarray[Any, Any] = numpy_helper.to_array(tensor)
+            return held
         file, offset, size = self._beside(tensor)
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if not size:
@@ -97,7 +98,7 @@ class OnnxFile:
         digest = hashlib.sha256()
         tensors = list(tensors_of(self.model))
         for i in at:
-            digest.update(np.ascontiguousarray(self.array(tensors[i])))
+            digest.update(np.ascontiguousarray(self.array(tensors[i])).tobytes())
         beside = path.with_name(f"{path.name}.{digest.hexdigest()[:12]}.data")
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -136,10 +137,11 @@ def size_of(tensor: TensorProto) -> int:
     if tensor.data_type == TensorProto.STRING:
         return 0
     try:
-        bits = BITS.get(tensor.data_type) or helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+        bits: int = BITS.get(tensor.data_type) or helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
     except KeyError:
         raise FileError(f"{tensor.name}: is of an unknown type {tensor.data_type}") from None
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    count: int = math.prod(tensor.dims)
+    return (count * bits + 7) // 8
 
 
 BITS = {getattr(TensorProto, name): 4 for name in ("INT4", "UINT4", "FLOAT4E2M1") if hasattr(TensorProto, name)}

@@ -14,8 +14,8 @@ from repvgg.fold.onnx_file import OnnxFile
 from repvgg.fold.onnx_operators import READERS, Node
 
 # Worked out where all that goes in is constant; none makes more numbers than it is given, but for those of `Expand`.
-FOLDED = frozenset(("Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Cast", "Neg", "Sqrt", "Add", "Sub", "Mul",
-                    "Div", "Reciprocal", "Shape", "Gather", "Slice", "Concat", "Expand", "CastLike"))  # fmt: skip
+FOLDED = frozenset(("Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Cast", "Neg", "Sqrt", "Add", "Sub",
+                    "Mul", "Div", "Reciprocal", "Shape", "Gather", "Slice", "Concat", "Expand", "CastLike"))  # fmt: skip
 SMALL = 1 << 20  # numbers that a constant which is worked out may have
 
 

@@ -11,19 +11,8 @@ from onnx import NodeProto, helper
 from torch import Tensor
 
 from repvgg.fold.algebra import LinearMap, Pair, ReparamError, batch_norm
-from repvgg.fold.flow import (
-    Operator,
-    Value,
-    concatenated,
-    convolved,
-    normed,
-    padded,
-    picked,
-    pooled,
-    same,
-    scaled,
-    summed,
-)
+from repvgg.fold.flow import Value
+from repvgg.fold.operators import Operator, concatenated, convolved, normed, padded, picked, pooled, same, scaled, summed
 
 Pads = list[int]
 
@@ -101,7 +90,7 @@ def _batch_norm(node: Node) -> Found:
     weight, bias, mean, var = (node.needed(at) for at in (1, 2, 3, 4))
     eps = float(node.get("epsilon", 1e-5))
     _refuse_nonfinite(weight, bias, mean, var)
-    if bool((var + eps <= 0).any()):
+    if bool((var < 0).any() | (var + eps <= 0).any()):
         raise ReparamError("holds a variance that is not positive: the file is damaged", node.proto.input[4])
     m = batch_norm(mean, var, eps, weight, bias)
     return [normed(lambda: m, lambda x: F.batch_norm(x, mean, var, weight, bias, eps=eps), weight.numel())], None

@@ -16,52 +16,29 @@ from torch import Tensor, nn
 
 from repvgg.fold.algebra import LinearMap, ReparamError
 from repvgg.fold.guards import copied, refuse_train_mode, refuse_uncopyable
+from repvgg.fold.rounding import EPSILON, Error, alike, at_least, distance, floats, is_float, shake, shaken, tensors
+from repvgg.fold.stepwise import stepwise
 
 Verdict = Literal["equal", "NOT EQUAL", "cannot be judged"]
-EPSILON = torch.finfo(torch.float64).eps
 SHAKES = 2  # perturbations tried in float64
 # How many times its own rounding the original may be off. In float64 one perturbation stands for all that is rounded on the way.
-MULTIPLE = {torch.float64: 100, torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}
+MULTIPLE = {torch.float64: 16, torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}
 CAP = 0.25  # of the largest output: with a wider bound, different networks would pass for equal
+STEPWISE = 1e-9  # a bound in float64 beyond this could hide a wrong fold: such networks are compared step by step
 DEVIATION_CAP = 1.0  # of the deviation across images: with a wider bound, the answers to different images would
-
-
-@dataclass(frozen=True)
-class Error:
-    """Distance of outputs from a reference: the largest, relative to the largest output; and relative to the outputs' mean standard
-    deviation across images, because a net whose outputs hardly depend on its input looks perfect by the first."""
-
-    relative: float
-    of_deviation: float
-
-    def times(self, factor: float) -> "Error":
-        return Error(factor * self.relative, factor * self.of_deviation)
-
-    def within(self, bound: "Error") -> bool:
-        """Whether both are finite and at most the bound's."""
-        return (
-            math.isfinite(self.relative)
-            and self.relative <= bound.relative
-            and not self.of_deviation > bound.of_deviation
-            and not math.isnan(self.of_deviation)
-        )
-
-    @staticmethod
-    def worst(errors: "list[Error]") -> "Error":
-        return Error(max(e.relative for e in errors), max(e.of_deviation for e in errors))
-
-
 UNKNOWN = Error(math.inf, math.inf)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How well `b` stands for `a`. Errors are against `a` in float64.
+    """Say how well `b` stands for `a`. Errors are against `a` in float64.
 
     own: what rounding does to `a` itself: in float64, a change of one unit in the last place of input and weights; below, computing
     in `dtype`. `b` may be off by a small multiple of it, `limit`.
     discrete: the outputs are chosen (detections), so that a small error makes them jump, and they did.
     compared: what was compared in their place: the outputs of these children of the models.
+    steps: of a network that multiplies rounding, `error` and `own` where after each module both go on from what `a` has computed;
+        these decide.
     """
 
     error: Error
@@ -69,6 +46,7 @@ class Verification:
     dtype: torch.dtype
     compared: tuple[str, ...] = ()
     discrete: bool = False
+    steps: tuple[Error, Error] | None = None
 
     @property
     def limit(self) -> Error:
@@ -80,14 +58,16 @@ class Verification:
 
     @property
     def bound(self) -> float:
-        """The largest relative error that passes."""
+        """Return the largest relative error that passes."""
         return self.limit.relative
 
     @property
     def verdict(self) -> Verdict:
-        if self.discrete or not (self.limit.relative <= CAP and self.limit.of_deviation <= DEVIATION_CAP):
+        error, own = self.steps or (self.error, self.own)
+        limit = own.times(MULTIPLE[self.dtype])
+        if self.discrete or not (limit.relative <= CAP and limit.of_deviation <= DEVIATION_CAP):
             return "cannot be judged"
-        return "equal" if self.error.within(self.limit) else "NOT EQUAL"
+        return "equal" if error.within(limit) else "NOT EQUAL"
 
     @property
     def ok(self) -> bool:
@@ -100,8 +80,14 @@ class Verification:
         return (
             f"{self.verdict} in {name}{where}: relative error {self.error.relative:.1e} (bound {self.bound:.0e}; {what} "
             f"{self.own.relative:.1e}), {self.error.of_deviation:.1e} of the deviation across images (own "
-            f"{self.own.of_deviation:.1e}){self._remedy()}"
+            f"{self.own.of_deviation:.1e}){self._steps()}{self._remedy()}"
         )
+
+    def _steps(self) -> str:
+        if self.steps is None:
+            return ""
+        error, own = self.steps
+        return f"; step by step, relative error {error.relative:.1e} (own {own.relative:.1e})"
 
     def _remedy(self) -> str:
         if self.verdict != "cannot be judged":
@@ -134,21 +120,15 @@ def compare(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> Verification
     inputs = _to(inputs, like)  # rounded first, so that all see the same images
     found = _judge(a, b, inputs, like.dtype)
     assert found is not None
-    return _judge(a, b, inputs, like.dtype, instead=True) or found if found.discrete else found
-
-
-def distance(got: list[Tensor], wanted: list[Tensor]) -> Error:
-    """Return how far outputs are from a reference. Raises `ReparamError` where they differ in number or shape."""
-    if [g.shape for g in got] != [w.shape for w in wanted]:
-        raise ReparamError("the two models' outputs differ in number or shape")
-    if not wanted:
-        raise ReparamError("the models return no tensors of floating point to compare")
-    off = [_largest(g.double() - w) for g, w in zip(got, wanted, strict=True)]
-    return Error(max(map(_ratio, off, map(_largest, wanted))), max(map(_ratio, off, map(_deviation, wanted))))
+    if found.discrete:
+        return _judge(a, b, inputs, like.dtype, instead=True) or found
+    if like.dtype == torch.float64 and not found.bound <= STEPWISE:
+        return replace(found, steps=stepwise(copied(a).double(), b, inputs, MULTIPLE[like.dtype]))
+    return found
 
 
 def check_part(original: nn.Module, folded: LinearMap) -> float:
-    """Relative float64 error of a module in eval mode, on noise just large enough for every tap, border and a second step."""
+    """Return the relative float64 error of a folded module, on noise just large enough for every tap, border and a second step."""
     geometry = zip(folded.kernel_size, folded.dilation, folded.stride, folded.padding, strict=True)
     size = [d * (k - 1) + 1 + 2 * s + p for k, d, s, p in geometry]
     noise = torch.Generator().manual_seed(folded.in_channels * 31 + folded.kernel_size[0])
@@ -181,15 +161,15 @@ def _judge(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...], dtype: torch.dty
         others = [_run(copied(a).to(dtype), inputs, instead)]
     found: list[tuple[str, Verification]] = []
     for name in wanted:
-        discrete = not all(_alike(wanted[name], other.get(name, [])) for other in others)
-        if instead and (discrete or not _alike(wanted[name], got.get(name, []))):
+        discrete = not all(alike(wanted[name], other.get(name, [])) for other in others)
+        if instead and (discrete or not alike(wanted[name], got.get(name, []))):
             continue
         if discrete:
             return Verification(UNKNOWN, UNKNOWN, dtype, discrete=True)
-        own = Error.worst([distance(_floats(other[name]), _floats(wanted[name])) for other in others])
-        own = at_least(own, _floats(wanted[name]), torch.finfo(dtype).eps / 2)
-        error = distance(_floats(got[name]), _floats(wanted[name]))
-        chosen = any(not _is_float(t) for t in wanted[name])
+        own = Error.worst([distance(floats(other[name]), floats(wanted[name])) for other in others])
+        own = at_least(own, floats(wanted[name]), torch.finfo(dtype).eps / 2)
+        error = distance(floats(got[name]), floats(wanted[name]))
+        chosen = any(not is_float(t) for t in wanted[name])
         result = Verification(error, own, dtype)
         result = replace(result, discrete=chosen and not instead and not result.ok)
         if not instead or result.verdict != "cannot be judged":
@@ -201,11 +181,11 @@ def _judge(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...], dtype: torch.dty
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], children: bool) -> dict[str, list[Tensor]]:
-    """The tensors that a model returns, under ""; or those that each of its children does, under the children's names."""
+    """Return the tensors that a model returns, under ""; or those that each of its children does, under the children's names."""
     seen: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Any:
-        return lambda module, args, out: seen.setdefault(name, []).extend(t.clone() for t in _tensors(out))
+        return lambda module, args, out: seen.setdefault(name, []).extend(t.clone() for t in tensors(out))
 
     handles = [child.register_forward_hook(hook(name)) for name, child in model.named_children()] if children else []
     try:
@@ -213,66 +193,8 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], children: bool) -> dict[str,
     finally:
         for handle in handles:
             handle.remove()
-    return {name: kept for name, kept in seen.items() if _floats(kept)} if children else {"": _tensors(out)}
-
-
-def shake(model: nn.Module, step: float, seed: int = 0) -> nn.Module:
-    """Change each number that a model holds by `step`, relatively, up or down; in place."""
-    for i, tensor in enumerate((*model.parameters(), *model.buffers())):
-        if tensor.is_floating_point():
-            tensor.copy_(shaken(tensor, step, seed + i))
-    return model
-
-
-def shaken(value: Any, step: float, seed: int = 0) -> Any:
-    """Return tensors, or a tree of them, with each number changed by `step`, relatively, up or down."""
-    random = torch.Generator().manual_seed(seed)
-
-    def moved(t: Any) -> Any:
-        if not _is_float(t):
-            return t
-        up = torch.randint(0, 2, t.shape, generator=random, dtype=torch.int8).to(t.device)
-        return t * (1 + step * (2 * up - 1).to(t.dtype))
-
-    return torch.utils._pytree.tree_map(moved, value)
-
-
-def at_least(own: Error, wanted: list[Tensor], roundoff: float) -> Error:
-    """No result is nearer than one rounding of its largest number."""
-    spread = max((_ratio(_largest(w), _deviation(w)) for w in wanted), default=0.0)
-    return Error(max(own.relative, roundoff), max(own.of_deviation, roundoff * spread))
-
-
-def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
-    return [t.shape for t in some] == [t.shape for t in others]
+    return {name: kept for name, kept in seen.items() if floats(kept)} if children else {"": tensors(out)}
 
 
 def _to(inputs: Any, like: Tensor) -> Any:
-    return torch.utils._pytree.tree_map(lambda v: v.to(like) if _is_float(v) else v, inputs)
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
-
-
-def _floats(tensors: list[Tensor]) -> list[Tensor]:
-    return [t for t in tensors if _is_float(t)]
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _largest(t: Tensor) -> float:
-    return float(t.abs().max()) if t.numel() else 0.0
-
-
-def _deviation(t: Tensor) -> float:
-    """The mean standard deviation across images; of one image alone, its largest number."""
-    return float(t.double().std(dim=0).mean()) if t.dim() and len(t) > 1 else _largest(t)
-
-
-def _ratio(error: float, size: float) -> float:
-    if error != error:
-        return float("inf")
-    return error / size if size else (0.0 if error == 0 else float("inf"))
+    return torch.utils._pytree.tree_map(lambda v: v.to(like) if is_float(v) else v, inputs)

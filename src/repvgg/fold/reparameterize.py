@@ -48,7 +48,7 @@ def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
 
 
 def _fold(model: nn.Module, chosen: frozenset[str] | None = None) -> tuple[nn.Module, FoldReport]:
-    """A folded copy. chosen: the blocks, and the first operators of stretches, to fold; by default all."""
+    """Return a folded copy. chosen: the blocks, and the first operators of stretches, to fold; by default all."""
     report = FoldReport()
     deployed = copied(model)
     for module in deployed.modules():
@@ -87,7 +87,7 @@ class _Blocks:
         return module
 
     def _may_fold(self, path: str) -> bool:
-        """A block declares what it computes, and need not be seen from all sides; but nobody may use a part of it."""
+        """Tell whether a block may fold. It declares what it computes, so not all its uses must be seen; none may be of a part."""
         if reason := self.traces.exposed.get(path):
             self.report.left[path] = f"is not only called as a whole: {reason}"
         return reason is None and (self.chosen is None or path in self.chosen)

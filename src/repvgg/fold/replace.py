@@ -34,8 +34,8 @@ from repvgg.fold.trace import Traces, refuse_lost, trace
 
 @dataclass
 class ReplaceReport:
-    """What `replace_conv` did: paths of the convolutions replaced, of the batch norms that went into the blocks with them, and of
-    the convolutions left, with the reason."""
+    """Tell what `replace_conv` did: paths of the convolutions replaced, of the batch norms that went into the blocks with them,
+    and of the convolutions left, with the reason."""
 
     replaced: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class ReplaceReport:
 
 @torch.no_grad()
 def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -> nn.Module:
-    """A copy of any network that computes the same, with foldable blocks in place of its 3x3 convolutions.
+    """Return a copy of any network that computes the same, with foldable blocks in place of its 3x3 convolutions.
 
     A convolution qualifies with any channels, groups (depthwise too), stride and dilation, if it pads by its dilation. A batch norm
     that it alone feeds goes into the block with it. What there was becomes the block's 3x3 branch, minus what the other branches
@@ -101,7 +101,7 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
 
 
 def _still(model: nn.Module) -> nn.Module:
-    """A copy in eval mode."""
+    """Return a copy in eval mode."""
     copy_ = copied(model, share_tensors=True)
     for module in copy_.modules():
         module.training = False
@@ -109,12 +109,12 @@ def _still(model: nn.Module) -> nn.Module:
 
 
 def _why_not(path: str, modes: tuple[Traces, ...]) -> str | None:
-    """Why no block can take this module's place, in train mode or in eval mode, if so."""
+    """Return why no block can take this module's place, in train mode or in eval mode, if so."""
     return next(filter(None, (traces.why_not_replaced(path) for traces in modes)), None)
 
 
 def _geometry(conv: nn.Module) -> tuple[Any, ...]:
-    """As blocks take it. Raises `ReparamError` where no block can take this convolution's place."""
+    """Return the geometry as blocks take it. Raises `ReparamError` where no block can take this convolution's place."""
     if not isinstance(conv, nn.Conv2d):
         raise ReparamError(f"is a {type(conv).__name__}")
     if type(conv) not in CONVOLUTIONS:
@@ -131,7 +131,7 @@ def _geometry(conv: nn.Module) -> tuple[Any, ...]:
 
 
 def _partner(model: nn.Module, path: str, modes: tuple[Traces, ...]) -> nn.BatchNorm2d | None:
-    """The batch norm at `path`, if it can go into a block: it trains (a frozen one does not) and has nothing odd about it."""
+    """Return the batch norm at `path`, if it can go into a block: it trains (a frozen one does not) and is as its type says."""
     norm = model.get_submodule(path) if path else None
     if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not is_batch_norm(norm) or norm.running_mean is None:
         return None
@@ -176,7 +176,7 @@ def _take_over(block: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -
 
 
 def _last_norm(module: nn.Module) -> nn.BatchNorm2d | None:
-    """The batch norm that a branch ends in."""
+    """Return the batch norm that a branch ends in."""
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
     return module if isinstance(module, nn.BatchNorm2d) else None
@@ -198,7 +198,7 @@ def _copy_norm(norm: nn.BatchNorm2d, to: nn.BatchNorm2d) -> None:
 
 
 def _like(new: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """In the dtype, device, memory format and mode of what it replaces; frozen if that was."""
+    """Put a block in the dtype, device, memory format and mode of what it replaces; frozen if that was."""
     weight = conv.weight
     new = new.to(weight).train(conv.training).requires_grad_(weight.requires_grad)
     if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():

@@ -7,10 +7,10 @@ from repvgg.fold.proof import Verification
 
 @dataclass
 class FoldReport:
-    """What `reparameterize` did.
+    """Tell what `reparameterize` did.
 
     blocks: paths of declared blocks that became one convolution each. stretches: path of a convolution -> what went into it: a
-    convolution and its batch norm, or whole branches. left: path -> why. errors: path -> the largest float64 error of its own check.
+    convolution and its batch norm, or whole branches. left: path -> why. errors: path -> the float64 error of its own check.
     """
 
     blocks: list[str] = field(default_factory=list)

@@ -25,7 +25,7 @@ def fold_stretches(model: nn.Module, traces: Traces, report: FoldReport, chosen:
         writer = ModuleWriter(model, read)
         read.flow.refuse = writer.refuse
         for stretch in read.flow.stretches():
-            names = [writer.name_of(v) for v in stretch.inside]
+            names = [writer.name_of(v) for v in stretch.inside if v.operator and v.operator.kind != "same"]
             if chosen is not None and names[0] not in chosen:
                 continue
             with inside(names[0]):

@@ -17,8 +17,8 @@ from repvgg.fold.trace import Traces
 
 MUTATED = "what it reads is changed in place"
 # What may give back the memory of its input: a change in place of the one is one of the other.
-VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "to", "split", "chunk", "unbind", "squeeze", "unsqueeze",
-         "expand", "detach", "getitem", "float", "narrow", "identity"}  # fmt: skip
+VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "to", "split", "chunk", "unbind", "squeeze",
+         "unsqueeze", "expand", "detach", "getitem", "float", "narrow", "identity"}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ class ModuleFlow:
         returned = self._run(root, graph, inputs, (root,))
         self._refuse_changed()
         device = next(model.get_submodule(root).parameters(), torch.empty(0)).device
-        self.flow = Flow(self.values, {v for v in _values_in(returned)}, device)
+        self.flow = Flow(self.values, set(_values_in(returned)), device)
 
     # ------------------------------------------------------------------------------------------------------------- one forward
 
@@ -70,7 +70,8 @@ class ModuleFlow:
         return None
 
     def _call(self, path: str, node: fx.Node, known: dict[fx.Node, Any], owners: tuple[str, ...]) -> Any:
-        args, kwargs = (fx.map_arg(a, lambda n: known[n]) for a in (node.args, node.kwargs))
+        args: Any = fx.map_arg(node.args, lambda n: known[n])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: known[n])
         if node.op == "call_module":
             child = self.model.get_submodule(path).get_submodule(str(node.target))
             given = [*dict.fromkeys(_nodes_in((node.args, node.kwargs)))]
@@ -97,9 +98,7 @@ class ModuleFlow:
             self._changed.append((inputs[0], v))
         return v
 
-    def _module(
-        self, path: str, module: nn.Module, args: Any, kwargs: Any, given: list[Any], owners: tuple[str, ...]
-    ) -> Any:
+    def _module(self, path: str, module: nn.Module, args: Any, kwargs: Any, given: list[Any], owners: tuple[str, ...]) -> Any:
         cls = type(module).__name__
         inputs = list(dict.fromkeys(_values_in((args, kwargs))))
         says, why, found = f"{'an' if cls[:1] in 'AEIOU' else 'a'} {cls}", "", None
@@ -124,8 +123,7 @@ class ModuleFlow:
         if any(getattr(m, "inplace", False) for m in module.modules()) and inputs and found is None:
             self._changed.append((inputs[0], v))
         if found is not None and found.kind == "norm" and not isinstance(split_activation(module)[1], nn.Identity):
-            after = self._enter(Value(f"{path}.act", (v,), None, f"the activation of {says}"), None, owners)
-            return after
+            return self._enter(Value(f"{path}.act", (v,), None, f"the activation of {says}"), None, owners)
         return v
 
     def _enter(self, v: Value, path: str | None, owners: tuple[str, ...]) -> Value:
@@ -141,7 +139,7 @@ class ModuleFlow:
         for v in self.values:
             for source in v.inputs:
                 readers.setdefault(self._base(source), set()).add(v)
-        aliases = {v for v in self._aliases}
+        aliases = set(self._aliases)
         for value, by in self._changed:
             base = self._base(value)
             others = readers[base] - {by} - aliases
@@ -204,4 +202,3 @@ def _attribute(module: nn.Module, target: str) -> Any:
 def _changes_its_input(name: str, kwargs: dict[str, Any]) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("iadd", "isub", "imul", "itruediv", "setitem") or bool(kwargs.get("inplace"))
-

@@ -22,8 +22,8 @@ from repvgg.fold.as_linear import (
     split_activation,
     why_unknown,
 )
-from repvgg.fold.flow import Operator, concatenated, convolved, mapped, normed, padded, picked, pooled, same, scaled, summed
 from repvgg.fold.guards import altered, inside
+from repvgg.fold.operators import Operator, concatenated, convolved, mapped, normed, padded, picked, pooled, same, scaled, summed
 
 Reader = Callable[..., Operator | list[Operator]]  # takes a call's arguments, inputs as `Input`
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -182,8 +182,8 @@ def _batch_norm(x: Any, running_mean: Any, running_var: Any, weight: Any = None,
                 training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Operator:  # fmt: skip
     tensors = [None if t is None else t.detach().double() for t in (running_mean, running_var, weight, bias)]
     mean, var, gain, shift = tensors
-    if training is not False or mean is None or var is None or bool((var <= 0).any()):
-        raise ReparamError("has no statistics, or a variance that is not positive")
+    if training is not False or mean is None or var is None or bool((var < 0).any() | (var + eps <= 0).any()):
+        raise ReparamError("has no statistics, or a negative variance")
     run = lambda x: F.batch_norm(x, mean, var, gain, shift, False, 0.0, eps)  # noqa: E731
     return normed(lambda: batch_norm(mean, var, eps, gain, shift), run, len(mean))
 

@@ -5,7 +5,6 @@ stays as its author wrote it. Where branches meet in a forward, that forward is 
 """
 
 import inspect
-import os
 from typing import Any
 
 from torch import fx, nn
@@ -13,9 +12,9 @@ from torch import fx, nn
 from repvgg.fold.algebra import concat
 from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
-from repvgg.fold.guards import altered
+from repvgg.fold.guards import altered, inside
 from repvgg.fold.torch_graph import ModuleFlow
-from repvgg.fold.trace import kept
+from repvgg.fold.tracer import kept
 
 
 class Rewritten(fx.GraphModule):
@@ -44,7 +43,11 @@ class ModuleWriter:
 
     def refuse(self, stretch: Stretch) -> str | None:
         """Why it cannot be written, if so."""
-        return None if self._chain(stretch) or self._home(stretch) else "its parts lie in forwards that do not see both its ends"
+        return (
+            None
+            if self._chain(stretch) or self._home(stretch) is not None
+            else "its parts lie in forwards that do not see both its ends"
+        )
 
     def write(self, stretch: Stretch) -> str:
         """Returns the path of the convolution that takes its place."""
@@ -82,10 +85,13 @@ class ModuleWriter:
     def _write_chain(self, stretch: Stretch, paths: list[str]) -> str:
         convs = [p for v in stretch.inside if _operator(v) == "convolution" and (p := self._path(v)) is not None]
         keeps = max(convs, key=lambda path: main_tensor(self.model.get_submodule(path)).numel())
+        norms = {self._path(v) for v in stretch.inside if v.is_norm}
         for path in paths:
             if path != keeps and path not in self._parted():
-                _place(self.model, path, split_activation(self.model.get_submodule(path))[1] if _is_norm(stretch, path, self) else IDLE())
-        _place(self.model, keeps, as_conv(stretch.map, like=main_tensor(self.model.get_submodule(keeps))))
+                after = split_activation(self.model.get_submodule(path))[1] if path in norms else nn.Identity().eval()
+                self.model.set_submodule(path, after)
+        with inside(keeps):
+            self.model.set_submodule(keeps, as_conv(stretch.map, like=main_tensor(self.model.get_submodule(keeps))))
         return keeps
 
     def _parted(self) -> set[str]:
@@ -98,7 +104,7 @@ class ModuleWriter:
     def _home(self, stretch: Stretch) -> str | None:
         """The innermost module whose forward sees both ends of a stretch and calls all that is inside."""
         owners = [self.read.places[v].owners for v in stretch.inside if v in self.read.places]
-        common = [path for path in os.path.commonprefix(owners)]  # type: ignore[type-var]
+        common = [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
         source, target = (self.read.places.get(v) for v in (stretch.source, stretch.target))
         if source is None or target is None:
             return None
@@ -106,7 +112,7 @@ class ModuleWriter:
             if not self._may_rewrite(path):
                 return None
             if path in source.nodes and path in target.nodes:
-                return path
+                return str(path)
         return None
 
     def _may_rewrite(self, path: str) -> bool:
@@ -122,7 +128,8 @@ class ModuleWriter:
         graph = self.rewritten.setdefault(home, self.read.traces.graphs[home][0])
         source, target = (self.read.places[v].nodes[home] for v in (stretch.source, stretch.target))
         name, like = self._name(stretch, home, graph)
-        conv = as_conv(stretch.map, like)
+        with inside(f"{home}.{name}" if home else name):
+            conv = as_conv(stretch.map, like)
         with graph.inserting_before(target):
             node = graph.call_module(name, (source,))
         target.replace_all_uses_with(node)
@@ -131,8 +138,8 @@ class ModuleWriter:
             module.set_submodule(name, conv)
         else:
             module.add_module(name, conv)
-        inside = {n for v in stretch.inside if v in self.read.places for n in self.read.places[v].nodes.values()}
-        _erase_dead(graph, inside | {target})
+        old = {n for v in stretch.inside if v in self.read.places for n in self.read.places[v].nodes.values()}
+        _erase_dead(graph, old | {target})
         return f"{home}.{name}" if home else name
 
     def _name(self, stretch: Stretch, home: str, graph: fx.Graph) -> tuple[str, Any]:
@@ -152,17 +159,18 @@ class ModuleWriter:
             return best[1], best[2]
         taken = {str(n.target) for n in graph.nodes}
         name = next(n for i in range(1000) if (n := f"folded_{i}" if i else "folded") not in taken)
-        return name, best[2] if best[2] is not None else stretch.map.kernel.float()
+        return name, best[2] if best[2] is not None else main_tensor(self.model.get_submodule(home))
 
     def finish(self) -> nn.Module:
         """The model with its rewritten forwards, the innermost first; batch norms that fell apart become identities."""
         for path in self._parted():
-            _place(self.model, path, split_activation(self.model.get_submodule(path))[1])
+            self.model.set_submodule(path, split_activation(self.model.get_submodule(path))[1])
         model = self.model
         for path in sorted(self.rewritten, key=lambda p: -p.count(".") if p else 1):
             module, graph = model.get_submodule(path), self.rewritten[path]
             new = _only_convolution(module, graph)
             if new is None:
+                graph._tracer_cls = None  # a copy, or what a pickle becomes, is traced by the plain one
                 _name_inputs(graph, module)
                 new = Rewritten(module, graph, type(module).__name__)
                 keep_plain(module, new)
@@ -181,21 +189,9 @@ def _name_inputs(graph: fx.Graph, module: nn.Module) -> None:
         node.target = node.name = name
 
 
-def IDLE() -> nn.Module:  # noqa: N802
-    return nn.Identity().eval()
-
-
-def _is_norm(stretch: Stretch, path: str, writer: ModuleWriter) -> bool:
-    return any(_operator(v) == "norm" and writer._path(v) == path for v in stretch.inside)
-
-
 def _operator(v: Value) -> str:
     assert v.operator is not None
     return v.operator.kind
-
-
-def _place(model: nn.Module, path: str, new: nn.Module) -> None:
-    model.set_submodule(path, new)
 
 
 def _erase_dead(graph: fx.Graph, inside: set[fx.Node]) -> None:

@@ -1,1 +1,1 @@
-"""What a network costs, how long it takes, and on what machine that was measured."""
+"""The measuring room: the costs of a network, the time that it takes, and the machine that this was measured on."""

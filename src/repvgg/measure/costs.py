@@ -1,4 +1,4 @@
-"""What a network costs, counted without running it.
+"""The costs of a network, counted without running it.
 
     print(cost(model, input_size=(3, 224, 224)))
     for layer in cost(model).layers: print(layer.path, layer.operator, layer.output_shape, layer.macs)
@@ -52,7 +52,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs a model in eval mode, as PyTorch runs it.
+    """The costs of one image to a model in eval mode, as PyTorch runs it.
 
     params: elements of all parameters, shared ones once; buffers (running statistics) are none.
     layers: one record per executed operator, in order. Views (reshapes, slices), which move nothing, are no operators.
@@ -102,7 +102,7 @@ class Cost:
         return sum(layer.fragment for layer in self.layers)
 
     def inside(self, path: str) -> tuple[LayerCost, ...]:
-        """The records of the module at `path` ("stages.0") and of all within it."""
+        """Return the records of the module at `path` ("stages.0") and of all within it."""
         return tuple(layer for layer in self.layers if not path or f"{layer.path}.".startswith(f"{path}."))
 
     def __str__(self) -> str:
@@ -143,7 +143,7 @@ SUMS = {operator.add, operator.iadd, torch.add, torch.cat, "add", "add_"}
 
 
 def num_paths(model: nn.Module) -> int:
-    """In how many ways the input can reach the output, each branch and shortcut being one: a network as an ensemble (section 4.2).
+    """Count the ways from input to output, each branch and shortcut being one: a network as an ensemble (section 4.2).
 
     `num_paths(model.stages[2])` is the paper's 2 x 3^15 in stage 4 of B0, and 2^8 in that of its residual reorganisation. Ways
     part and meet at additions and concatenations; a product (a gate) is no meeting. Raises ValueError for a network that torch.fx
@@ -208,7 +208,7 @@ class _Trace(TorchDispatchMode):
 
     @property
     def path(self) -> str:
-        """Of the module that is running, or that failed."""
+        """The path of the module that is running, or that failed."""
         return self._inside[-1]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a measured figure has to carry: the machine, the versions, the commit, the time."""
+"""The machine, versions, commit and time that every measured figure carries."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PACKAGES = ("repvgg", "repvgg-engine", "torch", "torchvision", "timm", "onnxrunt
 
 
 def this_machine() -> dict[str, Any]:
-    """Processor, cores, threads, memory, GPU, system, versions of what computes, commit of the code."""
+    """Return processor, cores, threads, memory, GPU, system, versions of what computes, commit of the code."""
     import torch
 
     return {
@@ -35,12 +35,12 @@ def this_machine() -> dict[str, Any]:
 
 
 def threads(count: int) -> str:
-    """In words."""
+    """Write a number of threads in words."""
     return "1 thread" if count == 1 else f"{count} threads"
 
 
 def write_record(path: Path, figures: dict[str, Any]) -> None:
-    """Figures as JSON, with the machine that they were measured on."""
+    """Write figures as JSON, with the machine that they were measured on."""
     text = json.dumps({**figures, "machine": this_machine()}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomically(path, lambda temporary: temporary.write_text(text))
@@ -62,7 +62,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout this package runs from, if it runs from one; "+" where files were changed since."""
+    """Return the commit of the checkout that this package runs from, if any, with "+" where files were changed since."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         # Installed inside somebody's checkout, it is not that checkout's commit.

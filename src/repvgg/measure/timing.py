@@ -36,7 +36,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster one candidate is than another, with its 95% confidence interval."""
+    """The ratio of two candidates' speeds, with its 95% confidence interval."""
 
     value: float
     low: float
@@ -76,7 +76,7 @@ def interleave(
 
 
 def synchroniser(device: str) -> Callable[[], None]:
-    """What waits until `device` has finished; on a CPU there is nothing to wait for."""
+    """Return a call that waits until `device` has finished; on a CPU there is nothing to wait for."""
     if device == "cpu":
         return lambda: None
     import torch
@@ -85,7 +85,7 @@ def synchroniser(device: str) -> Callable[[], None]:
 
 
 def ratio(slow: Times, fast: Times, resamples: int = 2000) -> Ratio:
-    """The speed of `fast` over that of `slow`: the median of the rounds' ratios; its interval by bootstrap over rounds."""
+    """Return the speed of `fast` over that of `slow`: the median of the rounds' ratios, its interval by bootstrap over rounds."""
     ratios = [s / f for s, f in zip(slow.by_round, fast.by_round, strict=True)]
     draw = random.Random(0)  # noqa: S311 - statistics, and the same answer each time
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))

@@ -125,7 +125,7 @@ def file_of(name_or_path: str) -> Path:
 def _in_run_folder(path: str | os.PathLike[str]) -> Path:
     """Return the best model of a run folder; any other path as it is."""
     best = Path(path) / "best.safetensors"
-    return best if best.is_file() else Path(path)
+    return best if os.path.isfile(best) else Path(path)  # noqa: PTH113 - Path.is_file raises for names that are too long
 
 
 def _restore(tensors: dict[str, Tensor], manifest: Manifest) -> nn.Module:

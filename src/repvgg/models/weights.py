@@ -22,12 +22,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | No
     try:
         if manifest is None:
             place = keys.locate(tensors)
-            if place is None:
-                raise ValueError(f"not a RepVGG checkpoint: its keys are none of ours, {', '.join(keys.SCHEMES)}")
-            tensors, left_out = keys.network_at(tensors, place)
-            scheme = place.scheme
+            if place is not None:
+                tensors, left_out = keys.network_at(tensors, place)
+            scheme = place.scheme if place else None
         else:
             scheme = manifest.keys
+        if scheme not in ("repvgg", *keys.SCHEMES):
+            raise ValueError(f"not a RepVGG checkpoint: its keys are none of ours, {', '.join(keys.SCHEMES)}")
         return tensors if scheme == "repvgg" else keys.to_ours(tensors, scheme), manifest, left_out
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
 from repvgg.models.load import load
 from repvgg.models.names import PSPNETS, resolve_name
+from repvgg.models.zoo import manifest_of
 from repvgg.paper.numbers import TABLE8, Segmentation
 from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
 from repvgg.paper.speeds import Speed, measure, over, significant
@@ -232,6 +234,17 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
     return Dilated(engine, seconds, ratio(times["dilated"], times["space to batch"]), plain, error)
 
 
+def _backbone_of(model: str, settings: Settings) -> str:
+    """Return the classifier that a PSPNet's backbone starts from; "" where none of those given is of its architecture."""
+    for word in settings.init_backbone:
+        name = (manifest_of(load(word)).arch or {}).get("name") if Path(word).exists() else resolve_name(word)
+        if name == PSPNETS[model].backbone:
+            return word
+    if settings.init_backbone:
+        settings.log(f"{model}: no classifier given is a {PSPNETS[model].backbone}: it starts from nothing")
+    return ""
+
+
 def _trained(model: str, settings: Settings) -> dict[str, Any]:
     """Train a model by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
     from repvgg.data import open_source
@@ -247,8 +260,16 @@ def _trained(model: str, settings: Settings) -> dict[str, Any]:
     if settings.quick:
         source, recipe = source.limited(32), replace(recipe, epochs=2)
     out = settings.out / "table8" / model
-    train(model, source, recipe, out, device=settings.device, workers=settings.workers, log=settings.log)
+    init = _backbone_of(model, settings)
+    train(model, source, recipe, out, init=init, device=settings.device, workers=settings.workers, log=settings.log)
     split = "test" if source.test else "val"
     deploy = reparameterize(load(out / "best.safetensors"))
     overlap = Task().evaluate_model(deploy, source, split, workers=settings.workers, device=settings.device)
-    return {**overlap.figures, "data": source.name, "split": split, "epochs": recipe.epochs, "per_class": overlap.per_class}
+    return {
+        **overlap.figures,
+        "init": init or "nothing",
+        "data": source.name,
+        "split": split,
+        "epochs": recipe.epochs,
+        "per_class": overlap.per_class,
+    }

@@ -1,4 +1,4 @@
-"""What a prediction of a whole data set is asked for, and what comes of it."""
+"""Words and results of a prediction of a whole data set."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from repvgg.models.views import WHOLE, Views
 
 @dataclass(frozen=True)
 class Job:
-    """What `repvgg predict --data` is asked for; see its help. Raises ValueError for what makes no sense."""
+    """Flags of `repvgg predict --data`; see its help. Raises ValueError for what makes no sense."""
 
     model: str
     data: str
@@ -31,8 +31,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a folder holds. images: rows; errors: those of them that could not be read. here: images that this run predicted, in
-    `seconds`."""
+    """Contents of a folder of predictions. images: rows; errors: those of them that could not be read. here: images that this run
+    predicted, in `seconds`."""
 
     out: str
     parts: int

@@ -62,7 +62,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """What was seen in one image, or why it could not be read. image: uint8 [3, H, W]; mask: class ids, uint8 [H, W]; shares: of
+    """The mask of one image, or why it could not be read. image: uint8 [3, H, W]; mask: class ids, uint8 [H, W]; shares: of
     the pixels, by class, the largest first."""
 
     path: str

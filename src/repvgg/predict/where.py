@@ -1,11 +1,11 @@
-"""Where a prediction of a whole data set runs. Imports nothing, so that the command line can show it."""
+"""The place where a prediction of a whole data set runs. Imports nothing, so that the command line can show it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where a whole data set is predicted: in a loop in this process, or by Ray Data."""
+    """The place where a whole data set is predicted: in a loop in this process, or by Ray Data."""
 
     ray: str = ""
     """auto for the cluster that this machine belongs to, or one of this machine alone; or a cluster's address."""

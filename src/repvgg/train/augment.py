@@ -1,4 +1,4 @@
-"""What a recipe does to training images: torchvision v2 transforms."""
+"""Augmentation of training images as a recipe says, by torchvision v2."""
 
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
@@ -9,7 +9,7 @@ from repvgg.train.recipes import Recipe
 
 
 def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
-    """uint8 [C, H, W] of any size -> uint8 of the input size, augmented as the recipe says."""
+    """Return a transform from uint8 [C, H, W] of any size to uint8 of the input size, augmented as the recipe says."""
     _, height, width = preprocessing.input_size
     mode = InterpolationMode(preprocessing.interpolation)
     steps: list[nn.Module] = []

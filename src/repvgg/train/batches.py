@@ -32,7 +32,10 @@ class Feed:
         bad: Path | None = None,
         device: str = "cpu",
     ) -> None:
-        """bad: list unreadable images there instead of stopping. Raises ValueError for a batch that cannot be divided."""
+        """Divide a source among steps. bad: list unreadable images there instead of stopping.
+
+        Raises ValueError for a batch that cannot be divided.
+        """
         listing = BadImages(bad, replace=True) if bad else None
         self.count, self.seed, self.workers, self.world, self.flip = len(source.train), seed, workers, world, recipe.flip
         parts = world.size * recipe.accumulate
@@ -51,8 +54,10 @@ class Feed:
         self.spent, self.made = 0.0, 0
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images [part, C, H, W] and labels [part] or masks [part, H, W], from the epoch's step `first` on, `accumulate` of
-        them a step."""
+        """Yield uint8 images [part, C, H, W] and labels [part] or masks [part, H, W], from the epoch's step `first` on.
+
+        There are `accumulate` of them a step.
+        """
         self.images.epoch.fill_(epoch)
         seed, (rank, size) = self.seed * 100_003 + epoch, (self.world.rank, self.world.size)
         stream = getattr(self.images.images, "order", None)

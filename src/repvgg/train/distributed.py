@@ -52,13 +52,13 @@ class World:
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def copy_buffers(self, module: nn.Module) -> None:
-        """The first process's buffers to all: each has seen other images, so batch norms' statistics differ."""
+        """Copy the first process's buffers to all: each has seen other images, so batch norms' statistics differ."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
@@ -92,7 +92,7 @@ class World:
         return sent.cpu()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all are here."""
         if self.size > 1:
             dist.barrier()
 
@@ -101,7 +101,7 @@ ALONE = World()
 
 
 def local_device(device: str) -> str:
-    """The GPU of this process, where torchrun started several on this machine."""
+    """Return the GPU of this process, where torchrun started several on this machine."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 

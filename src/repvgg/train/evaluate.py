@@ -22,7 +22,7 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of `images` images. confusion: [classes, classes], rows the true class, columns the predicted one."""
+    """Accuracy on `images` images. confusion: [classes, classes], rows the true class, columns the predicted one."""
 
     measure: ClassVar[str] = "top1"
 
@@ -39,12 +39,12 @@ class Accuracy:
 
     @property
     def score(self) -> float:
-        """What the best model is chosen by."""
+        """The figure that the best model is chosen by."""
         return self.top1
 
     @property
     def figures(self) -> dict[str, float]:
-        """For the log."""
+        """All that is logged."""
         return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ def batches(
     bad: BadImages | None = None,
     world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images [N, C, H, W] and labels [N], in order; of several processes each has every n-th image."""
+    """Yield normalised images [N, C, H, W] and labels [N], in order; of several processes each has every n-th image."""
     resident = Resident.of(images, preprocessing, device)
     if resident is not None and bad is None:
         own = torch.arange(len(images))[world.rank :: world.size]
@@ -104,7 +104,7 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
 
 
 def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, workers: int = 0, device: str = "cpu") -> Accuracy:
-    """A model of ours on the validation split of a source, with the preprocessing that the model carries.
+    """Evaluate a model on the validation split of a source, with the preprocessing that the model carries.
 
     Raises ValueError if they differ in the number of classes or channels.
     """

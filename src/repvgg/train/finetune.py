@@ -1,4 +1,4 @@
-"""From trained weights to a model of other classes."""
+"""Models of other classes, started from trained weights."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,15 +10,16 @@ from repvgg.disk import Log
 from repvgg.models import zoo
 from repvgg.models.load import is_file, open_model
 from repvgg.models.names import PSPNETS, resolve_name
-from repvgg.models.pspnet import PSPNet
 from repvgg.models.repvgg import RepVGG
 
 
 def started_from(
     init: str | nn.Module, arch: str, source: Source, allow_deploy: bool = False, log: Log = print
 ) -> tuple[nn.Module, Source]:
-    """The model of a file, or a member of the family with the paper's weights, or a model of ours itself, for the classes of a
-    source; and the source with the model's own input size, mean and deviation (of one with masks, its mean and deviation).
+    """Return a trained model with a head for the classes of a source, and the source with the model's own preprocessing.
+
+    init: a model file, a member of the family, which comes with the paper's weights, or a model of ours itself. Of a source with
+    masks the sizes stay.
 
     The classifier starts anew unless the classes are the same. A classifier can be the backbone of the PSPNet that `arch` names.
     Raises ValueError for a model that is not an `arch` (if one is named), takes other channels, or is in deploy form: that is a
@@ -64,8 +65,7 @@ def started_from(
 def _on_backbone(classifier: nn.Module, arch: str, source: Source) -> tuple[nn.Module, str]:
     """A new PSPNet with this classifier for a backbone, and what was taken of it."""
     options = zoo.manifest_of(classifier).arch or {}
-    model = zoo.create_model(
+    model: Any = zoo.create_model(
         arch, num_classes=len(source.classes), in_chans=options["in_chans"], width=options["width"], block=options["block"]
     )
-    assert isinstance(model, PSPNet)
     return model, model.load_backbone(classifier.state_dict())

@@ -1,4 +1,4 @@
-"""What a run leaves in writing: metrics.jsonl, TensorBoard's events, Weights & Biases if asked for, and a curve to look at."""
+"""The log of a run: metrics.jsonl, TensorBoard's events, Weights & Biases if asked for, and a curve to look at."""
 
 import io
 import json
@@ -87,7 +87,7 @@ def _add(board: Events, curves: dict[str, float], step: int) -> None:
 
 
 def _board(out: Path, step: int, log: Log) -> Events | None:
-    """None where TensorBoard is not installed, or its installation is broken: that is no reason not to train."""
+    """Return a writer of events; none where TensorBoard is missing or broken, which is no reason not to train."""
     if not find_spec("tensorboard"):
         return None
     try:
@@ -101,7 +101,7 @@ def _board(out: Path, step: int, log: Log) -> Events | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: a process that was killed may have left half of one."""
+    """Return the lines that are whole: a process that was killed may have left half of one."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -117,8 +117,10 @@ TITLES = {"loss": "loss", "top1": "top-1, %", "pixel_accuracy": "pixel accuracy,
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """Loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG; nothing where matplotlib is not
-    installed."""
+    """Draw the loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG.
+
+    Nothing is drawn where matplotlib is not installed.
+    """
     if not lines or not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure

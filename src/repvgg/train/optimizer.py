@@ -15,7 +15,7 @@ BACKBONE = ("stem.", "stages.", "backbone.")
 
 
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Of the parameters that are not frozen."""
+    """Return SGD on the parameters that are not frozen."""
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.custom_l2, recipe.head_lr)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
 

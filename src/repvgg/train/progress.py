@@ -1,4 +1,4 @@
-"""What people look at during a run: a live line in a terminal, plain lines elsewhere."""
+"""The figures that people look at during a run, on a live line in a terminal, in plain lines elsewhere."""
 
 from types import TracebackType
 from typing import Any

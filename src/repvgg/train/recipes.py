@@ -119,7 +119,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Keeping:
-    """When state is saved (at the end of each epoch always), and what happens in a folder that holds a run already."""
+    """Settings of when state is saved (at the end of each epoch always), and what happens in a folder that holds a run already."""
 
     save_minutes: float = 2.0
     """Save the state this often."""

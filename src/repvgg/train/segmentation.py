@@ -23,7 +23,7 @@ from repvgg.train.recipes import Recipe
 
 @dataclass(frozen=True)
 class Overlap:
-    """How well masks agree, over `images` images. confusion: [classes, classes], in pixels, rows the true class, columns the
+    """The agreement of masks, over `images` images. confusion: [classes, classes], in pixels, rows the true class, columns the
     predicted one; pixels without a label do not count. loss: mean over pixels."""
 
     measure: ClassVar[str] = "mean_iou"
@@ -63,7 +63,7 @@ class Segmentation:
     share = "pixel_accuracy"
 
     def prepared(self, source: Source, recipe: Recipe) -> Source:
-        """The photos' size as the recipe says; a model's input is the crop."""
+        """Give photos the size that the recipe says; a model's input is the crop."""
         if recipe.crop != "scale":
             raise ValueError(f"--crop {recipe.crop} is for labels, {source.name} has masks: --recipe pspnet or camvid")
         for name in ("auto_augment", "mixup"):
@@ -86,7 +86,10 @@ class Segmentation:
         """Accept all views."""
 
     def train_transform(self, recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
-        """uint8 photo [C, H, W] and mask [H, W] -> those of the crop; what is outside the photo is of mean colour and no class."""
+        """Return a transform from a photo, uint8 [C, H, W], and its mask [H, W] to those of a crop.
+
+        What is outside the photo is of mean colour and no class.
+        """
         short, mean = preprocessing.resize, tuple(round(255 * x) for x in preprocessing.mean)
         mode = InterpolationMode(preprocessing.interpolation)
         steps: list[nn.Module] = [
@@ -101,7 +104,7 @@ class Segmentation:
         return transform
 
     def loss(self, outputs: Any, target: Tensor, recipe: Recipe) -> Tensor:
-        """Mean over the pixels that have a label, zero if there are none; with the auxiliary head's, weighted."""
+        """Return the mean over the pixels that have a label, zero if there are none; with the auxiliary head's, weighted."""
         if isinstance(outputs, tuple):
             logits, auxiliary = outputs
             return self.loss(logits, target, recipe) + recipe.auxiliary * self.loss(auxiliary, target, recipe)
@@ -110,7 +113,7 @@ class Segmentation:
         return total / (y != IGNORED).sum().clamp(min=1)
 
     def right(self, outputs: Any, target: Tensor) -> Tensor:
-        """Share of the labelled pixels that are recognised."""
+        """Return the share of the labelled pixels that are recognised."""
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         labelled = target != IGNORED
         share: Tensor = (logits.argmax(1) == target)[labelled].sum() / labelled.sum().clamp(min=1)

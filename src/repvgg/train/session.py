@@ -16,7 +16,7 @@ from torch import nn
 
 from repvgg.data import Source
 from repvgg.data.transforms import BadImages, normalise
-from repvgg.disk import FileError, Log, atomically, hold
+from repvgg.disk import FileError, Log, atomically, hold, out_of_memory
 from repvgg.measure.machine import write_record
 from repvgg.models.load import save
 from repvgg.train.batches import Feed
@@ -27,7 +27,7 @@ from repvgg.train.recipes import Keeping
 from repvgg.train.signals import StoppedError, StopRequests
 from repvgg.train.state import State, Store, shared
 from repvgg.train.tasks import Evaluation, Task
-from repvgg.train.trainer import Trainer, out_of_memory
+from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps; so late, at most, a loss that is no number is noticed; before anything is saved always
 TROUBLE = 1000  # what processes agree on where one cannot read its images; no signal has this number
@@ -35,7 +35,7 @@ TROUBLE = 1000  # what processes agree on where one cannot read its images; no s
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run leaves: the model in training form, eval mode; its last and its best evaluation; and the time it took."""
+    """The result of a run: the model in training form, eval mode; its last and its best evaluation; and the time it took."""
 
     model: nn.Module
     last: Any
@@ -46,7 +46,7 @@ class Run:
 
 @dataclass
 class Course:
-    """How far a run has come."""
+    """The place that a run has come to."""
 
     step: int = 0
     epochs: int = 0
@@ -120,7 +120,7 @@ class Session:
             self._save_if_due(course)
 
     def _parts(self, epoch: int, course: Course, stop: StopRequests) -> Iterator[tuple[float, Sequence[Any]]]:
-        """The parts of each step, and the seconds that they were waited for.
+        """Yield the parts of each step, and the seconds that they were waited for.
 
         Before each step all processes agree to go on. Where one is asked to stop, or cannot read an image, the state is saved and
         all of them leave.
@@ -151,7 +151,7 @@ class Session:
         return normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
 
     def _evaluate(self, epoch: int, course: Course, logs: Logs, progress: Progress) -> None:
-        """At the end of an epoch: the figures, the models, the state."""
+        """Evaluate at the end of an epoch, and save the models and the state."""
         if self.trainer.summed:
             progress.seen(*self.trainer.means())
         self.trainer.settle()
@@ -188,7 +188,7 @@ class Session:
     # ------------------------------------------------------------------------------------------------------- stop and go on
 
     def _take_up(self) -> Course:
-        """Where the run in the folder is; its beginning if there is none. Raises ValueError if it is another run."""
+        """Find where the run in the folder is; its beginning if there is none. Raises ValueError if it is another run."""
         found = self.store.latest() if self.world.main and self.keeping.resume != "never" else None
         state = shared(self.world, found)
         if state is None:

@@ -1,4 +1,4 @@
-"""What a run needs to go on, bit for bit: state/STEP.safetensors in its folder, the last two of them.
+"""The state that a run needs to go on, bit for bit: state/STEP.safetensors in its folder, the last two of them.
 
 store = Store(Path("runs/a0/state"))
 store.save(State(500, {"model.stem...": tensor}, {"seconds": 61.0}))
@@ -29,7 +29,7 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class State:
-    """step: of the optimizer, since the start of the run. facts: what is not a tensor, as JSON."""
+    """All that a run needs to go on. step: of the optimizer, since the start of the run. facts: what is not a tensor, as JSON."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -70,7 +70,7 @@ class Store:
             old.unlink(missing_ok=True)
 
     def latest(self) -> State | None:
-        """The last state that is whole, with a word on those that are not.
+        """Return the last state that is whole, with a word on those that are not.
 
         Raises `FileError` if all are damaged, or of another version of this program.
         """

@@ -1,4 +1,6 @@
-"""What is learnt: a label for each image, or a mask for each. One `Task` object answers every question that differs between them.
+"""The two things that can be learnt: a label for each image, or a mask for each.
+
+One `Task` object answers every question that differs between them.
 
 task_of(source).evaluate_model(network, source)
 task_of_model(network).kind                          # "labels" or "masks"
@@ -22,7 +24,7 @@ from repvgg.train.recipes import Recipe
 
 
 class Evaluation(Protocol):
-    """How good a network is. measure: the name of `score`, by which the best model is chosen; figures: all that is logged."""
+    """The quality of a network. measure: the name of `score`, by which the best model is chosen; figures: all that is logged."""
 
     measure: ClassVar[str]
 
@@ -37,13 +39,13 @@ class Evaluation(Protocol):
 
 
 class Task(Protocol):
-    """What training, evaluation and prediction need to know. share: the name of what `right` returns."""
+    """All that training, evaluation and prediction need to know of a task. share: the name of what `right` returns."""
 
     kind: Literal["labels", "masks"]
     share: str
 
     def prepared(self, source: Source, recipe: Recipe) -> Source:
-        """The source as this recipe wants it. Raises ValueError for a recipe that is for something else."""
+        """Return the source as this recipe wants it. Raises ValueError for a recipe that is for something else."""
         ...
 
     def check(self, model: nn.Module, source: Source) -> None:
@@ -57,11 +59,11 @@ class Task(Protocol):
     def train_transform(self, recipe: Recipe, preprocessing: Preprocessing) -> nn.Module: ...
 
     def loss(self, outputs: Any, target: Tensor, recipe: Recipe) -> Tensor:
-        """Of what the network returns in train mode."""
+        """Return the loss of what the network returns in train mode."""
         ...
 
     def right(self, outputs: Any, target: Tensor) -> Tensor:
-        """The share that is recognised."""
+        """Return the share that is recognised."""
         ...
 
     def batches(
@@ -74,7 +76,7 @@ class Task(Protocol):
         bad: BadImages | None = None,
         world: World = ALONE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of the images to evaluate on, normalised, and what is true of them."""
+        """Yield this process's share of the images to evaluate on, normalised, and what is true of them."""
         ...
 
     def evaluate(

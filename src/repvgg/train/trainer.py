@@ -69,18 +69,18 @@ class Trainer:
 
     @property
     def best_model(self) -> nn.Module:
-        """What is evaluated and kept: the moving average, if there is one."""
+        """The model that is evaluated and kept: the moving average, if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     def train(self) -> None:
-        """Before the steps of an epoch."""
+        """Prepare for the steps of an epoch."""
         self.model.train()
         keep_still(self.model, self.recipe.frozen_stages, self.recipe.freeze_bn)
 
     def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int) -> None:
-        """One step of SGD. parts: this process's normalised images [N, C, H, W] and labels [N] or masks [N, H, W]; number: of the
-        step in the run.
+        """Take one step of SGD.
 
+        parts: this process's normalised images [N, C, H, W] and labels [N] or masks [N, H, W]; number: of the step in the run.
         It does not wait for the device: what the loss was is asked of `means`.
         """
         torch.manual_seed(hash((self.seed, number, self.world.rank)) % 2**63)  # of mixup and dropout: the same when resumed here
@@ -126,7 +126,7 @@ class Trainer:
             return loss, self.task.right(outputs, y)
 
     def _forward(self, network: Any, x: Tensor) -> Any:
-        """What the network returns, in fp32 at least."""
+        """Run a network, and return what it returns in fp32 at least."""
         x = x.contiguous(memory_format=self._memory_format if self.recipe.channels_last else torch.contiguous_format)
         if self.recipe.precision == "fp64":
             return network(x.double())
@@ -136,11 +136,11 @@ class Trainer:
         return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits of `best_model`, which must be in eval mode."""
+        """Return the logits of `best_model`, which must be in eval mode."""
         return self._forward(self.best_model, x)  # type: ignore[no-any-return]
 
     def settle(self) -> None:
-        """Before evaluating and saving: eval mode, the first process's statistics everywhere, and numbers that a file may hold.
+        """Prepare for evaluating and saving: eval mode, one process's statistics in all, and numbers that a file may hold.
 
         A channel that has been constant for a thousand steps has a running variance of 0.9^1000, which is zero to the last bit,
         and a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is
@@ -196,9 +196,3 @@ def refuse_infinite(tensors: dict[str, Tensor]) -> None:
 
 def diverged(how: str) -> FloatingPointError:
     return FloatingPointError(f"{how}: training diverged, lower --lr. What was saved before is intact")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory did not suffice, on a GPU or here."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in ("can't allocate memory", "not enough memory"))

@@ -26,9 +26,10 @@ from repvgg.data.images import decode
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.deploy.export import random_images, staged
+from repvgg.deploy.export import random_images
 from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
+from repvgg.deploy.staged import staged
 from repvgg.disk import Log, cache_folder
 from repvgg.models import zoo
 from repvgg.predict.labels import expand

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2530; --muted: #5c6675; --rule: #dde2e8; --page: #f7f8fa; --accent: #2f6cab }
+:root { color-scheme: light dark; --ink: #1d2530; --muted: #5c6675; --rule: #dde2e8 }
+:root { --page: #f7f8fa; --accent: #2f6cab; --card: #fff }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ee; --muted: #9aa5b4; --rule: #323a46; --page: #14181e; --accent: #85b6ea }
+  :root { --ink: #e4e8ee; --muted: #9aa5b4; --rule: #323a46; --page: #14181e; --accent: #85b6ea; --card: #141414 }
+  .card svg { filter: invert(.92) hue-rotate(180deg) } /* white becomes --card, every hue stays */
 }
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100% }
@@ -40,7 +42,7 @@ a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset:
 section { margin-top: 3.5rem; scroll-margin-top: 1rem }
 figure { margin: 0 0 1.5rem }
 figcaption { margin-top: .6rem; max-width: 44rem; font-size: .9rem; line-height: 1.45; color: var(--muted) }
-.card { overflow-x: auto; background: #fff; border: 1px solid var(--rule); border-radius: .75rem; padding: .75rem }
+.card { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: .75rem; padding: .75rem }
 .card svg { display: block; width: 100%; height: auto; margin: 0 auto }
 img { display: block; max-width: 100%; height: auto; border-radius: .4rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 1.25rem 1rem; margin-bottom: 1.5rem }
@@ -66,7 +68,7 @@ Section = tuple[str, str]
 
 
 def page(title: str, sections: Sequence[Section], lead: str = "") -> str:
-    """A whole document.
+    """Return a whole document.
 
     sections: (heading, body), the body being HTML made of the pieces below; `title`, `lead` and headings are plain text.
     """
@@ -106,7 +108,7 @@ def paragraph(text: str) -> str:
 
 
 def heading(text: str) -> str:
-    """Of a part of a section."""
+    """Return the title of a part of a section."""
     return f"<h3>{escape(text)}</h3>"
 
 
@@ -116,7 +118,7 @@ def folded(summary: str, content: str) -> str:
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
-    """A table of `str(cell)`s, None as an empty one. A column whose every cell begins as a number does is set to the right.
+    """Return a table of `str(cell)`s, None as an empty one. A column whose every cell begins as a number does is set to the right.
 
     Raises `ValueError` for a row that is not as long as the header.
     """
@@ -139,7 +141,8 @@ def grid(pieces: Iterable[str]) -> str:
 
 
 def png(image: Image.Image | np.ndarray[Any, Any], alt: str, caption: str = "") -> str:
-    """An image inside the page, losslessly; small ones are enlarged pixel by pixel. `alt` says what a blind reader should know.
+    """Return an image inside the page, losslessly; small ones are enlarged pixel by pixel. `alt` says what a blind reader should
+    know.
 
     image: PIL, or a uint8 array [H, W] or [H, W, 3 or 4]; anything else raises `ValueError`.
     """
@@ -159,7 +162,7 @@ def png(image: Image.Image | np.ndarray[Any, Any], alt: str, caption: str = "") 
 
 
 def svg(figure: "Figure", caption: str = "") -> str:
-    """A matplotlib figure as inline SVG on a white card, its letters as outlines: the same in every browser, light or dark.
+    """Return a matplotlib figure as inline SVG on a card, its letters as outlines: the same in every browser; dark on a dark page.
 
     Its ids are new at every call, so that any number of figures can share a page.
     """
@@ -183,7 +186,8 @@ def svg(figure: "Figure", caption: str = "") -> str:
 
 
 def _tidy(root: ElementTree.Element) -> None:
-    """What HTML needs of matplotlib's SVG: no metadata, no style that would reach the whole page, no namespaces, ids of its own."""
+    """Return what HTML needs of matplotlib's SVG: no metadata, no style that would reach the whole page, no namespaces, ids of its
+    own."""
     for element in list(root.iter()):
         element.tag = _local(element.tag)
         element.attrib = {_local(key): value for key, value in element.attrib.items()}

@@ -23,7 +23,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Options:
-    """What an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA).
+    """Settings that an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA).
 
     threads: of the CPU, None for the engine's own choice. channels_last: memory format of the PyTorch engines.
     """
@@ -38,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a file's graph takes: images [batch, *size].
+    """Images that a file's graph takes: [batch, *size].
 
     batch: None for any number; any_size: any height and width; dtype: float32, or uint8 where normalisation is a part of the graph.
     """
@@ -117,7 +117,7 @@ class Operator:
 
 
 class Builder(Protocol):
-    """What every engine's file has."""
+    """Functions that every engine's file has."""
 
     def build(self, model: nn.Module, options: Options, /) -> Engine:
         """Return an engine for a model in eval mode, which is run as it is (fold it first) and not changed.
@@ -127,7 +127,7 @@ class Builder(Protocol):
 
 
 class Runtime(Protocol):
-    """What the file of a runtime that has files of its own has."""
+    """Functions of a runtime that has files of its own."""
 
     def write(self, model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
         """Write the model's graph, and `metadata` where the format has a place for it.
@@ -146,7 +146,7 @@ class Runtime(Protocol):
 
 
 class Int8Runtime(Runtime, Protocol):
-    """What the file of a runtime that NNCF can quantise for has; a network is its own object for a graph."""
+    """Functions of a runtime that NNCF can quantise for; a network is its own object for a graph."""
 
     def read(self, file: Path | bytes) -> Any:
         """Return the network of a file, or of the bytes of an ONNX file."""

@@ -1,4 +1,4 @@
-"""torch.compile, with its default backend."""
+"""PyTorch compiled (torch.compile), with its default backend."""
 
 import logging
 

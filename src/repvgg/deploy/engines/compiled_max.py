@@ -1,4 +1,5 @@
-"""torch.compile at its most thorough: it times many kernels for each operator and records the whole as a CUDA graph."""
+"""PyTorch compiled (torch.compile) at its most thorough: it times many kernels for each operator and records the whole as a CUDA
+graph."""
 
 from torch import nn
 

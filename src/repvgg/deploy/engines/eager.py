@@ -17,7 +17,7 @@ def build(model: nn.Module, options: Options) -> Engine:
 
 
 def place(model: nn.Module, options: Options) -> tuple[nn.Module, Any]:
-    """A copy of the model on its device, in its precision and memory format; and a function that does the same to images."""
+    """Return a copy of the model on its device, in its precision and memory format; and a function that does the same to images."""
     form: dict[str, Any] = {"device": options.device, "dtype": DTYPES[options.precision]}
     if options.channels_last:
         form["memory_format"] = torch.channels_last

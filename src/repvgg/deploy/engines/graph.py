@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -62,8 +63,10 @@ def to_onnx(model: nn.Module, signature: Signature, metadata: str = "", merge_no
 
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
     """Write a pt2 file: the graph, its weights, and `metadata` as an extra file."""
+    data = io.BytesIO()  # its writer of files ends the process where the disk is full
     with _quietly():
-        torch.export.save(trace(model, signature), path, extra_files={METADATA_KEY: metadata})
+        torch.export.save(trace(model, signature), data, extra_files={METADATA_KEY: metadata})
+    path.write_bytes(data.getbuffer())
 
 
 def open_file(path: Path, options: Options) -> Engine:

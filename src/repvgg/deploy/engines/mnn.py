@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from torch import nn
 
 from repvgg.deploy.engines import Engine, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
+from repvgg.disk import full
 
 # The converter's module itself: importing MNN.tools, which wraps it, would pip-install a library of Aliyun's and report home.
 # In a process of its own, because it ends the process when it fails.
@@ -34,13 +37,17 @@ def build(model: nn.Module, options: Options) -> Engine:
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
     """Write an .mnn file. Raises ValueError for a network that MNN cannot convert."""
     with tempfile.TemporaryDirectory() as folder:
-        onnx = Path(folder) / "model.onnx"
+        onnx, converted = Path(folder) / "model.onnx", Path(folder) / "model.mnn"
         onnx.write_bytes(to_onnx(model, signature))
-        words = ["-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(path), "--bizCode", "repvgg"]
+        words = ["-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(converted), "--bizCode", "repvgg"]
         done = subprocess.run([sys.executable, "-c", CONVERT, *words], capture_output=True, text=True)  # noqa: S603
-    if done.returncode or not path.is_file():
+        if full(folder):  # the converter does not look, and reading what is truncated ends the process
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if not done.returncode and converted.is_file():
+            shutil.copyfile(converted, path)
+            return
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise ValueError(f"MNN cannot convert {type(model).__name__} ({''.join(reason)[:200]})")
+    raise ValueError(f"MNN cannot convert {type(model).__name__} ({''.join(reason)[:200]})")
 
 
 def open_file(path: Path, options: Options) -> Engine:

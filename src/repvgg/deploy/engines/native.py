@@ -20,8 +20,8 @@ from repvgg.models.pspnet import STRIDE, PSPNet
 
 
 def build(model: nn.Module, options: Options) -> Engine:
-    """Of a PSPNet, backbone and head's 3x3 run in the engine. Raises ValueError for other networks that are no plain stack in
-    deploy form."""
+    """Return an engine; of a PSPNet, backbone and head's 3x3 run in it. Raises ValueError for other networks that are no plain
+    stack in deploy form."""
     if isinstance(model, PSPNet):
         network = _in_pspnet(model, options)
         return Engine(lambda images: images.detach().cpu().float(), torch.no_grad()(network), lambda logits: logits)
@@ -34,7 +34,7 @@ def build(model: nn.Module, options: Options) -> Engine:
 
 
 def to_net(model: nn.Module, options: Options, accuracy: str = "high") -> Net:
-    """The engine's own net, with a copy of the model's weights; see repvgg_engine.load for accuracy."""
+    """Return the engine's own net, with a copy of the model's weights; see repvgg_engine.load for accuracy."""
     _, height, width = options.input_size
     channels = options.input_size[0]
     preprocessing = Preprocessing(height, width, min(height, width), "bilinear", (0.0,) * channels, (1.0,) * channels)

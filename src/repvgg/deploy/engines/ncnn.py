@@ -1,4 +1,4 @@
-"""ncnn on the CPU: plain networks in deploy form, an image at a time.
+"""The engine ncnn, on the CPU: plain networks in deploy form, an image at a time.
 
 Its files are written here, straight from the list of layers: a line of text for each, and the weights one after another.
 """

@@ -1,0 +1,85 @@
+"""Several files that appear in a folder together, whole, or not at all."""
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from repvgg.disk import FileError, describe, full
+
+
+@contextmanager
+def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder inside `out` whose files move to `out` when all went well, flushed to the disk, and are gone otherwise.
+
+    What a killed process left of such folders is removed. Raises `FileError` where they cannot be written, a full disk included,
+    of which the libraries that write such files speak in many ways, or not at all.
+    """
+    out = Path(out)
+    existed, mine = out.exists(), f".staged-{socket.gethostname()}-"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _sweep(out, mine)
+        folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=out))
+    except OSError as error:
+        raise FileError(f"{out}: cannot be written ({error.strerror})") from None
+    try:
+        yield folder
+        files = sorted(folder.iterdir(), key=lambda file: file.suffix == ".json")  # what tells of the others comes last
+        for file in files:
+            _flush(file)
+        for file in files:
+            file.replace(out / file.name)
+        _flush(out)
+    except (FileError, MemoryError):
+        raise
+    except OSError as error:
+        raise FileError(f"{out}: cannot be written ({error.strerror or error})") from None
+    except Exception:
+        if full(folder):
+            raise FileError(f"{out}: cannot be written ({os.strerror(errno.ENOSPC)})") from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                out.rmdir()  # which does nothing unless it is empty
+
+
+def written(name: str, error: Exception) -> Exception:
+    """Return what to raise where a runtime's library could not write its file: OSError as it is, anything else in one line."""
+    if isinstance(error, (OSError, ValueError, MemoryError)):
+        return error
+    return ValueError(f"the {name} file cannot be written ({describe(error).splitlines()[0]})")
+
+
+def _sweep(out: Path, mine: str) -> None:
+    """Remove the folders of processes of this machine that are no more."""
+    for folder in out.glob(f"{mine}*"):
+        pid = folder.name.removeprefix(mine).split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    with suppress(PermissionError):  # a folder, on Windows
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

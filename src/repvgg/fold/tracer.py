@@ -1,0 +1,242 @@
+"""Trace one forward for one call: every module that it calls is a leaf, and what it does to modules besides is noted."""
+
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+
+def kept(value: Any) -> Any:
+    """Stand in a graph for a place, unknown to the graph, that holds `value` after the forward is done."""
+    return value
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stand for a value that the caller passes: the same number, the same value."""
+
+    number: int
+    tensor: bool = field(default=False, compare=False, repr=False)  # what a user passes to a network is one
+
+
+@dataclass(frozen=True)
+class Call:
+    """Hold the arguments of a call, with slots in place of values that the caller computes."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @staticmethod
+    def of(node: fx.Node) -> "Call":
+        slots: dict[fx.Node, Slot] = {}
+        fill: Any = lambda n: slots.setdefault(n, Slot(len(slots), n.meta.get(TENSOR, False)))  # noqa: E731
+        return Call(fx.node.map_arg(node.args, fill), fx.node.map_arg(node.kwargs, fill))
+
+    @staticmethod
+    def by_default(module: nn.Module) -> "Call":
+        """Return the call that passes only what has no default."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(module.forward).parameters.values()
+        needed = sum(p.default is p.empty and p.kind in kinds for p in parameters)
+        many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+        return Call(tuple(Slot(i, tensor=True) for i in range(needed or many)), {})
+
+
+ONE_INPUT = Call((Slot(0),), {})
+
+
+@dataclass
+class Seen:
+    """List the attributes of modules that a forward read (of others) or wrote (of any)."""
+
+    reads: list[tuple[nn.Module, str]] = field(default_factory=list)
+    writes: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+
+def traced(module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
+    """Trace the forward of `module` as it is called. What it reads and writes goes into `seen`; what it wrote is put back."""
+    tracer, held, homeless = _Tracer(call, seen), set(vars(module)), False
+    try:
+        graph = tracer.trace(module)
+        if tracer.undo:  # it has a state: does it do the same the next time?
+            again = _Tracer(call, seen)
+            try:
+                if str(again.trace(module)) != str(graph):
+                    raise ValueError("it does something else each time")
+            finally:
+                again.restore()
+    finally:
+        tracer.restore()
+        for name in vars(module).keys() - held:  # constants, which fx has put there
+            del vars(module)[name]
+            homeless = True
+    if homeless:
+        raise ValueError("it uses a tensor that no module holds")
+    if repr(tracer.given) != tracer.as_given:
+        seen.writes.append((module, ARGUMENTS))
+    tracer.given = None
+    tracer.mark_kept(graph)
+    return graph
+
+
+ARGUMENTS = "a list or dictionary that it is given"
+MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
+
+
+class _Tracer(fx.Tracer):
+    """Trace one module's own forward for one call; every module that it calls is a leaf."""
+
+    def __init__(self, call: Call, seen: Seen) -> None:
+        super().__init__()
+        self.call, self.seen = call, seen
+        self.given: Any = None  # the arguments, and how they looked before the forward
+        self.as_given = ""
+        self.undo: list[tuple[dict[str, Any], str, Any]] = []
+        self.watching = False
+        self.alive: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over the parts of a value, where the call that makes them says how many there are."""
+        if (count := _parts_of(obj.node)) is not None:
+            return iter([obj[i] for i in range(count)])  # type: ignore[index]
+        found: Iterator[Any] = super().iter(obj)
+        return found
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        proxies: dict[int, fx.Proxy] = {}
+
+        def filled(value: Any) -> Any:
+            if isinstance(value, Slot):
+                if value.number not in proxies:
+                    proxies[value.number] = self.create_proxy("placeholder", f"input_{value.number}", (), {})
+                    proxies[value.number].node.meta[TENSOR] = value.tensor
+                return proxies[value.number]
+            if isinstance(value, slice):
+                return slice(filled(value.start), filled(value.stop), filled(value.step))
+            if isinstance(value, tuple | list):
+                return type(value)(filled(v) for v in value)
+            return {key: filled(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+        args, kwargs = filled(tuple(self.call.args)), filled(dict(self.call.kwargs))
+        self.given, self.as_given = (args, kwargs), repr((args, kwargs))
+
+        def forward(*args: Any) -> Any:
+            with self._watch():
+                return root_fn(*args, **kwargs)
+
+        return forward, [self.root, *args]
+
+    # ------------------------------------------------------------ what the forward does to modules, not to values
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
+
+        def get(module: nn.Module, name: str) -> Any:
+            if not self.watching or module is self.root or name in MACHINERY:
+                return plain_get(module, name)
+            self.seen.reads.append((module, name))
+            value = plain_get(module, name)
+            if isinstance(value, list | dict | set):  # which may be changed as well as read
+                self.seen.writes.append((module, name))
+            return value
+
+        def set_(module: nn.Module, name: str, value: Any) -> None:
+            if self.watching:
+                self.seen.writes.append((module, name))
+                home = next((d for d in (module._buffers, module._parameters, module._modules) if name in d), vars(module))
+                self.undo.append((home, name, home.get(name, _MISSING)))
+            self._quietly(lambda: plain_set(module, name, value))
+
+        nn.Module.__getattribute__, nn.Module.__setattr__ = get, set_  # type: ignore[method-assign, assignment]
+        self.watching = True
+        try:
+            yield
+        finally:
+            self.watching = False
+            del nn.Module.__getattribute__
+            nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        """Put the attributes that the forward wrote back as they were."""
+        for home, name, value in reversed(self.undo):
+            if value is _MISSING:
+                home.pop(name, None)
+            else:
+                home[name] = value
+
+    def _quietly(self, do: Callable[[], Any]) -> Any:
+        """Do something without noting it: the tracer's own look at modules is no use of them."""
+        watching, self.watching = self.watching, False
+        try:
+            return do()
+        finally:
+            self.watching = watching
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return self._quietly(lambda: super(_Tracer, self).getattr(attr, attr_val, parameter_proxy_cache))
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._quietly(lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))
+
+    def create_arg(self, a: Any) -> Any:
+        return self._quietly(lambda: super(_Tracer, self).create_arg(a))
+
+    # ---------------------------------------------------------------------------- values that outlive the forward
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = _Value(node, self)
+        self.alive.append((node, weakref.ref(made)))
+        return made
+
+    def mark_kept(self, graph: fx.Graph) -> None:
+        """Give each value that something still holds, now that the forward is done, one more user."""
+        computed = [(node, ref) for node, ref in self.alive if node.op not in ("get_attr", "placeholder")]
+        for generation in (1, 2):  # what nobody holds may still await the garbage collector; all of it is rarely needed
+            if any(ref() is not None for _, ref in computed):
+                gc.collect(generation)
+        output = next(node for node in graph.nodes if node.op == "output")
+        with graph.inserting_before(output):
+            for node, ref in computed:
+                if ref() is not None:
+                    graph.call_function(kept, (node,))
+
+
+class _Value(fx.Proxy):
+    """Stand for a value in a trace.
+
+    But for an input of the whole, nobody can say what type it has, so a forward that asks (`isinstance`) cannot be traced.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override, misc]
+        if not self.tracer.watching:  # type: ignore[attr-defined]
+            return _Value
+        if self.node.meta.get(TENSOR):
+            return Tensor
+        raise TypeError("it asks what type a value is")
+
+    def __len__(self) -> int:
+        count = _parts_of(self.node)
+        return super().__len__() if count is None else count
+
+
+def _parts_of(node: fx.Node) -> int | None:
+    """Return how many parts a value has, where the call that makes it says so."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
+    if name == "chunk" and isinstance(how, int):
+        return how
+    return len(how) if name in ("split", "split_with_sizes") and isinstance(how, tuple | list) else None
+
+
+TENSOR = "repvgg.tensor"  # in a node's meta
+_MISSING = object()
