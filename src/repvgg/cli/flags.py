@@ -45,7 +45,7 @@ class Settings(Recipe):
 
 @dataclass(frozen=True)
 class Where:
-    """Where it runs."""
+    """The device it runs on."""
 
     device: str = ""
     """cpu, cuda, cuda:1, ...; empty: a GPU if there is one."""
@@ -63,7 +63,7 @@ class Where:
 
 @dataclass(frozen=True)
 class WhereLoading(Where):
-    """Where it runs, and who loads images for it."""
+    """The device it runs on, and the processes that load its images."""
 
     workers: int = 0
     """Processes that load images; 0: the main one does."""
@@ -92,7 +92,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs the model."""
+    """The engine that runs the model."""
 
     engine: str = ""
     """auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own."""
@@ -102,7 +102,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Viewing:
-    """How a photo is shown to a segmentation model."""
+    """The views in which a segmentation model sees a photo."""
 
     slide: bool = False
     """Segmentation only: predict in overlapping windows of the training crop's size."""
@@ -133,7 +133,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Output:
-    """What is printed."""
+    """The form of what is printed."""
 
     json: bool = False
     """Print JSON instead of tables."""

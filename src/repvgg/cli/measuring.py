@@ -11,7 +11,7 @@ from repvgg.cli.flags import DATA, OnDevice, OnDeviceLoading, Output, Precision,
 
 @dataclass(frozen=True)
 class Timing:
-    """How it is timed."""
+    """The protocol of the timing."""
 
     threads: int | None = None
     """Threads of the CPU; by default PyTorch's own number."""
@@ -110,7 +110,7 @@ class BenchData:
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """What the paper reports, beside what this machine measures: tables, figures and a page.
+    """The tables and figures of the paper, beside what this machine measures; and a page of them all.
 
     Finished speeds are kept in OUT/speeds.json, so that an interrupted run goes on where it was.
 

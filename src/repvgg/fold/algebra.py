@@ -28,7 +28,7 @@ class ReparamError(ValueError):
         self.reason, self.path = reason, path
 
     def inside(self, parent: str) -> "ReparamError":
-        """The same error, seen from the module that holds `parent`."""
+        """Return the same error, seen from the module that holds `parent`."""
         return ReparamError(self.reason, ".".join(p for p in (parent, self.path) if p))
 
 
@@ -103,7 +103,7 @@ def batch_norm(mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bia
 
 
 def regroup(m: LinearMap, groups: int) -> LinearMap:
-    """The same map written with fewer groups: its kernel gains zeros off the diagonal blocks."""
+    """Return the same map written with fewer groups: its kernel gains zeros off the diagonal blocks."""
     if groups == m.groups:
         return m
     if m.groups % groups:
@@ -116,7 +116,7 @@ def regroup(m: LinearMap, groups: int) -> LinearMap:
 
 
 def widen(m: LinearMap, kernel_size: Pair, dilation: Pair) -> LinearMap:
-    """The same map with its kernel zero-padded about its centre to `kernel_size`; the padding grows with it."""
+    """Return the same map with its kernel zero-padded about its centre to `kernel_size`; the padding grows with it."""
     padding, border = [], []
     for k, target, p, d, wanted in zip(m.kernel_size, kernel_size, m.padding, m.dilation, dilation, strict=True):
         if target < k or (target - k) % 2:
@@ -130,7 +130,7 @@ def widen(m: LinearMap, kernel_size: Pair, dilation: Pair) -> LinearMap:
 
 
 def add(*maps: LinearMap) -> LinearMap:
-    """The sum of branches that see the same input (equation 1).
+    """Return the sum of branches that see the same input (equation 1).
 
     Raises `ReparamError` where their outputs could not be added, or their paddings disagree once widened.
     """
@@ -149,7 +149,7 @@ def add(*maps: LinearMap) -> LinearMap:
 
 
 def concat(*maps: LinearMap) -> LinearMap:
-    """The outputs of branches that see the same input, one behind the other along the channels.
+    """Return the outputs of branches that see the same input, one behind the other along the channels.
 
     Raises `ReparamError` where their strides, or their paddings once widened, disagree.
     """
@@ -167,7 +167,7 @@ def concat(*maps: LinearMap) -> LinearMap:
 
 
 def pick(m: LinearMap, channels: Tensor) -> LinearMap:
-    """The map whose outputs are these channels of `m`'s, in this order; channels: [n], int64."""
+    """Return the map whose outputs are these channels of `m`'s, in this order; channels: [n], int64."""
     if torch.equal(channels, torch.arange(m.out_channels, device=channels.device)):
         return m
     m = regroup(m, 1)

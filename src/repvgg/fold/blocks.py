@@ -32,7 +32,7 @@ UNFOLDABLE = ("relu_in_branch",)  # trains, and has no deploy form
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a block must be: its channels, and how its 3x3 convolutions lie on the input (padding is always the dilation)."""
+    """The geometry of a block: its channels, and how its 3x3 convolutions lie on the input (padding is always the dilation)."""
 
     in_channels: int
     out_channels: int
@@ -46,7 +46,7 @@ class Geometry:
         return self.in_channels == self.out_channels and self.stride == 1
 
     def conv(self, rows: int = 3, columns: int = 3, kind: type[nn.Conv2d] = nn.Conv2d, bias: bool = False) -> nn.Conv2d:
-        """A convolution of this geometry with a kernel of rows x columns, centred as the 3x3 is."""
+        """Return a convolution of this geometry with a kernel of rows x columns, centred as the 3x3 is."""
         d = self.dilation
         padding = rows // 2 * d, columns // 2 * d
         size = self.in_channels, self.out_channels, (rows, columns)
@@ -56,7 +56,7 @@ class Geometry:
         return Conv1x1(self.in_channels, self.out_channels, self.stride, self.groups)
 
     def padded_1x1(self, out_channels: int, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
-        """The first of two: of stride 1, and doing the padding for the 3x3 that comes after it."""
+        """Return the first of two: of stride 1, and doing the padding for the 3x3 that comes after it."""
         return kind(self.in_channels, out_channels, 1, 1, self.dilation, 1, self.groups, False, self.padding_mode)
 
 
@@ -93,7 +93,7 @@ def deploy_conv(
     groups: int = 1,
     padding_mode: PaddingMode = "zeros",
 ) -> nn.Conv2d:
-    """What each block folds into: one 3x3 convolution with bias."""
+    """Return what each block folds into: one 3x3 convolution with bias."""
     return Geometry(in_channels, out_channels, stride, dilation, groups, padding_mode).conv(bias=True)
 
 
@@ -122,7 +122,7 @@ class DerivedConv(nn.Conv2d):
     formula: str
 
     def kernel(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[out, in / groups, kh, kw], computed in `dtype` (by default the parameters' own)."""
+        """Return the kernel, [out, in / groups, kh, kw], computed in `dtype` (by default the parameters' own)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class DerivedConv(nn.Conv2d):
         return f"{super().extra_repr()}, kernel={self.formula}"
 
     def delta(self, like: Tensor) -> Tensor:
-        """The kernel of the identity on the first min(in, out) channels (of each group)."""
+        """Return the kernel of the identity on the first min(in, out) channels (of each group)."""
         rows, columns = self.kernel_size
         eye = torch.eye(self.out_channels // self.groups, like.shape[1], dtype=like.dtype, device=like.device)
         border = columns // 2, columns // 2, rows // 2, rows // 2
@@ -195,7 +195,7 @@ def with_relu(branch: nn.Module) -> nn.Sequential:
 
 
 def branches(g: Geometry, conv_kxk: nn.Module, conv_1x1: nn.Module | None = None, identity: nn.Module | None = None) -> Branches:
-    """The sum of these; the identity only where input and output have one shape."""
+    """Declare the sum of these; the identity only where input and output have one shape."""
     named = {"conv_kxk": conv_kxk, "conv_1x1": conv_1x1, "identity": identity if g.keeps_shape else None}
     return Branches(**{name: module for name, module in named.items() if module is not None})
 
@@ -229,19 +229,19 @@ def no_1x1(g: Geometry) -> Branches:
 
 @block
 def identity_no_bn(g: Geometry) -> Branches:
-    """The full block, without the batch norm of its identity."""
+    """Declare the full block, without the batch norm of its identity."""
     return branches(g, with_bn(g.conv()), with_bn(g.conv_1x1()), nn.Identity())
 
 
 @block
 def post_bn(g: Geometry) -> Chain:
-    """One batch norm after the addition, in place of one in each branch."""
+    """Declare one batch norm after the addition, in place of one in each branch."""
     return Chain(OrderedDict(sum=branches(g, g.conv(), g.conv_1x1(), nn.Identity()), bn=nn.BatchNorm2d(g.out_channels)))
 
 
 @block
 def relu_in_branch(g: Geometry) -> Branches:
-    """A ReLU in each branch, after its batch norm: trains a little better in the paper, and cannot be folded."""
+    """Declare a ReLU in each branch, after its batch norm: trains a little better in the paper, and cannot be folded."""
     found = with_bn(g.conv()), with_bn(g.conv_1x1()), nn.BatchNorm2d(g.in_channels)
     return branches(g, *(with_relu(branch) for branch in found))
 
@@ -260,7 +260,7 @@ def trivial(g: Geometry) -> Branches:
 
 @block
 def acb(g: Geometry) -> Branches:
-    """The asymmetric block of ACNet (Ding et al. 2019): 3x3 + 1x3 + 3x1, each with batch norm."""
+    """Declare the asymmetric block of ACNet (Ding et al. 2019): 3x3 + 1x3 + 3x1, each with batch norm."""
     return Branches(conv_kxk=with_bn(g.conv()), conv_1x3=with_bn(g.conv(1, 3)), conv_3x1=with_bn(g.conv(3, 1)))
 
 

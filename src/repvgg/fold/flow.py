@@ -55,7 +55,7 @@ class Stretch:
     inside: list[Value]
 
     def run(self, x: Tensor) -> Tensor:
-        """What its operators compute, one after the other."""
+        """Run its operators, one after the other."""
         known = {self.source: x}
 
         def value(v: Value) -> Tensor:
@@ -287,7 +287,7 @@ def _operator(v: Value) -> Operator:
 
 
 def _cost(m: LinearMap, multiplications: int) -> float:
-    """For each pixel of the input: those that a stride skips cost nothing."""
+    """Count for each pixel of the input: those that a stride skips cost nothing."""
     return multiplications / math.prod(m.stride)
 
 

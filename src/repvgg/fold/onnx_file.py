@@ -47,7 +47,7 @@ class OnnxFile:
         return any(external_data_helper.uses_external_data(t) for t in tensors_of(self.model))
 
     def array(self, tensor: TensorProto) -> np.ndarray[Any, Any]:
-        """The numbers of a tensor, wherever they lie; those beside the graph are read as they are used."""
+        """Return the numbers of a tensor, wherever they lie; those beside the graph are read as they are used."""
         if not external_data_helper.uses_external_data(tensor):
             held: np.ndarray[Any, Any] = numpy_helper.to_array(tensor)
             return held
@@ -148,7 +148,7 @@ BITS = {getattr(TensorProto, name): 4 for name in ("INT4", "UINT4", "FLOAT4E2M1"
 
 
 def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model, those in the bodies of its branches and loops and in attributes too."""
+    """Return every tensor of a model, those in the bodies of its branches and loops and in attributes too."""
     for graph in (model.graph, *model.functions):
         yield from _tensors_of(graph)
 

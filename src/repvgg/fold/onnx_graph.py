@@ -46,7 +46,7 @@ class OnnxGraph:
     # ------------------------------------------------------------------------------------------------------------- constants
 
     def constant(self, name: str) -> np.ndarray[Any, Any] | None:
-        """The value of a tensor that does not depend on the inputs."""
+        """Return the value of a tensor that does not depend on the inputs."""
         if name not in self._constants:
             self._constants[name] = self._constant(name)
         return self._constants[name]
@@ -80,7 +80,7 @@ class OnnxGraph:
         return found if found.size <= SMALL else None
 
     def tensor(self, name: str) -> Tensor | None:
-        """A constant in float64."""
+        """Return a constant in float64."""
         found = self.constant(name)
         if found is None or not (np.issubdtype(found.dtype, np.number) or found.dtype.name in ("bfloat16", "float16")):
             return None

@@ -33,7 +33,7 @@ class Node:
         return self.attributes.get(name, default)
 
     def given(self, at: int) -> Tensor | None:
-        """The constant that goes in at this place, if any does."""
+        """Return the constant that goes in at this place, if any does."""
         name = self.proto.input[at] if at < len(self.proto.input) else ""
         return self.constant(name) if name else None
 

@@ -38,7 +38,7 @@ def mapped(
     reads: int | None = None,
     multiplications: int = 0,
 ) -> Operator:
-    """An operator of one input that is the map `own(channels that go in)`: a convolution, a batch norm, a pool."""
+    """Return an operator of one input that is the map `own(channels that go in)`: a convolution, a batch norm, a pool."""
 
     def apply(m: LinearMap) -> LinearMap:
         return compose(m, own(m.out_channels).to(m.kernel.device))
@@ -47,17 +47,17 @@ def mapped(
 
 
 def convolved(own: Callable[[], LinearMap], run: Callable[[Tensor], Tensor], shape: torch.Size, groups: int) -> Operator:
-    """A convolution with a kernel of `shape` [out, in / groups, kh, kw]."""
+    """Return a convolution with a kernel of `shape` [out, in / groups, kh, kw]."""
     return mapped("convolution", lambda _: own(), run, shape[0], shape[1] * groups, math.prod(shape))
 
 
 def normed(own: Callable[[], LinearMap], run: Callable[[Tensor], Tensor], channels: int) -> Operator:
-    """A batch norm."""
+    """Return a batch norm."""
     return mapped("norm", lambda _: own(), run, channels, channels, channels)
 
 
 def same() -> Operator:
-    """What changes nothing: an identity, a dropout in eval mode."""
+    """Return what changes nothing: an identity, a dropout in eval mode."""
     return Operator("same", lambda m: m, lambda x: x)
 
 
@@ -83,7 +83,7 @@ def padded(rows: int, columns: int) -> Operator:
 
 
 def pooled(size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) -> Operator:
-    """An average over windows, whose padding counts."""
+    """Return an average over windows, whose padding counts."""
 
     def own(channels: int) -> LinearMap:
         kernel = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)), dtype=torch.float64)
@@ -93,7 +93,7 @@ def pooled(size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) 
 
 
 def summed(*signs: int) -> Operator:
-    """The sum of its inputs, each times its sign."""
+    """Return the sum of its inputs, each times its sign."""
 
     def apply(*maps: LinearMap) -> LinearMap:
         return add(*(replace(m, kernel=m.kernel * s, bias=m.bias * s) for m, s in zip(maps, signs, strict=True)))
@@ -107,13 +107,13 @@ def concatenated() -> Operator:
 
 
 def picked(channels: Iterable[int]) -> Operator:
-    """Some channels of its input, in some order."""
+    """Return some channels of its input, in some order."""
     index = torch.tensor(list(channels))
     return Operator("other", lambda m: pick(m, index.to(m.kernel.device)), lambda x: x[:, index.to(x.device)], index.numel())
 
 
 def part_of_norm(norm: Operator, start: int, count: int, total: int) -> Operator:
-    """A batch norm of `total` channels on `count` of them, from `start` on."""
+    """Return a batch norm of `total` channels on `count` of them, from `start` on."""
     whole = norm.apply(identity(total))
 
     def run(x: Tensor) -> Tensor:

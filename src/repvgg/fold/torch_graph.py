@@ -23,8 +23,8 @@ VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "to
 
 @dataclass(eq=False)
 class Place:
-    """Where a value is made: by the leaf at `path` ("" where by a function), in the forwards of the modules `owners`, outermost
-    first; and the nodes it is known by, by the path of the module whose forward that is."""
+    """The place where a value is made: by the leaf at `path` ("" where by a function), in the forwards of the modules
+    `owners`, outermost first; and the nodes it is known by, by the path of the module whose forward that is."""
 
     path: str | None
     owners: tuple[str, ...]
@@ -53,7 +53,7 @@ class ModuleFlow:
     # ------------------------------------------------------------------------------------------------------------- one forward
 
     def _run(self, path: str, graph: fx.Graph, inputs: list[Any], owners: tuple[str, ...]) -> Any:
-        """What the forward of the module at `path` returns for these."""
+        """Return what the forward of the module at `path` returns for these."""
         known: dict[fx.Node, Any] = {}
         waiting = iter(inputs)
         for node in graph.nodes:
@@ -184,7 +184,7 @@ def _numbered(tree: Any) -> Any:
 
 
 def _constant(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a call gives that no input goes into: a function of parameters."""
+    """Return what a call gives that no input goes into: a function of parameters."""
     try:
         if node.op == "call_method":
             return getattr(args[0].clone(), str(node.target))(*args[1:], **kwargs)

@@ -37,7 +37,7 @@ class Input:
 
 
 def of_module(module: nn.Module, path: str) -> Operator | None:
-    """The operator that a module is, if it is one by itself. Raises `ReparamError` where it looks like one and is not."""
+    """Return the operator that a module is, if it is one by itself. Raises `ReparamError` where it looks like one and is not."""
     cls = type(module).__name__
     looks = isinstance(module, nn.Conv2d) or resembles_batch_norm(module)
     if looks and (reason := altered(module)):
@@ -141,7 +141,7 @@ def _split(x: Any, sizes: Any, dim: int = 0) -> list[Operator]:
 
 
 def _getitem(x: Any, index: Any) -> Operator:
-    """`x[:, a:b]`"""
+    """Return the operator of `x[:, a:b]`."""
     if not isinstance(index, tuple) or len(index) < 2 or any(i != slice(None) for n, i in enumerate(index) if n != 1):
         raise ReparamError("takes out something else than channels")
     channels = index[1]

@@ -42,7 +42,7 @@ class ModuleWriter:
         self.rewritten: dict[str, fx.Graph] = {}  # by path
 
     def refuse(self, stretch: Stretch) -> str | None:
-        """Why it cannot be written, if so."""
+        """Return why it cannot be written, if so."""
         return (
             None
             if self._chain(stretch) or self._home(stretch) is not None
@@ -55,7 +55,7 @@ class ModuleWriter:
         return self._write_chain(stretch, chain) if chain else self._write_forward(stretch)
 
     def name_of(self, v: Value) -> str:
-        """What the report calls an operator: the path of its module, or a function's name in the forward that calls it."""
+        """Return what the report calls an operator: the path of its module, or a function's name in the forward that calls it."""
         path = self._path(v)
         owner = self.read.places[v].owners[-1] if v in self.read.places else ""
         return path if path is not None else f"{owner}.{v.name}" if owner else v.name
@@ -75,7 +75,7 @@ class ModuleWriter:
         return paths if between == [stretch.source, *stretch.inside[:-1]] else None
 
     def _path(self, v: Value) -> str | None:
-        """Of the module that makes a value; a part of a batch norm has that batch norm's."""
+        """Return the name of the module that makes a value; a part of a batch norm has that batch norm's."""
         place = self.read.places.get(v)
         if place is None:
             whole = next(w for w in self.read.flow.values if v in w.inputs)
@@ -143,7 +143,7 @@ class ModuleWriter:
         return f"{home}.{name}" if home else name
 
     def _name(self, stretch: Stretch, home: str, graph: fx.Graph) -> tuple[str, Any]:
-        """That of the child which held most of it, where nothing else of that child is left; and its tensor."""
+        """Return the name of the child which held most of it, where nothing else of that child is left; and its tensor."""
         best: tuple[int, str, Any] = (0, "", None)
         for v in stretch.inside:
             place = self.read.places.get(v)
@@ -162,7 +162,7 @@ class ModuleWriter:
         return name, best[2] if best[2] is not None else main_tensor(self.model.get_submodule(home))
 
     def finish(self) -> nn.Module:
-        """The model with its rewritten forwards, the innermost first; batch norms that fell apart become identities."""
+        """Return the model with its rewritten forwards, the innermost first; batch norms that fell apart become identities."""
         for path in self._parted():
             self.model.set_submodule(path, split_activation(self.model.get_submodule(path))[1])
         model = self.model

@@ -25,7 +25,7 @@ Made = tuple[nn.Module, Manifest]
 
 @dataclass(frozen=True)
 class Request:
-    """What `create_model` is asked for. options: those that differ from `DEFAULTS`."""
+    """The arguments of `create_model`. options: those that differ from `DEFAULTS`."""
 
     name: str
     num_classes: int

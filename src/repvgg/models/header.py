@@ -13,7 +13,7 @@ LONGEST = 100_000_000  # bytes of a header, as safetensors has it
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, and the shapes of its tensors."""
+    """The manifest of a file, and the shapes of its tensors."""
 
     manifest: Manifest
     shapes: dict[str, tuple[int, ...]]

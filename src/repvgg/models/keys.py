@@ -16,7 +16,7 @@ from repvgg.models.names import FAMILY
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a key of ours is spelled elsewhere, and what gives such a checkpoint away."""
+    """The spelling of our keys in another implementation, and what gives its checkpoints away."""
 
     marker: str  # a regular expression that one of its keys matches, wherever the network lies in a larger one
     stem: str
@@ -111,7 +111,7 @@ def _ours(key: str, s: Scheme) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a network lies in a checkpoint: whose keys it has, and the prefix before each ("module.", "model.encoder.")."""
+    """The place of a network in a checkpoint: whose keys it has, and the prefix before each ("module.", "model.encoder.")."""
 
     scheme: str
     prefix: str

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From image to input: resize the short side, crop the centre to input_size, scale to 0..1, subtract mean, divide by std."""
+    """The way from image to input: resize the short side, crop the centre, scale to 0..1, subtract mean, divide by std."""
 
     input_size: tuple[int, int, int] = (3, 224, 224)
     resize: int = 256
@@ -45,7 +45,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model file says of its model. `arch`: the arguments of `create_model`, or None for a net known by its layers alone.
+    """The words of a model file about its model.
+
+    arch: the arguments of `create_model`, or None for a net known by its layers alone.
 
     Raises ValueError or TypeError where it contradicts itself.
     """

@@ -1,4 +1,4 @@
-"""How a segmentation network is shown an image: whole or in overlapping windows, at one scale or several, mirrored too.
+"""Show an image to a segmentation network: whole or in overlapping windows, at one scale or several, mirrored too.
 
 What an image is shown as is a `Views`; the class probabilities of all views are averaged. One view is not averaged with anything.
 """
@@ -17,7 +17,9 @@ LARGEST_SCALE = 8
 
 @dataclass(frozen=True)
 class Views:
-    """slide: windows of the size that the model was trained with, which overlap by a third, instead of the whole image. scales: of
+    """The views of one image whose probabilities are averaged.
+
+    slide: windows of the size that the model was trained with, which overlap by a third, instead of the whole image. scales: of
     the image's size. flip: mirrored too."""
 
     slide: bool = False

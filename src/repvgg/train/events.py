@@ -18,7 +18,10 @@ class Events:
     """
 
     def __init__(self, folder: Path, forget_from: int | None = None) -> None:
-        """forget_from: the step from which on TensorBoard leaves out what earlier files in the folder say."""
+        """Open a new file in `folder`.
+
+        forget_from: the step from which on TensorBoard leaves out what earlier files in the folder say.
+        """
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
