@@ -108,7 +108,7 @@ def measure(case: str) -> dict[str, Any]:
     from conftest import randomize
 
     import repvgg
-    from repvgg.fold.proof import _tensors
+    from repvgg.fold.rounding import tensors
 
     torch.manual_seed(0)
     model, shape = create(case)
@@ -118,8 +118,8 @@ def measure(case: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     x = torch.randn(2, *shape[1:], dtype=torch.float64)
     with torch.no_grad():
-        wanted, got = _tensors(model(x)), _tensors(folded(x))
-        nudged = _tensors(model(x * (1 + 2**-52)))
+        wanted, got = tensors(model(x)), tensors(folded(x))
+        nudged = tensors(model(x * (1 + 2**-52)))
     off = max((float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, wanted, strict=True)), default=0.0)
     own = max((float((g - w).abs().max() / w.abs().max()) for g, w in zip(nudged, wanted, strict=True)), default=0.0)
     left = Counter(folded.fold_report.left.values())
