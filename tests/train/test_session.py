@@ -203,7 +203,7 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path: Path, monkeypatch: p
         quick(tmp_path)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     words = "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
     command = [sys.executable, *words.split(), str(tmp_path)]
