@@ -66,11 +66,10 @@ class Forks:
     """The process that has PyTorch loaded, and forks one for each command."""
 
     def __init__(self, shim: Path | None = None) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         if shim is not None:
-            environment["LD_PRELOAD"] = str(shim)
-        command = [sys.executable, __file__]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            self._environment["LD_PRELOAD"] = str(shim)
+        self._process = self._started()
 
     def __call__(self, words: list[str], folder: Path, fault: Fault = Fault(), memory: int = 0) -> Ended:
         """Run `repvgg WORDS` in the folder; with `memory`, in at most so many bytes more than are taken already."""
@@ -80,19 +79,28 @@ class Forks:
         """Run a program in the folder; a warning is an error."""
         return self._send({"code": code, "folder": str(folder), "fault": vars(Fault()), "memory": 0})
 
+    def _started(self) -> subprocess.Popen[str]:
+        command = [sys.executable, __file__]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment)
+
     def _send(self, job: dict[str, Any]) -> Ended:
+        if self._process.poll() is not None:
+            self._process = self._started()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
+        if not (answer := self._process.stdout.readline()):
+            raise RuntimeError(f"the process that forks ended with {self._process.wait()}; the next command starts another")
+        return Ended(**json.loads(answer))
 
     def __enter__(self) -> "Forks":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._process:
+        with self._process, contextlib.suppress(BrokenPipeError):  # a job that it did not live to read
             self._process.kill()
+            self._process.communicate()
 
 
 # ------------------------------------------------------------------------------------------------------- in that process
@@ -116,6 +124,8 @@ def _serve() -> None:
 
 
 def _forked(job: dict[str, Any], place: Path) -> dict[str, Any]:
+    for name in ("out", "err", "calls"):
+        (place / name).touch()
     process = os.fork()
     if process == 0:
         try:
@@ -124,15 +134,17 @@ def _forked(job: dict[str, Any], place: Path) -> dict[str, Any]:
             os._exit(70)
     _, status = os.waitpid(process, 0)
     said = {name: (place / name).read_text(errors="replace") for name in ("out", "err")}
-    calls = (place / "calls").read_text() if (place / "calls").exists() else "0"
-    return {"code": os.waitstatus_to_exitcode(status), "calls": int(calls), **said}
+    calls = (place / "calls").read_text()  # nothing without a shim, or from a command that was killed
+    return {"code": os.waitstatus_to_exitcode(status), "calls": int(calls or 0), **said}
 
 
 def _child(job: dict[str, Any], place: Path) -> None:
+    os.setpgid(0, 0)  # a command that kills its group kills itself alone
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and none reads the next one's job
     for number, name in enumerate(("out", "err"), 1):
-        os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(place / name, os.O_WRONLY), number)
     os.chdir(job["folder"])
-    counted = os.open(place / "calls", os.O_WRONLY | os.O_CREAT)
+    counted = os.open(place / "calls", os.O_WRONLY)
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
     if job["memory"]:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

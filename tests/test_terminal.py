@@ -1,12 +1,8 @@
 """terminal.py: what is shown cannot steer the terminal."""
 
-import os
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from repvgg.terminal import as_named, print_table, printable, shown
+from repvgg.terminal import print_table, printable
 
 
 def test_control_characters_are_spelled_out() -> None:
@@ -23,18 +19,3 @@ def test_a_table_of_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert r"cat\n\x1b[31m" in text
     assert "[bold]dog" in text
     assert len(text.strip().splitlines()) == 4
-
-
-@given(st.binary(max_size=30))
-def test_any_bytes_are_shown_and_found_again(raw: bytes) -> None:
-    name = os.fsdecode(raw)
-    text = shown(name)
-    assert text.isprintable()
-    text.encode("utf-8")
-    assert as_named(text) == name
-
-
-def test_what_is_readable_stays_readable() -> None:
-    assert shown("train/épagneul 犬/1.jpg") == "train/épagneul 犬/1.jpg"
-    assert shown(os.fsdecode(b"caf\xe9\n")) == "caf\\udce9\\n"
-    assert shown("back\\slash") == "back\\\\slash"

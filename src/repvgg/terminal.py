@@ -73,19 +73,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def shown(name: str) -> str:
-    """Return a file's name as printable text from which `as_named` returns the name, whatever bytes it is of.
-
-    Bytes that are not UTF-8 and control characters are spelled as Python spells them, and backslashes doubled.
-    """
-    return "".join(printable(c) if c != "\\" else "\\\\" for c in name)
-
-
-def as_named(text: str) -> str:
-    """Return the file's name that `shown` made this text of."""
-    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
-
-
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
     """Print a table as wide as it needs to be in a file or pipe, as the terminal allows in one; numbers to the right."""
     from rich import box

@@ -166,9 +166,11 @@ def test_names_of_strangers_cannot_steer_the_terminal(run: Path, scans: Path, tm
 
 
 def test_convert_writes_the_same_bytes_each_time(run: Path, tmp_path: Path) -> None:
-    for suffix in (".safetensors", ".pth"):
-        files = [tmp_path / f"{i}{suffix}" for i in range(3)]
-        for file in files:
-            convert = [sys.executable, "-m", "repvgg", "convert", str(run / "run/best.safetensors"), str(file)]
-            subprocess.run(convert, check=True, capture_output=True, timeout=300)
-        assert len({file.read_bytes() for file in files}) == 1
+    """Here, and in a process of its own, with other hashes of strings."""
+    suffixes, source = (".safetensors", ".pth"), str(run / "run/best.safetensors")
+    there = [["convert", source, str(tmp_path / f"there{suffix}")] for suffix in suffixes]
+    code = f"from repvgg.cli import main\nfor words in {there}:\n    main(words)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+    for suffix in suffixes:
+        assert repvgg("convert", source, tmp_path / f"here{suffix}") == 0
+        assert (tmp_path / f"here{suffix}").read_bytes() == (tmp_path / f"there{suffix}").read_bytes()

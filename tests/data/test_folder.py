@@ -115,7 +115,7 @@ def test_names_that_are_not_utf8_are_shown_and_read(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this file system knows UTF-8 alone")
     source = replace(open_source(str(tmp_path)), preprocessing=Preprocessing((3, 32, 32), 32))
-    assert source.classes == ["caf\\udce9", "tea"]
+    assert source.classes == ["caf\\xe9", "tea"]
     assert [int(source.train[i][0][0, 0, 0]) for i in range(2)] == [0, 1]
     recipe = Recipe(epochs=1, batch_size=2, crop="shift")
     run = train("repvgg_micro", source, recipe, tmp_path / "run", log=lambda line: None, width=0.25)
@@ -126,5 +126,5 @@ def test_names_that_are_not_utf8_are_shown_and_read(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"1caf\\udce9\.png: not an image"):
         source.train[0]
     items = [item for shard in [open_shards(str(tmp_path), "val")] for item in shard.read(0)]
-    assert [(item.key, item.label) for item in items] == [("caf\\udce9/3.png", "caf\\udce9"), ("tea/4\\n.png", "tea")]
+    assert [(item.key, item.label) for item in items] == [("caf\\xe9/3.png", "caf\\xe9"), ("tea/4\\x0a.png", "tea")]
     assert all(decode(str(item.image)).shape == (3, 14, 20) for item in items)

@@ -114,6 +114,15 @@ def test_a_subset_is_decoded_alone() -> None:
     assert len(asked) == 7
 
 
+def test_a_subset_of_a_subset() -> None:
+    """As `prune --limit` takes it: both drawn, and read as one by one."""
+    part = Subset(Subset(images(), 7, seed=0), 3, seed=1)
+    whole = part.whole()
+    assert whole is not None
+    assert torch.equal(whole[0], torch.stack([part[i][0] for i in range(3)]))
+    assert list(whole[1]) == [part[i][1] for i in range(3)]
+
+
 @pytest.mark.parametrize("flip", [True, False])
 def test_mirrors_are_half_or_none(flip: bool) -> None:
     assert abs(float(Shifts(4000, 4, flip, (0, 0)).mirrored.float().mean()) - (0.5 if flip else 0)) < 0.05

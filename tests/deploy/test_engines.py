@@ -30,8 +30,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILED = ("compile", "aotinductor")  # which takes long; in eager mode every precision is tested
+QUICK = ("compile", "fp32")  # its kernels are those of aotinductor, whose package is for the slow tests
 PAIRS = [
-    pytest.param(name, precision, marks=[pytest.mark.slow] if name in COMPILED and precision != "fp32" else [])
+    pytest.param(name, precision, marks=[pytest.mark.slow] if name in COMPILED and (name, precision) != QUICK else [])
     for name, known in ENGINES.items()
     for precision in known.on_cpu
 ]
@@ -147,7 +148,7 @@ def test_models_of_one_class_beyond_the_compilers_usual_limit_are_all_compiled()
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="no engine 'onnx': there are eager, compile, aotinductor, onnxruntime"):
+    with pytest.raises(ValueError, match="no engine 'onnx': there are eager, compile, compile-max, cudagraphs, aotinductor, onnx"):
         engines.check("onnx", "fp32")
     with pytest.raises(ValueError, match=r"the engine onnxruntime has no fp32 on cuda$|pip install"):
         engines.check("onnxruntime", "fp32", "cuda")

@@ -160,8 +160,9 @@ def test_a_block_type_of_one_s_own(registered: None) -> None:
     model = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), Scale(4), DropPath(), Branches(a=Scale(4), b=DropPath())), SMALL)
     report = assert_folds_exactly(model, SMALL)
     assert report.blocks == ["1", "3"]
+    assert report.stretches == {"3": ["2", "3"]}  # what is registered is read outside blocks too
     assert not report.left
-    assert type(reparameterize(model).get_submodule("2")) is DropPath
+    assert type(reparameterize(model).get_submodule("2")) is nn.Identity
     with torch.no_grad():
         model.get_submodule("3.a.conv.bn").running_var[0] = -1  # type: ignore[index, operator]
     with pytest.raises(ReparamError, match=r"^3\.a\.conv\.bn\.running_var: is -1"):
@@ -188,7 +189,9 @@ def test_a_reader_that_is_wrong_is_found_out() -> None:
 def test_without_registration_it_is_no_block() -> None:
     model = randomize(nn.Sequential(Scale(3), DropPath()), SMALL)
     report = assert_folds_exactly(model, SMALL)
-    assert (report.blocks, report.pairs) == ([], [("0.conv.conv", "0.conv.bn")])
+    assert not report.blocks
+    assert report.stretches == {"0.conv": ["0.conv.conv", "0.conv.bn", "0.mul", "0.add"]}  # its forward says what it computes
+    assert type(reparameterize(model).get_submodule("1")) is DropPath  # in no stretch: it stays
 
 
 def test_what_fits_any_number_of_channels_asks_for_it() -> None:

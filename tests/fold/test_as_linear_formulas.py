@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -121,7 +121,23 @@ def build(s: Spec) -> tuple[Branches, list[Formula]]:
     return Branches(**modules).eval(), formulas
 
 
-@settings(max_examples=400)
+# What chance may not leave out: every branch, in every dtype.
+EACH = [
+    Spec(3, 1, 1, 1, "zeros", 2, 4, 4, branches, dtype, seed=0)
+    for branches in (("kxk", "1x1", "bn", "identity"), ("kxk", "pool"))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+]
+
+
+def of_each(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a property on one spec of each kind of branch and dtype, and then on random ones."""
+    for spec in EACH:
+        test = example(spec)(test)
+    return test
+
+
+@of_each
+@settings(max_examples=100)
 @given(specs())
 def test_any_block_is_the_sum_of_its_formulas(s: Spec) -> None:
     """Kernel, stride, dilation, padding and its mode, groups, branches, conv bias, affine, eps and dtype at random.
@@ -149,15 +165,17 @@ def test_any_block_is_the_sum_of_its_formulas(s: Spec) -> None:
 
 
 def test_the_property_test_draws_what_it_claims() -> None:
+    """Of random specs only how many differ is asserted; that every branch and dtype is among them is sure, by `EACH`."""
     drawn: list[Spec] = []
 
-    @settings(max_examples=400)
+    @of_each
+    @settings(max_examples=100)
     @given(specs())
     def collect(s: Spec) -> None:
         drawn.append(s)
 
     collect()
     different = {(s.kernel, s.stride, s.dilation, s.padding, s.mode, s.groups, s.branches, s.dtype) for s in drawn}
-    assert len(different) >= 200
-    assert {s.dtype for s in drawn} == {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-    assert {b for s in drawn for b in s.branches} == {"kxk", "1x1", "bn", "identity", "pool"}
+    assert len(different) >= 50
+    wanted = {(b, d) for b in ("kxk", "1x1", "bn", "identity", "pool") for d in {s.dtype for s in EACH}}
+    assert wanted <= {(b, s.dtype) for s in drawn for b in s.branches}

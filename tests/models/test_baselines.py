@@ -23,7 +23,11 @@ ROWS = {row.model: row for row in (*TABLE4, *TABLE5)}
 ROWS["vgg16"] = ROWS["vgg16_bn"]  # without its batch norms there is as much to do
 
 
-@pytest.fixture(scope="module", params=BASELINES)
+SLOW = {"vgg16"}  # with batch norms it is tested all the same, and folded it is this network
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in BASELINES]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def pair(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Any]:
     """Name, training form with random batch norms, and its folded form, in float64."""
     model = randomize(create_baseline(request.param), (4, 3, 64, 64)).double()

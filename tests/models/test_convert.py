@@ -40,6 +40,7 @@ def trained(tmp_path: Path) -> Path:
     return path
 
 
+D2SE = pytest.param("repvgg_d2se", marks=pytest.mark.slow)  # its keys are proved by test_keys_in_and_out_through_the_command
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 
 
@@ -106,7 +107,7 @@ def test_a_target_that_cannot_be_written(trained: Path, tmp_path: Path) -> None:
         convert(trained, tmp_path / "nowhere" / "deploy.safetensors", log=lambda _: None)
 
 
-@pytest.mark.parametrize("name", ["repvgg_a1", "repvgg_b1g4", "repvgg_d2se"])
+@pytest.mark.parametrize("name", ["repvgg_a1", "repvgg_b1g4", D2SE])
 def test_timms_checkpoint_folds_to_timms_own_deploy_form(name: str, tmp_path: Path) -> None:
     """timm -> ours -> folded -> timm's deploy network, strictly, and its training network likewise; in float64."""
     source, folded, back = (tmp_path / f"{name}.safetensors" for name in ("source", "folded", "back"))

@@ -131,7 +131,7 @@ def test_width_scales_every_stage_and_suits_the_groups() -> None:
     [
         ({"output_stride": 4}, "output_stride is 4: choose 8, 16 or 32"),
         ({"block": "acme"}, "no block 'acme': there are repvgg, plain"),
-        ({"num_classes": 0}, "at least 1"),
+        ({"num_classes": -1}, "num_classes is -1: at least 1, or 0 for a backbone"),
         ({"in_chans": 0}, "at least 1"),
         ({"width": 0}, "width is above 0"),
         ({"width": 1000}, "at most 16"),

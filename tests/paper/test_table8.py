@@ -43,6 +43,7 @@ def test_says_what_the_paper_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "images of 713 x 713 at batch 1:" in result.how
 
 
+@pytest.mark.slow  # the tables are proved by the test above, training by the one below, space-to-batch by its own tests
 def test_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Timed, and trained on made-up roads; every engine's space-to-batch gives what its dilated convolution gives."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -154,9 +154,19 @@ def test_any_reader_of_parquet_reads_the_folder(job: Job) -> None:
 # ------------------------------------------------------------------------------------------------------------------ going on
 
 
+@pytest.mark.slow  # test_interruptions_give_the_same proves the point
 @settings(max_examples=6)
 @given(st.lists(st.integers(0, 3), max_size=4))
 def test_any_interruption_gives_the_same(tmp_path_factory: pytest.TempPathFactory, files: Path, stops: list[int]) -> None:
+    _assert_the_same(tmp_path_factory, files, stops)
+
+
+def test_interruptions_give_the_same(tmp_path_factory: pytest.TempPathFactory, files: Path) -> None:
+    """Before the first part, between two, and twice at one place."""
+    _assert_the_same(tmp_path_factory, files, [0, 2, 2])
+
+
+def _assert_the_same(tmp_path_factory: pytest.TempPathFactory, files: Path, stops: list[int]) -> None:
     """stops: after how many parts each run is interrupted."""
     whole = Job(str(files / "grey.safetensors"), "digits", str(tmp_path_factory.getbasetemp() / "whole"), part_size=70)
     if not Path(whole.out).exists():

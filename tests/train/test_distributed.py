@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import equality
 import psutil
 import pytest
 import torch
@@ -36,8 +37,8 @@ def free_port() -> int:
         return port
 
 
-def torchrun(*words: str, processes: int = 2, restarts: int = 0) -> list[str]:
-    where = f"--nproc-per-node {processes} --max-restarts {restarts} --master-addr 127.0.0.1 --master-port {free_port()}"
+def torchrun(*words: str, restarts: int = 0) -> list[str]:
+    where = f"--nproc-per-node 2 --max-restarts {restarts} --master-addr 127.0.0.1 --master-port {free_port()}"
     return [*TORCHRUN, *where.split(), *words]
 
 
@@ -61,10 +62,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Float64, batch norms still, 20 steps of the same global batches; and an evaluation of 241 images, which two do not divide."""
-    script = str(Path(__file__).parent.parent / "equality.py")
-    for size in (1, 2):
-        done = run(torchrun(script, str(tmp_path), processes=size))
-        assert done.returncode == 0, done.stderr
+    equality.main(tmp_path)  # alone, here
+    done = run(torchrun(equality.__file__, str(tmp_path)))
+    assert done.returncode == 0, done.stderr
     alone, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("0-of-1", "0-of-2", "1-of-2"))
     assert all(torch.equal(t, second[name]) for name, t in first.items())
     assert int(alone["confusion"].sum()) == 241
@@ -109,7 +109,7 @@ def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(und
     assert all(torch.equal(t, b[name]) for name, t in a.items())
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same proves the point
 @pytest.mark.parametrize("seed", range(20))
 def test_a_kill_at_any_moment(undisturbed: Path, tmp_path: Path, seed: int) -> None:
     """Before they meet, while they do, in the midst of a step or a save, at the very end."""
@@ -136,8 +136,22 @@ def test_workers_end_when_their_agent_dies(tmp_path: Path) -> None:
         assert f"the process that started this one ({agent.pid}) is gone\n" in agent.stderr.read()
 
 
-def test_two_processes_stop_at_the_same_step_when_asked(undisturbed: Path, tmp_path: Path) -> None:
+def test_two_processes_stop_at_the_same_step_when_asked(tmp_path: Path) -> None:
+    stopped(tmp_path / "run")
+
+
+@pytest.mark.slow  # the worker that is killed and started again proves that two go on where they were
+def test_two_processes_that_stopped_go_on(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
+    stopped(out)
+    done = run(torchrun(*WORDS.split(), str(out)))
+    assert done.returncode == 0, done.stderr
+    a, b = weights(out), weights(undisturbed)
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def stopped(out: Path) -> None:
+    """Two processes are asked to stop once they have saved a state."""
     command = torchrun(*WORDS.split(), str(out))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV) as agent:
         while not list((out / "state").glob("[0-9]*.safetensors")):
@@ -147,12 +161,9 @@ def test_two_processes_stop_at_the_same_step_when_asked(undisturbed: Path, tmp_p
         _, said = agent.communicate(timeout=300)
     assert agent.returncode != 0
     assert "repvgg: stopped after step" in said
-    done = run(torchrun(*WORDS.split(), str(out)))
-    assert done.returncode == 0, done.stderr
-    a, b = weights(out), weights(undisturbed)
-    assert all(torch.equal(t, b[name]) for name, t in a.items())
 
 
+@pytest.mark.slow  # test_batches.py: test_a_batch_that_cannot_be_divided_is_refused proves the point
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     done = run(torchrun(*WORDS.split(), str(tmp_path), "--batch-size", "15"))
     assert done.returncode != 0

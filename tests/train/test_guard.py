@@ -16,7 +16,8 @@ import torch.distributed as dist
 from repvgg.train import guard
 
 guard.GRACE = 1.0
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+for signum in (signal.SIGTERM, signal.SIGINT):  # heard, also where a shell has a background job ignore SIGINT; and in vain,
+    signal.signal(signum, lambda *_: None)  # also where it comes before the wait
 store = dist.TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=120), wait_for_workers=False)
 with guard.Guard("repvgg (process 7)") as watch:
     {before}

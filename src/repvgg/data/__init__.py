@@ -97,10 +97,11 @@ class Subset:
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.images[self.indices[index]]
 
-    def whole(self) -> Whole | None:
-        """Return all of them, if the images can."""
+    def whole(self, indices: Sequence[int] | None = None) -> Whole | None:
+        """Return all of them, or some, if the images can."""
         whole = getattr(self.images, "whole", None)
-        return whole(self.indices) if whole else None
+        some = self.indices if indices is None else [self.indices[i] for i in indices]
+        return whole(some) if whole else None
 
 
 class Decoded:

@@ -10,8 +10,8 @@ from torchvision.datasets import ImageFolder
 from repvgg.data import DataError, Source
 from repvgg.data.cache import Arrays, Names, kept
 from repvgg.data.images import SUFFIXES, decode, is_image
+from repvgg.disk import escaped
 from repvgg.models.manifest import Preprocessing
-from repvgg.terminal import shown
 
 MANY = 20_000  # images: fewer are listed in no time
 
@@ -79,4 +79,4 @@ def _changed(path: str) -> int:
 def open_folder(root: Path) -> Source:
     train = Folder(root / "train")
     val = Folder(root / "val", train.classes)
-    return Source(str(root), train, val, [shown(name) for name in train.classes], Preprocessing())
+    return Source(str(root), train, val, [escaped(name) for name in train.classes], Preprocessing())

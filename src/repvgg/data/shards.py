@@ -24,14 +24,14 @@ from repvgg.data.hf import VALIDATION_SPLITS, find_columns
 from repvgg.data.images import is_image
 from repvgg.data.masks import Masked
 from repvgg.data.stream import expanded, refuse_damaged
-from repvgg.disk import describe
-from repvgg.terminal import shown
+from repvgg.disk import describe, escaped
+from repvgg.terminal import printable
 
 
 @dataclass(frozen=True)
 class Item:
     """One image: encoded bytes, a path, or pixels, uint8 [C, H, W]. key: its name in the data, unique. label: the name of its
-    class; its number where the data has no names; None where it has no label."""
+    class; its number where the data has no names; None where it has no label. Names are printable (`repvgg.disk.escaped`)."""
 
     key: str
     label: str | int | None
@@ -75,7 +75,7 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
     if isinstance(images, Masked):
         photos = [photo for photo, _ in images.pairs]
         return _in_rows(
-            spec, len(photos), size, lambda numbers: (Item(str(photos[i]), None, str(photos[i])) for i in numbers), photos
+            spec, len(photos), size, lambda numbers: (Item(escaped(str(photos[i])), None, str(photos[i])) for i in numbers), photos
         )
     pixels, classes = images, source.classes
 
@@ -115,7 +115,7 @@ def _of_folder(root: Path, split: str, size: int) -> Shards:
     def items(numbers: range) -> Iterator[Item]:
         for name in (names[i] for i in numbers):
             folder, *rest = Path(name).parts
-            yield Item(shown(name), shown(folder) if labelled and rest else None, str(below / name))
+            yield Item(escaped(name), escaped(folder) if labelled and rest else None, str(below / name))
 
     return _in_rows(str(root), len(names), size, items, names)
 
@@ -149,7 +149,7 @@ def _of_stream(spec: str, load: dict[str, Any], split: str, files: Sequence[str]
     def read(shard: int) -> Iterator[Item]:
         try:
             for i, row in enumerate(table.shard(count, shard)):
-                key = f"{Path(row['__url__']).name}/{_inside(row['__key__'])}" if "__url__" in row else f"{shard}/{i}"
+                key = f"{escaped(Path(row['__url__']).name)}/{_inside(row['__key__'])}" if "__url__" in row else f"{shard}/{i}"
                 yield Item(key, to_label(row), _encoded(row[image]))
         except (DataError, GeneratorExit):
             raise
@@ -182,14 +182,14 @@ def _columns(spec: str, features: Any) -> tuple[str, Callable[[Any], str | int |
         number = row[label] if label else None
         if number is None or number < 0:  # how the hub's data sets write that it is not told
             return None
-        return classes[number] if classes and number < len(classes) else int(number)
+        return printable(classes[number]) if classes and number < len(classes) else int(number)
 
     return image, to_label
 
 
 def _inside(key: str) -> str:
     """A stranger's name of a member, printable, and without a way out of the folder that it may be put into."""
-    parts = [part.replace(".", "\\x2e") if part in (".", "..") else part for part in shown(key).split("/")]
+    parts = [part.replace(".", "\\x2e") if part in (".", "..") else part for part in escaped(key).split("/")]
     return "/".join(part for part in parts if part)
 
 

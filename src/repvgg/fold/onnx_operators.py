@@ -12,9 +12,10 @@ from torch import Tensor
 
 from repvgg.fold.algebra import LinearMap, Pair, ReparamError, batch_norm
 from repvgg.fold.flow import Value
-from repvgg.fold.operators import Operator, concatenated, convolved, normed, padded, picked, pooled, same, scaled, summed
+from repvgg.fold.operators import Operator, concatenated, convolved, normed, padded, picked, pooled, same, scaled, strided, summed
 
 Pads = list[int]
+LONGEST = 2**31 - 1  # an end that no map reaches, as exporters write it
 
 
 @dataclass
@@ -188,6 +189,24 @@ def _gather(node: Node) -> Found:
     return [picked(int(i) for i in index)], None
 
 
+def _slice(node: Node) -> Found:
+    """Channels from one to another, or every n-th row or column."""
+    starts, ends = node.whole("starts", 1), node.whole("ends", 2)
+    axes = node.whole("axes", 3) if "axes" in node.attributes or node.given(3) is not None else list(range(len(starts)))
+    steps = node.whole("steps", 4) if node.given(4) is not None else [1] * len(starts)
+    found: list[Operator] = []
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if axis == 1 and step == 1 and 0 <= start < end < LONGEST:
+            found.append(picked(range(start, end)))
+        elif axis in (2, 3) and start == 0 and step > 0 and end >= LONGEST:
+            found.append(strided(step if axis == 2 else 1, step if axis == 3 else 1))
+        else:
+            raise ReparamError("takes out something else than channels, or every n-th row or column")
+    if len(found) != 1:
+        raise ReparamError("takes out along several axes at once")
+    return found, None
+
+
 def _refuse_nonfinite(*tensors: Tensor) -> None:
     if not all(bool(t.isfinite().all()) for t in tensors):
         raise ReparamError("holds NaN or Inf: the file is damaged, or training diverged", "a tensor")
@@ -214,4 +233,5 @@ READERS: dict[str, Callable[[Node], Found]] = {
     "Concat": _concat,
     "Split": _split,
     "Gather": _gather,
+    "Slice": _slice,
 }

@@ -92,6 +92,15 @@ def pooled(size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) 
     return mapped("other", own, lambda x: F.avg_pool2d(x, size, stride, padding, divisor_override=divisor))
 
 
+def strided(rows: int, columns: int) -> Operator:
+    """Return every `rows`-th row and `columns`-th column of its input, from the first on."""
+
+    def own(channels: int) -> LinearMap:
+        return replace(identity(channels), stride=(rows, columns))
+
+    return mapped("other", own, lambda x: x[..., ::rows, ::columns])
+
+
 def summed(*signs: int) -> Operator:
     """Return the sum of its inputs, each times its sign."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg.fold.algebra import LinearMap, ReparamError, batch_norm
+from repvgg.fold.algebra import LinearMap, Pair, ReparamError, batch_norm
 from repvgg.fold.as_linear import (
     CONVOLUTIONS,
     NO_STATISTICS,
@@ -23,7 +23,20 @@ from repvgg.fold.as_linear import (
     why_unknown,
 )
 from repvgg.fold.guards import altered, inside
-from repvgg.fold.operators import Operator, concatenated, convolved, mapped, normed, padded, picked, pooled, same, scaled, summed
+from repvgg.fold.operators import (
+    Operator,
+    concatenated,
+    convolved,
+    mapped,
+    normed,
+    padded,
+    picked,
+    pooled,
+    same,
+    scaled,
+    strided,
+    summed,
+)
 
 Reader = Callable[..., Operator | list[Operator]]  # takes a call's arguments, inputs as `Input`
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -141,7 +154,9 @@ def _split(x: Any, sizes: Any, dim: int = 0) -> list[Operator]:
 
 
 def _getitem(x: Any, index: Any) -> Operator:
-    """Return the operator of `x[:, a:b]`."""
+    """Return the operator of `x[:, a:b]`, or of `x[..., ::n, ::n]`."""
+    if isinstance(index, tuple) and (steps := _steps(index)) is not None:
+        return strided(*steps)
     if not isinstance(index, tuple) or len(index) < 2 or any(i != slice(None) for n, i in enumerate(index) if n != 1):
         raise ReparamError("takes out something else than channels")
     channels = index[1]
@@ -151,6 +166,16 @@ def _getitem(x: Any, index: Any) -> Operator:
     if not isinstance(start, int) or start < 0 or channels.stop <= start:
         raise ReparamError("counts channels from the end")
     return picked(range(start, channels.stop))
+
+
+def _steps(index: tuple[Any, ...]) -> Pair | None:
+    """Return n and m of `x[..., ::n, ::m]` and `x[:, :, ::n, ::m]`, the whole of images and channels; else None."""
+    leading, last = index[:-2], index[-2:]
+    if leading not in ((...,), (slice(None), slice(None))) or not all(isinstance(s, slice) for s in last):
+        return None
+    steps = [s.step or 1 for s in last]
+    from_the_first = all(s.start in (None, 0) and s.stop is None for s in last)
+    return _two(steps) if from_the_first and all(isinstance(n, int) and n > 0 for n in steps) else None
 
 
 def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Operator:
@@ -198,7 +223,7 @@ def _unchanged(x: Any, *arguments: Any, **named: Any) -> Operator:
     return same()
 
 
-def _two(value: Any) -> tuple[int, int]:
+def _two(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 

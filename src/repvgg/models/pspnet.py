@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from repvgg.models.names import FAMILY, PSPNETS
 from repvgg.models.repvgg import RepVGG
@@ -48,8 +49,7 @@ def create_pspnet(
         backbone.head = nn.Identity()
         _, _, _, middle, last = member.widths(width)
     else:
-        backbone = _resnet(plan.backbone, in_chans, pretrained)
-        middle, last = backbone.feature_info.channels()  # type: ignore[operator, union-attr]
+        backbone, (middle, last) = _resnet(plan.backbone, in_chans, pretrained)
     return PSPNet(backbone, middle, last, num_classes, deploy)
 
 
@@ -161,18 +161,36 @@ def _upsampled(logits: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(logits, like.shape[-2:], mode="bilinear", align_corners=True)
 
 
-def _resnet(name: str, in_chans: int, pretrained: bool) -> nn.Module:
-    """Return timm's backbone, with the feature maps of its last two stages at stride 8."""
+class _Stages(nn.ModuleDict):
+    """timm's ResNet by stages, under timm's names. timm's own forward asks what types values have, so no fold can look into it."""
+
+    checkpointing = False
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the feature maps of the last two stages."""
+        maps = []
+        for name, stage in self.items():
+            again = self.checkpointing and self.training and name.startswith("layer")
+            x = checkpoint(stage, x, use_reentrant=False) if again else stage(x)
+            maps.append(x)
+        return maps[-2:]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.checkpointing = enable
+
+
+def _resnet(name: str, in_chans: int, pretrained: bool) -> tuple[nn.Module, list[int]]:
+    """Return timm's backbone, with the feature maps of its last two stages at stride 8, and their channels."""
     try:
         import timm
     except ImportError:
         raise ValueError(f"pspnet_{name} has its backbone from timm: pip install 'repvgg[bench]'") from None
     options = {"features_only": True, "output_stride": STRIDE, "out_indices": (3, 4)}
     try:
-        backbone: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
+        backbone: Any = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"timm cannot make {name}: {(str(error).splitlines() or [''])[0]}") from error
-    return backbone
+    return _Stages(dict(backbone.items())), backbone.feature_info.channels()
 
 
 def _some(names: Iterable[str]) -> str:

@@ -180,9 +180,9 @@ class RepVGG(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a new, untrained classifier of `num_classes` outputs in place of the old one."""
-        like = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        """Put a new, untrained classifier of `num_classes` outputs in place of the old one; 0 leaves a backbone."""
+        like, size = next(self.parameters()), (self.num_features, num_classes)
+        self.head = nn.Linear(*size, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
         self.head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from repvgg.data import DataError
 from repvgg.data.shards import Item, Shards
-from repvgg.disk import FileError, Log, atomically, describe, escaped, unescaped
+from repvgg.disk import FileError, Log, atomically, describe
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
 from repvgg.predict.datasets import engine_name, maker, opened
@@ -198,8 +198,8 @@ def _blocks(job: Job, wanted: list[int]) -> Iterator[pa.Table]:
 def _row(item: Item, shard: int, start: int) -> dict[str, Any]:
     image = item.image
     return {
-        "key": escaped(item.key),
-        "label": escaped(item.label) if isinstance(item.label, str) else None,
+        "key": item.key,
+        "label": item.label if isinstance(item.label, str) else None,
         "number": item.label if isinstance(item.label, int) else None,
         "shard": shard,
         "start": start,
@@ -220,7 +220,7 @@ def _decode(decoder: Decoder, images: pa.Table) -> pa.Table:
     rows = []
     for row in images.to_pylist():
         image, path = row.pop("image"), row.pop("path")
-        item = Item(unescaped(row["key"]), None, os.fsdecode(path) if image is None else image)
+        item = Item(row["key"], None, os.fsdecode(path) if image is None else image)
         loaded = decoder[Batch(row["shard"], row["start"], True, [item])]
         pixels = None if loaded.pixels is None else loaded.pixels[0]
         row["error"] = loaded.errors[0]
@@ -252,8 +252,7 @@ class Predictor:
 
 
 def _loaded(rows: list[dict[str, Any]]) -> Loaded:
-    labels = (row["number"] if row["label"] is None else unescaped(row["label"]) for row in rows)
-    items = [Item(unescaped(row["key"]), label, b"") for row, label in zip(rows, labels, strict=True)]
+    items = [Item(row["key"], row["number"] if row["label"] is None else row["label"], b"") for row in rows]
     good = [row for row in rows if row["error"] is None]
     pixels = [torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(row["shape"]) for row in good]
     batch = Batch(rows[0]["shard"], rows[0]["start"], True, items)

@@ -13,7 +13,6 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 from repvgg.data.images import ImageError, decode
 from repvgg.data.shards import Item, Shards
 from repvgg.data.transforms import leave_signals_to_the_main_process
-from repvgg.disk import escaped
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Decoder:
 
     def _decoded(self, item: Item) -> Tensor:
         if not isinstance(item.image, Tensor):
-            return decode(item.image, self.channels, name=escaped(item.key))
+            return decode(item.image, self.channels, name=item.key)
         if item.image.shape[0] == self.channels:
             return item.image
         return item.image.expand(3, -1, -1) if self.channels == 3 else rgb_to_grayscale(item.image)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.data.transforms import eval_transform, normalise
-from repvgg.disk import escaped
 from repvgg.models.finite import finite
 from repvgg.models.views import Views
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.labels import named
 from repvgg.predict.loading import Decoder, Loaded
 from repvgg.predict.masks import Masker, class_names, colours, png
+from repvgg.terminal import printable
 
 
 class Labels:
@@ -34,7 +34,7 @@ class Labels:
     def __init__(self, network: nn.Module, top: int = 5, device: str = "cpu") -> None:
         manifest = manifest_of(network)
         self.preprocessing = manifest.preprocessing
-        self.classes = manifest.classes and [escaped(name) for name in manifest.classes]
+        self.classes = manifest.classes and [printable(name) for name in manifest.classes]
         self.decoder = Decoder(eval_transform(self.preprocessing), self.preprocessing.input_size[0])
         self.network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.top, self.device, self.dtype = top, device, dtype_of(network)
@@ -44,7 +44,7 @@ class Labels:
         answers = iter(self._labels(images.pixels)) if images.pixels is not None else iter(())
         found = [None if error else next(answers) for error in images.errors]
         columns = {
-            "key": [escaped(item.key) for item in images.batch.items],
+            "key": [item.key for item in images.batch.items],
             "label": [self._name(item.label) for item in images.batch.items],
             "labels": [[name for name, _ in labels] if labels else None for labels in found],
             "probabilities": [[x for _, x in labels] if labels else None for labels in found],
@@ -61,7 +61,7 @@ class Labels:
         """Return a label's name: where the data only numbers its classes, the one that the model has for it."""
         if isinstance(label, int):
             return self.classes[label] if self.classes and label < len(self.classes) else str(label)
-        return label if label is None else escaped(label)
+        return label
 
 
 class Masks:
@@ -82,5 +82,5 @@ class Masks:
             data = io.BytesIO()
             png(self.masker(images.pixels[0], images.sizes[0]), self.palette).save(data, format="PNG")
             self.save(str(masks[0]), data.getvalue())
-        columns = {"key": [escaped(item.key) for item in images.batch.items], "mask": masks, "error": images.errors}
+        columns = {"key": [item.key for item in images.batch.items], "mask": masks, "error": images.errors}
         return pa.RecordBatch.from_pydict(columns, schema=self.schema)
