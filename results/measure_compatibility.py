@@ -230,19 +230,19 @@ def page(results: dict[str, Any]) -> str:
         "batch-norm statistics, float64. *Own*: what one unit in the last place of the input does to the original's output.",
         "*Theirs*: after the package's own fusion, where it has one.",
         "",
-        "| network | convs, BNs | after `reparameterize` | theirs | error | own | seconds | left |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | convs, BNs | after `reparameterize` | theirs | error | own | left |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case in (c for c in CASES if c in networks):
         r = networks[case]
         if "failed" in r:
-            lines.append(f"| {case} | | | | | | | failed: {r['failed'].replace('|', '/')} |")
+            lines.append(f"| {case} | | | | | | failed: {r['failed'].replace('|', '/')} |")
             continue
         left = "; ".join(f"{n}x {why}" for why, n in list(r["left"].items())[:2]).replace("|", "/")
         theirs = "{}, {}".format(*r["theirs"]) if "theirs" in r else "-"
         lines.append(
-            "| {} | {}, {} | {}, {} | {} | {:.0e} | {:.0e} | {} | {} |".format(
-                case, *r["before"], *r["after"], theirs, r["error"], r["own"], r["seconds"], left
+            "| {} | {}, {} | {}, {} | {} | {:.0e} | {:.0e} | {} |".format(
+                case, *r["before"], *r["after"], theirs, r["error"], r["own"], left
             )
         )
     done = [r for r in networks.values() if "failed" not in r]

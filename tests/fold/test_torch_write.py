@@ -1,0 +1,209 @@
+"""torch_write.py: branches of strangers' forwards become one convolution, however they are written."""
+
+import copy
+import pickle
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize
+from folding import SMALL, Siblings, assert_folds_exactly, report_of
+from torch import Tensor, nn
+
+from repvgg.fold.blocks import with_bn
+from repvgg.fold.reparameterize import reparameterize
+
+
+class Official(nn.Module):
+    """The official code's block: branches in attributes, an identity that may be None."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.rbr_identity: nn.Module | None = nn.BatchNorm2d(channels)
+        self.rbr_dense = with_bn(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        self.rbr_1x1 = with_bn(nn.Conv2d(channels, channels, 1, bias=False))
+        self.nonlinearity, self.se = nn.ReLU(), nn.Identity()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if hasattr(self, "rbr_reparam"):
+            return self.nonlinearity(self.se(self.rbr_reparam(inputs)))  # type: ignore[no-any-return, operator]
+        id_out = 0 if self.rbr_identity is None else self.rbr_identity(inputs)
+        out: Tensor = self.nonlinearity(self.se(self.rbr_dense(inputs) + self.rbr_1x1(inputs) + id_out))
+        return out
+
+
+class InPlace(Official):
+    """As MobileOne's: a running sum over a list."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Any = 0
+        for branch in (self.rbr_identity, self.rbr_dense, self.rbr_1x1):
+            assert branch is not None
+            out += branch(inputs)
+        return self.nonlinearity(out)  # type: ignore[no-any-return]
+
+
+class Summed(Official):
+    """YOLOv7's RepConv and others: `sum`, a scale for each channel, a residual around everything, a dropout."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__(channels)
+        self.gamma = nn.Parameter(torch.randn(channels))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        branches = [self.rbr_dense(inputs), self.rbr_1x1(inputs), self.rbr_identity(inputs)]  # type: ignore[misc]
+        return (inputs - self.gamma.view(1, -1, 1, 1) * self.drop(sum(branches))).relu()  # type: ignore[no-any-return]
+
+
+class Functional(Official):
+    """By functions, with the parameters of its modules; padded before."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.randn(channels, channels, 3, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        y = F.conv2d(F.pad(inputs, [1, 1, 1, 1]), self.weight * 2)
+        return F.relu(y + self.rbr_1x1(inputs))
+
+
+BLOCK = (8, 4, 8, 8)
+
+
+@pytest.mark.parametrize("block", [Official, InPlace, Summed, Functional])
+def test_branches_of_strangers_become_one_convolution(block: type[Official]) -> None:
+    model = randomize(nn.Sequential(block(), nn.Conv2d(4, 4, 1), nn.ReLU(), block()), BLOCK)
+    report = assert_folds_exactly(model, (2, 4, 9, 7))
+    assert report.left == {}
+    folded = reparameterize(model)
+    assert [type(m) for m in folded.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))] == [nn.Conv2d] * 3
+    assert all(name.startswith(("0.", "1", "2", "3.")) for name, _ in folded.named_parameters())
+
+
+@pytest.mark.parametrize("block", [Official, Summed])
+def test_the_result_is_a_module_like_any_other(block: type[Official]) -> None:
+    model = randomize(nn.Sequential(block(), block()), BLOCK)
+    model[0].note = "kept"  # type: ignore[assignment]
+    folded: Any = reparameterize(model)
+    x = torch.randn(2, 4, 9, 7)
+    with torch.no_grad():
+        wanted = folded(x)
+        copies = [copy.deepcopy(folded), pickle.loads(pickle.dumps(folded)), torch.jit.trace(folded, x)]
+        for other in (*copies, torch.export.export(folded, (x,)).module(), torch.compile(folded, backend="eager")):
+            assert torch.equal(other(x), wanted)
+        assert folded.half()(x.half()).dtype == torch.float16
+    assert (folded[0].note, copies[0][0].note) == ("kept", "kept")
+    assert not any(m.training for m in copies[0].modules())
+    again = reparameterize(folded.float())
+    assert report_of(again).stretches == {}
+
+
+def test_a_block_held_in_two_places_is_folded_in_both() -> None:
+    block = Official()
+    model = randomize(nn.Sequential(block, nn.Sequential(block), nn.Conv2d(4, 3, 1)), BLOCK)
+    assert assert_folds_exactly(model, BLOCK).left == {}
+    folded: Any = reparameterize(model)
+    assert folded[0] is folded[1][0]
+
+
+def test_a_batch_norm_before_a_convolution_goes_into_it_across_modules() -> None:
+    class Mixer(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+            self.mlp = nn.Sequential(
+                OrderedDict(fc1=nn.Conv2d(4, 8, size, padding=size // 2), act=nn.ReLU(), fc2=nn.Conv2d(8, 4, 1))
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.mlp(self.norm(x))
+            return out
+
+    report = assert_folds_exactly(randomize(nn.Sequential(nn.ReLU(), Mixer(1), Mixer(3)), BLOCK), BLOCK)
+    assert report.stretches == {"1.mlp.fc1": ["1.norm", "1.mlp.fc1"]}
+    assert report.left == {"2.norm": "`add` comes before it, and a shift would cross the border of a padded 3x3"}
+
+
+def test_a_batch_norm_of_a_concatenation_falls_apart() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 5, 5, padding=2), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = torch.split(x, [2, 2], 1)
+            return self.bn(torch.cat([self.a(a), self.b(b)], 1)).relu()  # type: ignore[no-any-return]
+
+    model = randomize(Mixed(), BLOCK)
+    report = assert_folds_exactly(model, BLOCK)
+    assert set(report.stretches) == {"a", "b"}
+    assert type(reparameterize(model)) is Mixed
+
+
+def test_what_is_changed_in_place_is_not_read_later() -> None:
+    class Late(Siblings):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            a = self.conv(x)
+            x.relu_()
+            out: Tensor = self.bn(a) + self.other(x)
+            return out
+
+    report = assert_folds_exactly(randomize(Late(), SMALL), SMALL)
+    assert report.left["bn"].startswith("what it reads is changed in place")
+
+
+def test_hooks_on_a_container_see_what_they_saw() -> None:
+    """What a hooked module gives must stay; inside it, folding goes on."""
+    model = randomize(
+        nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)), BLOCK
+    )
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda m, i, o: seen.append(o))
+    x = torch.randn(BLOCK, dtype=torch.float64)
+    with torch.no_grad():
+        model.double()(x)
+        folded = reparameterize(model)
+        folded(x)
+    assert float((seen[0] - seen[1]).abs().max()) < 1e-12
+    assert "1" in report_of(folded).left
+
+
+def test_a_detector_s_way_of_calling_is_followed() -> None:
+    """As ultralytics does: a root that asks whether it was given a dictionary, a list of layers, a list of chunks."""
+
+    class C2f(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cv1, self.m = (
+                with_bn(nn.Conv2d(4, 4, 1)),
+                nn.ModuleList([with_bn(nn.Conv2d(2, 2, 3, padding=1)) for _ in range(2)]),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = list(self.cv1(x).relu().chunk(2, 1))
+            y.extend(m(y[-1]).relu() for m in self.m)
+            return torch.cat(y, 1)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleList([C2f(), nn.Conv2d(8, 4, 1)])
+
+        def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(x, dict):
+                return self.loss(x)  # type: ignore[operator]
+            for m in self.model:
+                x = m(x)
+            return x
+
+    report = assert_folds_exactly(randomize(Root(), BLOCK), BLOCK)
+    assert len(report.pairs) == 3
+    assert report.left == {}
