@@ -162,7 +162,7 @@ def _upsampled(logits: Tensor, like: Tensor) -> Tensor:
 
 
 class _Stages(nn.ModuleDict):
-    """timm's ResNet by stages, under timm's names. timm's own forward asks what types values have, so no fold can look into it."""
+    """A ResNet of timm's by stages, under its names. The forward of timm asks what types values have, so no fold can see into it."""
 
     checkpointing = False
 
