@@ -162,7 +162,7 @@ def _upsampled(logits: Tensor, like: Tensor) -> Tensor:
 
 
 class _Stages(nn.ModuleDict):
-    """A ResNet of timm's by stages, under its names; the forward of timm asks what types values have, so no fold can see into it."""
+    """A ResNet of timm's by stages, under its names; timm's forward asks what types values have, and no fold can see into it."""
 
     checkpointing = False
 
