@@ -8,7 +8,7 @@ from conftest import randomize
 from torch import nn
 
 from repvgg import cli
-from repvgg.deploy.engines import Operator, Signature
+from repvgg.deploy.engines import ListedOperator, Signature
 from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import Shape, export
 from repvgg.deploy.operators import plain_stack, read, summary
@@ -17,7 +17,7 @@ from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import FAMILY
 
-CONV, RELU = Operator("Conv", (3, 3)), Operator("Relu")
+CONV, RELU = ListedOperator("Conv", (3, 3)), ListedOperator("Relu")
 
 
 def silent(line: str) -> None:
@@ -73,14 +73,14 @@ def test_preprocessing_comes_before_the_stack(model: nn.Module, tmp_path: Path) 
 def test_what_is_no_plain_stack() -> None:
     for operators in (
         [CONV, RELU, CONV],  # a convolution without its ReLU
-        [CONV, RELU, Operator("Conv", (1, 1)), RELU],
-        [CONV, Operator("Add"), RELU],  # a shortcut, not a bias
-        [CONV, RELU, Operator("Add"), CONV, RELU],
+        [CONV, RELU, ListedOperator("Conv", (1, 1)), RELU],
+        [CONV, ListedOperator("Add"), RELU],  # a shortcut, not a bias
+        [CONV, RELU, ListedOperator("Add"), CONV, RELU],
         [],
     ):
         assert summary(operators).startswith("not a plain stack")
-    assert plain_stack([CONV, Operator("Add", note="bias"), RELU, Operator("Conv", (3, 3), note="with ReLU")]) == (2, 4)
-    assert summary([CONV, Operator("Add"), RELU]) == "not a plain stack: 1 Conv 3x3, 1 Add, 1 Relu"
+    assert plain_stack([CONV, ListedOperator("Add", note="bias"), RELU, ListedOperator("Conv", (3, 3), note="with ReLU")]) == (2, 4)
+    assert summary([CONV, ListedOperator("Add"), RELU]) == "not a plain stack: 1 Conv 3x3, 1 Add, 1 Relu"
 
 
 def test_the_command(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from repvgg.paper import ablation, table6, table7
 from repvgg.paper.ablation import PRINTED, Findings
 from repvgg.paper.grid import TABLES, Grid, Outcome
 from repvgg.paper.numbers import TABLE6
-from repvgg.paper.result import NothingChosenError, Settings
+from repvgg.paper.result import NothingChosenError, PaperSettings
 from repvgg.train.recipes import get_recipe
 
 FORMS = {"images": 1000, "equal": 999, "max_rel_err": 1e-6}
@@ -48,7 +48,7 @@ def test_where_the_papers_numbers_come_from() -> None:
 
 def test_says_what_the_paper_says() -> None:
     result = ablation.report(
-        "Both", found(*TABLES, spread=0.5), Settings(), (ablation.table6, ablation.table7, ablation.beyond), "x"
+        "Both", found(*TABLES, spread=0.5), PaperSettings(), (ablation.table6, ablation.table7, ablation.beyond), "x"
     )
     six, seven = result.tables  # and no table of others
     for row, printed in zip(six.rows, TABLE6, strict=True):
@@ -81,7 +81,7 @@ def test_the_order_may_be_another() -> None:
 
 
 def test_part_of_a_grid() -> None:
-    settings = Settings()
+    settings = PaperSettings()
     result = ablation.report("Part", found("dbb", "acb"), settings, (ablation.table6, ablation.table7, ablation.beyond), "x")
     assert [t.title for t in result.tables] == ["Table 7: other structures", "Beyond the paper"]
     (acb,), (dbb,) = (t.rows for t in result.tables)
@@ -99,7 +99,7 @@ def test_those_that_diverged_are_told() -> None:
     f = found("plain", "repvgg", "acb")
     f.outcomes["acb"][1:] = [Outcome("acb", 1), Outcome("acb", 2)]
     f.outcomes["repvgg"][:] = [Outcome("repvgg", s) for s in range(3)]
-    result = ablation.report("Part", f, Settings(), (ablation.table7,), "x")
+    result = ablation.report("Part", f, PaperSettings(), (ablation.table7,), "x")
     full, acb = result.tables[0].rows
     assert full[3:5] == (None, "0 (3 diverged)")
     assert acb[3:5] == ("73.58", "1 (2 diverged)")
@@ -110,12 +110,12 @@ def test_those_that_diverged_are_told() -> None:
 def test_speeds_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Grid] = []
 
-    def measured(grid: Grid, settings: Settings) -> dict[str, Times]:
+    def measured(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
         calls.append(grid)
         return {name: Times([[1.0], [2.0]]) for name in grid.variants}
 
     monkeypatch.setattr(ablation, "_time", measured)
-    settings = Settings(log=lambda line: None)
+    settings = PaperSettings(log=lambda line: None)
     for variants in (("plain",), ("plain", "acb"), ("plain",)):
         grid = found(*variants, out=tmp_path).grid
         found_speeds = ablation.training_speeds(grid, settings)
@@ -129,12 +129,12 @@ def test_speeds_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_with_the_papers_settings(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grids: list[Grid] = []
 
-    def find(grid: Grid, settings: Settings) -> Findings:
+    def find(grid: Grid, settings: PaperSettings) -> Findings:
         grids.append(grid)
         return found(*grid.variants)
 
     monkeypatch.setattr(ablation, "find", find)
-    settings = Settings(data="digits", out=tmp_path, quick=quick, workers=3)
+    settings = PaperSettings(data="digits", out=tmp_path, quick=quick, workers=3)
     titles = [part.run(settings).title.partition(":")[0] for part in (table6, table7)]
     assert titles == ["Table 6", "Table 7"]
     assert {*grids[0].variants, *grids[1].variants} == {*TABLES} | (set() if quick else {"resnet50", "resnet50_repvgg"})

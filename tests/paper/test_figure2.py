@@ -14,7 +14,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.names import FAMILY, Member
 from repvgg.models.repvgg import RepVGG
 from repvgg.paper import figure2
-from repvgg.paper.result import Settings
+from repvgg.paper.result import PaperSettings
 
 SMALL = Member((1, 2, 5, 1), 0.25, 0.25)
 
@@ -91,7 +91,7 @@ def test_leaves_the_models_as_they_were_and_saves_as_svg_and_png() -> None:
 
 
 def test_run_draws_a_network_of_the_family_and_states_its_fold() -> None:
-    result = figure2.run(Settings())
+    result = figure2.run(PaperSettings())
     assert result.data["parameters"] == {"training": 9_108_968, "deploy": 8_309_384}
     assert 0 < result.data["max_rel_err"] < REPORTED
     assert "9,108,968 parameters" in " ".join(words(result.figures["figure2"]))

@@ -7,14 +7,14 @@ from repvgg.measure.costs import cost
 from repvgg.paper import figure3
 from repvgg.paper.figure3 import draw
 from repvgg.paper.numbers import PEAK_ACTIVATION
-from repvgg.paper.result import Settings
+from repvgg.paper.result import PaperSettings
 
 
 def test_counted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure3, "SIZE", 64)
     monkeypatch.setattr(figure3, "MAP", 64 * 64 * 64 * 4)
     monkeypatch.setattr(figure3, "resident_growth", lambda *_: None)  # test_memory asks the operating system
-    result = figure3.run(Settings())
+    result = figure3.run(PaperSettings())
     assert result.tables[0].rows == [
         ("residual", "2x", "2.00x", "3.00x", "3.02x", "-"),
         ("plain", "1x", "1.00x", "2.00x", "2.02x", "-"),

@@ -17,7 +17,7 @@ from repvgg.fold.algebra import ReparamError, add
 from repvgg.fold.as_linear import Branches, as_linear
 from repvgg.fold.blocks import no_1x1, plain, repvgg, with_bn
 from repvgg.paper import figure4
-from repvgg.paper.result import Settings
+from repvgg.paper.result import PaperSettings
 
 
 def trained(block: Branches) -> Branches:
@@ -140,7 +140,7 @@ def test_numbers_fit_a_cell_and_are_right_to_their_last_digit(value: float) -> N
 
 
 def test_run_draws_a_block_whose_norms_fold_to_something() -> None:
-    result = figure4.run(Settings())
+    result = figure4.run(PaperSettings())
     assert 0 < result.data["max_rel_err"] < REPORTED
     scales = [text for text, n in numbers_in(result.figures["figure4"]).items() if n and text not in ("0", "1.0")]
     assert len(scales) > 20

@@ -10,7 +10,7 @@ from PIL import Image
 from repvgg.cli import main
 from repvgg.paper import report
 from repvgg.paper.report import PARTS, paper
-from repvgg.paper.result import NothingChosenError, Result, Settings, Table
+from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
 
 
 def result(part: str) -> Result:
@@ -30,7 +30,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __init__(self, name: str) -> None:
             self.part = name.rpartition(".")[2]
 
-        def run(self, settings: Settings) -> Result:
+        def run(self, settings: PaperSettings) -> Result:
             asked.append(self.part)
             if self.part == "table5":
                 raise NothingChosenError("nothing of it")
@@ -47,7 +47,7 @@ def test_every_part_has_its_file_and_only_those() -> None:
 
 def test_one_part(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words: list[str] = []
-    paper("table1", Settings(out=tmp_path / "new", log=words.append))
+    paper("table1", PaperSettings(out=tmp_path / "new", log=words.append))
     out = capsys.readouterr().out
     assert out.splitlines()[1] == "The table1"
     assert "rows of table1" in out
@@ -61,21 +61,21 @@ def test_one_part(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_figures_are_written_as_png_and_svg(made_up: list[str], tmp_path: Path) -> None:
-    paper("figure3", Settings(out=tmp_path, log=lambda line: None))
+    paper("figure3", PaperSettings(out=tmp_path, log=lambda line: None))
     with Image.open(tmp_path / "figure3.png") as image:
         assert image.size == (80, 60)
     assert (tmp_path / "figure3.svg").read_text().startswith("<?xml")
 
 
 def test_json(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paper("table1", Settings(out=tmp_path, log=lambda line: None), with_json=True)
+    paper("table1", PaperSettings(out=tmp_path, log=lambda line: None), with_json=True)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "table1.json").read_text())
 
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_all_and_its_page(quick: bool, made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words: list[str] = []
-    paper("all", Settings(out=tmp_path, quick=quick, log=words.append))
+    paper("all", PaperSettings(out=tmp_path, quick=quick, log=words.append))
     assert made_up == list(PARTS)
     assert "table5 left out: nothing of it" in words
     html = (tmp_path / "index.html").read_text()
@@ -95,20 +95,20 @@ def test_all_and_its_page(quick: bool, made_up: list[str], tmp_path: Path, capsy
 
 def test_unknown_part_and_model(made_up: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the paper has no 'tabel4' here: did you mean table4"):
-        paper("tabel4", Settings(out=tmp_path))
+        paper("tabel4", PaperSettings(out=tmp_path))
     with pytest.raises(ValueError, match="no model 'resnet19': did you mean resnet1"):
-        paper("table4", Settings(out=tmp_path, models=("resnet19",)))
+        paper("table4", PaperSettings(out=tmp_path, models=("resnet19",)))
     with pytest.raises(ValueError, match="no engine 'tensorflow'"):
-        paper("table4", Settings(out=tmp_path, engine="tensorflow"))
+        paper("table4", PaperSettings(out=tmp_path, engine="tensorflow"))
     with pytest.raises(ValueError, match="the engine eager has no tf32 on cpu: it has fp32, bf16, fp16"):
-        paper("table4", Settings(out=tmp_path, precision="tf32"))
+        paper("table4", PaperSettings(out=tmp_path, precision="tf32"))
     assert not made_up
 
 
 @pytest.mark.parametrize("name", ["batch_size", "rounds", "threads"])
 def test_sizes_below_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0: it is at least 1"):
-        Settings(**{name: 0})  # type: ignore[arg-type]
+        PaperSettings(**{name: 0})  # type: ignore[arg-type]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

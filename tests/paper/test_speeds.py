@@ -9,15 +9,15 @@ from repvgg.bench.models import Candidate
 from repvgg.measure.machine import this_machine
 from repvgg.paper import speeds
 from repvgg.paper.numbers import TABLE4, TABLE5
-from repvgg.paper.result import NothingChosenError, Settings
+from repvgg.paper.result import NothingChosenError, PaperSettings
 from repvgg.paper.speeds import QUICK, Speed, chosen, measure, over, significant
 
 MICRO, TRAINING = Candidate("repvgg_micro"), Candidate("repvgg_micro", form="training")
 PLAIN = Candidate("repvgg_micro", form="training", block="plain")
 
 
-def settings(out: Path, **more: object) -> Settings:
-    return Settings(**{"out": out, "batch_size": 1, "rounds": 2, "quick": True, "log": lambda line: None, **more})  # type: ignore[arg-type]
+def settings(out: Path, **more: object) -> PaperSettings:
+    return PaperSettings(**{"out": out, "batch_size": 1, "rounds": 2, "quick": True, "log": lambda line: None, **more})  # type: ignore[arg-type]
 
 
 def speed(seconds: list[float], reference: list[float]) -> Speed:
@@ -29,7 +29,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what was really timed; the times are made up."""
     names: list[str] = []
 
-    def record(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
+    def record(candidate: Candidate, reference: Candidate, settings: PaperSettings) -> Speed:
         if candidate.block == "plain":
             raise KeyboardInterrupt
         names.append(candidate.name)
@@ -105,11 +105,11 @@ def test_drift_between_two_turns_cancels() -> None:
 
 
 def test_choice_of_rows() -> None:
-    assert chosen(TABLE4, Settings()) == list(TABLE4)
-    assert [row.model for row in chosen(TABLE4, Settings(models=("ResNet50", "repvgg_a0")))] == ["repvgg_a0", "resnet50"]
-    assert {row.model for table in (TABLE4, TABLE5) for row in chosen(table, Settings(quick=True))} == set(QUICK)
+    assert chosen(TABLE4, PaperSettings()) == list(TABLE4)
+    assert [row.model for row in chosen(TABLE4, PaperSettings(models=("ResNet50", "repvgg_a0")))] == ["repvgg_a0", "resnet50"]
+    assert {row.model for table in (TABLE4, TABLE5) for row in chosen(table, PaperSettings(quick=True))} == set(QUICK)
     with pytest.raises(NothingChosenError, match="it has no resnet18: its models are repvgg_b2g4, repvgg_b3g4"):
-        chosen(TABLE5, Settings(models=("resnet18",)))
+        chosen(TABLE5, PaperSettings(models=("resnet18",)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from repvgg.deploy.engines import Options
 from repvgg.measure.timing import Times
 from repvgg.paper import table1
 from repvgg.paper.numbers import TABLE1
-from repvgg.paper.result import Settings
+from repvgg.paper.result import PaperSettings
 from repvgg.paper.table1 import PAPER, Problem, largest
 
 GTX_1080TI = sum(row.milliseconds for row in TABLE1) / 1e3  # seconds of one run of the whole table
@@ -45,7 +45,7 @@ def on_the_papers_machine(convolutions: list[Convolution], options: Options, **_
 def test_says_what_the_paper_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table1, "time_convolutions", on_the_papers_machine)
     monkeypatch.setattr(table1, "SECONDS", 1000)
-    result = table1.run(Settings(log=lambda line: None))
+    result = table1.run(PaperSettings(log=lambda line: None))
     assert result.data["problem"] == {"channels": 2048, "batch_size": 32, "size": 56}
     assert "Here too the 3x3 stands out, at 3.83 times" in result.why
     for cells, row in zip(result.tables[0].rows, TABLE1, strict=True):
@@ -59,7 +59,7 @@ def test_a_small_problem_for_real() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table1, "QUICK_SECONDS", 1e-3)
         patch.setattr(table1, "PILOT", Convolution(16, 16, 8))
-        result = table1.run(Settings(quick=True, rounds=1, log=words.append))
+        result = table1.run(PaperSettings(quick=True, rounds=1, log=words.append))
     assert result.data["problem"] == {"channels": 128, "batch_size": 1, "size": 56}
     assert words == ["128 channels, batch 1: 1/8192 of the paper's work"]
     assert "1/8192 of that work" in result.why

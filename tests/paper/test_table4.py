@@ -16,14 +16,14 @@ from repvgg.models.names import BASELINES, FAMILY
 from repvgg.models.repvgg import RepVGG
 from repvgg.paper import speeds, table4, table5
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.result import PaperSettings, Result
 from repvgg.paper.speeds import Speed
 from repvgg.paper.table4 import PRINTED, spearman
 
 CHEAP = ("repvgg_a0", "repvgg_a1", "repvgg_a2", "repvgg_b0", "resnet18", "resnet34", "resnet50", "efficientnet_b0", "repvgg_b3")
 
 
-def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
+def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: PaperSettings) -> Speed:
     import torch
 
     model, size = candidate.model, 224 if candidate.model in FAMILY else BASELINES[candidate.model].input_size
@@ -39,7 +39,7 @@ def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Result]:
     pytest.importorskip("timm")
-    wanted = Settings(
+    wanted = PaperSettings(
         engine="eager", models=(*CHEAP, "regnetx_120"), batch_size=128, out=tmp_path_factory.mktemp("paper"), log=lambda line: None
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +91,7 @@ def test_each_model_in_its_own_fastest_engine(tmp_path: Path, monkeypatch: pytes
     pytest.importorskip("repvgg_engine")
     monkeypatch.setattr(engines, "installed", lambda *_: ["eager", "native"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    two = Settings(
+    two = PaperSettings(
         engine="best", models=("repvgg_a0", "resnet18"), batch_size=1, rounds=2, input_size=32, out=tmp_path, log=lambda line: None
     )
     result = table4.run(two)
@@ -116,7 +116,7 @@ def test_states_the_protocol_and_what_was_lowered(both: tuple[Result, Result]) -
     for result in both:
         assert "at batch 128: medians and quartiles of 10 rounds" in result.how
     lowered = {"repvgg_a0": Speed("repvgg_a0", 4, (3, 224, 224), [1], "r", [1], 1, 1, 1, "")}
-    assert "at batch 8 (where memory ran out: repvgg_a0 4)" in table4.protocol(lowered, Settings(batch_size=8))
+    assert "at batch 8 (where memory ran out: repvgg_a0 4)" in table4.protocol(lowered, PaperSettings(batch_size=8))
 
 
 numbers = st.lists(st.integers(0, 5), min_size=3, max_size=12)

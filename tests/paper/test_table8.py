@@ -12,18 +12,18 @@ from repvgg.deploy.space_to_batch import SpaceToBatch
 from repvgg.paper import speeds, table8
 from repvgg.paper.numbers import TABLE8
 from repvgg.paper.report import to_record
-from repvgg.paper.result import NothingChosenError, Settings
+from repvgg.paper.result import NothingChosenError, PaperSettings
 from repvgg.paper.speeds import Speed
 from repvgg.paper.table8 import PRINTED
 
 
-def settings(out: Path, **more: object) -> Settings:
+def settings(out: Path, **more: object) -> PaperSettings:
     given = {"out": out, "quick": True, "rounds": 1, "log": lambda line: None}
-    return Settings(**{**given, **more})  # type: ignore[arg-type]
+    return PaperSettings(**{**given, **more})  # type: ignore[arg-type]
 
 
 def test_says_what_the_paper_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
+    def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: PaperSettings) -> Speed:
         assert settings.input_size == 713
         seconds = [[1 / PRINTED[c.model].speed] * 3 for c in (candidate, reference)]
         return Speed(candidate.model, 16, (3, 713, 713), seconds[0], reference.name, seconds[1], 1_000_000, 2_000_000_000, 1, "")
@@ -83,11 +83,11 @@ def test_backbones_start_from_the_classifiers_that_are_given(tmp_path: Path, mon
 
 
 def test_which_models() -> None:
-    assert table8.chosen(Settings()) == list(PRINTED)
-    assert table8.chosen(Settings(quick=True)) == list(table8.QUICK)
-    assert table8.chosen(Settings(models=("PSPNet-RepVGG-A0-fast", "resnet18"))) == ["pspnet_repvgg_a0_fast"]
+    assert table8.chosen(PaperSettings()) == list(PRINTED)
+    assert table8.chosen(PaperSettings(quick=True)) == list(table8.QUICK)
+    assert table8.chosen(PaperSettings(models=("PSPNet-RepVGG-A0-fast", "resnet18"))) == ["pspnet_repvgg_a0_fast"]
     with pytest.raises(NothingChosenError, match="none of resnet18 is a PSPNet"):
-        table8.chosen(Settings(models=("resnet18",)))
+        table8.chosen(PaperSettings(models=("resnet18",)))
 
 
 def test_what_is_timed_by_space_to_batch_has_no_dilated_convolution() -> None:

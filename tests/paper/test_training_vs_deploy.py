@@ -9,7 +9,7 @@ from repvgg.models.names import FAMILY
 from repvgg.paper import speeds
 from repvgg.paper import training_vs_deploy as forms
 from repvgg.paper.numbers import TABLE6
-from repvgg.paper.result import NothingChosenError, Settings
+from repvgg.paper.result import NothingChosenError, PaperSettings
 from repvgg.paper.speeds import Speed
 
 SPEEDS = {row.block: row.speed for row in TABLE6}
@@ -19,7 +19,7 @@ SPEEDS = {row.block: row.speed for row in TABLE6}
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
 
-    def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
+    def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: PaperSettings) -> Speed:
         pairs.append((candidate.name, reference.name))
         seconds = [[1 / (1817 if c.form == "deploy" else SPEEDS[c.block])] * 2 for c in (candidate, reference)]
         return Speed(candidate.model, 8, (3, 224, 224), seconds[0], reference.name, seconds[1], 1, 1, 1, "")
@@ -29,7 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 def test_says_what_the_paper_says(tmp_path: Path, asked: list[tuple[str, str]]) -> None:
-    result = forms.run(Settings(models=("repvgg_b0",), out=tmp_path, log=lambda line: None))
+    result = forms.run(PaperSettings(models=("repvgg_b0",), out=tmp_path, log=lambda line: None))
     assert asked[0] == ("repvgg_b0 eager fp32", "repvgg_b0 eager fp32 training form")
     assert {reference for _, reference in asked[1:]} == {"repvgg_b0 eager fp32 plain blocks training form"}
     gains, structures = result.tables
@@ -42,11 +42,11 @@ def test_says_what_the_paper_says(tmp_path: Path, asked: list[tuple[str, str]]) 
 
 
 def test_members() -> None:
-    everything = forms._members(Settings())
+    everything = forms._members(PaperSettings())
     assert set(FAMILY) - set(everything) == {"repvgg_d2se", "repvgg_micro"}
-    assert forms._members(Settings(models=("resnet18", "RepVGG-D2se"))) == ["repvgg_d2se"]
+    assert forms._members(PaperSettings(models=("resnet18", "RepVGG-D2se"))) == ["repvgg_d2se"]
     with pytest.raises(NothingChosenError, match="resnet18 have one form only"):
-        forms._members(Settings(models=("resnet18",)))
+        forms._members(PaperSettings(models=("resnet18",)))
 
 
 def test_b0s_structures_are_built_as_table_6_has_them() -> None:

@@ -9,7 +9,7 @@ from repvgg.deploy.engines import Options
 from repvgg.measure.costs import cost
 from repvgg.measure.timing import Ratio, Times
 from repvgg.paper import winograd
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.result import PaperSettings, Result
 from repvgg.paper.winograd import THRESHOLD, conclude, counterparts, shapes, verdict
 
 
@@ -30,7 +30,7 @@ class Machine:
 
 def run(machine: Machine, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Result:
     monkeypatch.setattr(winograd, "time_convolutions", machine)
-    return winograd.run(Settings(**{"quick": True, "log": lambda line: None, **settings}))  # type: ignore[arg-type]
+    return winograd.run(PaperSettings(**{"quick": True, "log": lambda line: None, **settings}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("gain", "answer"), [(1.0, "no"), (1.1, "no"), (2.25, "yes"), (1.8, "yes")])
@@ -84,7 +84,7 @@ def test_shapes_are_the_familys() -> None:
 def test_one_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "MEMBERS", ("repvgg_micro",))
     words: list[str] = []
-    result = winograd.run(Settings(quick=True, batch_size=1, rounds=1, log=words.append))
+    result = winograd.run(PaperSettings(quick=True, batch_size=1, rounds=1, log=words.append))
     assert [t["convolution"]["in_channels"] for t in result.data["tests"]] == [32, 64, 128]
     assert all(len(times) == 2 for t in result.data["tests"] for times in t["seconds"].values())
     assert len(words) == 3

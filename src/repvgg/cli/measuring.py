@@ -152,9 +152,9 @@ class Paper:
 
     def run(self) -> None:
         from repvgg.paper.report import paper
-        from repvgg.paper.result import Settings
+        from repvgg.paper.result import PaperSettings
 
-        settings = Settings(
+        settings = PaperSettings(
             data=self.data,
             workers=self.where.workers,
             models=listed(self.models),

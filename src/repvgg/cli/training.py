@@ -208,7 +208,7 @@ class Ablate:
         from repvgg.paper.ablation import ablate
         from repvgg.paper.grid import Grid
         from repvgg.paper.report import keep, show
-        from repvgg.paper.result import Settings as How
+        from repvgg.paper.result import PaperSettings as How
 
         device = self.where.chosen()
         grid = Grid(

@@ -1,6 +1,6 @@
 """Operators that an exported file is made of: the proof that a deploy form is plain.
 
-read("exported/a0.onnx")          # [Operator("Conv", (3, 3), ...), Operator("Relu"), ...]
+read("exported/a0.onnx")          # [ListedOperator("Conv", (3, 3), ...), ListedOperator("Relu"), ...]
 summary(read("exported/a0.onnx")) # "22 x (3x3 convolution, ReLU) and no other operator, then ReduceMean, Gemm"
 """
 
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repvgg.deploy import engines
-from repvgg.deploy.engines import Operator
+from repvgg.deploy.engines import ListedOperator
 from repvgg.deploy.formats import FORMATS, SUFFIXES
 from repvgg.disk import describe
 
 
-def read(path: str | os.PathLike[str]) -> list[Operator]:
+def read(path: str | os.PathLike[str]) -> list[ListedOperator]:
     """Return the operators of an exported file, ours or not, in order.
 
     Raises ValueError where it cannot be read, or is of a format that does not tell.
@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str]) -> list[Operator]:
     return found
 
 
-def summary(operators: Sequence[Operator]) -> str:
+def summary(operators: Sequence[ListedOperator]) -> str:
     """Say in one line whether the operators are a plain stack, and what there is beside it."""
     first = next((i for i, operator in enumerate(operators) if operator.kernel), 0)
     depth, end = plain_stack(operators, first)
@@ -51,7 +51,7 @@ def summary(operators: Sequence[Operator]) -> str:
     return "not a plain stack: " + ", ".join(f"{count} {name}" for name, count in counted.most_common())
 
 
-def plain_stack(operators: Sequence[Operator], first: int = 0) -> tuple[int, int]:
+def plain_stack(operators: Sequence[ListedOperator], first: int = 0) -> tuple[int, int]:
     """Return how many 3x3 convolutions, each with its bias and a ReLU and nothing between, follow from number `first` on; and the
     number of the operator after them."""
     depth = 0
@@ -67,9 +67,9 @@ def plain_stack(operators: Sequence[Operator], first: int = 0) -> tuple[int, int
     return depth, first
 
 
-def _named(operator: Operator) -> str:
+def _named(operator: ListedOperator) -> str:
     return " ".join([operator.name, "x".join(map(str, operator.kernel))]).rstrip()
 
 
-def _listed(operators: Sequence[Operator]) -> str:
+def _listed(operators: Sequence[ListedOperator]) -> str:
     return ", ".join(_named(operator) for operator in operators)

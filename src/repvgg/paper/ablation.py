@@ -24,7 +24,7 @@ from repvgg.measure.timing import Times, interleave, ratio, synchroniser
 from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.grid import RESNETS, TABLES, Grid, Outcome, run
 from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
-from repvgg.paper.result import NothingChosenError, Result, Settings, Table
+from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
 from repvgg.paper.speeds import significant
 from repvgg.paper.table4 import spearman
 from repvgg.train.loop import new_model
@@ -62,12 +62,14 @@ class Findings:
         return [100 * o.top1 for o in self.outcomes[variant] if o.top1 is not None]
 
 
-def ablate(grid: Grid, settings: Settings) -> Result:
+def ablate(grid: Grid, settings: PaperSettings) -> Result:
     """Run the grid, then both tables of what is in it."""
     return report("Tables 6 and 7", find(grid, settings), settings, (table6, table7, beyond), "ablation")
 
 
-def part(title: str, variants: Sequence[str], table: Callable[[Findings], list[Table]], name: str, settings: Settings) -> Result:
+def part(
+    title: str, variants: Sequence[str], table: Callable[[Findings], list[Table]], name: str, settings: PaperSettings
+) -> Result:
     """Run one of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`."""
     if not settings.data:
         raise NothingChosenError("it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders)")
@@ -78,14 +80,14 @@ def part(title: str, variants: Sequence[str], table: Callable[[Findings], list[T
     return report(title, find(replace(grid, variants=tuple(variants)), settings), settings, (table,), name)
 
 
-def find(grid: Grid, settings: Settings) -> Findings:
+def find(grid: Grid, settings: PaperSettings) -> Findings:
     """Train what is not trained yet, and time what is not timed yet."""
     outcomes = run(grid, settings.log)
     by_variant = {name: [o for o in outcomes if o.variant == name] for name in dict.fromkeys(grid.variants)}
     return Findings(grid, by_variant, training_speeds(grid, settings), settings.protocol.batch_size)
 
 
-def training_speeds(grid: Grid, settings: Settings) -> dict[str, Times]:
+def training_speeds(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
     """Time every variant's training form, taking turns, and keep the times in the grid's folder (eval mode, eager, random weights).
 
     Of the processes that share a folder one measures, after all training is done.
@@ -103,7 +105,7 @@ def training_speeds(grid: Grid, settings: Settings) -> dict[str, Times]:
     return {name: Times([[s] for s in seconds]) for name, seconds in kept[key].items()}
 
 
-def _time(grid: Grid, settings: Settings) -> dict[str, Times]:
+def _time(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
     source, protocol = open_source(grid.data), settings.protocol
     size = source.preprocessing.input_size
     options = replace(settings.options(protocol.batch_size), input_size=size)
@@ -126,7 +128,7 @@ def _time(grid: Grid, settings: Settings) -> dict[str, Times]:
 
 
 def report(
-    title: str, found: Findings, settings: Settings, tables: Sequence[Callable[[Findings], list[Table]]], name: str
+    title: str, found: Findings, settings: PaperSettings, tables: Sequence[Callable[[Findings], list[Table]]], name: str
 ) -> Result:
     return Result(
         f"{title}: what the structure is worth",
@@ -248,7 +250,7 @@ def _agreement(found: Findings) -> str:
     return f"The order of {count} variants has a rank correlation of {rank:.2f} with the paper's. "
 
 
-def _how(found: Findings, settings: Settings) -> str:
+def _how(found: Findings, settings: PaperSettings) -> str:
     g = found.grid
     limit = f", {g.limit:,} images of each split at most" if g.limit else ""
     return (

@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from repvgg.paper.drawing import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import TABLE4, TABLE5, ModelSpeed
-from repvgg.paper.result import Result, Settings, Table
+from repvgg.paper.result import PaperSettings, Result, Table
 from repvgg.paper.speeds import chosen, significant
 from repvgg.paper.table4 import measure_models, protocol
 
@@ -25,7 +25,7 @@ KINDS = {
 HEADROOM = 1.35  # to the right of the fastest
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     rows = chosen((*TABLE4, *TABLE5), settings)
     speeds = measure_models(list(dict.fromkeys(row.model for row in rows)), settings)
     cells = [

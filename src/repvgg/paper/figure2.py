@@ -20,7 +20,7 @@ from repvgg.models import zoo
 from repvgg.models.repvgg import Layer, RepVGG
 from repvgg.paper.drawing import IDENTITY, MUTED, NEUTRAL, PANEL, POINTWISE, WIDEST, Colours, box, canvas, dot, plus, wire, write
 from repvgg.paper.numbers import FRAGMENTS
-from repvgg.paper.result import Result, Settings, Table
+from repvgg.paper.result import PaperSettings, Result, Table
 
 MODEL = "repvgg_a0"
 LAYERS = 4  # as many as the paper shows
@@ -31,7 +31,7 @@ FOLD_ROOM, REFUSAL_ROOM = 120, 360  # for the words beside one block
 
 
 @dataclass(frozen=True)
-class Operator:
+class DrawnOperator:
     """One box: what it is, what is unusual about its geometry, and its look."""
 
     name: str
@@ -40,10 +40,10 @@ class Operator:
     width: int = 38
 
 
-IDENTITY_BOX = Operator("identity", colours=IDENTITY, width=76)
+IDENTITY_BOX = DrawnOperator("identity", colours=IDENTITY, width=76)
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     torch.manual_seed(0)
     model = randomise_norms(zoo.create_model(MODEL))
     deploy = reparameterize(model)
@@ -159,32 +159,32 @@ def _layers(model: RepVGG, stage: int) -> list[Layer]:
     return list(model.stages[stage]) if stage < len(model.stages) else []  # type: ignore[call-overload]
 
 
-def _branch(branch: nn.Module) -> list[Operator]:
+def _branch(branch: nn.Module) -> list[DrawnOperator]:
     found = _operators(branch)
     return found if any(isinstance(m, nn.Conv2d) for m in branch.modules()) else [IDENTITY_BOX, *found]
 
 
-def _after(layer: Layer) -> list[Operator]:
-    squeeze_excite = [] if isinstance(layer.se, nn.Identity) else [Operator("SE")]
+def _after(layer: Layer) -> list[DrawnOperator]:
+    squeeze_excite = [] if isinstance(layer.se, nn.Identity) else [DrawnOperator("SE")]
     return [*squeeze_excite, *_operators(layer.act)]
 
 
-def _operators(module: nn.Module) -> list[Operator]:
+def _operators(module: nn.Module) -> list[DrawnOperator]:
     """Return the leaves of `module` in order: a convolution with its geometry, "BN", or the name of anything else."""
-    found: list[Operator] = []
+    found: list[DrawnOperator] = []
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             found.append(_convolution(part))
         elif isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm):
-            found.append(Operator("BN"))
+            found.append(DrawnOperator("BN"))
         elif isinstance(part, nn.AvgPool2d):
-            found.append(Operator("average", f"{part.kernel_size}×{part.kernel_size}", width=76))  # noqa: RUF001
+            found.append(DrawnOperator("average", f"{part.kernel_size}×{part.kernel_size}", width=76))  # noqa: RUF001
         elif not isinstance(part, nn.Identity | nn.Sequential) and not any(True for _ in part.children()):
-            found.append(Operator(type(part).__name__, width=50))
+            found.append(DrawnOperator(type(part).__name__, width=50))
     return found
 
 
-def _convolution(conv: nn.Conv2d) -> Operator:
+def _convolution(conv: nn.Conv2d) -> DrawnOperator:
     rows, columns = conv.kernel_size
     unusual = [
         f"{what} {n}" for what, n in (("stride", conv.stride[0]), ("dilation", conv.dilation[0]), ("groups", conv.groups)) if n > 1
@@ -192,7 +192,7 @@ def _convolution(conv: nn.Conv2d) -> Operator:
     if isinstance(conv, DerivedConv):
         unusual.insert(0, conv.formula)
     note = unusual[0] if len(unusual) == 1 else " ".join(f"{word[0]}{word.split()[1]}" for word in unusual)
-    return Operator(f"{rows}×{columns}", note, POINTWISE if (rows, columns) == (1, 1) else WIDEST, 76)  # noqa: RUF001
+    return DrawnOperator(f"{rows}×{columns}", note, POINTWISE if (rows, columns) == (1, 1) else WIDEST, 76)  # noqa: RUF001
 
 
 def _channels(block: nn.Module) -> str:
@@ -204,7 +204,7 @@ def _parameters(model: nn.Module) -> str:
     return f"{count(model):,} parameters"
 
 
-def _length(chain: Sequence[Operator]) -> int:
+def _length(chain: Sequence[DrawnOperator]) -> int:
     return sum(operator.width + GAP for operator in chain) - GAP
 
 
@@ -213,7 +213,7 @@ def _heading(axes: Axes, y: float, form: str, details: str) -> None:
     write(axes, MARGIN + 138, y, details, 13, MUTED, "left")
 
 
-def _block(axes: Axes, x: float, y: float, width: float, branches: Sequence[Sequence[Operator]]) -> None:
+def _block(axes: Axes, x: float, y: float, width: float, branches: Sequence[Sequence[DrawnOperator]]) -> None:
     """Draw the branches of one block, each in its lane, between the point where they part and their sum."""
     if len(branches) == 1:
         _chain(axes, x, y, width, branches[0])
@@ -229,13 +229,13 @@ def _block(axes: Axes, x: float, y: float, width: float, branches: Sequence[Sequ
     plus(axes, total, y, SUM / 2)
 
 
-def _chain(axes: Axes, x: float, y: float, width: float, chain: Sequence[Operator]) -> None:
+def _chain(axes: Axes, x: float, y: float, width: float, chain: Sequence[DrawnOperator]) -> None:
     """Draw operators one after the other on a wire."""
     wire(axes, [(x, y), (x + width, y)])
     _boxes(axes, x + width / 2, y, chain)
 
 
-def _boxes(axes: Axes, centre: float, y: float, chain: Sequence[Operator]) -> None:
+def _boxes(axes: Axes, centre: float, y: float, chain: Sequence[DrawnOperator]) -> None:
     x = centre - _length(chain) / 2
     for operator in chain:
         middle = x + operator.width / 2

@@ -9,7 +9,7 @@ from repvgg.bench.memory import STACKS, resident_growth, stack
 from repvgg.measure.costs import Cost, cost, measure_peak_activation
 from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import PEAK_ACTIVATION
-from repvgg.paper.result import Result, Settings, Table
+from repvgg.paper.result import PaperSettings, Result, Table
 
 CHANNELS, SIZE = 64, 512
 MAP = CHANNELS * SIZE * SIZE * 4  # bytes of one feature map
@@ -26,7 +26,7 @@ class Measured:
     resident: int | None
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     found = {kind: _measure(kind, settings.device) for kind in STACKS}
     cuda = settings.device.startswith("cuda")
     how = "CUDA's allocator" if cuda else "tensors alive in a real run"

@@ -18,7 +18,7 @@ from repvgg.fold.algebra import LinearMap, Pair, regroup, widen
 from repvgg.fold.as_linear import Branches, as_linear
 from repvgg.fold.blocks import repvgg
 from repvgg.paper.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, box, canvas, plus, wire, write
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.result import PaperSettings, Result
 
 CHANNELS = 4  # beyond these the numbers cannot be read
 CELL, SLIT, VECTOR, ARROW, ROW, LABEL, MARGIN, TOP = 32, 6, 38, 56, 26, 46, 20, 104
@@ -48,7 +48,7 @@ class Steps:
     total: LinearMap
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     torch.manual_seed(0)
     block = randomise_norms(repvgg(2, 2), (8, 2, 8, 8))
     assert isinstance(block, Branches)

@@ -189,7 +189,7 @@ RESNET50_WITH_BLOCKS, RESNET50 = 76.34, 76.31
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class SegmentationRow:
     """Table 8: PSPNet on Cityscapes val, 713x713. speed: examples per second at batch 16."""
 
     model: str
@@ -200,12 +200,12 @@ class Segmentation:
 
 
 TABLE8 = (
-    Segmentation("pspnet_repvgg_b1g2_fast", "RepVGG-B1g2-fast", 78.88, 96.19, 10.9),
-    Segmentation("pspnet_resnet50", "ResNet-50", 77.17, 95.99, 10.4),
-    Segmentation("pspnet_repvgg_b1g2", "RepVGG-B1g2", 78.70, 96.27, 8.0),
-    Segmentation("pspnet_repvgg_b2_fast", "RepVGG-B2-fast", 79.52, 96.36, 6.9),
-    Segmentation("pspnet_resnet101", "ResNet-101", 78.51, 96.30, 6.7),
-    Segmentation("pspnet_repvgg_b2", "RepVGG-B2", 80.57, 96.50, 4.5),
+    SegmentationRow("pspnet_repvgg_b1g2_fast", "RepVGG-B1g2-fast", 78.88, 96.19, 10.9),
+    SegmentationRow("pspnet_resnet50", "ResNet-50", 77.17, 95.99, 10.4),
+    SegmentationRow("pspnet_repvgg_b1g2", "RepVGG-B1g2", 78.70, 96.27, 8.0),
+    SegmentationRow("pspnet_repvgg_b2_fast", "RepVGG-B2-fast", 79.52, 96.36, 6.9),
+    SegmentationRow("pspnet_resnet101", "ResNet-101", 78.51, 96.30, 6.7),
+    SegmentationRow("pspnet_repvgg_b2", "RepVGG-B2", 80.57, 96.50, 4.5),
 )
 
 # Section 3.1: fragmented operators (single convolutions or poolings) in one building block, fewest and most.

@@ -11,7 +11,7 @@ from repvgg.deploy import engines
 from repvgg.disk import atomically
 from repvgg.measure.machine import this_machine, write_record
 from repvgg.models.names import resolve_name
-from repvgg.paper.result import NothingChosenError, Result, Settings
+from repvgg.paper.result import NothingChosenError, PaperSettings, Result
 from repvgg.terminal import print_table
 from repvgg.web import page
 
@@ -34,7 +34,7 @@ PARTS = (
 )
 
 
-def paper(part: str, settings: Settings, with_json: bool = False) -> None:
+def paper(part: str, settings: PaperSettings, with_json: bool = False) -> None:
     """Produce one part, or "all" of them and a page, in the folder `settings.out`.
 
     Raises ValueError for an unknown part or model, and for what its engine lacks.
@@ -64,14 +64,14 @@ def paper(part: str, settings: Settings, with_json: bool = False) -> None:
     settings.log(f"all in {(time.perf_counter() - started) / 60:.1f} minutes: {settings.out / 'index.html'}")
 
 
-def produce(part: str, settings: Settings) -> Result:
+def produce(part: str, settings: PaperSettings) -> Result:
     """Run a part, write its JSON and figures, and return it."""
     result: Result = import_module(f"repvgg.paper.{part}").run(settings)
     keep(part, result, settings)
     return result
 
 
-def keep(part: str, result: Result, settings: Settings) -> None:
+def keep(part: str, result: Result, settings: PaperSettings) -> None:
     """Write a part's JSON and figures."""
     write_record(settings.out / f"{part}.json", to_record(result, settings))
     for name, figure in result.figures.items():
@@ -79,7 +79,7 @@ def keep(part: str, result: Result, settings: Settings) -> None:
             atomically(settings.out / f"{name}.{kind}", partial(figure.savefig, format=kind, dpi=200))
 
 
-def to_record(result: Result, settings: Settings) -> dict[str, object]:
+def to_record(result: Result, settings: PaperSettings) -> dict[str, object]:
     """Return what a part's file holds beside the machine."""
     return {
         "title": marked(result.title, settings),
@@ -98,7 +98,7 @@ def to_record(result: Result, settings: Settings) -> dict[str, object]:
     }
 
 
-def show(part: str, result: Result, settings: Settings, with_json: bool) -> None:
+def show(part: str, result: Result, settings: PaperSettings, with_json: bool) -> None:
     """Print the tables and the paragraph, or the part's JSON."""
     if with_json:
         print((settings.out / f"{part}.json").read_text(), end="")
@@ -112,7 +112,7 @@ def show(part: str, result: Result, settings: Settings, with_json: bool) -> None
     settings.log(f"written: {', '.join(str(settings.out / name) for name in written)}")
 
 
-def as_page(results: dict[str, Result], settings: Settings) -> str:
+def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     """Return all parts as one self-contained HTML document."""
     sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
     about = this_machine()
@@ -130,7 +130,7 @@ def as_page(results: dict[str, Result], settings: Settings) -> str:
     return page.page("The RepVGG paper, measured here", sections, lead)
 
 
-def _pieces(result: Result, settings: Settings) -> Iterable[str]:
+def _pieces(result: Result, settings: PaperSettings) -> Iterable[str]:
     yield from (page.paragraph(text) for text in (result.how, result.why) if text)
     for figure in result.figures.values():
         yield page.svg(figure)
@@ -139,5 +139,5 @@ def _pieces(result: Result, settings: Settings) -> Iterable[str]:
         yield page.folded(title, table) if t.folded else f"{page.heading(title)}\n{table}"
 
 
-def marked(title: str, settings: Settings) -> str:
+def marked(title: str, settings: PaperSettings) -> str:
     return f"{title} (quick)" if settings.quick and title else title

@@ -42,7 +42,7 @@ PROTOCOLS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class PaperSettings:
     """The settings to measure by.
 
     data, workers: what models are trained on, and how many processes load it. models: names as create_model takes them, none for

@@ -24,7 +24,7 @@ from repvgg.measure.timing import Ratio, Times, ratio
 from repvgg.models.names import resolve_name
 from repvgg.models.zoo import default_preprocessing
 from repvgg.paper.numbers import ModelSpeed
-from repvgg.paper.result import NothingChosenError, Settings
+from repvgg.paper.result import NothingChosenError, PaperSettings
 
 # What a quick look measures: both ends of the family, the groups, and those they are compared with in the paper's headlines.
 QUICK = (
@@ -90,7 +90,7 @@ def _times(seconds: Sequence[float]) -> Times:
     return Times([[s] for s in seconds])
 
 
-def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
+def chosen(rows: Sequence[ModelSpeed], settings: PaperSettings) -> list[ModelSpeed]:
     """Return the rows whose models were asked for; a quick look's own choice where none were.
 
     Raises NothingChosenError for no row.
@@ -102,7 +102,7 @@ def chosen(rows: Sequence[ModelSpeed], settings: Settings) -> list[ModelSpeed]:
     return found
 
 
-def in_its_engine(model: str, settings: Settings) -> Candidate:
+def in_its_engine(model: str, settings: PaperSettings) -> Candidate:
     """Return a model in the engine to time it in: the one named, else its own fastest that computes what PyTorch does.
 
     A quick look takes eager where none is named.
@@ -121,11 +121,11 @@ def in_its_engine(model: str, settings: Settings) -> Candidate:
     return Candidate(model, fastest(folded, options, lambda line: settings.log(f"{model}: {line}")), settings.precision)
 
 
-def _input_size(settings: Settings) -> tuple[int, int, int] | None:
+def _input_size(settings: PaperSettings) -> tuple[int, int, int] | None:
     return (3, settings.input_size, settings.input_size) if settings.input_size else None
 
 
-def measure(pairs: Sequence[tuple[Candidate, Candidate]], settings: Settings) -> list[Speed]:
+def measure(pairs: Sequence[tuple[Candidate, Candidate]], settings: PaperSettings) -> list[Speed]:
     """Measure the speed of the first of each pair, taking turns with the second, its reference.
 
     What is in `settings.out / "speeds.json"` from the same machine under the same settings is not measured again.
@@ -150,7 +150,7 @@ def measure(pairs: Sequence[tuple[Candidate, Candidate]], settings: Settings) ->
     return speeds
 
 
-def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Speed:
+def _time(candidate: Candidate, reference: Candidate, settings: PaperSettings) -> Speed:
     protocol = settings.protocol
     report = bench(
         [reference, candidate],
@@ -184,7 +184,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: Settings) -> Spe
 class Shelf:
     """Finished speeds in a file: a list of runs, each with its settings, so that nothing measured otherwise is mixed in or lost."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: PaperSettings) -> None:
         self.path = settings.out / "speeds.json"
         self.runs: list[dict[str, Any]] = _read(self.path)
         wanted = _conditions(settings)
@@ -217,7 +217,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return list(runs)
 
 
-def _conditions(settings: Settings) -> dict[str, Any]:
+def _conditions(settings: PaperSettings) -> dict[str, Any]:
     """Return all that a speed depends on beside the pair that is timed."""
     return {
         **asdict(settings.protocol),

@@ -8,7 +8,7 @@ from repvgg.bench.kernels import Convolution, time_convolutions
 from repvgg.measure.timing import Ratio, Times, ratio
 from repvgg.paper.drawing import MUTED, RULE, WIDEST, plot
 from repvgg.paper.numbers import TABLE1
-from repvgg.paper.result import Result, Settings, Table, interval
+from repvgg.paper.result import PaperSettings, Result, Table, interval
 
 SIZE, CHANNELS, BATCH, RUNS, WARMUP = 56, 2048, 32, 10, 2
 SECONDS, QUICK_SECONDS = 60, 10  # what the whole table may take
@@ -35,7 +35,7 @@ class Problem:
 PAPER = Problem(CHANNELS, BATCH)
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     engine, runs = settings.one_engine, settings.rounds or (3 if settings.quick else RUNS)
     options = settings.options(1)
     _, (pilot,) = time_convolutions([PILOT], options, engine=engine, rounds=3, warmup=1, log=settings.log)

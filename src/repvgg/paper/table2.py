@@ -7,7 +7,7 @@ import torch
 from repvgg.models.names import FAMILY, Member
 from repvgg.models.repvgg import RepVGG
 from repvgg.paper.numbers import TABLE2, Stage
-from repvgg.paper.result import Result, Settings, Table
+from repvgg.paper.result import PaperSettings, Result, Table
 
 CELLS: tuple[Callable[[Stage], str], ...] = (
     lambda stage: f"{stage.output} x {stage.output}",
@@ -16,7 +16,7 @@ CELLS: tuple[Callable[[Stage], str], ...] = (
 )
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     ours = stages()
     same = "equal to the paper's" if ours == TABLE2 else "NOT equal to the paper's"
     rows = [(i, *(cell(stage) for cell in CELLS for stage in (p, o))) for i, (p, o) in enumerate(zip(TABLE2, ours, strict=True), 1)]

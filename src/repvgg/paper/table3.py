@@ -2,10 +2,10 @@
 
 from repvgg.models.names import FAMILY
 from repvgg.paper.numbers import TABLE3, Multipliers
-from repvgg.paper.result import Result, Settings, Table
+from repvgg.paper.result import PaperSettings, Result, Table
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     ours = members()
     same = "equal to the paper's" if ours == TABLE3 else "NOT equal to the paper's"
     rows = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from repvgg.measure.timing import Ratio
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, Headline, ModelSpeed
-from repvgg.paper.result import Result, Settings, Table, interval
+from repvgg.paper.result import PaperSettings, Result, Table, interval
 from repvgg.paper.speeds import Speed, chosen, in_its_engine, measure, over, significant
 
 REFERENCE = "resnet18"
@@ -16,7 +16,7 @@ ENOUGH = 6  # models, for a correlation to mean something
 PRINTED = {row.model: row for row in (*TABLE4, *TABLE5)}
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     title = "Table 4: models trained for 120 epochs"
     why = (
         "More multiply-adds need not cost more time: RepVGG's are all in plain 3x3 convolutions, which run close to what the "
@@ -30,7 +30,7 @@ def run(settings: Settings) -> Result:
     return speed_tables(title, TABLE4, why, settings)
 
 
-def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: Settings) -> Result:
+def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: PaperSettings) -> Result:
     """Return the rows that were asked for, the headlines that compare two of them, and what speed goes with. Also of Table 5."""
     rows = chosen(printed, settings)
     speeds = measure_models([row.model for row in rows], settings)
@@ -50,13 +50,13 @@ def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: 
     )
 
 
-def measure_models(models: Sequence[str], settings: Settings) -> dict[str, Speed]:
+def measure_models(models: Sequence[str], settings: PaperSettings) -> dict[str, Speed]:
     """Measure each model's speed in deploy form, taking turns with ResNet-18, which has an engine of its own too."""
     candidates = [in_its_engine(model, settings) for model in (*models, REFERENCE)]
     return dict(zip(models, measure([(c, candidates[-1]) for c in candidates[:-1]], settings), strict=True))
 
 
-def protocol(speeds: dict[str, Speed], settings: Settings) -> str:
+def protocol(speeds: dict[str, Speed], settings: PaperSettings) -> str:
     """Say how the paper measured, and how we did."""
     p = settings.protocol
     lowered = [f"{model} {speed.batch_size}" for model, speed in speeds.items() if speed.batch_size != p.batch_size]

@@ -1,11 +1,11 @@
 """Table 5: the heavier models, trained for 200 epochs with AutoAugment, label smoothing and mixup."""
 
 from repvgg.paper.numbers import TABLE5
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.result import PaperSettings, Result
 from repvgg.paper.table4 import speed_tables
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     why = (
         "These are wide networks: most of their time goes into multiplications, so that the differences between them are "
         "mostly those of the libraries. RegNetX-12GF puts its multiply-adds into 1x1 and grouped 3x3 convolutions, B3 into "

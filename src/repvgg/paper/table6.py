@@ -2,8 +2,8 @@
 
 from repvgg.paper import ablation
 from repvgg.paper.grid import TABLES
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.result import PaperSettings, Result
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     return ablation.part("Table 6", TABLES[:4], ablation.table6, "table6", settings)

@@ -2,9 +2,9 @@
 
 from repvgg.paper import ablation
 from repvgg.paper.grid import RESNETS, TABLES
-from repvgg.paper.result import Result, Settings
+from repvgg.paper.result import PaperSettings, Result
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     variants = (ablation.FULL, *TABLES[4:], *(() if settings.quick else RESNETS))
     return ablation.part("Table 7", variants, ablation.table7, "table7", settings)

@@ -17,8 +17,8 @@ from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
 from repvgg.models.load import load
 from repvgg.models.names import PSPNETS, resolve_name
 from repvgg.models.zoo import manifest_of
-from repvgg.paper.numbers import TABLE8, Segmentation
-from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
+from repvgg.paper.numbers import TABLE8, SegmentationRow
+from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table, interval
 from repvgg.paper.speeds import Speed, measure, over, significant
 
 REFERENCE = "pspnet_resnet50"
@@ -43,7 +43,7 @@ class Dilated:
     error: float | None
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     scaled = _scaled(settings)
     models = chosen(settings)
     engine = settings.one_engine
@@ -70,7 +70,7 @@ def run(settings: Settings) -> Result:
     )
 
 
-def chosen(settings: Settings) -> list[str]:
+def chosen(settings: PaperSettings) -> list[str]:
     """Return the PSPNets that were asked for, in the table or not; else the table's, or a quick look's own choice."""
     names = [resolve_name(name) for name in settings.models]
     found = [name for name in names if name in PSPNETS]
@@ -79,7 +79,7 @@ def chosen(settings: Settings) -> list[str]:
     return found or list(QUICK if settings.quick else PRINTED)
 
 
-def _scaled(settings: Settings) -> Settings:
+def _scaled(settings: PaperSettings) -> PaperSettings:
     """The paper's 16 images of 713 pixels on CUDA; on a CPU one, and for a quick look a smaller one."""
     cuda = settings.device.startswith("cuda")
     side = settings.input_size or (SIDE if cuda or not settings.quick else QUICK_SIDE)
@@ -161,7 +161,7 @@ def _overlaps(overlaps: dict[str, dict[str, Any]]) -> list[Table]:
         return []
     rows = []
     for model, o in overlaps.items():
-        row: Segmentation | None = PRINTED.get(model)
+        row: SegmentationRow | None = PRINTED.get(model)
         paper = (f"{row.miou:.2f}", f"{row.pixel_accuracy:.2f}") if row else (None, None)
         rows.append((row.printed if row else model, *paper, f"{100 * o['mean_iou']:.2f}", f"{100 * o['pixel_accuracy']:.2f}"))
     data, split, epochs = (next(iter(overlaps.values()))[key] for key in ("data", "split", "epochs"))
@@ -184,7 +184,7 @@ def _why(dilated: Sequence[Dilated]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- measuring
 
 
-def _engines(settings: Settings) -> list[str]:
+def _engines(settings: PaperSettings) -> list[str]:
     """Return the engine asked for, or all that are at hand."""
     if settings.named_engine:
         return [settings.named_engine]
@@ -199,7 +199,7 @@ def layers(channels: int, dilation: int) -> nn.Module:
     return nn.Sequential(*convs).eval()
 
 
-def _dilated_if_it_can(engine: str, settings: Settings) -> Dilated | None:
+def _dilated_if_it_can(engine: str, settings: PaperSettings) -> Dilated | None:
     """Build dilated layers in an engine; None if it runs whole networks alone."""
     try:
         return _dilated(engine, QUICK_SHAPE if settings.quick else SHAPE, settings)
@@ -210,7 +210,7 @@ def _dilated_if_it_can(engine: str, settings: Settings) -> Dilated | None:
         return None
 
 
-def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dilated:
+def _dilated(engine: str, size: tuple[int, int, int], settings: PaperSettings) -> Dilated:
     settings.log(f"dilated layers in {engine} ...")
     channels = size[0]
     networks = {"dilated": layers(channels, 2), "space to batch": space_to_batch(layers(channels, 2)), "plain": layers(channels, 1)}
@@ -234,7 +234,7 @@ def _dilated(engine: str, size: tuple[int, int, int], settings: Settings) -> Dil
     return Dilated(engine, seconds, ratio(times["dilated"], times["space to batch"]), plain, error)
 
 
-def _backbone_of(model: str, settings: Settings) -> str:
+def _backbone_of(model: str, settings: PaperSettings) -> str:
     """Return the classifier that a PSPNet's backbone starts from; "" where none of those given is of its architecture."""
     for word in settings.init_backbone:
         name = (manifest_of(load(word)).arch or {}).get("name") if Path(word).exists() else resolve_name(word)
@@ -245,7 +245,7 @@ def _backbone_of(model: str, settings: Settings) -> str:
     return ""
 
 
-def _trained(model: str, settings: Settings) -> dict[str, Any]:
+def _trained(model: str, settings: PaperSettings) -> dict[str, Any]:
     """Train a model by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
     from repvgg.data import open_source
     from repvgg.fold.reparameterize import reparameterize

@@ -5,14 +5,14 @@ from dataclasses import asdict
 from repvgg.bench.models import Candidate
 from repvgg.models.names import FAMILY, resolve_name
 from repvgg.paper.numbers import TABLE4, TABLE6
-from repvgg.paper.result import NothingChosenError, Result, Settings, Table, interval
+from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table, interval
 from repvgg.paper.speeds import QUICK, Speed, measure, significant
 
 BEYOND = ("repvgg_d2se", "repvgg_micro")  # not of the paper; timed when asked for
 PAPER_GAIN = next(row.speed for row in TABLE4 if row.model == "repvgg_b0") / TABLE6[-1].speed
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     engine = settings.one_engine
     members = _members(settings)
     forms = [(Candidate(m, engine, settings.precision), Candidate(m, engine, settings.precision, "training")) for m in members]
@@ -36,7 +36,7 @@ def run(settings: Settings) -> Result:
     )
 
 
-def _members(settings: Settings) -> list[str]:
+def _members(settings: PaperSettings) -> list[str]:
     """Return the members asked for; all of the paper's where none are."""
     names = [resolve_name(name) for name in settings.models or (QUICK if settings.quick else ())]
     found = [name for name in FAMILY if (name in names if names else name not in BEYOND)]

@@ -17,7 +17,7 @@ from repvgg.deploy import engines
 from repvgg.measure.timing import Ratio, Times, ratio
 from repvgg.models.names import FAMILY
 from repvgg.paper.drawing import MUTED, POINTWISE, RULE, WIDEST, plot
-from repvgg.paper.result import Result, Settings, Table, interval
+from repvgg.paper.result import PaperSettings, Result, Table, interval
 
 # A smaller difference may be one of loops and caches. F(2x2, 3x3) at no cost of its own would give 2.25.
 THRESHOLD = 1.25
@@ -48,7 +48,7 @@ def verdict(left: Ratio) -> str:
     return "yes" if left.low > THRESHOLD else "no" if left.high < THRESHOLD else "undecided"
 
 
-def run(settings: Settings) -> Result:
+def run(settings: PaperSettings) -> Result:
     tests = [test for engine in _engines(settings) for test in _tests(engine, settings)]
     conclusions = {
         engine: conclude([t.verdict for t in tests if t.engine == engine]) for engine in dict.fromkeys(t.engine for t in tests)
@@ -117,7 +117,7 @@ def counterparts(c: Convolution) -> dict[str, Convolution]:
     }
 
 
-def _engines(settings: Settings) -> list[str]:
+def _engines(settings: PaperSettings) -> list[str]:
     """Return the engine asked for; or all that are installed (in a quick look, eager alone)."""
     if settings.named_engine or settings.quick:
         return [settings.one_engine]
@@ -132,7 +132,7 @@ def _engines(settings: Settings) -> list[str]:
     return found
 
 
-def _tests(engine: str, settings: Settings) -> list[Comparison]:
+def _tests(engine: str, settings: PaperSettings) -> list[Comparison]:
     """Return the test of every shape; none of an engine that runs whole networks alone."""
     try:
         return [_compare(engine, convolution, settings) for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)]
@@ -143,7 +143,7 @@ def _tests(engine: str, settings: Settings) -> list[Comparison]:
         return []
 
 
-def _compare(engine: str, convolution: Convolution, settings: Settings) -> Comparison:
+def _compare(engine: str, convolution: Convolution, settings: PaperSettings) -> Comparison:
     protocol = settings.protocol
     four = counterparts(convolution)
     batch, times = time_convolutions(

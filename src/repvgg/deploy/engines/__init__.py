@@ -103,7 +103,7 @@ ENGINES = {
 
 
 @dataclass(frozen=True)
-class Operator:
+class ListedOperator:
     """One operator of a graph, by its format's own name.
 
     kernel: height and width, of a convolution; note: whatever else is worth a word.
@@ -141,7 +141,7 @@ class Runtime(Protocol):
     def metadata(self, path: Path) -> str | None:
         """Return what `write` was given; None where the format has no place for it. May raise anything for a damaged file."""
 
-    def operators(self, path: Path) -> list[Operator] | None:
+    def operators(self, path: Path) -> list[ListedOperator] | None:
         """Return the graph's operators in order; None where the format does not tell. May raise anything for a damaged file."""
 
 

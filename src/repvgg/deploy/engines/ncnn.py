@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repvgg.deploy.engines import Engine, Operator, Options, Signature
+from repvgg.deploy.engines import Engine, ListedOperator, Options, Signature
 from repvgg.models.plain import layer_list
 
 MAGIC = 7767517
@@ -148,16 +148,16 @@ def _weight_bytes(path: Path) -> int:
     return 4 * floats
 
 
-def operators(path: Path) -> list[Operator]:
+def operators(path: Path) -> list[ListedOperator]:
     """Return the operators in order, without the inputs. Raises ValueError for a file that is not ncnn's."""
     found = []
     for kind, given in _layers(path):
         relu = "with ReLU" if given.get("9") == str(RELU) else ""
         if kind.startswith("Convolution"):
             kernel, stride = (tuple(int(given[number]) for number in numbers) for numbers in (("11", "1"), ("13", "3")))
-            found.append(Operator(kind, kernel, stride, int(given.get("7", 1)), relu))
+            found.append(ListedOperator(kind, kernel, stride, int(given.get("7", 1)), relu))
         elif kind != "Input":
-            found.append(Operator(kind, note=relu))
+            found.append(ListedOperator(kind, note=relu))
     return found
 
 

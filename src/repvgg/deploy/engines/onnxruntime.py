@@ -7,7 +7,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from repvgg.deploy.engines import Engine, Operator, Options, Signature
+from repvgg.deploy.engines import Engine, ListedOperator, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
 from repvgg.models.checkpoint import METADATA_KEY
 
@@ -49,7 +49,7 @@ def metadata(path: Path) -> str | None:
     return found
 
 
-def operators(path: Path) -> list[Operator]:
+def operators(path: Path) -> list[ListedOperator]:
     """Return the graph's operators in order."""
     import onnx
 
@@ -60,7 +60,7 @@ def operators(path: Path) -> list[Operator]:
             a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in ("kernel_shape", "strides", "group")
         }
         kernel, stride = (tuple(about.get(name, ())) for name in ("kernel_shape", "strides"))
-        found.append(Operator(node.op_type, kernel, stride, about.get("group", 1)))
+        found.append(ListedOperator(node.op_type, kernel, stride, about.get("group", 1)))
     return found
 
 

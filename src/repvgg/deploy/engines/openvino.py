@@ -9,7 +9,7 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from repvgg.deploy.engines import Engine, Operator, Options, Signature
+from repvgg.deploy.engines import Engine, ListedOperator, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
 from repvgg.models.checkpoint import METADATA_KEY
 
@@ -71,12 +71,12 @@ def metadata(path: Path) -> str | None:
     return str(network.get_rt_info(METADATA_KEY).astype(str)) if network.has_rt_info(METADATA_KEY) else None
 
 
-def operators(path: Path) -> list[Operator]:
+def operators(path: Path) -> list[ListedOperator]:
     """Return the graph's operators in order, without constants, shapes and what is computed of them alone.
 
     A convolution's bias is an Add of its own.
     """
-    found: list[Operator] = []
+    found: list[ListedOperator] = []
     constant: set[str] = set()
     convolutions: set[str] = set()
     for node in core().read_model(path).get_ordered_ops():
@@ -89,10 +89,10 @@ def operators(path: Path) -> list[Operator]:
             weight = node.input(1).get_partial_shape()
             groups = weight[0].get_length() if kind == "GroupConvolution" else 1
             kernel = tuple(side.get_length() for side in list(weight)[-2:])
-            found.append(Operator(kind, kernel, tuple(node.get_attributes()["strides"]), groups))
+            found.append(ListedOperator(kind, kernel, tuple(node.get_attributes()["strides"]), groups))
         elif kind not in ("Parameter", "Result"):
             biases = kind == "Add" and inputs[0] in convolutions and inputs[1] in constant
-            found.append(Operator(kind, note="bias" if biases else ""))
+            found.append(ListedOperator(kind, note="bias" if biases else ""))
     return found
 
 
