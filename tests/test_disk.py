@@ -118,10 +118,14 @@ def test_what_the_killed_left_is_swept(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_flushed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(folder: object) -> None:
-        raise OSError(5, "Input/output error")
+    flushed = disk.flush
 
-    monkeypatch.setattr(disk, "flush_folder", fail)
+    def fail(path: Path) -> None:
+        if path.is_dir():
+            raise OSError(5, "Input/output error")
+        flushed(path)
+
+    monkeypatch.setattr(disk, "flush", fail)
     with pytest.raises(FileError, match=r"cannot be written \(Input/output error\)"):
         atomically(tmp_path / "a", lambda path: path.write_text("x"))
 

@@ -36,10 +36,9 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_to(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         temporary.replace(path)
-        flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         reason = f"there is no folder {path.parent}" if missing else error.strerror
@@ -50,15 +49,16 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
     _sweep(path)
 
 
-def flush_folder(folder: str | os.PathLike[str]) -> None:
-    """Flush a folder's list of names to disk, so that a file renamed in it is there after a power cut."""
-    if os.name != "posix":
+def flush(path: str | os.PathLike[str]) -> None:
+    """Flush a file, or a folder's list of names, to disk: a file renamed in it is then there after a power cut."""
+    folder = Path(path).is_dir()
+    if folder and os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
             raise
     finally:
         os.close(descriptor)
@@ -69,11 +69,12 @@ def _sweep(path: Path) -> None:
     with suppress(OSError):
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             process = left.name.removesuffix(".tmp").rpartition(".")[2]
-            if process.isdigit() and not _alive(int(process)) and time.time() - left.stat().st_mtime > STALE:
+            if process.isdigit() and not alive(int(process)) and time.time() - left.stat().st_mtime > STALE:
                 left.unlink()
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Return whether a process of this machine runs."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

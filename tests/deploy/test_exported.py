@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize, relative_error
+from deploying import has, silent, wanted
 from rounding import ENGINES, rounding
 from torch import Tensor, nn
 
@@ -31,21 +32,6 @@ def images() -> Tensor:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def wanted(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = reparameterize(model).double()(images.double())
-    return logits
-
-
-def has(*packages: str) -> None:
-    for package in packages:
-        pytest.importorskip(package)
 
 
 @pytest.mark.parametrize(("to", "name"), [("onnx", "onnxruntime"), ("openvino", "openvino"), ("ncnn", "ncnn"), ("mnn", "mnn")])

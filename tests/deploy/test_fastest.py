@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomize
+from deploying import silent
 from rounding import REPORTED
 from torch import Tensor, nn
 
@@ -35,21 +36,6 @@ def images() -> Tensor:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def wanted(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = reparameterize(model).double()(images.double())
-    return logits
-
-
-def has(*packages: str) -> None:
-    for package in packages:
-        pytest.importorskip(package)
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize, relative_error
+from deploying import has, silent, wanted
 from rounding import ENGINES, rounding
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from repvgg.deploy.export import export
 from repvgg.deploy.load import load_engine, open_model
 from repvgg.deploy.runner import Runner
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import save
 from repvgg.models.manifest import Preprocessing
@@ -40,21 +40,6 @@ def images() -> Tensor:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def wanted(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = reparameterize(model).double()(images.double())
-    return logits
-
-
-def has(*packages: str) -> None:
-    for package in packages:
-        pytest.importorskip(package)
 
 
 # ------------------------------------------------------------------------------------------------------------ what it computes

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from repvgg.disk import FileError, describe, full
+from repvgg.disk import FileError, alive, describe, flush, full
 
 
 @contextmanager
@@ -31,10 +31,10 @@ def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder
         files = sorted(folder.iterdir(), key=lambda file: file.suffix == ".json")  # what tells of the others comes last
         for file in files:
-            _flush(file)
+            flush(file)
         for file in files:
             file.replace(out / file.name)
-        _flush(out)
+        flush(out)
     except (FileError, MemoryError):
         raise
     except OSError as error:
@@ -61,25 +61,5 @@ def _sweep(out: Path, mine: str) -> None:
     """Remove the folders of processes of this machine that are no more."""
     for folder in out.glob(f"{mine}*"):
         pid = folder.name.removeprefix(mine).split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    with suppress(PermissionError):  # a folder, on Windows
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)

@@ -32,7 +32,7 @@ CAP = 0.01  # relative rounding beyond which nothing is proved
 
 @dataclass
 class OnnxReport:
-    """The outcome of `fold_onnx`: convolutions and batch norms before and after, what went into each stretch, and what was left."""
+    """The report of `fold_onnx`: convolutions and batch norms before and after, what went into each stretch, and what was left."""
 
     convolutions: tuple[int, int] = (0, 0)
     norms: tuple[int, int] = (0, 0)

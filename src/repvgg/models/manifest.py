@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The way from image to input: resize the short side, crop the centre, scale to 0..1, subtract mean, divide by std."""
+    """The preprocessing of an image: resize the short side, crop the centre, scale to 0..1, subtract mean, divide by std."""
 
     input_size: tuple[int, int, int] = (3, 224, 224)
     resize: int = 256
@@ -45,7 +45,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The words of a model file about its model.
+    """The manifest of a model file: its own description of its model.
 
     arch: the arguments of `create_model`, or None for a net known by its layers alone.
 
