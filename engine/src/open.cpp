@@ -1,12 +1,13 @@
 // The C interface to model files.
 #include <algorithm>
 #include <cstring>
-#include <thread>
 
 #include "api.h"
 
-#ifdef __linux__
+#if defined(__linux__)
 #include <sched.h>
+#elif !defined(__wasm__)
+#include <thread>
 #endif
 
 using repvgg::guarded;
@@ -18,11 +19,14 @@ namespace {
 constexpr int ENOUGH_CHANNELS = 16;
 
 int processors() {
-#ifdef __linux__
+#if defined(__linux__)
     cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
+    return sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? std::max(1, CPU_COUNT(&allowed)) : 1;
+#elif defined(__wasm__)
+    return 1;
+#else
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 #endif
-    return std::max(1u, std::thread::hardware_concurrency());
 }
 
 /// A caller's struct, which may be of an older or a newer header than this library's: what it has beyond ours must be

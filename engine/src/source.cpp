@@ -1,7 +1,9 @@
 // Where models and plans are read from.
+#ifndef __wasm__
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#endif
 
 #include <cerrno>
 #include <cstring>
@@ -12,6 +14,7 @@ namespace repvgg {
 
 namespace {
 
+#ifndef __wasm__
 class File : public Source {
   public:
     explicit File(const char *path)
@@ -72,6 +75,7 @@ class File : public Source {
     int file_;
     struct stat before_;
 };
+#endif
 
 class Bytes : public Source {
   public:
@@ -88,7 +92,11 @@ class Bytes : public Source {
 
 }  // namespace
 
+#ifdef __wasm__
+std::unique_ptr<Source> open_file(const char *) { refuse("there are no files here: give bytes"); }
+#else
 std::unique_ptr<Source> open_file(const char *path) { return std::make_unique<File>(path); }
+#endif
 
 std::unique_ptr<Source> open_bytes(const void *bytes, size_t count) { return std::make_unique<Bytes>(bytes, count); }
 

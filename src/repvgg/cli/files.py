@@ -55,8 +55,8 @@ class Export:
     """
 
     model: Model
-    to: Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor"]
-    """Kind of file; pt2 is torch.export's, aotinductor the same compiled for this kind of processor."""
+    to: Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor", "web"]
+    """Kind of file; pt2 is torch.export's, aotinductor the same compiled for this kind of processor; web: a folder with a page."""
     out: Path
     """Folder for the file and its report (.json)."""
     batch_size: int = 0
@@ -77,6 +77,11 @@ class Export:
         from repvgg.models.load import open_model
 
         network = open_model(self.model)
+        if self.to == "web":
+            from repvgg.deploy.web_folder import write_web
+
+            write_web(network, self.out, say)
+            return
         shape = Shape(self.batch_size or None, self.any_size, self.pixels, self.image_size)
         images = real_images(network, self.data, self.images, shape) if self.data else None
         export(network, self.to, self.out, Path(self.model).stem, shape, images, say)
