@@ -21,7 +21,8 @@ class Memory {
         if (static_cast<uint64_t>(floats) > SIZE_MAX / sizeof(float) - ALIGNMENT) throw std::bad_alloc();
         base_ = std::calloc(bytes + ALIGNMENT, 1);
         if (!base_) throw std::bad_alloc();
-        floats_ = reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(base_) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+        floats_ =
+            reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(base_) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 #else
         size_ = bytes + HUGE_PAGE;
         base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

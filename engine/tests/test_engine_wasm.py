@@ -11,9 +11,8 @@ import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
-from nets import images, model_file, plain_net
-
 import repvgg_engine
+from nets import images, model_file, plain_net
 from repvgg_engine import Plan, load
 from repvgg_engine.images import prepare
 
@@ -25,10 +24,11 @@ const {load} = await import(engine.replace('.wasm', '.mjs'));
 let answer;
 try {
   const net = await load(readFileSync(engine), readFileSync(model), plan ? readFileSync(plan).toString() : null);
-  const images = readFileSync(floats), data = new Float32Array(images.buffer.slice(images.byteOffset, images.byteOffset + images.length));
+  const raw = readFileSync(floats), data = new Float32Array(raw.buffer.slice(raw.byteOffset, raw.byteOffset + raw.length));
   const pixels = {data: readFileSync(rgba), height: +height, width: +width};
   answer = {logits: Array.from(net.run(data, data.length / (3 * 32 * 32))), photo: Array.from(net.logits(pixels)),
-    again: Array.from(net.logits(pixels)), best: net.classify(pixels, 2), classes: net.classes, size: [net.channels, net.height, net.width]};
+    again: Array.from(net.logits(pixels)), best: net.classify(pixels, 2), classes: net.classes,
+    size: [net.channels, net.height, net.width]};
   net.close();
 } catch (problem) {
   answer = {problem: problem.message};

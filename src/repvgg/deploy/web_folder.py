@@ -61,7 +61,7 @@ def write_model(model: nn.Module, folder: Path) -> str:
 
 
 def engine_files() -> list[Path]:
-    """Return the engine's files for a page: WebAssembly, JavaScript and the page. Raises ValueError where they are not installed."""
+    """Return the engine's files for a page: WebAssembly, JavaScript and the page. Raises ValueError where they are not there."""
     engines.check("native", "fp32")
     import repvgg_engine
 
