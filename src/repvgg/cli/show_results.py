@@ -157,6 +157,13 @@ def show_pruning(report: "PruningReport", as_json: bool) -> None:
     print(report.path)
 
 
+def show_runs(rows: Sequence[Sequence[str]]) -> None:
+    """Show runs side by side."""
+    from repvgg.web.report import COMPARED
+
+    print_table(COMPARED, rows)
+
+
 def show_speeds(speeds: dict[str, float], as_json: bool) -> None:
     """Show the speed of each stage of loading data."""
     if as_json:
