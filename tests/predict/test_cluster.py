@@ -14,7 +14,7 @@ from roads import make_camvid
 from rounding import REPORTED
 
 from repvgg.disk import FileError
-from repvgg.predict import cluster
+from repvgg.predict import cluster, connect
 from repvgg.predict.job import Job
 from repvgg.predict.place import Place
 from repvgg.predict.remote import open_data
@@ -67,7 +67,7 @@ def test_what_is_refused_before_ray_is_asked(files: Path, photos: Path, tmp_path
     run(job)
     with pytest.raises(FileError, match="was begun with the runner None, not ray: give another --out"):
         cluster.predict_on_ray(job, ALONE, str)
-    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    monkeypatch.setattr(connect, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--ray needs ray, pandas: pip install 'repvgg\[scale\]'"):
         cluster.predict_on_ray(job, ALONE, str)
 

@@ -8,13 +8,12 @@ a row. All machines keep 16 bytes of each of these: above some billion rows, pre
 """
 
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor
 
 from repvgg.data.shards import Item, Shards
-from repvgg.disk import Log, describe
+from repvgg.disk import Log
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
+from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.predict.datasets import engine_name, maker, opened
 from repvgg.predict.job import Job, Summary
 from repvgg.predict.loading import Batch, Decoder, Loaded
@@ -65,8 +65,9 @@ def predict_on_ray(job: Job, cluster: Cluster, log: Log = print) -> Summary:
 
     Raises what `predict_data` does, and ValueError where Ray is missing or a cluster cannot be reached.
     """
-    if lacking := [name for name in ("ray", "pandas") if find_spec(name) is None]:
-        raise ValueError(f"--ray needs {', '.join(lacking)}: pip install 'repvgg[scale]'")
+    refuse_without_ray()
+    cluster.actors(1)
+    job = replace(job, model=absolute(job.model), data=absolute(job.data))
     place, shards = Place.of(job.out), open_data(job.data, job.split, job.part_size)
     with folder.held(Path(place.root)) if place.local else nullcontext():
         if not place.local:
@@ -77,7 +78,7 @@ def predict_on_ray(job: Job, cluster: Cluster, log: Log = print) -> Summary:
         before = place.done()
         if len(before):
             log(f"{len(before):,} images are done: going on")
-        _connect(cluster, log)
+        connect(cluster.ray, log)
         started = time.perf_counter()
         _run(job, cluster, engine, decoder, schema, place, shards.count, before)
         parts, images, errors = place.counts()
@@ -113,35 +114,7 @@ def _run(
         parts = rows.map_batches(partial(_write, place, schema), batch_size=job.part_size, batch_format="pyarrow", **beside)
         parts.materialize()
     except ray.exceptions.RayError as error:
-        raise ValueError(f"the prediction stopped, the same command goes on ({_reason(error)})") from None
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of what a task raised, from within Ray's wrappings."""
-    while inner := getattr(error, "cause", None) or error.__cause__:
-        error = inner
-    return describe(error).strip().splitlines()[0]
-
-
-def _connect(cluster: Cluster, log: Log) -> None:
-    """Join a cluster, or start one of this machine. Raises ValueError where that cannot be."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before it is imported; what goes wrong is said in one line
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    cluster.actors(1)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        ray.init(address=cluster.ray, **quiet)
-    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        if cluster.ray != "auto":
-            reason = f"no cluster answers there ({describe(error).splitlines()[0]}); one with a token wants RAY_AUTH_MODE=token"
-            raise ValueError(f"--ray {cluster.ray}: {reason}") from None
-        ray.init(include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
-    log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
+        raise ValueError(f"the prediction stopped, the same command goes on ({reason_of(error)})") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- the pipeline
