@@ -9,7 +9,7 @@ from torch import Tensor
 
 from repvgg.data import Source
 from repvgg.data.resident import Resident, Shifts
-from repvgg.data.transforms import BadImages, Transformed, load
+from repvgg.data.transforms import BadImages, Transformed, load, load_lanes
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import task_of
@@ -46,7 +46,7 @@ class Feed:
         self.batch_size = min(recipe.batch_size, self.count) // parts * parts
         if not self.batch_size:
             raise ValueError(f"{source.name}: {self.count} images to train on are fewer than {parts} parts of a step")
-        self.part = self.batch_size // parts
+        self.part, self.accumulate = self.batch_size // parts, recipe.accumulate
         self.steps = self.count // self.batch_size
         self.images = Transformed(source.train, task_of(source).train_transform(recipe, source.preprocessing), seed, listing)
         shifted = recipe.crop == "shift" and not recipe.auto_augment
@@ -60,10 +60,10 @@ class Feed:
         """
         self.images.epoch.fill_(epoch)
         seed, (rank, size) = self.seed * 100_003 + epoch, (self.world.rank, self.world.size)
-        stream = getattr(self.images.images, "order", None)
-        if stream:
-            each = self.batch_size // size
-            return load(self.images, self.part, self.workers, stream(seed, rank, size, first * each, self.steps * each))
+        shuffled = getattr(self.images.images, "shuffled", None)  # of a stream
+        if shuffled:
+            plan = shuffled(seed, rank, size, self.part, self.steps * self.accumulate, first * self.accumulate)
+            return load_lanes(self.images, plan, self.workers)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[: self.steps * self.batch_size]
         own = order.view(self.steps, size, -1)[first:, rank].flatten()
         if self.resident is not None:
