@@ -2,6 +2,7 @@
 
 import http.server
 import threading
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,14 +39,12 @@ def shards(tmp_path: Path) -> Path:
 def seen(stream: Stream, plan: Plan) -> list[int]:
     """The grey levels of a plan's batches, in their order."""
     lanes = [plan.examples(lane) for lane in range(len(plan.lanes))]
-    batches = [list(islice(lanes[j % len(lanes)], plan.size)) for j in range(plan.first, plan.batches)]
+    batches = [list(islice(lanes[j % len(lanes)], plan.size(j))) for j in range(plan.first, plan.batches)]
     return [int(stream[e][0][0, 0, 0]) for batch in batches for e in batch]
 
 
-def greys(
-    stream: Stream, seed: int = 0, rank: int = 0, processes: int = 1, size: int = 1, batches: int = 28, first: int = 0
-) -> list[int]:
-    return seen(stream, stream.shuffled(seed, rank, processes, size, batches, first))
+def greys(stream: Stream, seed: int = 0, start: int = 0, size: int = 1, batches: int = 28, first: int = 0) -> list[int]:
+    return seen(stream, stream.shuffled(seed, start, [size], batches, first))
 
 
 def train_stream(source: Source) -> Stream:
@@ -58,7 +57,7 @@ def test_a_folder_of_shards(shards: Path) -> None:
     assert (source.classes, len(source.train), len(source.val)) == (["0", "1", "2", "3"], 28, 9)
     stream = train_stream(source)
     assert sorted(greys(stream)) == list(range(28))
-    examples = list(stream.shuffled(0, 0, 1, 28, 1).examples(0))
+    examples = list(stream.shuffled(0, 0, [28], 1).examples(0))
     assert all(stream[e][1] == int(stream[e][0][0, 0, 0]) % 4 for e in examples)
     assert sorted(e.position for e in examples) == list(range(28))
     assert isinstance(source.val, Stream)
@@ -85,14 +84,14 @@ def test_every_image_is_read_by_one_process(shards: Path, processes: int) -> Non
     """Also where the number of processes does not divide that of the shards."""
     stream = train_stream(open_source(f"wds:{shards}"))
     each = 28 // processes
-    read = [greys(stream, 1, rank, processes, 1, each) for rank in range(processes)]
+    read = [greys(stream, 1, rank * each, 1, each) for rank in range(processes)]
     assert [len(some) for some in read] == [each] * processes
     assert len({grey for some in read for grey in some}) == each * processes
 
 
 def test_shards_of_unequal_size(tmp_path: Path) -> None:
     stream = train_stream(open_source(f"wds:{write_shards(tmp_path / 's', {'train': [2, 8, 1, 5], 'val': [4]})}"))
-    read = [greys(stream, 1, rank, 2, 2, 4) for rank in range(2)]
+    read = [greys(stream, 1, rank * 8, 2, 4) for rank in range(2)]
     assert sorted(read[0] + read[1]) == list(range(16))
 
 
@@ -121,6 +120,9 @@ def test_any_number_of_workers_gives_the_same_batches(shards: Path) -> None:
         assert all(torch.equal(x, a) and torch.equal(y, b) for (x, y), (a, b) in zip(runs[0], run, strict=True))
     shares = [list(Feed(source, RECIPE, world=World(rank, 2)).epoch(0)) for rank in range(2)]
     assert [len(y) for share in shares for _, y in share] == [3] * 8
+    uneven = [list(Feed(source, replace(RECIPE, accumulate=2), world=World(rank, 2)).epoch(0)) for rank in range(2)]
+    assert [len(y) for share in uneven for _, y in share] == [1, 2] * 8
+    assert len({int(x.max()) for share in uneven for batch, _ in share for x in batch}) == 24
 
 
 def test_a_run_on_shards(shards: Path, tmp_path: Path) -> None:

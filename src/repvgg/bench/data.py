@@ -45,7 +45,7 @@ def data_speeds(source: Source, recipe: Recipe, workers: int = 0, device: str = 
     if feed.resident is None:
         shuffled, transform = getattr(source.train, "shuffled", None), feed.images.transform
         if shuffled:
-            lane = shuffled(0, 0, 1, count, 1).examples(0)
+            lane = shuffled(0, 0, [count], 1).examples(0)
             keys: Any = timed("read", lambda example: example, islice(lane, count), count)
         else:
             keys = torch.randperm(feed.count, generator=torch.Generator().manual_seed(0))[:count].tolist()

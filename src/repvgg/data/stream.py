@@ -9,7 +9,7 @@ run goes on in the middle of an epoch without reading more than the shards that 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, cycle, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,22 +48,26 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The batches of one process in one epoch, of `size` images: batch j comes from lane j modulo their number.
+    """The batches of one process in one epoch, whose sizes take turns: batch j comes from lane j modulo their number.
 
     first: the batch to begin with; seed: None to shuffle nothing.
     """
 
     stream: "Stream"
     lanes: list[list[Piece]]
-    size: int
+    sizes: Sequence[int]
     first: int
     batches: int
     seed: int | None = None
 
+    def size(self, batch: int) -> int:
+        """Return how many images a batch has; the very last may have fewer."""
+        return self.sizes[batch % len(self.sizes)]
+
     def examples(self, lane: int) -> Iterator[Example]:
         """Yield what a lane holds, from the first batch on."""
         pieces, chunk = self.lanes[lane], 1 if self.seed is None else CHUNK
-        past = len(range(lane, self.first, len(self.lanes))) * self.size
+        past = sum(self.size(batch) for batch in range(lane, self.first, len(self.lanes)))
         number, past = divmod(past, chunk)
         examples = self.stream.read(cut(pieces, number * chunk, _length(pieces)))
         while some := list(islice(examples, chunk)):
@@ -97,19 +101,19 @@ class Stream:
             few.pieces.append(Piece(piece.shard, [piece.rows[int(i)] for i in own]))
         return few
 
-    def shuffled(self, seed: int, rank: int, processes: int, size: int, batches: int, first: int = 0) -> Plan:
-        """Return one process's batches of an epoch, all of one size: every image is in one batch of one process, if at all."""
+    def shuffled(self, seed: int, start: int, sizes: Sequence[int], batches: int, first: int = 0) -> Plan:
+        """Return one process's batches of an epoch, whose stretch begins at `start`; their sizes take turns."""
         order = np.random.default_rng(seed).permutation(len(self.pieces))
-        start = rank * batches * size
-        own = cut(_placed([self.pieces[i] for i in order]), start, start + batches * size)
-        return Plan(self, _lanes(own, size, batches), size, first, batches, seed)
+        stop = start + sum(islice(cycle(sizes), batches))
+        own = cut(_placed([self.pieces[i] for i in order]), start, stop)
+        return Plan(self, _lanes(own, sizes, batches), sizes, first, batches, seed)
 
     def in_order(self, rank: int, processes: int, size: int) -> Plan:
         """Return one process's batches of all images, the last of which may be smaller."""
         edges = [len(self) * i // processes for i in (rank, rank + 1)]
         own = cut(_placed(self.pieces), *edges)
         batches = -(-_length(own) // size)
-        return Plan(self, _lanes(own, size, batches), size, 0, batches)
+        return Plan(self, _lanes(own, [size], batches), [size], 0, batches)
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[Example]:
         """Yield the examples of pieces. Raises `DataError` for what cannot be read, or has changed since it was counted."""
@@ -162,17 +166,19 @@ def _placed(pieces: Sequence[Piece]) -> list[Piece]:
     return [piece._replace(position=start) for piece, start in zip(pieces, ends, strict=False)]
 
 
-def _lanes(pieces: list[Piece], size: int, batches: int) -> list[list[Piece]]:
+def _lanes(pieces: list[Piece], sizes: Sequence[int], batches: int) -> list[list[Piece]]:
     """Cut a stretch into lanes of whole batches, of which the very last may be smaller."""
     count = max(1, min(LANES, len(pieces) // 2, batches))
-    missing = batches * size - _length(pieces)
-    sizes = [len(range(lane, batches, count)) * size for lane in range(count)]
-    sizes[(batches - 1) % count] -= missing
-    ends = list(accumulate(sizes, initial=0))
+    lengths = [0] * count
+    for batch, size in zip(range(batches), cycle(sizes), strict=False):
+        lengths[batch % count] += size
+    lengths[(batches - 1) % count] -= sum(lengths) - _length(pieces)
+    ends = list(accumulate(lengths, initial=0))
     return [cut(pieces, start, end) for start, end in pairwise(ends)]
 
 
-class Opened(NamedTuple):
+@dataclass(frozen=True)
+class Opened:
     """A stream's tables by split, the names of its columns and classes, and where its index is."""
 
     name: str

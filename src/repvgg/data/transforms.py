@@ -5,7 +5,7 @@ import signal
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,7 @@ class Plan(Protocol):
     @property
     def lanes(self) -> Sequence[Any]: ...
 
-    @property
-    def size(self) -> int: ...
+    def size(self, batch: int) -> int: ...
 
     @property
     def first(self) -> int: ...
@@ -130,18 +129,31 @@ class BadImages:
 
 
 def load(
-    images: Transformed, batch_size: int, workers: int = 0, order: Iterable[Any] | None = None
+    images: Transformed, batch_size: int | Sequence[int], workers: int = 0, order: Iterable[Any] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of uint8 images [N, C, H, W] and labels [N], in `order`. Raises `ImageError` for an image that cannot be read."""
+    """Batches of uint8 images [N, C, H, W] and labels [N], in `order`; several sizes take turns.
+
+    Raises `ImageError` for an image that cannot be read.
+    """
+    sizes = [batch_size] if isinstance(batch_size, int) else batch_size
     loader: Any = torch.utils.data.DataLoader(
         images,  # type: ignore[arg-type]
-        batch_size,
-        sampler=order,
+        batch_sampler=list(in_batches(range(len(images)) if order is None else order, sizes)),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
     return _closing(loader)
+
+
+def in_batches(order: Iterable[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
+    """Yield what is in `order` in batches whose sizes take turns; the last one may be smaller."""
+    left = iter(order)
+    for size in cycle(sizes):
+        batch = list(islice(left, size))
+        if not batch:
+            return
+        yield batch
 
 
 def load_lanes(images: Transformed, plan: Plan, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,7 +199,7 @@ class Lanes(torch.utils.data.IterableDataset[Any]):
             if lane % self.workers == self.worker:
                 if lane not in open_lanes:
                     open_lanes[lane] = self.plan.examples(lane)
-                examples = islice(open_lanes[lane], self.plan.size)
+                examples = islice(open_lanes[lane], self.plan.size(batch))
                 yield torch.utils.data.default_collate([self.images[example] for example in examples])
 
 

@@ -210,8 +210,8 @@ def _work_on_ray(cells: Sequence[Cell], address: str, board: "Board") -> None:
 
     grid = cells[0].grid
     grid = replace(grid, out=grid.out.resolve(), data=absolute(grid.data))
-    needs = {"num_cpus": 1 + grid.workers, "num_gpus": int(grid.device.startswith("cuda"))}
-    task = ray.remote(max_retries=RETRIES, **needs)(_work_far_away)
+    gpus = int(grid.device.startswith("cuda"))
+    task: Any = ray.remote(_work_far_away).options(max_retries=RETRIES, num_cpus=1 + grid.workers, num_gpus=gpus)
     under_way = {task.remote(replace(cell, grid=grid)): cell for cell in cells}
     while under_way:
         (ended, *_), _ = ray.wait(list(under_way))
