@@ -107,21 +107,38 @@ def plan(
 
 
 def _planned(net: Net, accuracy: str, memory_limit: int | None) -> Plan:
-    """Return the plan that is kept for this net on this machine, or else measure one and keep it."""
+    """Return the plan that is kept for this net on this machine, or else measure one and keep it.
+
+    Speed is measured once for all accuracies.
+    """
     limit = memory_limit or int(MEMORY_SHARE * available_memory())
     machine = [processor(), net.isa, net.threads]
-    asked = [tune.VERSION, accuracy, net.precision, limit.bit_length() if memory_limit is None else limit]
-    key = hashlib.sha256(json.dumps([machine, asked]).encode() + _fingerprint(net)).hexdigest()[:32]
+    asked = [tune.VERSION, net.precision, limit.bit_length() if memory_limit is None else limit]
+    speeds, key = (_key(net, [machine, asked, what]) for what in ("speeds", accuracy))
     kept = plans.cached(key)
     if kept:
         with suppress(EngineError):
             plans.check(kept, net.known)
             return kept
-    if sys.stderr.isatty():
-        print("repvgg_engine: choosing algorithms for this machine; takes some seconds, once", file=sys.stderr)
-    measured = Plan(net.isa, net.precision, tuple(tune.choose_algorithms(net, accuracy, limit)))
+    seconds = plans.cached_speeds(speeds, net.known)
+    if seconds is None:
+        seconds = tune.measure_speed(net, limit, _say)
+        plans.keep_speeds(speeds, seconds)
+    measured = Plan(net.isa, net.precision, tuple(tune.choose_algorithms(net, accuracy, limit, seconds, _say)))
+    _say("")
     plans.keep(key, measured)
     return measured
+
+
+def _key(net: Net, words: list[object]) -> str:
+    return hashlib.sha256(json.dumps(words).encode() + _fingerprint(net)).hexdigest()[:32]
+
+
+def _say(step: str) -> None:
+    """Tell who sits at a terminal what takes so long, on one line that goes when it is done."""
+    if sys.stderr.isatty():
+        line = f"repvgg_engine: choosing algorithms for this machine, once: {step}" if step else ""
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _apply(net: Net, plan: Plan) -> None:
