@@ -25,7 +25,8 @@ from repvgg.train.distributed import ALONE, joined, local_device
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORDS = (
-    "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 127 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
+    "-m repvgg train --no-report "
+    "--arch repvgg_micro --width 0.25 --data digits --limit 127 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
     "--warmup-epochs 0 --recipe demo --device cpu --save-steps 2 --out"
 )
 

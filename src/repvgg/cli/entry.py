@@ -25,6 +25,7 @@ COMMANDS = {
     "engines": "look.Engines",
     "recipe": "look.ShowRecipe",
     "train": "training.Train",
+    "report": "look.Report",
     "eval": "using.Eval",
     "convert": "files.Convert",
     "predict": "using.Predict",

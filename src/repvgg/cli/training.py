@@ -46,6 +46,8 @@ class Train:
     """light, heavy, cifar, finetune, demo, pspnet or camvid; empty: what suits the data. Its fields are the flags below."""
     block: str = ""
     """The structure of each layer in training form; by default the model's own. (An unknown one lists them all.)"""
+    report: bool = True
+    """At the end write a page of the run, run.html, as repvgg report does."""
     shape: Shaped = field(default_factory=Shape)
     draw: Drawn = field(default_factory=Draw)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
@@ -66,9 +68,10 @@ class Train:
         if self.shape.small_input is not None:
             options["small_input"] = self.shape.small_input
         recipe, device = self.settings.checked(), local_device(self.where.chosen())
+        source = self.draw.source(self.data)
         result = train(
             self.arch,
-            self.draw.source(self.data),
+            source,
             recipe,
             self.out,
             init=self.init,
@@ -83,6 +86,10 @@ class Train:
             best, last = (f"{x.score:.2%}" for x in (result.best, result.last))
             name = {"top1": "top-1", "mean_iou": "mean IoU"}[result.best.measure]
             print(f"best val {name} {best}, last {last}, in {result.seconds / 60:.1f} min: {self.out}")
+            if self.report:
+                from repvgg.web.report import report_at_the_end
+
+                report_at_the_end(self.out, source, device, say)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from repvgg.data import open_source
 from repvgg.deploy import engines
 from repvgg.disk import atomically
 from repvgg.measure.timing import Times, interleave, ratio, synchroniser
-from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.grid import RESNETS, TABLES, Grid, Outcome, run
 from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
@@ -28,6 +27,7 @@ from repvgg.paper.speeds import significant
 from repvgg.paper.table4 import spearman
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import get_recipe
+from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 PLAIN, FULL = "plain", "repvgg"
 # The paper's name and top-1 of each variant that it has.

@@ -34,8 +34,18 @@ class Accuracy:
 
     @property
     def per_class(self) -> list[float]:
-        """Share of each class's images that were recognised (NaN where there are none)."""
+        """Share of each class's images that were recognised, its recall (NaN where there are none)."""
         return (self.confusion.diag() / self.confusion.sum(dim=1)).tolist()
+
+    @property
+    def precision(self) -> list[float]:
+        """Share of the images taken for each class that are of it (NaN where there are none)."""
+        return (self.confusion.diag().double() / self.confusion.sum(dim=0)).tolist()
+
+    @property
+    def f1(self) -> list[float]:
+        """Harmonic mean of precision and recall (`per_class`) of each class (NaN where it is neither there nor predicted)."""
+        return (2.0 * self.confusion.diag().double() / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1))).tolist()
 
     @property
     def score(self) -> float:
