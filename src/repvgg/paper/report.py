@@ -116,9 +116,7 @@ def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     """Return all parts as one self-contained HTML document."""
     sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
     about = this_machine()
-    versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
-    about = {name.replace("_gib", ", GiB"): value for name, value in about.items() if value is not None}
-    sections.append(("Measured on", page.table([*about.items(), ("versions", versions)], ("", ""))))
+    sections.append(("Measured on", page.machine(about)))
     lead = (
         f"{len(results)} of the {len(PARTS)} parts of “RepVGG: Making VGG-style ConvNets Great Again” that repvgg paper knows, "
         f"beside what was measured on {about.get('gpu') or about['processor']}."

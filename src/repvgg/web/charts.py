@@ -26,7 +26,7 @@ def curves(title: str, lines: Mapping[str, Points], best: tuple[float, float] | 
     level: the axis begins at zero, and few values that are far above the others leave the chart, with a word. Lines without points
     are left out.
     """
-    figure, axes = _chart(title)
+    figure, axes = chart(title)
     shown = {name: points for name, points in lines.items() if points}
     for (name, points), colour in zip(shown.items(), _colours(len(shown)), strict=True):
         axes.plot(*zip(*points, strict=True), color=colour, label=name, marker="." if len(points) < 30 else None, linewidth=1.6)
@@ -73,8 +73,9 @@ def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:
     return figure
 
 
-def _chart(title: str) -> tuple[Figure, Axes]:
-    figure, (axes,) = plot(WIDTH, HEIGHT)
+def chart(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """Return a small figure with one axes and its title."""
+    figure, (axes,) = plot(WIDTH, height)
     axes.set_title(title, fontsize=TEXT * 1.08, color=INK, loc="left")
     axes.tick_params(labelsize=TEXT)
     axes.grid(color=RULE, linewidth=0.4, axis="y")

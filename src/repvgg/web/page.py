@@ -32,6 +32,7 @@ html { -webkit-text-size-adjust: 100% }
 body { margin: 0; background: var(--page); color: var(--ink) }
 body { font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 main { max-width: 78rem; margin: 0 auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 5rem }
+h1, h2, p, figcaption { overflow-wrap: break-word }
 h1 { margin: 0 0 .5rem; font-size: clamp(1.9rem, 5vw, 2.75rem); line-height: 1.15; letter-spacing: -.02em; text-wrap: balance }
 h3 { margin: 1.5rem 0 .5rem; font-size: 1.0625rem; line-height: 1.4 }
 h2 { margin: 0 0 .75rem; font-size: 1.4rem; line-height: 1.25; letter-spacing: -.01em }
