@@ -62,7 +62,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Float64, batch norms still, 20 steps of the same global batches; and an evaluation of 241 images, which two do not divide."""
+    """Float64, batch norms still, the same global batches of 13 images, and an evaluation of 241: what two do not divide."""
     equality.main(tmp_path)  # alone, here
     done = run(torchrun(equality.__file__, str(tmp_path)))
     assert done.returncode == 0, done.stderr
@@ -164,11 +164,25 @@ def stopped(out: Path) -> None:
     assert "repvgg: stopped after step" in said
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """As after a machine has left a run of --nnodes 2:4: of a batch of 16 three processes take 5 or 6 images each."""
+    out = tmp_path / "run"
+    stopped(out)
+    words = torchrun(*WORDS.split(), str(out))
+    words[words.index("--nproc-per-node") + 1] = "3"
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step" in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["processes"] == 3
+
+
 @pytest.mark.slow  # test_batches.py: test_a_batch_that_cannot_be_divided_is_refused proves the point
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    done = run(torchrun(*WORDS.split(), str(tmp_path), "--batch-size", "15"))
+    done = run(torchrun(*WORDS.split(), str(tmp_path), "--batch-size", "1"))
     assert done.returncode != 0
-    assert "repvgg: --batch-size 15 cannot be divided among 2 processes: 16 can\n" in done.stderr
+    assert "repvgg: --batch-size 1 cannot be divided among 2 processes: 2 can\n" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))
 
 

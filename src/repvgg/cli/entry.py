@@ -36,6 +36,7 @@ COMMANDS = {
     "prune": "training.Prune",
     "bench": "measuring.Bench",
     "bench-data": "measuring.BenchData",
+    "index": "measuring.WriteIndex",
     "ablate": "training.Ablate",
     "paper": "measuring.Paper",
 }

@@ -187,8 +187,8 @@ class Quantize:
 class Ablate:
     """Tables 6 and 7 of the paper on any data: train every variant of a block with every seed, set them side by side.
 
-    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. Start it several times
-    on one folder, on one machine or many that share it, and they divide the work.
+    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. With --ray a cluster trains
+    many at a time.
 
     Example: repvgg ablate --data cifar10 --arch repvgg_micro --out runs/ablation
     """
@@ -206,6 +206,8 @@ class Ablate:
     """As for train; empty: what suits the data. Its fields are the flags below."""
     limit: int | None = None
     """At most this many images of each split, the same for all variants."""
+    ray: str = ""
+    """Train as tasks of Ray: auto for the cluster that this machine belongs to, or one of it alone; or a cluster's address."""
     shape: Shaped = field(default_factory=Shape)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
     output: Printed = field(default_factory=Output)
@@ -232,6 +234,6 @@ class Ablate:
             workers=self.where.workers,
         )
         how = How(data=self.data, device=device, out=self.out, log=say)
-        result = ablate(grid, how)
+        result = ablate(grid, how, self.ray)
         keep("ablation", result, how)
         show("ablation", result, how, self.output.json)
