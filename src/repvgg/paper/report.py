@@ -114,7 +114,8 @@ def show(part: str, result: Result, settings: PaperSettings, with_json: bool) ->
 
 def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     """Return all parts as one self-contained HTML document."""
-    sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
+    told: dict[str, str] = {}  # a protocol that several parts share, by the first that tells it
+    sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings, told))) for result in results.values()]
     about = this_machine()
     sections.append(("Measured on", page.machine(about)))
     lead = (
@@ -128,8 +129,10 @@ def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     return page.page("The RepVGG paper, measured here", sections, lead)
 
 
-def _pieces(result: Result, settings: PaperSettings) -> Iterable[str]:
-    yield from (page.paragraph(text) for text in (result.how, result.why) if text)
+def _pieces(result: Result, settings: PaperSettings, told: dict[str, str]) -> Iterable[str]:
+    first = told.setdefault(result.how, result.title)
+    how = result.how if first == result.title else f"Measured as for {first.partition(':')[0]}."
+    yield from (page.paragraph(text) for text in (how, result.why) if text)
     for figure in result.figures.values():
         yield page.svg(figure)
     for t in result.tables:

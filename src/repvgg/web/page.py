@@ -62,7 +62,7 @@ th, td { padding: .5rem clamp(.8rem, 2vw, 1.5rem) .5rem 0; text-align: left; ver
 td, thead th { border-bottom: 1px solid var(--rule) }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom }
 .number { text-align: right }
-td.number { white-space: nowrap }
+td.number, td:first-child { white-space: nowrap }
 summary { margin-bottom: .75rem; color: var(--accent); cursor: pointer }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser too holds the page to it
