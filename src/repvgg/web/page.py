@@ -61,6 +61,11 @@ table { border-collapse: collapse; font-size: .95rem; line-height: 1.4; font-var
 th, td { padding: .5rem clamp(.8rem, 2vw, 1.5rem) .5rem 0; text-align: left; vertical-align: baseline }
 td, thead th { border-bottom: 1px solid var(--rule) }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom }
+@media (max-width: 40rem) {
+  table { font-size: .85rem }
+  th, td { padding-right: .6rem }
+  .table { padding: .25rem .7rem }
+}
 .number { text-align: right }
 td.number, td:first-child { white-space: nowrap }
 summary { margin-bottom: .75rem; color: var(--accent); cursor: pointer }
@@ -151,7 +156,8 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
     body = "\n".join(
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>" for row in cells
     )
-    return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    head = f"<thead><tr>{head}</tr></thead>\n" if any(header) else ""
+    return f'<div class="table"><table>\n{head}<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def charts(pieces: Iterable[str]) -> str:
