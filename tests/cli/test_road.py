@@ -17,7 +17,8 @@ from repvgg.models.load import load, save
 
 
 def test_train_leaves_a_run_folder(run: Path) -> None:
-    files = {"best.safetensors", "last.safetensors", "recipe.json", "metrics.jsonl", "summary.json", "curve.png", "state"}
+    files = {"best.safetensors", "last.safetensors", "recipe.json", "settings.json", "metrics.jsonl"}
+    files |= {"summary.json", "curve.png", "state"}
     assert {p.name for p in (run / "run").iterdir() if not p.name.startswith("events.")} == files
     recipe = json.loads((run / "run/recipe.json").read_text())
     assert (recipe["epochs"], recipe["batch_size"], recipe["crop"]) == (3, 32, "shift")  # two flags, and the recipe of digits
@@ -53,7 +54,7 @@ def test_export(run: Path, tmp_path: Path, capsys: Captured) -> None:
     words = ("export", run / "run/best.safetensors", "--to", "pt2", "--out", tmp_path)
     assert repvgg(*words, "--data", "digits", "--images", 50) == 0
     assert "50 of 50 predictions the same" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt2", "best.pt2.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt2", "best.pt2.json", "best.pt2.py"]
     pytest.importorskip("ncnn")
     line = refused(capsys, *words[:2], "--to", "ncnn", "--out", tmp_path / "new", "--batch-size", 2)
     assert line == "ncnn runs one image at a time: leave out --batch-size"
