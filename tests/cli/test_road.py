@@ -61,6 +61,13 @@ def test_export(run: Path, tmp_path: Path, capsys: Captured) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_several_files_at_once(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ncnn")
+    assert repvgg("export", run / "run", "--to", "pt2", "ncnn", "--out", tmp_path) == 0
+    names = {"run.pt2", "run.ncnn.param"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n}{end}" for n in names for end in ("", ".json", ".py")} | {"run.ncnn.bin"}
+
+
 def test_eval_and_predict_by_an_engine(run: Path, scans: Path, tmp_path: Path, capsys: Captured) -> None:
     pytest.importorskip("ncnn")
     model = run / "run/best.safetensors"

@@ -40,6 +40,7 @@ COMMANDS = {
     "paper": "measuring.Paper",
 }
 WITH_RECIPE = ("train", "prune", "ablate")
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "repvgg_engine": "./engine"}  # where the name is another than the module's
 EXPECTED = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
 
 
@@ -127,7 +128,7 @@ def _settings(words: list[str]) -> Settings:
 def _told(error: Exception) -> str:
     """Return what to say of an error: what went wrong and, where it is known, the remedy."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"this needs {error.name}: pip install 'repvgg[all]'"
+        return f"this needs {error.name}: pip install {PACKAGES.get(error.name, error.name)}"
     if out_of_memory(error):
         return "out of memory: take a smaller --batch-size or --workers 0, or free some memory, and start it again"
     if isinstance(error, EXPECTED):

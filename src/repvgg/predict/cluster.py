@@ -284,7 +284,7 @@ def _agreed(job: Job, shards: Shards, store: Any, root: str, log: Log) -> tuple[
 def _place(out: str) -> tuple[Any, str]:
     """Return the file system and the path of a folder. Raises ValueError where Ray is missing."""
     if missing := [name for name in ("ray", "pandas") if find_spec(name) is None]:
-        raise ValueError(f"--ray needs {', '.join(missing)}: pip install 'repvgg[scale]'")
+        raise ValueError(f"--ray needs {', '.join(missing)}: pip install 'ray[data]' pyarrow")
     return filesystem(out) if is_url(out) else (pyarrow.fs.LocalFileSystem(), str(Path(out).resolve()))
 
 

@@ -67,6 +67,8 @@ def train(
         else:
             model = new_model(arch, source, log=log, **model_options)
         task.check(model, source)
+        if source.splitting:  # so that it is not evaluated on what it was trained on
+            zoo.remember(model, replace(zoo.manifest_of(model), training={"splitting": list(source.splitting)}))
         out = Path(out)
         bad = out / "bad_images.txt" if keeping.on_bad_image == "skip" else None
         feed = Feed(source, recipe, seed, workers, world, bad, device)

@@ -211,7 +211,7 @@ class Session:
         score = {f"val_{course.last.measure}": course.last.score}
         training = {"data": self.source.name, "epoch": course.epochs, **score, "seed": self.settings["seed"]}
         if self.source.splitting:
-            training["splitting"] = list(self.source.splitting)  # so that it is not evaluated on what it was trained on
+            training["splitting"] = list(self.source.splitting)
         save(
             self.trainer.best_model,
             self.out / f"{name}.safetensors",
