@@ -65,7 +65,6 @@ def train(
     Raises ValueError before any work if something does not fit, FloatingPointError if training diverges, `StoppedError` (a
     KeyboardInterrupt) when a signal asked for the end and the state is saved.
     """
-    from repvgg.measure.machine import choose_device
     from repvgg.train import loop
     from repvgg.train.distributed import local_device
 
@@ -74,7 +73,7 @@ def train(
     source = _source(data, val, limit, seed, kept=_kept(Path(out)) if keeping.resume == "auto" else None)
     given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
     options = {name: value for name, value in given.items() if value is not None}
-    where = local_device(choose_device(device))
+    where = local_device(_place(device, workers))
     plain, start = resolved(recipe, source, bool(init), changes), init
     if plain is None:
         how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
@@ -151,6 +150,15 @@ def _source(
     return source.limited(limit, seed)
 
 
+def _place(device: str, workers: int = 0) -> str:
+    """Return the device of that name, by default the first one. Raises ValueError for one that is not here."""
+    from repvgg.measure.machine import choose_device
+
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: at least 0")
+    return choose_device(device)
+
+
 def _opened(model: "Model") -> "nn.Module":
     from torch import nn
 
@@ -180,11 +188,10 @@ def evaluate(
     Of data without splits of its own, the images are those that were held out when the model was trained, or the share `val`.
     engine: "auto" or a name; "" for PyTorch. Raises ValueError where model and data do not belong together.
     """
-    from repvgg.measure.machine import choose_device
     from repvgg.models.views import WHOLE
     from repvgg.train.tasks import task_of
 
-    where = choose_device(device)
+    where = _place(device, workers)
     network = _answering(model, engine, precision, batch_size, where, log)
     source = _source(data, val, limit, seed, model=network)
     how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": where, "views": views or WHOLE}
@@ -226,13 +233,12 @@ def predictions(
         if answers is not None:
             yield from answers
             return
-    from repvgg.measure.machine import choose_device
     from repvgg.models.views import WHOLE
     from repvgg.models.zoo import manifest_of
     from repvgg.predict import labels, masks
 
     at_once = min(batch_size, len(labels.expand(patterns))) if patterns else batch_size
-    where = choose_device(device)
+    where = _place(device)
     network = _answering(model, engine, precision, at_once, where, log)
     if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:
         yield from labels.predict(network, patterns, batch_size, top, where)
@@ -331,9 +337,8 @@ def quantize(
     """
     from repvgg.deploy.quantize import Quantization
     from repvgg.deploy.quantize import quantize as write
-    from repvgg.measure.machine import choose_device
 
-    network, where = _opened(model), choose_device(device)
+    network, where = _opened(model), _place(device)
     source = _source(data, val, limit, seed, model=network)
     stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
     return write(network, source, to, out, stem, settings or Quantization(), where, log)
@@ -362,9 +367,8 @@ def prune(
     keep: the share of each layer's channels that stays. recipe, changes: as for `train`; photos get `finetune` by default.
     """
     from repvgg.deploy.prune import prune as work
-    from repvgg.measure.machine import choose_device
 
-    network, where = _opened(model), choose_device(device)
+    network, where = _opened(model), _place(device, workers)
     source = _source(data, val, limit, seed, model=network)
     plain = resolved(recipe, source, False, changes) or resolve("finetune", **changes)
     how: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log}
