@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import repvgg
-from repvgg import api
+from repvgg.api import training, using
 from repvgg.data import open_source
 from repvgg.models.zoo import manifest_of
 from repvgg.train.recipes import Recipe
@@ -39,7 +39,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("runs") / "run"
     said: list[str] = []
-    how: dict[str, Any] = {"val": 0.25, "seed": 3, "width": 0.25, "image_size": 32, "epochs": 3, "init": "none", "log": said.append}
+    how: dict[str, Any] = {"val": 0.25, "seed": 3, "width": 0.25, "image_size": 32, "epochs": 3, "init": "none", "report": False}
+    how["log"] = said.append
     run = repvgg.train("repvgg_micro", str(photos), out, **how)
     return run, out, said, how
 
@@ -50,10 +51,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rooms_are_verbs_too() -> None:
-    for name in ("train", "predict"):
-        verb = getattr(repvgg, name)
+    for verb, function in ((repvgg.train, training.train), (repvgg.predict, using.predict)):
         assert inspect.ismodule(verb)
-        assert inspect.signature(verb) == inspect.signature(getattr(api, name))
+        assert inspect.signature(verb) == inspect.signature(function)
     code = "import repvgg.predict.rows, repvgg; import repvgg.train.recipes as r; assert callable(repvgg.predict); "
     subprocess.run([sys.executable, "-c", code + "assert callable(repvgg.train); assert repvgg.train.recipes is r"], check=True)
 
@@ -127,13 +127,13 @@ def test_export(trained: Any, tmp_path: Path) -> None:
 
 def test_prune_and_quantize(trained: Any, photos: Path, tmp_path: Path) -> None:
     _, out, _, _ = trained
-    silent = {"log": lambda line: None}
+    silent: dict[str, Any] = {"log": lambda line: None}
     pruned = repvgg.prune(out, str(photos), tmp_path / "pruned", 0.5, recipe=ONE, **silent)
     assert pruned.costs[1].params < pruned.costs[0].params
     assert "top-1" in str(pruned)
     pytest.importorskip("nncf")
     pytest.importorskip("onnxruntime")
-    rounded = repvgg.quantize(out, str(photos), "onnx", tmp_path / "int8", limit=8, **silent)  # type: ignore[arg-type]
+    rounded = repvgg.quantize(out, str(photos), "onnx", tmp_path / "int8", limit=8, **silent)
     assert rounded.path.exists()
     assert rounded.before.images == 8
     assert "INT8" in str(rounded)
@@ -162,7 +162,7 @@ def test_a_recipe_of_ones_own(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(
         json.dumps({"epochs": 1, "batch_size": 16, "image_size": 32, "optimizer": "adamw", "lr": 1e-3})
     )
-    silent: dict[str, Any] = {"width": 0.25, "log": lambda line: None}
+    silent: dict[str, Any] = {"width": 0.25, "report": False, "log": lambda line: None}
     run = repvgg.train("repvgg_micro", str(photos), tmp_path / "a", recipe=tmp_path / "mine.json", limit=16, **silent)
     recipe = json.loads((tmp_path / "a" / "recipe.json").read_text())
     assert (recipe["optimizer"], recipe["epochs"], run.last.images) == ("adamw", 1, 8)

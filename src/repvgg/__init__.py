@@ -7,7 +7,7 @@
     print(repvgg.verify(model, deploy, (3, 224, 224)))
     repvgg.save(deploy, "a0.safetensors")
 
-    run = repvgg.train("repvgg_a0", "photos", "runs/photos")     # and evaluate, predict, export, quantize, prune: see api.py
+    run = repvgg.train("repvgg_a0", "photos", "runs/photos")     # and evaluate, predict, export, quantize, prune: see api/
 
 Names are imported on first use, so that `import repvgg` costs nothing. `repvgg.train` and `repvgg.predict` are rooms of the house
 too: modules that can be called.
@@ -25,12 +25,12 @@ _HOME = {
     "ReparamError": "fold.algebra",
     "as_linear": "fold.as_linear",
     "cost": "measure.costs",
-    "evaluate": "api",
-    "export": "api",
-    "predict": "api",
-    "prune": "api",
-    "quantize": "api",
-    "train": "api",
+    "evaluate": "api.using",
+    "export": "api.files",
+    "predict": "api.using",
+    "prune": "api.files",
+    "quantize": "api.files",
+    "train": "api.training",
     "equivalent_kernel": "fold.as_linear",
     "num_paths": "measure.costs",
     "fold_onnx": "fold.onnx",
@@ -48,12 +48,12 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from repvgg.api import evaluate as evaluate
-    from repvgg.api import export as export
-    from repvgg.api import predict as predict
-    from repvgg.api import prune as prune
-    from repvgg.api import quantize as quantize
-    from repvgg.api import train as train
+    from repvgg.api.files import export as export
+    from repvgg.api.files import prune as prune
+    from repvgg.api.files import quantize as quantize
+    from repvgg.api.training import train as train
+    from repvgg.api.using import evaluate as evaluate
+    from repvgg.api.using import predict as predict
     from repvgg.deploy.load import load_engine as load_engine
     from repvgg.disk import FileError as FileError
     from repvgg.fold.algebra import ReparamError as ReparamError
@@ -95,14 +95,15 @@ _ROOMS = ("train", "predict")
 
 
 class _Verb(ModuleType):
-    """A room that can be called: `repvgg.train(...)` is `repvgg.api.train(...)`, and `repvgg.train.loop` is a module still."""
+    """A room that can be called: `repvgg.train(...)` is api/training.py's `train`, and `repvgg.train.loop` is a module still."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self._function(*args, **options)
 
     @property
     def _function(self) -> Any:
-        return getattr(import_module("repvgg.api"), self.__name__.rpartition(".")[2])
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(f"repvgg.{_HOME[name]}"), name)
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -58,7 +58,7 @@ def test_a_validation_split_of_its_own(tmp_path: Path, name: str) -> None:
     root = heap(tmp_path / "set", **{"train/a": 3, "train/b": 3, f"{name}/a": 1, "test/b": 2})
     source = open_source(str(root))
     assert (len(source.train), len(source.val), len(source.split("test"))) == (6, 1, 2)
-    assert source.rows is source.splitting is None
+    assert (source.rows, source.splitting) == (None, None)
     with pytest.raises(DataError, match=rf"--val: \S+set has a validation split of its own, {name}/"):
         open_source(str(root), 0.5)
 

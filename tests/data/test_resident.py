@@ -103,7 +103,7 @@ def test_a_subset_is_decoded_alone() -> None:
         asked.append(i)
         return images().pixels[i]
 
-    part = drawn(InMemory(decode, list(range(40)), (3, 16, 16)), 7, seed=0)
+    part: Any = drawn(InMemory(decode, list(range(40)), (3, 16, 16)), 7, seed=0)
     resident = Resident.of(part, Preprocessing((3, 16, 16), 16), "cpu")
     assert resident is not None
     assert sorted(asked) == list(part.indices)
@@ -116,7 +116,7 @@ def test_a_subset_is_decoded_alone() -> None:
 
 def test_a_subset_of_a_subset() -> None:
     """As `prune --limit` takes it: both drawn, and read as one by one."""
-    part = drawn(drawn(images(), 7, seed=0), 3, seed=1)
+    part: Any = drawn(drawn(images(), 7, seed=0), 3, seed=1)
     whole = part.whole()
     assert whole is not None
     assert torch.equal(whole[0], torch.stack([part[i][0] for i in range(3)]))

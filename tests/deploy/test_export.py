@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written(model: nn.Module, tmp_path: Path) -> No
 def test_comparators_are_exported_too(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     needs("openvino")
-    net = zoo.create_model("resnet18", num_classes=3)
+    net: nn.Module = zoo.create_model("resnet18", num_classes=3)
     preprocessing = Preprocessing((3, 32, 32), 32)
     net = zoo.remember(randomize(net, (8, 3, 32, 32)), Manifest(zoo.manifest_of(net).arch, preprocessing=preprocessing))
     export(net, "openvino", tmp_path, log=silent)

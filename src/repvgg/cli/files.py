@@ -73,9 +73,9 @@ class Export:
     """How many of them."""
 
     def run(self) -> None:
-        from repvgg import api
+        from repvgg.api.files import export
 
-        api.export(
+        export(
             self.model,
             self.to,
             self.out,

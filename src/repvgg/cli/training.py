@@ -50,6 +50,8 @@ class Train:
     """What --recipe auto plans for."""
     block: str = ""
     """The structure of each layer in training form; by default the model's own. (An unknown one lists them all.)"""
+    report: bool = True
+    """At the end write a page of the run, run.html, as repvgg report does."""
     shape: Shaped = field(default_factory=Shape)
     draw: Drawn = field(default_factory=Draw)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
@@ -57,10 +59,10 @@ class Train:
     settings: WithRecipe = field(default_factory=Settings)
 
     def run(self) -> None:
-        from repvgg import api
+        from repvgg.api.training import train
 
         how = {**vars(self.shape), **vars(self.draw), **vars(self.where), **self.settings.changes}
-        result = api.train(
+        result = train(
             self.arch,
             self.data,
             self.out,
@@ -68,6 +70,7 @@ class Train:
             init=self.init,
             minutes=self.minutes,
             block=self.block,
+            report=self.report,
             keeping=self.keeping,
             log=say,
             **how,
@@ -102,11 +105,11 @@ class Prune:
     settings: WithRecipe = field(default_factory=Settings)
 
     def run(self) -> None:
-        from repvgg import api
+        from repvgg.api.files import prune
         from repvgg.cli.show_results import show_pruning
 
         how = {**vars(self.draw), **vars(self.where), **self.settings.changes}
-        report = api.prune(
+        report = prune(
             self.model,
             self.data,
             self.out,
@@ -154,14 +157,12 @@ class Quantize:
     output: Printed = field(default_factory=Output)
 
     def run(self) -> None:
-        from repvgg import api
+        from repvgg.api.files import quantize
         from repvgg.cli.show_results import show_quantization
         from repvgg.deploy.quantize import Quantization
 
         how = Quantization(self.images, self.bias_correction, self.equalise, self.keep, self.max_drop, self.qat_epochs, self.qat_lr)
-        report = api.quantize(
-            self.model, self.data, self.to, self.out, settings=how, log=say, **vars(self.draw), **vars(self.where)
-        )
+        report = quantize(self.model, self.data, self.to, self.out, settings=how, log=say, **vars(self.draw), **vars(self.where))
         show_quantization(report, self.output.json)
 
 
@@ -169,8 +170,8 @@ class Quantize:
 class Ablate:
     """Tables 6 and 7 of the paper on any data: train every variant of a block with every seed, set them side by side.
 
-    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. Start it several times
-    on one folder, on one machine or many that share it, and they divide the work.
+    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. With --ray a cluster trains
+    many at a time.
 
     Example: repvgg ablate --data cifar10 --arch repvgg_micro --out runs/ablation
     """
@@ -188,13 +189,15 @@ class Ablate:
     """As for train; empty: what suits the data, for photos light. Its fields are the flags below."""
     limit: int | None = None
     """At most this many images of each split, the same for all variants."""
+    ray: str = ""
+    """Train as tasks of Ray: auto for the cluster that this machine belongs to, or one of it alone; or a cluster's address."""
     shape: Shaped = field(default_factory=Shape)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
     output: Printed = field(default_factory=Output)
     settings: WithRecipe = field(default_factory=Settings)
 
     def run(self) -> None:
-        from repvgg.api import resolved
+        from repvgg.api.training import resolved
         from repvgg.data import open_source
         from repvgg.paper.ablation import ablate
         from repvgg.paper.grid import Grid
@@ -219,6 +222,6 @@ class Ablate:
             workers=self.where.workers,
         )
         how = How(data=self.data, device=device, out=self.out, log=say)
-        result = ablate(grid, how)
+        result = ablate(grid, how, self.ray)
         keep("ablation", result, how)
         show("ablation", result, how, self.output.json)

@@ -44,10 +44,10 @@ class Eval:
     output: Printed = field(default_factory=Output)
 
     def run(self) -> None:
-        from repvgg import api
+        from repvgg.api.using import evaluate
         from repvgg.cli.show_results import show_evaluation
 
-        evaluation = api.evaluate(
+        evaluation = evaluate(
             self.model,
             self.data,
             split=self.split,
@@ -83,6 +83,8 @@ class Predict:
     """Images at a time; masks are made one at a time."""
     top: int = 5
     """How many labels an image."""
+    explain: Literal["cam"] | None = None
+    """Also write a picture of each image's evidence for its label, NAME_cam.png, beside it or in --out."""
     cluster: OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
     engine: ByEngine = field(default_factory=Engine)
     viewing: Viewed = field(default_factory=Viewing)
@@ -96,16 +98,17 @@ class Predict:
             self._images()
 
     def _images(self) -> None:
-        from repvgg import api
+        from repvgg.api.using import predictions
         from repvgg.cli.show_results import show_answers
 
-        answers = api.predictions(
+        answers = predictions(
             self.model,
             self.images,
             top=self.top,
             out=self.out,
             batch_size=self.batch_size,
             views=self.viewing.views() if self.viewing != Viewing() else None,
+            explain=self.explain or "",
             device=self.where.device,
             log=say,
             **vars(self.engine),

@@ -11,7 +11,7 @@ import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from repvgg.data.images import decode
 from repvgg.disk import escaped
 from repvgg.models.manifest import Preprocessing
 
+SPLIT = "split.csv"  # in a run folder: the division that it goes by
 SPLITS = ("train", "val", "test")
 Row = tuple[str, str, str]  # path below the data's folder, class, split
 
@@ -128,6 +129,15 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
     if wrong := sorted(set(splits) - set(SPLITS)):
         raise DataError(f"{path}: split {escaped(wrong[0])!r}: there are {', '.join(SPLITS)}")
     return assembled(name, images, names, numbers, shown, splits, None)
+
+
+def reopened(source: Source, table: Path) -> Source:
+    """Return a source divided as a table says, which a run wrote; as it is where there is no table, or it has splits of its own."""
+    if source.splitting is None or not table.exists():
+        return source
+    root = Path(source.name)
+    found = open_table(table, root=root.parent if root.suffix == ".csv" else root, name=source.name)
+    return replace(found, splitting=source.splitting)
 
 
 def _columns(path: Path) -> dict[str, list[str]]:

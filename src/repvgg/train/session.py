@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from repvgg.data import Source
-from repvgg.data.listing import write_table
+from repvgg.data.listing import SPLIT, write_table
 from repvgg.data.transforms import BadImages, normalise
 from repvgg.disk import FileError, Log, atomically, hold, out_of_memory
 from repvgg.measure.machine import write_record
@@ -31,7 +31,6 @@ from repvgg.train.tasks import Evaluation, Task
 from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps; so late, at most, a loss that is no number is noticed; before anything is saved always
-SPLIT = "split.csv"  # which images it validates on, where the data does not say
 EARLY = 100  # steps of the run, in which running statistics of batch norms lag behind the weights
 RENEWING = 10  # batches that they are then taken from anew, before an evaluation
 TROUBLE = 1000  # what processes agree on where one cannot read its images; no signal has this number
@@ -139,7 +138,7 @@ class Session:
         for waited, parts in self._parts(epoch, course, stop):
             lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
             inputs = [(self._normalised(x), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
-            self.trainer.step(inputs, lr, course.step)
+            self.trainer.step(inputs, lr, course.step, self.feed.batch_size)
             course.step += 1
             progress.step(epoch, lr, waited, self.feed.images_per_second * self.world.size)
             if course.step % LOG_EVERY == 0:
