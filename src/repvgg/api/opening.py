@@ -1,4 +1,4 @@
-"""What the verbs are given, opened: data, models, devices."""
+"""Data, models and devices that the verbs are given, opened."""
 
 import os
 from pathlib import Path

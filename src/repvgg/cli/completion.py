@@ -1,5 +1,7 @@
-"""Completion of commands and flags in a shell: repvgg --print-completion bash >
-~/.local/share/bash-completion/completions/repvgg"""
+"""Completion of commands and flags in a shell.
+
+    repvgg --print-completion bash > ~/.local/share/bash-completion/completions/repvgg
+"""
 
 from collections.abc import Mapping, Sequence
 

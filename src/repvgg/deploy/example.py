@@ -1,4 +1,4 @@
-"""What is written beside an exported file for those who will run it: how images are prepared, and a program that does it.
+"""Help for those who will run an exported file, written beside it: how images are prepared, and a program that does it.
 
 The program needs the file's own runtime, NumPy and Pillow, and nothing of ours.
 """

@@ -21,7 +21,8 @@ def inside(path: str) -> Iterator[None]:
 
 
 def refuse_wrapper(model: object) -> None:
-    """Raise `ReparamError` for what is no network, or keeps one inside and does something else when called; it says what to pass."""
+    """Raise `ReparamError` for what is no network, or keeps one inside and does something else when called; it says what to
+    pass."""
     kind = type(model).__name__
     if isinstance(model, nn.Module) and type(model).__call__.__module__.startswith("torch."):
         return

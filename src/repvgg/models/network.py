@@ -1,4 +1,4 @@
-"""What an editor and a type checker may know of a network that `create_model` made."""
+"""The surface of a network that `create_model` made, for editors and type checkers."""
 
 from typing import Any
 
