@@ -164,5 +164,5 @@ def _without_outliers(axes: Any, values: list[float]) -> str:
     most = 2 * sorted(values)[3 * len(values) // 4]
     if (highest := max(values)) <= most:
         return ""
-    axes.set_ylim(top=most)
+    axes.set_ylim(0, most)
     return f"   (highest: {highest:.3g})"
