@@ -36,7 +36,8 @@ def classify(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C compiler")
     program, package = tmp_path_factory.mktemp("example") / "classify", Path(repvgg_engine.__file__).parent
     where = ["-I", package, f"-L{package}", "-lrepvgg_engine", f"-Wl,-rpath,{package}"]
-    subprocess.run([compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", EXAMPLE, *where, "-o", program], check=True)
+    words = ["-std=c11", "-Wall", "-Wextra", "-Werror", EXAMPLE, *where, "-o", program]
+    subprocess.run(list(map(str, [compiler, *words])), check=True)
     return program
 
 
