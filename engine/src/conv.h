@@ -60,6 +60,19 @@ struct Target {
     }
 };
 
+/// The same as floats, for one tile that is scaled afterwards. Lanes beyond the last channel hold what lies there, perhaps
+/// another image's pixels: they become 0.
+struct Staged {
+    float *at;
+    int64_t product;
+    int vectors;
+    Ints last;  // the lanes that count in the last vector
+    REPVGG_INLINE void put(int p, int index, Vec v) const {
+        const Ints counting = index + 1 < vectors ? ~Ints{} : last;
+        store(at + p * product + index * WIDTH, (Vec)((Ints)v & counting));
+    }
+};
+
 /// The transformed inputs of tile `index`, the `row`-th of `rows` in its group; `next`: the tile that comes after it.
 template <class Algorithm, class Element>
 REPVGG_INLINE void transform(const Conv &c, const Block<Algorithm, Element> &block, int64_t index, int64_t row,
@@ -67,7 +80,9 @@ REPVGG_INLINE void transform(const Conv &c, const Block<Algorithm, Element> &blo
     const Tile &tile = block.tile[index], &next = block.tile[index + (index + 1 < block.tiles)];
     float *v = block.v + (index - row) * block.depth + row * WIDTH;
     if constexpr (Element::scaled) {
-        Algorithm::input(c, tile, next, Target<Float32>{block.staged, block.staged_product, WIDTH});
+        const int vectors = static_cast<int>(ceil_div(c.depth, WIDTH));
+        const Ints last = lanes_between(0, c.depth - (vectors - 1) * WIDTH);
+        Algorithm::input(c, tile, next, Staged{block.staged, block.staged_product, vectors, last});
         Element::quantise(block.staged, block.staged_product, c.products, c.depth, v, block.v_product, rows * WIDTH,
                           block.scales + index, block.tiles);
     } else {
@@ -100,13 +115,17 @@ struct Direct {
     /// The rows of the kernel one after the other.
     template <class To>
     static REPVGG_INLINE void joined_input(const Conv &c, const Tile &tile, const To &target, int vectors) {
-        float numbers[MOST_JOINED + 2 * WIDTH];
         const int row = c.kernel[1] * c.in_channels;
-        for (int y = 0; y < c.kernel[0]; y++)
-            for (int i = 0; i < row; i += WIDTH)
-                store(numbers + y * row + i, load(tile.in + y * c.dilation[0] * c.in.row + i));
-        store(numbers + c.depth, Vec{});
-        for (int v = 0; v < vectors; v++) target.put(0, v, load(numbers + v * WIDTH));
+        for (int v = 0; v < vectors; v++) {
+            Vec numbers{};
+            for (int y = 0; y < c.kernel[0]; y++) {
+                const int start = y * row - v * WIDTH;  // the lane where this row begins
+                if (start + row <= 0 || start >= WIDTH) continue;
+                const Vec own = load(tile.in + y * c.dilation[0] * c.in.row - start);
+                numbers = lanes_between(start, start + row) ? own : numbers;
+            }
+            target.put(0, v, numbers);
+        }
     }
 
     template <class Finish>

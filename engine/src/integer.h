@@ -25,7 +25,6 @@ static_assert(static_cast<int64_t>(LARGEST_INPUT) * WEIGHTS_SUM <= INT32_MAX, "a
 /// Smaller than this, numbers count as 0: their scales would be no normal floats.
 constexpr float TINY = 1e-30f;
 
-typedef int32_t Ints __attribute__((vector_size(WIDTH * sizeof(int32_t))));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
 typedef int16_t Pairs __attribute__((vector_size(WIDTH * sizeof(int32_t))));
 
@@ -59,6 +58,16 @@ REPVGG_INLINE Pairs lower_halves(Bits a, Bits b, std::integer_sequence<int, I...
     return __builtin_shufflevector((Pairs)a, (Pairs)b, (2 * I)...);
 }
 
+#ifdef __SSE2__
+/// A sum that is made now: compilers would otherwise keep many products, for which there are no registers, and add them
+/// later in another order.
+template <class V>
+REPVGG_INLINE Vec in_turn(V sum) {
+    asm("" : "+v"(sum));
+    return (Vec)sum;
+}
+#endif
+
 /// 32 bits of inputs and weights hold two neighbouring channels.
 struct Integer16 {
     static constexpr int pack = 2, chunk = 128;
@@ -73,11 +82,11 @@ struct Integer16 {
 #if defined(__AVX512VNNI__)
         return (Vec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 #elif defined(__AVX512BW__)
-        return (Vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)w, (__m512i)x));
+        return in_turn(_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16((__m512i)w, (__m512i)x)));
 #elif defined(__AVX2__)
-        return (Vec)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, (__m256i)x));
+        return in_turn(_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)w, (__m256i)x)));
 #elif defined(__SSE2__)
-        return (Vec)_mm_add_epi32((__m128i)sum, _mm_madd_epi16((__m128i)w, (__m128i)x));
+        return in_turn(_mm_add_epi32((__m128i)sum, _mm_madd_epi16((__m128i)w, (__m128i)x)));
 #else
         const Ints low = ((Ints)w << 16 >> 16) * ((Ints)x << 16 >> 16), high = ((Ints)w >> 16) * ((Ints)x >> 16);
         return (Vec)((Bits)sum + (Bits)low + (Bits)high);
@@ -96,14 +105,12 @@ struct Integer16 {
 
     /// Rounds a tile's transformed numbers, `depth` of each product, and notes their scales. from: product p at
     /// p * from_product; to: as Target says; scales: `tiles` apart.
-    static inline void quantise(float *from, int64_t from_product, int products, int depth, float *to,
+    static inline void quantise(const float *from, int64_t from_product, int products, int depth, float *to,
                                 int64_t to_product, int64_t to_block, float *scales, int64_t tiles) {
-        const int vectors = static_cast<int>(ceil_div(depth, WIDTH)), beyond = vectors * WIDTH - depth;
+        const int vectors = static_cast<int>(ceil_div(depth, WIDTH));
         // At 1.5 * 2^23 a float's last bit is worth 1: an addition rounds, and leaves the integer in the lowest bits.
         const Vec round = splat(12582912.0f);
         for (int p = 0; p < products; p++, from += from_product, to += to_product, scales += tiles) {
-            // Lanes beyond the last channel hold what lies there, perhaps another image's pixels.
-            for (int lane = 0; lane < beyond; lane++) from[depth + lane] = 0;
             const float largest = largest_size(from, vectors);
             const bool usable = largest > TINY && largest < INFINITY;
             // Infinities and NaNs make NaNs of the tile's outputs.
