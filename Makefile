@@ -63,7 +63,7 @@ $(VENV)/docs.stamp: pyproject.toml | $(VENV)/demo.stamp
 	@touch $@
 
 $(VENV)/all.stamp: pyproject.toml | $(VENV)/pip.stamp
-	$(BIN)/pip install -q -e '.[all]'
+	$(BIN)/pip install -q -e '.[all,dev]'
 	@touch $@ $(VENV)/demo.stamp
 
 # The native engine, where there is a C++ compiler; everything else works without it.

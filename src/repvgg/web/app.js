@@ -229,18 +229,24 @@ async function main() {
   });
 
   const drop = $('#drop'), file = $('#file');
-  file.addEventListener('change', () => file.files[0] && show(file.files[0]));
+  const press = chosen => {
+    for (const button of $('#examples').children) button.ariaPressed = String(button === chosen);
+  };
+  file.addEventListener('change', () => file.files[0] && (press(), show(file.files[0])));
   for (const kind of ['dragover', 'dragleave', 'drop']) addEventListener(kind, event => {
     event.preventDefault();
     drop.classList.toggle('over', kind === 'dragover');
-    if (kind === 'drop' && event.dataTransfer.files[0]) show(event.dataTransfer.files[0]);
+    if (kind === 'drop' && event.dataTransfer.files[0]) press(), show(event.dataTransfer.files[0]);
   });
   for (const example of model.examples) {
-    const button = element('button', '', {type: 'button', title: example.name});
+    const button = element('button', '', {type: 'button', title: example.name, ariaPressed: 'false'});
     const image = element('img', '', {src: example.file, alt: example.name});
     image.addEventListener('load', () => image.classList.toggle('small', image.naturalWidth <= 64));
     button.append(image);
-    button.addEventListener('click', async () => show(await (await fetch(example.file)).blob()));
+    button.addEventListener('click', async () => {
+      press(button);
+      show(await (await fetch(example.file)).blob());
+    });
     $('#examples').append(button);
   }
   $('#examples').hidden = !model.examples.length;
