@@ -50,8 +50,8 @@ def export(
 
     to: onnx, openvino, ncnn, mnn, pt2, aotinductor, web (a folder with a page that classifies), or several of them. batch_size:
     images a run, 0 for any number. pixels: take uint8 pixels; image_size: and resize them too. data, images: compare on so many
-    images of its validation split instead of random ones. Raises ValueError for a format that is unknown, missing or cannot hold such a graph, `ReparamError` for what cannot be
-    folded.
+    images of its validation split instead of random ones. Raises ValueError for a format that is unknown, missing or cannot
+    hold such a graph, `ReparamError` for what cannot be folded.
     """
     from repvgg.deploy.export import Shape, real_images
     from repvgg.deploy.export import export as write
