@@ -49,7 +49,9 @@ const std::vector<Set> &sets() {
         found.push_back({"avx2", REPVGG_INT16, avx2, kernels_avx2_int16});
 #endif
         found.push_back({"portable", REPVGG_FP32, true, kernels_portable});
+#ifndef __wasm__  // a page runs float32 alone
         found.push_back({"portable", REPVGG_INT16, true, kernels_portable_int16});
+#endif
         return found;
     }();
     return all;
