@@ -35,9 +35,8 @@ def classify(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("no C compiler")
     program, package = tmp_path_factory.mktemp("example") / "classify", Path(repvgg_engine.__file__).parent
-    where = ["-I", package, f"-L{package}", "-lrepvgg_engine", f"-Wl,-rpath,{package}"]
-    words = ["-std=c11", "-Wall", "-Wextra", "-Werror", EXAMPLE, *where, "-o", program]
-    subprocess.run(list(map(str, [compiler, *words])), check=True)
+    where: list[str | Path] = ["-I", package, f"-L{package}", "-lrepvgg_engine", f"-Wl,-rpath,{package}"]
+    subprocess.run([compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", EXAMPLE, *where, "-o", program], check=True)
     return program
 
 

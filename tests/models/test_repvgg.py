@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import error_of_deviation, randomize, relative_error
 from foreign import NARROW, NUM_CLASSES, timm_architecture
+from members import EVERY_MEMBER
 from rounding import rounding
 from torch import Tensor, nn
 
@@ -208,7 +209,7 @@ def test_at_full_width_shapes_are_timms(name: str, deploy: bool) -> None:
     assert {key: t.shape for key, t in theirs.state_dict().items()} == {key: t.shape for key, t in ours.items()}
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY_MEMBER)
 def test_every_member_folds_in_float64(name: str) -> None:
     """At a quarter of its width: all its layers, groups and squeeze-excites are there."""
     model = randomize(RepVGG(FAMILY[name], 10, width=0.25).double())

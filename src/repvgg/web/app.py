@@ -147,13 +147,13 @@ def _native(model: nn.Module, folder: Path, log: Log) -> bool:
     """Write what the page needs to run the deploy form in the native engine too; without the engine it does without, in words."""
     try:
         script, binary = (next(f for f in engine_files() if f.suffix == suffix) for suffix in (".mjs", ".wasm"))
-        said = write_model(model, folder)
+        parity = write_model(model, folder)
     except ValueError as error:
         log(f"the page runs onnxruntime-web alone: {error}")
         return False
     for file in (script, binary):
         shutil.copyfile(file, folder / file.name)
-    log(f"native engine: {said}")
+    log(f"native engine: {parity}")
     return True
 
 
