@@ -60,8 +60,8 @@ struct Target {
     }
 };
 
-/// The same as floats, for one tile that is scaled afterwards. Lanes beyond the last channel hold what lies there, perhaps
-/// another image's pixels: they become 0.
+/// The same as floats, for one tile that is scaled afterwards. Lanes beyond the last channel hold what lies there,
+/// perhaps another image's pixels: they become 0.
 struct Staged {
     float *at;
     int64_t product;
@@ -265,9 +265,8 @@ void multiply_panel(const Conv &c, const Block<Algorithm, Element> &block, const
                 float *m = block.m + p * block.m_product + first * vectors * WIDTH;
                 const bool add = start > 0 || (Algorithm::one_sum && p > 0);
                 const float *ahead = next + (g * share < lines ? g * share : 0) * length * LINE;
-                multiply_for<Element>(static_cast<int>(rows), vectors)(v, weights, m, static_cast<int>(length), add,
-                                                                       block.scales + p * block.tiles + first, ahead,
-                                                                       share);
+                multiply_for<Element>(static_cast<int>(rows), vectors)(
+                    v, weights, m, static_cast<int>(length), add, block.scales + p * block.tiles + first, ahead, share);
             }
             weights = next;
         }
@@ -325,9 +324,8 @@ void pack(const ConvShape &c, const float *weights, int group, int panel, float 
             const int64_t end = (chunk + 1) * Element::chunk;
             return at(p, (end < k ? end : k) + chunk);
         };
-        Element::pack_weights(products, depth, row, scales, [&](int i, const auto &sink) {
-            Algorithm::weights(c, of_lanes, lanes, i, sink);
-        });
+        Element::pack_weights(products, depth, row, scales,
+                              [&](int i, const auto &sink) { Algorithm::weights(c, of_lanes, lanes, i, sink); });
     }
 }
 

@@ -69,8 +69,9 @@ struct BFloat16 : Floating<BFloat16> {
 #endif
 
 /// sums[r][n] = sum over k of v[k][r] * u[k][n], or added to what is there. v: blocks of WIDTH k, in each R rows of
-/// WIDTH numbers; u: k rows of N vectors, then perhaps a row of scales; sums: R rows of N vectors; scales: of the R rows,
-/// if they have any. `ahead`: weights that will be needed next, fetched by the way, so many lines of the cache for each k.
+/// WIDTH numbers; u: k rows of N vectors, then perhaps a row of scales; sums: R rows of N vectors; scales: of the R
+/// rows, if they have any. `ahead`: weights that will be needed next, fetched by the way, so many lines of the cache
+/// for each k.
 template <class Element, int R, int N>
 void multiply(const float *v, const float *u, float *sums, int k, bool add, const float *scales, const float *ahead,
               int lines) {

@@ -8,9 +8,9 @@
 // they are packed. Sums are multiplied by both scales when they leave the registers, so that everything after the
 // matrix product is in float32, as ever.
 //
-// No sum overflows. Of a chunk, sum_k |v_k w_k| <= LARGEST_INPUT * sum_k |w_k|, whatever the image, and the scale of the
-// weights is chosen such that sum_k |w_k| <= WEIGHTS_SUM and |w_k| <= LARGEST_WEIGHT. For weights of equal size this
-// leaves them 13 to 15 bits, about what the inputs have: both halves round about as much.
+// No sum overflows. Of a chunk, sum_k |v_k w_k| <= LARGEST_INPUT * sum_k |w_k|, whatever the image, and the scale of
+// the weights is chosen such that sum_k |w_k| <= WEIGHTS_SUM and |w_k| <= LARGEST_WEIGHT. For weights of equal size
+// this leaves them 13 to 15 bits, about what the inputs have: both halves round about as much.
 #pragma once
 
 #include <math.h>
@@ -92,13 +92,14 @@ struct Integer16 {
         return (Vec)((Bits)sum + (Bits)low + (Bits)high);
 #endif
     }
-    /// What sums are worth: to floats, times the scales of their rows and of their weights. A function of its own, so that
-    /// it takes no registers from the sums while they are made.
+    /// What sums are worth: to floats, times the scales of their rows and of their weights. A function of its own, so
+    /// that it takes no registers from the sums while they are made.
     static __attribute__((noinline)) void finish(const float *sums, int rows, int vectors, const float *of_rows,
                                                  const float *of_weights, bool add, float *to) {
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++, sums += WIDTH, to += WIDTH) {
-                const Vec value = __builtin_convertvector((Ints)load(sums), Vec) * load(of_weights + v * WIDTH) * splat(of_rows[r]);
+                const Vec value =
+                    __builtin_convertvector((Ints)load(sums), Vec) * load(of_weights + v * WIDTH) * splat(of_rows[r]);
                 store(to, add ? load(to) + value : value);
             }
     }
@@ -118,7 +119,8 @@ struct Integer16 {
             const Vec inverse = splat(usable ? LARGEST_INPUT / largest : 0);
             float *block = to;
             for (int v = 0; v < vectors; v += 2, block += to_block) {
-                const Vec first = load(from + v * WIDTH), second = v + 1 < vectors ? load(from + (v + 1) * WIDTH) : Vec{};
+                const Vec first = load(from + v * WIDTH),
+                          second = v + 1 < vectors ? load(from + (v + 1) * WIDTH) : Vec{};
                 store(block, (Vec)lower_halves((Bits)(first * inverse + round), (Bits)(second * inverse + round),
                                                std::make_integer_sequence<int, 2 * WIDTH>{}));
             }

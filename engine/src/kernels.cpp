@@ -29,8 +29,9 @@ int64_t scratch(const Conv &c, int64_t tiles) {
 
 template <class A>
 constexpr Algorithm algorithm(const char *name) {
-    return {name,           A::outputs,           A::samples,      A::frequencies, A::stride,
-            run<A, Element>, packed_rows<Element>, pack<A, Element>, scratch<A>};
+    return {name,      A::outputs,      A::samples,           A::frequencies,
+            A::stride, run<A, Element>, packed_rows<Element>, pack<A, Element>,
+            scratch<A>};
 }
 
 constexpr Algorithm algorithms[] = {
