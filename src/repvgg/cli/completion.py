@@ -1,6 +1,6 @@
 """Completion of commands and flags in a shell.
 
-    repvgg --print-completion bash > ~/.local/share/bash-completion/completions/repvgg
+repvgg --print-completion bash > ~/.local/share/bash-completion/completions/repvgg
 """
 
 from collections.abc import Mapping, Sequence
