@@ -44,7 +44,11 @@ const std::vector<Set> &sets() {
 }  // namespace
 
 const Kernels *find_kernels(const char *isa, bool bf16) {
+#ifdef __wasm__
+    const char *forced = isa;
+#else
     const char *forced = isa && *isa ? isa : std::getenv("REPVGG_ENGINE_ISA");
+#endif
     const std::string name = forced ? forced : "";
     for (const Set &set : sets())
         if (set.here && set.bf16 == bf16 && (name.empty() || name == set.name)) return set.kernels();

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg.data import Source, open_source
+from repvgg.data.listing import SPLIT, reopened
 from repvgg.disk import FileError, Log
 from repvgg.models.header import read_header
 from repvgg.models.manifest import Manifest
@@ -77,7 +78,7 @@ class RunFolder:
         """
         spec = data or str(self.settings.get("data", ""))
         try:
-            source = open_source(spec)
+            source = reopened(open_source(spec), self.path / SPLIT)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if data:
                 raise

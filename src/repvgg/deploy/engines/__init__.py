@@ -79,13 +79,18 @@ class Engine:
 
 @dataclass(frozen=True)
 class Known:
-    """An engine's file, what it needs beside PyTorch and how to get it, and its precisions on the CPU and on CUDA."""
+    """An engine's file, what it needs beside PyTorch, its precisions on the CPU and on CUDA, and how to get it if not by pip."""
 
     module: str
     packages: tuple[str, ...]
     on_cpu: tuple[str, ...]
     on_cuda: tuple[str, ...]
-    remedy: str = "pip install 'repvgg[deploy]'"
+    source: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """Return the line that installs it."""
+        return self.source or f"pip install {' '.join(self.packages)}"
 
 
 ENGINES = {
