@@ -236,6 +236,10 @@ async def visit(folder: Path, images: list[Path], profile: Path, picture: Path |
                         await browser.drop(image)
                         await browser.until("done")
                         found.append({**await browser.value("self.answer"), "text": await browser.value("document.body.innerText")})
+                    shown = "[...document.querySelectorAll('#examples button')].map(button => button.ariaPressed)"
+                    found[-1]["pressed"] = [await browser.value(shown)]
+                    await browser.value("document.querySelector('#examples button').click()")
+                    found[-1]["pressed"].append(await browser.value(shown))
                     if picture:
                         import base64
 
@@ -280,6 +284,7 @@ def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str
         assert ("times the speed, on one thread" in answer["text"]) == HAS_NATIVE
         for logits in answer["logits"].values():
             assert relative_error(torch.tensor([logits]), wanted) < bound  # so every pixel was prepared alike
-        assert "The same answer, and the deploy form has" in answer["text"]
-        assert CLASSES[int(wanted.argmax())] in answer["text"]  # as text, whatever it holds
+        name = CLASSES[int(wanted.argmax())]  # as text, whatever it holds
+        assert f"{name}, say both forms; the deploy form has" in answer["text"]
     assert "This is not an image that your browser can read" in refused["text"]
+    assert refused["pressed"] == [["false"], ["true"]]  # dropped, then chosen

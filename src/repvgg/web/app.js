@@ -213,7 +213,8 @@ async function read(blob, model, sessions) {
   const {times, runs, rounds} = await time(sessions, input);
   const speedup = showTimes(times);
   $('#verdict').classList.toggle('wrong', !same);
-  say('', same ? 'The same answer' : 'Different answers', ', and the deploy form has ', `${speedup.toFixed(2)} times`,
+  const name = model.classes ? model.classes[label('deploy')] : `class ${label('deploy')}`;
+  say('', same ? name : 'Different answers', same ? ', say both forms; the deploy form has ' : '; the deploy form has ', `${speedup.toFixed(2)} times`,
     ` the speed. The logits differ by ${difference.toExponential(1)} of the largest: rounding in float32.`);
   $('#protocol').textContent = `Medians of ${rounds} rounds in which the forms took turns, ${runs} runs a turn, on ` +
     `${ort.env.wasm.numThreads} ${ort.env.wasm.numThreads === 1 ? 'thread' : 'threads'} of WebAssembly (onnxruntime-web ` +
