@@ -73,12 +73,24 @@ def pruning(r: Record) -> str:
 
 
 def cifar10(r: Record) -> str:
-    both = r["top1"]["training form"], r["top1"]["deploy form"]
-    return (
-        f"`{r['command']}`: top-1 {both[0]:.2%} on {r['images']:,} test images after {r['minutes']:.0f} minutes (n = {r['n']}), "
-        f"{both[1]:.2%} in deploy form; {r['equal_predictions']:,} of {r['images']:,} predictions are the same. "
-        f"{r['parameters']['deploy form'] / 1e6:.2f} M parameters."
-    )
+    """A row for each run, and the model that is in the package."""
+    forms = ("training form", "deploy form", "native engine")
+    header = ["model", "epochs", "seed", "minutes", *(f"top-1, {form}" for form in forms), "same predictions"]
+    rows, commands, notes = [], [], []
+    for run in r["runs"]:
+        shares = [f"{run['top1'][form]:.2%}" if form in run["top1"] else "" for form in forms]
+        same = min(run["equal_predictions"].values())
+        facts = f"{run['recipe']['epochs']}", f"{run['seed']}", f"{run['minutes']:.0f}"
+        rows.append([f"`{run['arch']}`", *facts, *shares, f"{same:,} of {r['images']:,}"])
+        commands.append(f"`{run['command']}`")
+        notes += [run["note"]] if run["note"] else []
+    text = f"{table(header, rows)}\n\nMade by {', '.join(dict.fromkeys(commands))}. {' '.join(dict.fromkeys(notes))}"
+    if e := r["embedded"]:
+        text += (
+            f"\n\nThe model `cifar10` that comes with the package is the deploy form of `{e['arch']}` after {e['epochs']} epochs, seed "
+            f"{e['seed']}, stored in {e['stored_as']} ({e['bytes'] / 1e6:.1f} MB): {e['top1']:.2%}, measured from that file."
+        )
+    return f"{text.strip()}\n\n![accuracy against images seen](../results/cifar10.png)"
 
 
 def camvid(r: Record) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from repvgg.data import Source
 from repvgg.data.transforms import BadImages, normalise
@@ -109,8 +110,9 @@ class Session:
         steps = self.feed.steps
         self.trainer.train()
         for waited, parts in self._parts(epoch, course, stop):
-            lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
-            inputs = [(self._normalised(x), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
+            progress_made = course.step / (self.recipe.epochs * steps)
+            lr = self.recipe.lr_at(progress_made)
+            inputs = [(self._input(x, progress_made), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
             self.trainer.step(inputs, lr, course.step)
             course.step += 1
             progress.step(epoch, lr, waited, self.feed.images_per_second * self.world.size)
@@ -147,8 +149,12 @@ class Session:
                 return
             yield time.perf_counter() - started, parts
 
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
-        return normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+    def _input(self, x: torch.Tensor, progress: float) -> torch.Tensor:
+        """Return images on the device, normalised, of the size that they have after that share of the run."""
+        x = normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+        height, width = x.shape[-2:]
+        size = self.recipe.side_at(height, progress), self.recipe.side_at(width, progress)
+        return x if size == (height, width) else interpolate(x, size, mode="bilinear", antialias=True)
 
     def _evaluate(self, epoch: int, course: Course, logs: Logs, progress: Progress) -> None:
         """Evaluate at the end of an epoch, and save the models and the state."""
@@ -170,7 +176,8 @@ class Session:
                 self._save_model(name, course)
         last = course.last
         progress.evaluated(epoch, last)
-        logs.write(step=course.step, epoch=epoch, **{f"val_{name}": value for name, value in last.figures.items()})
+        seconds = round(time.perf_counter() - self.started, 1)
+        logs.write(step=course.step, epoch=epoch, seconds=seconds, **{f"val_{name}": value for name, value in last.figures.items()})
         self._save(course)
 
     def _save_model(self, name: str, course: Course) -> None:
