@@ -3,8 +3,9 @@
 repvgg train --arch repvgg_mini --data hf:../shared/data/cifar10 --recipe cifar --out runs/cifar10      # an hour of two cores
 python results/measure_cifar10.py runs/cifar10 --data hf:../shared/data/cifar10 --embed
 
-More runs are those of other seeds; runs measured before stay in the record. --embed: src/repvgg/models/cifar10.safetensors is the deploy form in float16, and what it
-recognises is measured from that file. --note: what else there is to say of the minutes, such as what ran beside.
+More runs are those of other seeds; runs measured before stay in the record. --embed: src/repvgg/models/cifar10.safetensors is
+the deploy form in float16, and what it recognises is measured from that file. --note: what else there is to say of the minutes,
+such as what ran beside.
 """
 
 import argparse

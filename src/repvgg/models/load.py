@@ -115,8 +115,8 @@ def open_model(name_or_path: str) -> nn.Module:
 
 def is_file(name_or_path: str) -> bool:
     """Say whether a file, of the package too, or a hub repository is meant, not the name of a kind of model."""
-    path = Path(name_or_path)
-    return embedded(name_or_path) is not None or name_or_path.startswith(HUB) or path.exists() or path.suffix in {".safetensors", *checkpoint.PICKLE_SUFFIXES}
+    path, known = Path(name_or_path), {".safetensors", *checkpoint.PICKLE_SUFFIXES}
+    return bool(embedded(name_or_path)) or name_or_path.startswith(HUB) or path.exists() or path.suffix in known
 
 
 def file_of(name_or_path: str) -> Path:

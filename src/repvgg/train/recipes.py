@@ -109,7 +109,7 @@ class Recipe:
         return self.lr * self.batch_size / self.lr_per if self.lr_per else self.lr
 
     def side_at(self, side: int, progress: float) -> int:
-        """Return the side of training images, in pixels, after `progress` (0 to 1) of all steps: a multiple of 8 where it is less."""
+        """Return the pixels a side of training images after `progress` (0 to 1) of all steps: where fewer, a multiple of 8."""
         return min(side, max(8, side * 3 // 32 * 8)) if progress < self.small_first else side
 
     def lr_at(self, progress: float) -> float:
