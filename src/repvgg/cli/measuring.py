@@ -126,8 +126,8 @@ class Paper:
         ),
     ]
     data: str = ""
-    """What tables 6 and 7 train on, as for train (without it, all leaves them out); or photos with masks for table 8 (without
-    them its models are only timed)."""
+    """What tables 6 and 7 train on, as for train (without it they show what repvgg ablate --out OUT/ablation has finished); or
+    photos with masks for table 8 (without them its models are only timed)."""
     quick: bool = False
     """Minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so."""
     models: str = ""

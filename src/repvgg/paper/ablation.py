@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from repvgg.deploy import engines
 from repvgg.disk import atomically
 from repvgg.measure.timing import Times, interleave, ratio, synchroniser
 from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
-from repvgg.paper.grid import RESNETS, TABLES, Grid, Outcome, run
+from repvgg.paper.grid import RESNETS, TABLES, Cell, Grid, Outcome, run
 from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
 from repvgg.paper.speeds import significant
 from repvgg.paper.table4 import spearman
 from repvgg.train.loop import new_model
-from repvgg.train.recipes import get_recipe
+from repvgg.train.recipes import Recipe, get_recipe
 
 PLAIN, FULL = "plain", "repvgg"
 # The paper's name and top-1 of each variant that it has.
@@ -70,14 +70,38 @@ def ablate(grid: Grid, settings: PaperSettings) -> Result:
 def part(
     title: str, variants: Sequence[str], table: Callable[[Findings], list[Table]], name: str, settings: PaperSettings
 ) -> Result:
-    """Run one of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`."""
-    if not settings.data:
-        raise NothingChosenError("it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders)")
-    grid = Grid(settings.out / "ablation", settings.data, get_recipe("light"), device=settings.device, workers=settings.workers)
+    """Run one of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`.
+
+    Without data it trains nothing, and shows what `repvgg ablate` has finished in the same folder; a quick look takes the embedded
+    digits.
+    """
+    if not settings.data and not settings.quick:
+        return report(title, kept(settings.out / "ablation", variants, settings), settings, (table,), name)
+    data, where = settings.data or "digits", {"device": settings.device, "workers": settings.workers}
+    grid = Grid(settings.out / "ablation", data, get_recipe("light"), **where)
     if settings.quick:
-        recipe = replace(get_recipe(open_source(settings.data).recipe), epochs=QUICK_EPOCHS)
+        recipe = replace(get_recipe(open_source(data).recipe), epochs=QUICK_EPOCHS)
         grid = replace(grid, out=settings.out / "ablation-quick", recipe=recipe, **QUICK)
     return report(title, find(replace(grid, variants=tuple(variants)), settings), settings, (table,), name)
+
+
+def kept(folder: Path, variants: Sequence[str], settings: PaperSettings) -> Findings:
+    """Return what is finished of some variants in a grid's folder. Raises NothingChosenError where there is nothing."""
+    path = folder / "grid.json"
+    given = json.loads(path.read_text()) if path.exists() else {}
+    recipe = Recipe(**{field.name: given.pop(field.name) for field in fields(Recipe) if field.name in given})
+    numbers = [run.name.rpartition("-")[2] for run in folder.glob("*-*") if run.is_dir()]
+    seeds = 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
+    grid = Grid(folder, recipe=recipe, seeds=seeds, device=settings.device, **{"data": "", **given})
+    by_variant = {name: [o for seed in range(seeds) if (o := Cell(grid, name, seed).outcome)] for name in variants}
+    finished = {name: outcomes for name, outcomes in by_variant.items() if outcomes}
+    if not finished:
+        raise NothingChosenError(
+            "it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders). Without, it shows what "
+            f"repvgg ablate --out {folder} has finished: nothing yet"
+        )
+    grid = replace(grid, variants=tuple(finished))
+    return Findings(grid, finished, training_speeds(grid, settings), settings.protocol.batch_size)
 
 
 def find(grid: Grid, settings: PaperSettings) -> Findings:
