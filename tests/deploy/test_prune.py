@@ -53,7 +53,9 @@ def silence_half(model: nn.Module, groups: int) -> None:
         if not isinstance(layer, (Layer, Residual)):
             continue
         parts = [layer.block, *(m for name, m in layer.named_children() if name == "shortcut" and not isinstance(m, nn.Identity))]
-        ends: list[Any] = [end for part in parts for end in [m for m in part.modules() if isinstance(m, nn.BatchNorm2d)] or [part]]
+        ends: list[Any] = []
+        for part in parts:
+            ends += [m for m in part.modules() if isinstance(m, nn.BatchNorm2d)] or [part]
         channels = len(ends[0].bias)
         if channels not in silent:
             order = torch.rand(groups, channels // groups).argsort(1)[:, : channels // groups // 2]

@@ -113,7 +113,7 @@ class Session:
             progress_made = course.step / (self.recipe.epochs * steps)
             lr = self.recipe.lr_at(progress_made)
             inputs = [(self._input(x, progress_made), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
-            self.trainer.step(inputs, lr, course.step)
+            self.trainer.step(inputs, lr, course.step, self.feed.batch_size)
             course.step += 1
             progress.step(epoch, lr, waited, self.feed.images_per_second * self.world.size)
             if course.step % LOG_EVERY == 0:
