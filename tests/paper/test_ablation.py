@@ -170,6 +170,16 @@ def test_without_data_it_shows_what_was_trained(tmp_path: Path, monkeypatch: pyt
     assert "repvgg_b0, width 0.25, on digits, 3 epochs" in result.how
     assert table7.run(PaperSettings(out=tmp_path, log=lambda line: None)).data["variants"].keys() == {"repvgg"}
 
+    (tmp_path / "ablation").rename(tmp_path / "lr-0.1")
+    cell("lr-0.2/plain-0", 0.9)  # better, but of fewer seeds
+    cell("lr-0.2/repvgg-0", 0.8)
+    (tmp_path / "lr-0.1").rename(tmp_path / "ablation" / "lr-0.1")
+    other = replace(grid, recipe=replace(grid.recipe, lr=0.2))
+    (tmp_path / "ablation" / "lr-0.2" / "grid.json").write_text(json.dumps(other.settings))
+    result = table6.run(PaperSettings(out=tmp_path, log=lambda line: None))
+    assert [(row[3], row[4]) for row in result.tables[0].rows] == [("55.00 ± 7.07", "2"), ("80.00", "1")]
+    assert "learning rate plain 0.1, repvgg 0.2;" in result.how
+
 
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     words = ["ablate", "--data", "digits", "--arch", "repvgg_micro", "--width", "0.125", "--limit", "64", "--epochs", "1"]
