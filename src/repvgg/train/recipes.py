@@ -147,7 +147,7 @@ RECIPES = {
     "light": Recipe(),
     "heavy": Recipe(epochs=200, warmup_epochs=5, label_smoothing=0.1, auto_augment=True, mixup=0.2),
     "cifar": Recipe(
-        epochs=22,
+        epochs=26,
         batch_size=128,
         lr=0.2,
         nesterov=True,
