@@ -27,7 +27,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "plain": {"arch": "repvgg_b0", "block": "plain"},
     "residual": {"arch": "repvgg_b0_residual"},
 }
-WIDTH, FIRST_EPOCHS = 0.25, 4
+WIDTH, FIRST_EPOCHS, AFTER_EPOCHS = 0.25, 2, 1
 
 
 def record(**figures: Any) -> None:
@@ -49,8 +49,8 @@ def forms(run: Path, data: str) -> None:
 
 def structures(out: Path, data: str) -> None:
     source = open_source(data)
-    recipe = replace(get_recipe("cifar"), epochs=FIRST_EPOCHS, warmup_epochs=1, ema=0.0, small_first=0.0)
-    after = replace(recipe, epochs=EPOCHS, warmup_epochs=0, lr=recipe.lr / 4)
+    recipe = replace(get_recipe("cifar"), epochs=FIRST_EPOCHS, warmup_epochs=0.5, ema=0.0, small_first=0.0)
+    after = replace(recipe, epochs=AFTER_EPOCHS, warmup_epochs=0, lr=recipe.lr / 4)
     found: dict[str, Any] = {}
     for name, network in STRUCTURES.items():
         train(source=source, recipe=recipe, out=out / name, width=WIDTH, small_input=False, **network)
