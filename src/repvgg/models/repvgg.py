@@ -213,7 +213,7 @@ class RepVGG(nn.Module):
 
 def _in_pairs(layers: list[Layer], specs: list[LayerSpec], deploy: bool) -> list[Residual]:
     """Join each two layers to a residual block; where the first changes the shape, a 1x1 with batch norm is the shortcut."""
-    into, out, stride = specs[0].in_channels, specs[0].out_channels, specs[0].stride
+    into, out, stride = specs[0].in_channels, specs[1].out_channels, specs[0].stride
     joined: list[Residual] = []
     for first, second in zip(layers[::2], layers[1::2], strict=True):
         shortcut: nn.Module = nn.Identity()
