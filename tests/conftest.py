@@ -1,5 +1,6 @@
 """What the tests share: random networks that a fold can really break, and how far apart two outputs are."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -24,6 +25,16 @@ torch.set_num_threads(1)  # the same sums in the same order everywhere, and no w
 # The same examples in every run, so that a failure is never somebody else's; and no verdict on speed.
 settings.register_profile("repvgg", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repvgg")
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported stays, so the garbage collector need not look through its millions of objects each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
