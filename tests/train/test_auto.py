@@ -48,12 +48,15 @@ def test_a_slow_machine_takes_smaller_images_and_fewer_epochs(paced: Any) -> Non
     assert (fast.recipe.image_size, fast.recipe.epochs, fast.recipe.batch_size, fast.recipe.precision) == (224, 200, 32, "bf16")
     slow, said = paced(photos(900), 0.08)
     size, epochs = slow.recipe.image_size, slow.recipe.epochs
-    cost = epochs * 1200 * 0.04 * (size / 224) ** 2
+    eased = 1 - 0.6 * (1 - 0.75**2)  # the first six tenths see images at three quarters of their size
+    cost = epochs * 1200 * 0.04 * eased * (size / 224) ** 2
+    assert slow.recipe.small_first == 0.6
+    assert slow.recipe.ema == 0
     assert size < 224
     assert 30 <= epochs < 200
     assert 0.85 * 600 < cost <= 600
     larger = min(s for s in auto.SIZES if s > size)
-    assert 30 * 1200 * 0.04 * (larger / 224) ** 2 > 600
+    assert 30 * 1200 * 0.04 * eased * (larger / 224) ** 2 > 600
     assert said[1] == f"auto: a training step here takes so many images a second at 224 pixels: {1 / 0.08:.0f} in fp32, 25 in bf16"
     assert f"{epochs} epochs in batches of 32 at {size} pixels in bf16" in said[2]
     assert f"--epochs {epochs // 2}: " in said[3]

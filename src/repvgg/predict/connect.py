@@ -11,7 +11,7 @@ from repvgg.disk import Log, describe
 def refuse_without_ray() -> None:
     """Raise ValueError where Ray, or what its data sets need, is not installed."""
     if lacking := [name for name in ("ray", "pandas") if find_spec(name) is None]:
-        raise ValueError(f"--ray needs {', '.join(lacking)}: pip install 'repvgg[scale]'")
+        raise ValueError(f"--ray needs {', '.join(lacking)}: pip install 'ray[data]' pyarrow")
 
 
 def connect(address: str, log: Log) -> None:

@@ -95,7 +95,7 @@ def choose(
     model = _model(arch, init, source, sizes[0], model_options)
     speeds = {precision: _seconds(model, source, sizes[0], device, precision) for precision in ("fp32", "bf16")}
     precision = min(speeds, key=lambda name: speeds[name])
-    pace = Pace(loading / max(1, workers), speeds[precision], sizes[0])
+    pace = Pace(loading / max(1, workers), speeds[precision] * _eased(recipe), sizes[0])
     figures = ", ".join(f"{1 / seconds:.0f} in {name}" for name, seconds in speeds.items())
     log(f"auto: a training step here takes so many images a second at {sizes[0]} pixels: {figures}")
     least = min(recipe.epochs, 8 if init else 30)
@@ -157,6 +157,7 @@ def _recipe(count: int, trained: bool, size: int) -> Recipe:
         recipe = replace(RECIPES["finetune"], epochs=max(6, round(30 * scale)), lr=0.02 * batch / 64)
     else:
         recipe = replace(RECIPES["cifar"], epochs=max(40, round(200 * scale)), lr=0.2 * batch / 128, warmup_epochs=4)
+        recipe = replace(recipe, ema=0.0)  # few steps: an average over them would lag behind for most of the run
     return replace(recipe, batch_size=batch, crop=crop.crop, crop_area=crop.crop_area)
 
 
@@ -185,6 +186,11 @@ def _seconds(model: nn.Module, source: Source, size: int, device: str, precision
             wait()
             times.append(time.perf_counter() - started)
     return min(times[1:]) / TRIAL
+
+
+def _eased(recipe: Recipe) -> float:
+    """Return the time of all steps as a share of what it would be if none saw smaller images."""
+    return 1 - recipe.small_first * (1 - (recipe.side_at(SIZES[0], 0.0) / SIZES[0]) ** 2)
 
 
 def _told(recipe: Recipe) -> str:
