@@ -32,7 +32,7 @@ class LayerStruct(ctypes.Structure):
 
 
 class OptionsStruct(ctypes.Structure):
-    _fields_ = [("threads", c_int32), ("pin", c_int32), ("bf16", c_int32), ("isa", c_char_p)]
+    _fields_ = [("threads", c_int32), ("pin", c_int32), ("precision", c_int32), ("isa", c_char_p)]
 
 
 class ImagesStruct(ctypes.Structure):

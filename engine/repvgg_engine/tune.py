@@ -12,8 +12,9 @@ judged by its own measure; for "fast" it is at least a number. It holds for smoo
 One choice serves calls of any number of images, so weights are packed once and an image gives the same bits in any company: what a
 layer costs is its share of the time of one image plus its share of the time of many.
 
-Where products may be of bfloat16, float32 is among the choices: Winograd's large tiles in float32 can be as fast as small ones in
-bfloat16, and the error that they save lets other layers have larger tiles in bfloat16.
+Where products may be of bfloat16 or of integers, float32 is among the choices: Winograd's large tiles in float32 can be as fast as
+small ones in bfloat16, the error that they save lets other layers have larger tiles in bfloat16, and rounding to integers does not
+pay where channels are few.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,14 @@ from repvgg_engine.net import Net
 
 VERSION = 5
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
-TIMES_DIRECT = {("fp32", "high"): 4.4, ("fp32", "fast"): 4.4, ("bf16", "high"): 1.25, ("bf16", "fast"): 1.5}
+TIMES_DIRECT = {
+    ("fp32", "high"): 4.4,
+    ("fp32", "fast"): 4.4,
+    ("bf16", "high"): 1.25,
+    ("bf16", "fast"): 1.5,
+    ("int16", "high"): 4.4,
+    ("int16", "fast"): 8.8,
+}
 FAST = 2e-4
 # The error that an algorithm adds in a layer, as a multiple of the direct one's: a property of its matrices, the same within 5% in
 # float32 and in bfloat16, with AVX-512, AVX2 and SSE2, for 192 channels and for 512. The check in the end does not rest on it.
@@ -109,7 +117,7 @@ def worth_timing(net: Net, index: int, size: Size, memory_limit: int) -> list[st
     kept: list[str] = []
     best = {1: float("inf"), MANY: float("inf")}
     for name in known:
-        if name == "direct" or name == known[0]:  # of a bfloat16 net: its own first, then float32's as a start of its own
+        if name == "direct" or name == known[0]:  # the precision's own first, then float32's as a start of its own
             best = dict.fromkeys(best, float("inf"))
         costs = {n: estimated_cost(layer, size, name, n, net.isa) for n in best}
         fits = net.weight_bytes(index, name) <= memory_limit / 2
@@ -149,7 +157,7 @@ class _Errors:
         for kind, layers in enumerate(alike.values()):
             say(f"errors, {kind + 1} of {len(alike)} kinds of layers")
             watched = layers[len(layers) // 2]
-            for ending in {name[len(name.split()[0]) :] for name in contenders[watched]}:  # "", and perhaps " bf16"
+            for ending in {name[len(name.split()[0]) :] for name in contenders[watched]}:  # "", and perhaps " bf16" or " int16"
                 unit = self._unit(watched, ending, base)
                 for i in layers:
                     for name in contenders[i]:
@@ -160,8 +168,8 @@ class _Errors:
 
     def _unit(self, layer: int, ending: str, base: Squares) -> Squares:
         """Return what the direct algorithm of a layer adds, by an algorithm that adds more of it."""
-        if ending == "" and self.net.precision == "bf16":
-            return np.zeros_like(base)  # nothing beside bfloat16's
+        if ending == "" and self.net.precision != "fp32":
+            return np.zeros_like(base)  # nothing beside the other precision's
         name = next((n for n in WATCHED if n + ending in self.net.known[layer]), "direct") + ending
         names = [*self.exact[:layer], name, *self.exact[layer + 1 :]]
         grown = GROWTH[name.removesuffix(ending)] ** 2 - (ending == "")

@@ -22,7 +22,7 @@ constexpr int MOST_SIDE = 1 << 16, MOST_THREADS = 1024, MOST_LAYERS = 1 << 16;
 }  // namespace
 
 Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
-    : kernels_(find_kernels(options.isa, options.bf16 != 0)), threads_(options.threads), pin_(options.pin != 0) {
+    : kernels_(find_kernels(options.isa, options.precision)), threads_(options.threads), pin_(options.pin != 0) {
     if (threads_ < 1 || threads_ > MOST_THREADS)
         refuse("threads is " + std::to_string(threads_) + ": it is between 1 and " + std::to_string(MOST_THREADS));
     if (count < 1 || count > MOST_LAYERS)
@@ -31,8 +31,8 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
         for (int i = 0; i < kernels.count; i++) algorithms_.push_back(kernels.algorithms + i);
     };
     take(*kernels_);
-    if (options.bf16)
-        take(*find_kernels(options.isa, false));  // as wide; a layer may be faster by them, and is more accurate
+    if (options.precision != REPVGG_FP32)
+        take(*find_kernels(options.isa, REPVGG_FP32));  // as wide; a layer may be faster by them, and is more accurate
     for (int i = 0; i < count; i++) {
         layers_.push_back(make_layer(layers[i], i, i > 0 ? layers_.back().get() : nullptr, *kernels_));
         const Algorithm *first = fitting(i, 0);

@@ -63,13 +63,19 @@ void choose_safely(repvgg::Net &net, const std::vector<repvgg_layer> &layers) {
     }
 }
 
+int32_t precision_of(const std::string &name) {
+    if (name == "fp32") return REPVGG_FP32;
+    if (name == "bf16") return REPVGG_BF16;
+    if (name == "int16") return REPVGG_INT16;
+    refuse("is of precision '" + repvgg::printable(name, 50) + "': fp32, bf16 and int16 are known");
+}
+
 repvgg::PlanWords plan_of(const repvgg_open_options &wanted) {
     try {
         const auto source = wanted.plan ? repvgg::open_file(wanted.plan)
                                         : repvgg::open_bytes(wanted.plan_text, std::strlen(wanted.plan_text));
         repvgg::PlanWords plan = repvgg::read_plan(*source);
-        if (plan.precision != "fp32" && plan.precision != "bf16")
-            refuse("is of precision '" + repvgg::printable(plan.precision, 50) + "': fp32 and bf16 are known");
+        precision_of(plan.precision);
         return plan;
     } catch (const std::invalid_argument &error) {
         refuse(std::string(wanted.plan ? wanted.plan : "the plan") + ": " + error.what());
@@ -89,7 +95,7 @@ repvgg_net *opened(std::unique_ptr<repvgg_model> model, const repvgg_open_option
     const bool planned = wanted.plan || wanted.plan_text;
     if (planned) {
         plan = plan_of(wanted);
-        options.isa = plan.isa.c_str(), options.bf16 = plan.precision == "bf16";
+        options.isa = plan.isa.c_str(), options.precision = precision_of(plan.precision);
     }
     std::unique_ptr<repvgg_net> net(
         new repvgg_net{std::move(model), {layers.data(), static_cast<int>(layers.size()), options}});

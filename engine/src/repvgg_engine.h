@@ -32,11 +32,14 @@ typedef struct {
     const float *weight2, *bias2; /* squeeze_excite: [channels, hidden], [channels] */
 } repvgg_layer;
 
+/* What products may be of, beside float32. */
+enum { REPVGG_FP32 = 0, REPVGG_BF16 = 1, REPVGG_INT16 = 2 };
+
 typedef struct {
-    int32_t threads; /* that compute, the caller among them */
-    int32_t pin;     /* each further thread to a processor of its own */
-    int32_t bf16;    /* products may be in bfloat16 */
-    const char *isa; /* "avx512", "avx2", "portable"; NULL or "": the best that the processor has */
+    int32_t threads;   /* that compute, the caller among them */
+    int32_t pin;       /* each further thread to a processor of its own */
+    int32_t precision; /* REPVGG_FP32, ... */
+    const char *isa;   /* "avx512", "avx2", "portable"; NULL or "": the best that the processor has */
 } repvgg_options;
 
 /* n images: float32 [n, channels, height, width], or, where `bytes` is set, uint8 [n, height, width, channels] that
@@ -119,9 +122,9 @@ REPVGG_API int repvgg_run(repvgg_net *net, const repvgg_images *images, float *o
 
 /* How a convolution is computed, for any number of images: "direct", or by Winograd's algorithm with tiles of m x m
  * outputs, "F2", "F4",
- * ...; where products may be in bfloat16 also "direct bf16", which is then the default, "F2 bf16", ... An algorithm
- * that does not fit the layer is an error. By the same algorithms an image gives the same bits in any batch, on any
- * number of threads, and on any machine with the instruction set. */
+ * ...; where products may be of another precision also "direct bf16" or "direct int16", which is then the default,
+ * "F2 bf16", ... An algorithm that does not fit the layer is an error. By the same algorithms an image gives the same
+ * bits in any batch, on any number of threads, and on any machine with the instruction set. */
 REPVGG_API int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size);
 
 /* The instruction set that the net runs on, as in repvgg_options. */

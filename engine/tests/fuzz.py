@@ -92,7 +92,7 @@ def _one_net(choose: random.Random, odds: float) -> bool:
         for name in ("weight", "bias", "weight2", "bias2"):
             setattr(struct, name, None if choose.random() < odds / 8 else NUMBERS.ctypes.data)
         channels = struct.out_channels if struct.op == 0 else channels
-    options = OptionsStruct(number(1, 2, 3) % 8, number(0, 1) % 2, 0, choose.choice((None, b"portable", b"none")))
+    options = OptionsStruct(number(1, 2, 3) % 8, number(0, 1) % 2, number(0, 0, 2), choose.choice((None, b"portable", b"none")))
     message = Message()
     net = LIBRARY.repvgg_create(structs, number(len(structs)) % (len(structs) + 1), options, *message.room)
     message.check(net)

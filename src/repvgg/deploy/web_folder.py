@@ -7,6 +7,7 @@ The engine (some 200 kB) runs on one thread, in every browser with 128-bit vecto
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,35 +15,40 @@ from torch import nn
 
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Signature
-from repvgg.deploy.export import random_images
+from repvgg.deploy.export import Shape, random_images, write_report
 from repvgg.deploy.parity import Parity, compare, folded, reference
 from repvgg.deploy.staged import staged
 from repvgg.disk import Log
 from repvgg.models import zoo
 from repvgg.models.load import save
 
-MODEL, PLAN = "model.safetensors", "plan.json"
+MODEL, PLAN, PAGE = "model.safetensors", "plan.json", "index.html"
 # Bytes of packed weights: a page that takes much more memory is reloaded by telephones.
 MEMORY_LIMIT = 128 << 20
 
 
-def write_web(model: nn.Module, out: str | os.PathLike[str], log: Log = print) -> tuple[Path, Parity]:
-    """Fold a classifier of ours and write the folder. Returns the path of its page, and how close the engine comes to PyTorch.
+def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None = None, log: Log = print) -> Path:
+    """Fold a classifier of ours and write the folder. Returns the path of its page.
 
-    Raises ValueError for a PSPNet, a network that is no plain stack, or where the engine is not installed; `ReparamError` for what
-    cannot be folded; `FileError` where the folder cannot be written. No file is left unless it computes the same.
+    Raises ValueError for a PSPNet, a network that is no plain stack, a shape of images other than the model's own, or where the
+    engine is not installed; `ReparamError` for what cannot be folded; `FileError` where the folder cannot be written. No file is
+    left unless it computes the same.
     """
+    if shape not in (None, Shape()):
+        raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
     with staged(out) as folder:
         parity = write_model(model, folder)
         for file in engine_files():
             shutil.copyfile(file, folder / file.name)
-        page = Path(out) / "index.html"
-    log(f"{page}: {parity}")
-    return page, parity
+        manifest = zoo.manifest_of(folded(model))
+        signature = Signature(manifest.preprocessing.input_size, batch=1)
+        write_report(folder / PAGE, "web", signature, manifest, {"parity": asdict(parity)})
+    log(f"{Path(out) / PAGE}: {parity}")
+    return Path(out) / PAGE
 
 
 def write_model(model: nn.Module, folder: Path) -> Parity:
-    """Write the deploy form and its plan, prove both by the kernels that the page runs, and return how close they come."""
+    """Write the deploy form and its plan, prove both by the kernels that the page runs, and return what was found."""
     engines.check("native", "fp32")
     import repvgg_engine
 
@@ -66,7 +72,7 @@ def engine_files() -> list[Path]:
     import repvgg_engine
 
     folder = Path(repvgg_engine.__file__).parent / "browser"
-    files = [folder / name for name in ("repvgg_engine.wasm", "repvgg_engine.mjs", "index.html")]
+    files = [folder / name for name in ("repvgg_engine.wasm", "repvgg_engine.mjs", PAGE)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"the native engine was installed without {missing[0]}: make wasm, then pip install ./engine")
     return files
