@@ -9,7 +9,7 @@ from PIL import Image
 
 from repvgg.cli import main
 from repvgg.paper import report
-from repvgg.paper.report import PARTS, paper
+from repvgg.paper.report import PARTS, as_page, paper
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
 
 
@@ -130,3 +130,11 @@ def test_all_quick_for_real(tmp_path: Path) -> None:
     html = (tmp_path / "index.html").read_text()
     assert html.count("(quick)</h2>") == len(PARTS)
     assert {f"{part}.json" for part in PARTS} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_protocol_that_parts_share_is_told_once(tmp_path: Path) -> None:
+    hows = {"table4": "By turns.", "table5": "By turns.", "figure2": "", "table2": "", "table8": "Otherwise."}
+    results = {part: Result(f"{part}: of something", (), "", {}, how=how) for part, how in hows.items()}
+    html = as_page(results, PaperSettings(out=tmp_path))
+    assert html.count("By turns.") == html.count("Otherwise.") == 1
+    assert html.count("Measured as for ") == html.count("<p>Measured as for table4.</p>") == 1

@@ -131,7 +131,7 @@ def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
 
 def _pieces(result: Result, settings: PaperSettings, told: dict[str, str]) -> Iterable[str]:
     first = told.setdefault(result.how, result.title)
-    how = result.how if first == result.title else f"Measured as for {first.partition(':')[0]}."
+    how = result.how if not result.how or first == result.title else f"Measured as for {first.partition(':')[0]}."
     yield from (page.paragraph(text) for text in (how, result.why) if text)
     for figure in result.figures.values():
         yield page.svg(figure)

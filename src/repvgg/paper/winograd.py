@@ -203,7 +203,7 @@ def _table(tests: Sequence[Comparison]) -> Table:
         )
         for t in tests
     ]
-    return Table("A 3x3 of stride 1 against its counterpart of stride 2", header, rows)
+    return Table("A 3x3 of stride 1 against its counterpart of stride 2", header, rows, folded=True)
 
 
 def _draw(tests: Sequence[Comparison]) -> Any:

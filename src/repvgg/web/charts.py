@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 420, 280  # pixels; on a telephone they are shown at four fifths
 TEXT = 13 * POINT
 LINES = (WIDEST[1], POINTWISE[1], IDENTITY[1], "#8a5a9c", "#a33b3b", INK, MUTED)
 MOST_NUMBERS, MOST_NAMES = 20, 60  # classes whose cells are numbered; whose names are written
+TOO_LONG = 10_000  # counts from here on are written as shares
 FAR = 2.0  # times the third quartile: what is above leaves the chart at its top
 SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#a9c6e6", WIDEST[1], "#173a61"])
 
@@ -44,19 +45,21 @@ def curves(title: str, lines: Mapping[str, Points], best: tuple[float, float] | 
 def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:
     """Draw a confusion matrix: rows the true class, columns the predicted one, each row shaded by its shares.
 
-    counts: [classes, classes]. Up to 20 classes have their counts written in the cells, up to 60 their names beside them. measured:
+    counts: [classes, classes]. Up to 20 classes have their counts (shares where counts are long)
+    written in the cells, up to 60 their names beside them. measured:
     the title.
     """
     counts = np.asarray(counts)
     size = len(classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     named, numbered = size <= MOST_NAMES, size <= MOST_NUMBERS
-    cell = max(34, 9 * len(str(counts.max()))) if numbered else max(5, min(16, 600 / size))
+    cell = 36 if numbered else max(5, min(16, 600 / size))
+    as_shares = numbered and counts.max() >= TOO_LONG
     margin = 8 * max(map(len, classes)) if named else 20
     side = max(230.0, size * cell)
     figure, (axes,) = plot(side + margin + 50, side + margin + 70)
     axes.imshow(shares**0.5, cmap=SHADES, vmin=0, vmax=1, interpolation="nearest")  # so that few mistakes are seen too
-    axes.set_title(measured, fontsize=TEXT, color=INK, loc="left")
+    axes.set_title(f"{measured}, % of each row" if as_shares else measured, fontsize=TEXT, color=INK, loc="left")
     axes.set_xlabel("predicted", fontsize=TEXT, color=INK)
     axes.set_ylabel("true", fontsize=TEXT, color=INK)
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -69,7 +72,8 @@ def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:
         for (i, j), count in np.ndenumerate(counts):
             if count:
                 colour = PAPER if shares[i, j] > 0.2 else INK
-                axes.text(j, i, f"{count:,}", ha="center", va="center", fontsize=TEXT * 0.9, color=colour)
+                text = f"{100 * shares[i, j]:.0f}" if as_shares else f"{count:,}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=TEXT * 0.9, color=colour)
     return figure
 
 

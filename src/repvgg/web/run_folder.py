@@ -65,11 +65,8 @@ class RunFolder:
     def curve(self, name: str, scale: float = 1) -> list[tuple[float, float]]:
         """Return a figure by epoch, counted from 1: of each epoch's end, or of what was logged within epochs."""
         per_epoch = max((line["step"] / (line["epoch"] + 1) for line in self.evaluations), default=0)
-        return [
-            (line["epoch"] + 1 if line in self.evaluations else line["step"] / per_epoch, scale * line[name])
-            for line in self.lines
-            if name in line and (per_epoch or line in self.evaluations)
-        ]
+        points = ((line["epoch"] + 1 if "val_loss" in line else line["step"] / max(1, per_epoch), line) for line in self.lines)
+        return [(epoch, scale * line[name]) for epoch, line in points if name in line]
 
     def source(self, data: str, log: Log) -> Source | None:
         """Open the images that it was trained on; None, with a word, where they are not there.
