@@ -148,7 +148,9 @@ def test_unknown_names(wanted: Candidate, reason: str, built: list[nn.Module]) -
 
 def test_a_missing_engine_gives_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"the engine openvino needs onnx, onnxscript, openvino: pip install onnx onnxscript openvino"):
+    with pytest.raises(
+        ValueError, match=r"the engine openvino needs onnx, onnxscript, openvino: pip install onnx onnxscript openvino"
+    ):
         quick(Candidate("repvgg_micro", "openvino"))
 
 
