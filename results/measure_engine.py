@@ -294,11 +294,11 @@ def _by(name: str, precision: str, path: Path) -> Net:
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "a0": a0,
-    "algorithms": algorithms,
-    "against_resnets": against_resnets,
-    "avx2": avx2,
     "int16": int16,
+    "avx2": avx2,
     "start": start,
+    "against_resnets": against_resnets,
+    "algorithms": algorithms,
 }
 
 
