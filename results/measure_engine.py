@@ -1,6 +1,7 @@
 """The native engine beside other engines on this machine: speed and error; writes results/engine.json and its figure.
 
-python results/measure_engine.py [PART ...]       # on a machine that does nothing else; see PARTS and MEMBERS; by default all
+python results/measure_engine.py [PART ...]       # on a machine that does nothing else; PARTS and MEMBERS; by default all that
+                                                  # can be begun within 18 minutes; each is saved when it is done
 
 Weights are random, but every batch norm has the statistics that its input has, so that each layer keeps the variance; errors are
 judged against float64, relative to how much outputs differ from image to image. In each run the engines take turns. Each rival
@@ -39,13 +40,14 @@ TURN = 0.4  # seconds that an engine runs in each round, at least one call
 RIVALS = ("openvino", "onnxruntime", "ncnn", "mnn")
 CALIBRATION_IMAGES = 32  # of INT8
 OUT = Path(__file__).with_name("engine.json")
+BUDGET = 18 * 60  # seconds after which nothing more is begun, unless it was asked for by name
 MEMBERS = (
-    "repvgg_a1",
     "repvgg_a2",
     "repvgg_b0",
     "repvgg_b1",
-    "repvgg_b1g2",
     "repvgg_b1g4",
+    "repvgg_a1",
+    "repvgg_b1g2",
     "repvgg_b2",
     "repvgg_b3",
     "repvgg_d2se",
@@ -292,19 +294,23 @@ def _by(name: str, precision: str, path: Path) -> Net:
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "a0": a0,
-    "algorithms": algorithms,
-    "against_resnets": against_resnets,
-    "avx2": avx2,
     "int16": int16,
+    "avx2": avx2,
     "start": start,
+    "against_resnets": against_resnets,
+    "algorithms": algorithms,
 }
 
 
 def main() -> None:
     torch.set_num_threads(THREADS)
+    began = time.monotonic()
     figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for word in sys.argv[1:] or [*PARTS, *MEMBERS]:
+            if not sys.argv[1:] and time.monotonic() - began > BUDGET:
+                say(f"{word}: left out, for want of time; python results/measure_engine.py {word}")
+                continue
             part, measure = (word, PARTS[word]) if word in PARTS else ("members", partial(member, word))
             figures[part] = {**figures.get(part, {}), **measure(Path(folder)), "load_before": os.getloadavg()[0]}
             protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "about": __doc__}

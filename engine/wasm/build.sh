@@ -4,7 +4,7 @@
 set -euo pipefail
 python=$(realpath -s "$1") out=$(realpath "$2")
 cd "$(dirname "$0")/../src"
-"$python" -m ziglang c++ -target wasm32-wasi -mexec-model=reactor -std=gnu++17 -O3 -msimd128 -fexceptions -DREPVGG_ISA=portable \
+"$python" -m ziglang c++ -target wasm32-wasi -mexec-model=reactor -std=gnu++17 -O3 -msimd128 -fexceptions -DREPVGG_ISA=portable -DREPVGG_SET=portable \
     -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -s -Wl,--strip-all -Wl,-z,stack-size=1048576 \
     alone.cpp api.cpp isa.cpp json.cpp kernels.cpp layer.cpp model.cpp net.cpp open.cpp plan.cpp prepare.cpp source.cpp \
     ../wasm/web.cpp -o "$out"
