@@ -51,7 +51,7 @@ const std::vector<Set> &sets() {
         found.push_back({"avx2", REPVGG_INT16, avx2, kernels_avx2_int16});
 #endif
         found.push_back({"portable", REPVGG_FP32, true, kernels_portable});
-#ifndef __wasm__  // where a build is small before all
+#ifndef __wasm__  // a page runs float32 alone
         found.push_back({"portable", REPVGG_INT16, true, kernels_portable_int16});
 #endif
         return found;
@@ -62,7 +62,11 @@ const std::vector<Set> &sets() {
 }  // namespace
 
 const Kernels *find_kernels(const char *isa, int precision) {
+#ifdef __wasm__
+    const char *forced = isa;
+#else
     const char *forced = isa && *isa ? isa : std::getenv("REPVGG_ENGINE_ISA");
+#endif
     const std::string name = forced ? forced : "";
     for (const Set &set : sets())
         if (set.here && set.precision == precision && (name.empty() || name == set.name)) return set.kernels();

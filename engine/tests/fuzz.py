@@ -1,4 +1,4 @@
-"""Hostile layers through the C interface and hostile files through the loader: an `EngineError` or an answer, never anything else.
+"""Hostile layers, model files and plans through the C interface: an `EngineError` or an answer, never anything else.
 
 python fuzz.py [--cases 1000] [--seed N]        # run by `make sanitize` in builds that watch memory; a seed repeats a run
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from nets import images, model_file, plain_net
-from repvgg_engine import EngineError, load
-from repvgg_engine.library import LIBRARY, ImagesStruct, LayerStruct, Message, OptionsStruct
+from repvgg_engine import EngineError, Plan, load
+from repvgg_engine.library import LIBRARY, ImagesStruct, LayerStruct, Message, OpenOptionsStruct, OptionsStruct
 
 ODD = (-(2**31), -1, 0, 1, 2, 3, 7, 16, 17, 255, 2**15, 46341, 2**16, 2**16 + 1, 2**20, 2**20 + 1, 2**31 - 1)
 SMALL = (1, 1, 2, 3, 3, 5, 8, 16, 20)
@@ -32,7 +32,8 @@ def main() -> None:
     ran = fuzz_layers(words.cases, words.seed)
     with tempfile.TemporaryDirectory() as folder:
         opened = fuzz_files(words.cases, words.seed, Path(folder))
-    print(f"fuzz: {ran} nets ran, {opened} files opened, the others were refused in words")
+        planned = fuzz_plans(words.cases, words.seed, Path(folder))
+    print(f"fuzz: {ran} nets ran, {opened} files and {planned} plans opened, the others were refused in words")
 
 
 def fuzz_layers(cases: int, seed: int) -> int:
@@ -53,6 +54,26 @@ def fuzz_files(cases: int, seed: int, folder: Path) -> int:
         path.write_bytes(_damaged(whole, choose))
         with suppress(EngineError):
             load(path, accuracy="exact", threads=2)(images(1, size=(choose.choice((8, 32)), 16)))
+            opened += 1
+    return opened
+
+
+def fuzz_plans(cases: int, seed: int, folder: Path) -> int:
+    """Return how many damaged plans could still be followed."""
+    choose, opened, path = random.Random(seed), 0, model_file(folder / "net.safetensors", plain_net())
+    net = load(path, accuracy="exact", threads=1)
+    whole = json.loads(Plan(net.isa, "fp32", tuple(net.chosen)).to_json())
+    names = ("F2", "F4", "F7", "direct", "direct bf16", "F2 bf16", "", "F3", "\n", "\u2028" * 300, *ODD)
+    for _ in range(cases):
+        plan = {**whole, "algorithms": [choose.choice(names[:3]) if choose.random() < 0.2 else n for n in whole["algorithms"]]}
+        if choose.random() < 0.5:
+            plan[choose.choice(list(plan))] = choose.choice((*names, [], {}, None, [whole["algorithms"]] * 2, 1.5))
+        raw = bytearray(json.dumps(plan).encode())
+        if choose.random() < 0.3:
+            raw[choose.randrange(len(raw))] = choose.randrange(1, 256)
+        message, options = Message(), OpenOptionsStruct(ctypes.sizeof(OpenOptionsStruct), None, bytes(raw), threads=1)
+        with suppress(EngineError):
+            LIBRARY.repvgg_destroy(message.check(LIBRARY.repvgg_open(str(path).encode(), options, *message.room)))
             opened += 1
     return opened
 

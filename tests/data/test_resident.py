@@ -126,3 +126,10 @@ def test_a_subset_of_a_subset() -> None:
 @pytest.mark.parametrize("flip", [True, False])
 def test_mirrors_are_half_or_none(flip: bool) -> None:
     assert abs(float(Shifts(4000, 4, flip, (0, 0)).mirrored.float().mean()) - (0.5 if flip else 0)) < 0.05
+
+
+def test_an_image_is_mirrored_in_every_other_epoch() -> None:
+    first, second, third = (Shifts(100, 4, True, (7, epoch)).mirrored for epoch in range(3))
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
+    assert not torch.equal(first, Shifts(100, 4, True, (8, 0)).mirrored)

@@ -85,7 +85,7 @@ def test_a_file_computes_what_the_training_form_does(to: str, model: nn.Module, 
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("to", QUICK)
+@pytest.mark.parametrize("to", ["onnx", *(pytest.param(to, marks=pytest.mark.slow) for to in QUICK if to != "onnx")])
 def test_images_of_any_size(to: str, model: nn.Module, tmp_path: Path) -> None:
     needs(to)
     path = export(model, to, tmp_path, shape=Shape(any_size=True), log=silent)

@@ -137,7 +137,7 @@ def of_each(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @of_each
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(specs())
 def test_any_block_is_the_sum_of_its_formulas(s: Spec) -> None:
     """Kernel, stride, dilation, padding and its mode, groups, branches, conv bias, affine, eps and dtype at random.

@@ -20,6 +20,7 @@ from repvgg.models.manifest import Preprocessing
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import Run, new_model, train
 from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.trainer import Trainer
 
 DEMO = get_recipe("demo")
 QUICK = replace(DEMO, epochs=2, batch_size=32, warmup_epochs=0)
@@ -165,3 +166,25 @@ def test_a_new_model_fits_its_source() -> None:
     photos = zoo.manifest_of(new_model("repvgg_micro", large, log=said.append)).arch
     assert photos is not None
     assert photos["small_input"] is False
+
+
+def test_small_images_come_first_and_the_whole_ones_are_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_on, evaluated_on = list[int](), list[int]()
+
+    def step(self: Trainer, parts: Any, *more: Any) -> None:
+        trained_on.extend(x.shape[-1] for x, _ in parts)
+        real(self, parts, *more)
+
+    def predict(self: Trainer, x: Tensor) -> Tensor:
+        evaluated_on.append(x.shape[-1])
+        return forward(self, x)
+
+    real, forward = Trainer.step, Trainer.predict
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "predict", predict)
+    quick(tmp_path, replace(QUICK, small_first=0.5))
+    assert trained_on == [8] * 3 + [16] * 3
+    assert {*evaluated_on} == {16}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in lines if "val_top1" in line]
+    assert 0 < seconds[0] <= seconds[1]

@@ -322,6 +322,7 @@ with joined("cpu") as world:
 """
 
 
+@pytest.mark.slow  # test_distributed.py: test_two_processes_equal_one proves the point on labels
 def test_one_and_two_processes_agree_exactly(roads: Path, source: Source, tmp_path: Path) -> None:
     """Three photos, which two processes do not divide."""
     from safetensors.torch import load_file

@@ -48,14 +48,15 @@ def export(
 ) -> list[Exported]:
     """Write a model as files of other runtimes, each compared with PyTorch before it is kept; return them.
 
-    to: onnx, openvino, ncnn, mnn, pt2, aotinductor, or several of them. batch_size: images a run, 0 for any number. pixels: take
-    uint8 pixels; image_size: and resize them too. data, images: compare on so many images of its validation split instead of random
-    ones. Raises ValueError for a format that is unknown, missing or cannot hold such a graph, `ReparamError` for what cannot be
-    folded.
+    to: onnx, openvino, ncnn, mnn, pt2, aotinductor, web (a folder with a page), or several of them. batch_size: images a run, 0 for
+    any number. pixels: take uint8 pixels; image_size: and resize them too. data, images: compare on so many images of its
+    validation split instead of random ones. Raises ValueError for a format that is unknown, missing or cannot hold such a graph,
+    `ReparamError` for what cannot be folded.
     """
     from repvgg.deploy.export import Shape, real_images
     from repvgg.deploy.export import export as write
     from repvgg.deploy.formats import report_of
+    from repvgg.deploy.web_folder import write_web
 
     network = opened(model)
     shape = Shape(batch_size or None, any_size, pixels, image_size)
@@ -63,7 +64,7 @@ def export(
     stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
     found = []
     for kind in [to] if isinstance(to, str) else to:
-        path = write(network, kind, out, stem, shape, compared, log)
+        path = write_web(network, out, shape, log) if kind == "web" else write(network, kind, out, stem, shape, compared, log)
         report = json.loads(report_of(path).read_text())
         found.append(Exported(path, kind, float(report["parity"]["error"]["relative"]), report))
     return found

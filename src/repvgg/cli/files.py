@@ -55,8 +55,8 @@ class Export:
     """
 
     model: Model
-    to: tuple[Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor"], ...]
-    """Kinds of files; pt2 is torch.export's, aotinductor the same compiled for this kind of processor."""
+    to: tuple[Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor", "web"], ...]
+    """Kinds of files; pt2 is torch.export's, aotinductor that compiled for this kind of processor, web a folder with a page."""
     out: Path
     """Folder for the files, and for a report (.json) and an example (.py) of each."""
     batch_size: int = 0

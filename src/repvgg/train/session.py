@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from repvgg.data import Source
 from repvgg.data.listing import SPLIT, write_table
@@ -136,8 +137,9 @@ class Session:
         steps = self.feed.steps
         self.trainer.train()
         for waited, parts in self._parts(epoch, course, stop):
-            lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
-            inputs = [(self._normalised(x), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
+            progress_made = course.step / (self.recipe.epochs * steps)
+            lr = self.recipe.lr_at(progress_made)
+            inputs = [(self._input(x, progress_made), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
             self.trainer.step(inputs, lr, course.step, self.feed.batch_size)
             course.step += 1
             progress.step(epoch, lr, waited, self.feed.images_per_second * self.world.size)
@@ -174,15 +176,19 @@ class Session:
                 return
             yield time.perf_counter() - started, parts
 
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
-        return normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+    def _input(self, x: torch.Tensor, progress: float) -> torch.Tensor:
+        """Return images on the device, normalised, of the size that they have after that share of the run."""
+        x = normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+        height, width = x.shape[-2:]
+        size = self.recipe.side_at(height, progress), self.recipe.side_at(width, progress)
+        return x if size == (height, width) else interpolate(x, size, mode="bilinear", antialias=True)
 
     def _evaluate(self, epoch: int, course: Course, logs: Logs, progress: Progress) -> None:
         """Evaluate at the end of an epoch, and save the models and the state."""
         trained = self.trainer.epoch_means()
         if course.step <= EARLY:
             some = islice(self.feed.epoch(epoch), RENEWING * self.recipe.accumulate)
-            self.trainer.renew_statistics(self._normalised(x) for x, _ in some)
+            self.trainer.renew_statistics(self._input(x, 1) for x, _ in some)
         self.trainer.settle()
         world = self.world
         bad = BadImages(self.out / "bad_images.txt", replace=False) if self.keeping.on_bad_image == "skip" else None
@@ -199,8 +205,10 @@ class Session:
                 self._save_model(name, course)
         last = course.last
         progress.evaluated(epoch, last, trained)
+        seconds = round(time.perf_counter() - self.started, 1)
         means = dict(zip(("train_loss", f"train_{self.task.share}"), trained, strict=True))
-        logs.write(step=course.step, epoch=epoch, **means, **{f"val_{name}": value for name, value in last.figures.items()})
+        figures = {f"val_{name}": value for name, value in last.figures.items()}
+        logs.write(step=course.step, epoch=epoch, seconds=seconds, **means, **figures)
         if self._ended(course) and course.epochs < self.recipe.epochs:
             progress.say(f"no better epoch than {course.best_epoch} in the last {self.recipe.early_stop}: it ends here")
         self._save(course)
