@@ -10,7 +10,9 @@
 namespace repvgg {
 
 const Kernels *kernels_portable();
+#ifndef __wasm__
 const Kernels *kernels_portable_int16();
+#endif
 #if defined(__x86_64__)
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx2_int16();
@@ -73,6 +75,7 @@ const Kernels *find_kernels(const char *isa, int precision) {
                                     (name.empty() ? "" : ", and REPVGG_ENGINE_ISA=avx512, not " + name));
     if (precision != REPVGG_FP32 && precision != REPVGG_INT16)
         throw std::invalid_argument("unknown precision " + std::to_string(precision));
+    if (name.empty()) throw std::invalid_argument("this build has no precision int16");
     throw std::invalid_argument("REPVGG_ENGINE_ISA=" + name + ": this processor has " + instruction_sets());
 }
 
