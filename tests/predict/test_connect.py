@@ -33,10 +33,6 @@ def test_paths_mean_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_reason_is_what_the_task_said() -> None:
-    try:
-        try:
-            raise OSError("no space left\non the disk")
-        except OSError as inner:
-            raise RuntimeError("a task failed") from inner
-    except RuntimeError as error:
-        assert connect.reason_of(error) == "no space left"
+    error = RuntimeError("a task failed")
+    error.__cause__ = OSError("no space left\non the disk")
+    assert connect.reason_of(error) == "no space left"
