@@ -5,6 +5,7 @@
 `create_model` of zoo.py builds the members of names.py. Source: RepVGG (CVPR 2021), Tables 2 and 3.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -104,6 +105,13 @@ class Residual(nn.Module):
         return self.act(self.block(self.layer(x)) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
+class _Mean(nn.Module):
+    """Take the mean over all places, as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 class RepVGG(nn.Module):
     """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
 
@@ -179,6 +187,13 @@ class RepVGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what torch.jit.script compiles in place of a deploy form: the same modules in a row, by the same names."""
+        parts: OrderedDict[str, nn.Module] = OrderedDict(stem=self.stem, stages=self.stages)
+        if self.num_classes:
+            parts |= OrderedDict(pool=_Mean(), head=self.head)
+        return nn.Sequential(parts).train(self.training)
+
     def reset_classifier(self, num_classes: int) -> None:
         """Put a new, untrained classifier of `num_classes` outputs in place of the old one; 0 leaves a backbone."""
         like, size = next(self.parameters()), (self.num_features, num_classes)
@@ -198,7 +213,7 @@ class RepVGG(nn.Module):
 
 def _in_pairs(layers: list[Layer], specs: list[LayerSpec], deploy: bool) -> list[Residual]:
     """Join each two layers to a residual block; where the first changes the shape, a 1x1 with batch norm is the shortcut."""
-    into, out, stride = specs[0].in_channels, specs[0].out_channels, specs[0].stride
+    into, out, stride = specs[0].in_channels, specs[1].out_channels, specs[0].stride
     joined: list[Residual] = []
     for first, second in zip(layers[::2], layers[1::2], strict=True):
         shortcut: nn.Module = nn.Identity()
