@@ -1,6 +1,7 @@
 """Ray, as predictions of whole data sets and grids of trainings meet it: a cluster that is there, or one of this machine."""
 
 import os
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def connect(address: str, log: Log) -> None:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
+        if address == "auto" and _gone():
+            raise ConnectionError
         ray.init(address=address, **quiet)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         if address != "auto":
@@ -34,6 +37,19 @@ def connect(address: str, log: Log) -> None:
             raise ValueError(f"--ray {address}: {reason}") from None
         ray.init(address="local", include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
     log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
+
+
+def _gone() -> bool:
+    """Return whether the cluster that was started here last does not answer; Ray itself would wait minutes for it."""
+    try:
+        address = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster").read_text()  # noqa: S108 - Ray's own
+        host, _, port = address.strip().rpartition(":")
+        socket.create_connection((host, int(port)), timeout=3).close()
+        return False
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return "RAY_ADDRESS" not in os.environ
 
 
 def reason_of(error: BaseException) -> str:
