@@ -13,7 +13,7 @@ from typing import Any
 import gpu_words
 import rivals
 import sections
-from deploy_table import engines
+from deploy_table import engines, sizing
 from layout import machine, many, table
 
 RESULTS = Path(__file__).parent
@@ -31,6 +31,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("camvid", "CamVid", sections.camvid, "measure_camvid.py"),
     ("ablation", "Tables 6 and 7", sections.ablation, "measure_ablation.py"),
     ("training", "A training step", sections.training, "measure_training.py"),
+    ("data", "Loading images, and predicting whole data sets", sections.data, "measure_data.py"),
     ("demo", "The demo", sections.demo, "../src/repvgg/demo.py"),
     ("startup", "Start-up", sections.startup, "measure_startup.py"),
     ("timing", "The timing loop", sections.timing, "measure_timing.py"),
@@ -97,6 +98,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     ROOT / "README.md": headline,
     ROOT / "docs" / "results.md": measured,
     ROOT / "docs" / "deploy.md": lambda: engines(record("engines") or {}),
+    ROOT / "docs" / "scale.md": lambda: sizing(record("engines") or {}, record("data")),
 }
 
 

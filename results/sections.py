@@ -183,6 +183,26 @@ def training(r: Record) -> str:
     )
 
 
+STAGES = ("read", "decode", "augment", "collate", "to device", "batches")
+
+
+def data(r: Record) -> str:
+    """Loading by stage, and a whole data set predicted alone and on Ray."""
+    p, work = r["protocol"], r["prediction"]
+    rows = [[name, *(f"{s[stage]:,.0f}" if stage in s else "" for stage in STAGES)] for name, s in r["loading"].items()]
+    alone, ray = work["alone"], work["ray"]
+    now, before = (r["loading"][name]["decode"] for name in ("photos, folder", "photos, folder, Pillow alone"))
+    return (
+        f'Images a second by stage, one process each; "batches" is what {many(p["workers"], "worker")} give together. JPEGs of '
+        f"500 x 375 pixels and {p['bytes'] / 1000:.0f} kB, light recipe (decoding is {now / before:.2f} times as fast as by Pillow "
+        f"alone); medians of {many(p['rounds'], 'round')}.\n\n{table(['', *STAGES], rows)}\n\n"
+        f"`repvgg predict` of {alone['images']:,} CIFAR-10 images by {work['model']}: {alone['steady']:,.0f} images/s "
+        f"alone and {ray['steady']:,.0f} with `--ray auto` on the same cores once all have started, {work['ratio']:.2f} times "
+        f"as many; {alone['whole']:,.0f} and {ray['whole']:,.0f} with starting. {work['same_labels']:,} labels are "
+        "the same."
+    )
+
+
 def demo(r: Record) -> str:
     value, low, high = r["speedup"]
     return (

@@ -140,10 +140,10 @@ def test_a_pruned_net_is_a_file_of_its_own(form: str, images: Tensor, tmp_path: 
     assert cost(smaller, SIZE).macs < 0.5 * cost(again, SIZE).macs
 
 
-COMPILED = ("compile", "aotinductor")
+QUICK = ("eager", "native", "onnxruntime")  # a pruned net is a plain one, as test_engines.py runs in all of them
 
 
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=[pytest.mark.slow] if e in COMPILED else []) for e in engines.ENGINES])
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=[] if e in QUICK else pytest.mark.slow) for e in engines.ENGINES])
 def test_a_pruned_net_runs_in_every_engine(engine: str, images: Tensor, tmp_path: Path) -> None:
     if engine not in engines.installed("fp32", log=lambda line: None):
         pytest.skip(f"{engine} is not installed")
@@ -178,7 +178,7 @@ def source(model: nn.Module) -> Source:
     return Source("self-labelled", decoded, decoded, ["a", "b", "c"], P, recipe="demo")
 
 
-@pytest.mark.parametrize("form", ["training", "deploy"])
+@pytest.mark.parametrize("form", ["training", pytest.param("deploy", marks=pytest.mark.slow)])
 def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source, tmp_path: Path) -> None:
     start = reparameterize(model) if form == "deploy" else model
     said: list[str] = []

@@ -123,7 +123,7 @@ def test_a_size_of_8n_plus_1_is_not_padded_and_any_other_is_its_corner() -> None
 
 
 @pytest.mark.parametrize("size", [(33, 33), (40, 25), (7, 50), (1, 1)])
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", [*NARROW[:2], pytest.param(NARROW[2], marks=pytest.mark.slow)])  # groups: test_repvgg.py
 def test_both_forms_agree_at_any_size(name: str, size: tuple[int, int]) -> None:
     model = narrow(name)
     deploy = reparameterize(model)

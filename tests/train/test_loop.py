@@ -61,7 +61,8 @@ def test_it_learns(trained: tuple[Run, Path]) -> None:
 
 def test_the_run_folder(trained: tuple[Run, Path]) -> None:
     run, out = trained
-    files = {"best.safetensors", "last.safetensors", "recipe.json", "metrics.jsonl", "summary.json", "state", "curve.png"}
+    files = {"best.safetensors", "last.safetensors", "recipe.json", "settings.json", "metrics.jsonl"}
+    files |= {"summary.json", "state", "curve.png"}
     events = {path.name for path in out.glob("events.out.tfevents.*")}
     assert len(events) == 1
     assert {path.name for path in out.iterdir()} == files | events
@@ -84,6 +85,8 @@ def test_metrics_are_json_lines(trained: tuple[Run, Path]) -> None:
     assert epochs[-1] == {
         "step": 88,
         "epoch": 3,
+        "train_loss": epochs[-1]["train_loss"],
+        "train_top1": epochs[-1]["train_top1"],
         "val_loss": run.last.loss,
         "val_top1": run.last.top1,
         "val_top5": run.last.top5,

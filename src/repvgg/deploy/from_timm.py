@@ -48,7 +48,7 @@ def _create(name: str, checkpoint: str | os.PathLike[str] | None, log: Log) -> n
     try:
         import timm
     except ImportError:
-        raise ValueError(f"{PREFIX}{name} comes from timm: pip install 'repvgg[bench]'") from None
+        raise ValueError(f"{PREFIX}{name} comes from timm: pip install timm") from None
     tensors = {} if checkpoint is None else read(checkpoint)[0]
     try:
         model: nn.Module = timm.create_model(name).eval()

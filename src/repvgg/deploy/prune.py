@@ -189,6 +189,13 @@ class PruningReport:
     engine: str
     keep: float
 
+    def __str__(self) -> str:
+        large, small = self.costs
+        return (
+            f"{self.keep:.0%} of the channels: top-1 {self.before.top1:.2%} before, {self.cut.top1:.2%} at once after, then "
+            f"{self.after.top1:.2%}\n{large.macs / small.macs:.2f} times fewer MACs, {self.speedup.ratio} the speed"
+        )
+
     def to_json(self) -> dict[str, Any]:
         accuracies = (("before", self.before), ("cut", self.cut), ("after", self.after))
         return {

@@ -188,7 +188,7 @@ def _resnet(name: str, in_chans: int, pretrained: bool) -> tuple[nn.Module, list
     try:
         import timm
     except ImportError:
-        raise ValueError(f"pspnet_{name} has its backbone from timm: pip install 'repvgg[bench]'") from None
+        raise ValueError(f"pspnet_{name} has its backbone from timm: pip install timm") from None
     options = {"features_only": True, "output_stride": STRIDE, "out_indices": (3, 4)}
     try:
         backbone: Any = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)

@@ -5,6 +5,7 @@
 `create_model` of zoo.py builds the members of names.py. Source: RepVGG (CVPR 2021), Tables 2 and 3.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -104,6 +105,13 @@ class Residual(nn.Module):
         return self.act(self.block(self.layer(x)) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
+class _Mean(nn.Module):
+    """Take the mean over all places, as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 class RepVGG(nn.Module):
     """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
 
@@ -178,6 +186,13 @@ class RepVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what torch.jit.script compiles in place of a deploy form: the same modules in a row, by the same names."""
+        parts: OrderedDict[str, nn.Module] = OrderedDict(stem=self.stem, stages=self.stages)
+        if self.num_classes:
+            parts |= OrderedDict(pool=_Mean(), head=self.head)
+        return nn.Sequential(parts).train(self.training)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Put a new, untrained classifier of `num_classes` outputs in place of the old one; 0 leaves a backbone."""

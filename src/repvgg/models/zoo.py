@@ -6,7 +6,7 @@ manifest_of(model)                                # what a file of it would say
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.families import DEFAULTS, Request, family_of
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import resolve_name
+from repvgg.models.network import Network
 from repvgg.models.plain import PlainNet, layer_list
 from repvgg.models.repvgg import RepVGG, is_deploy_form
 
@@ -31,7 +32,7 @@ def create_model(
     small_input: bool = False,
     block: str | None = None,
     widths: Sequence[int] | None = None,
-) -> nn.Module:
+) -> Network:
     """Return a model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes], of a PSPNet [N, num_classes, H, W].
 
     block: the structure of each layer in training form, a name in `repvgg.fold.blocks.BLOCKS`; by default the network's own
@@ -51,8 +52,8 @@ def create_model(
     model, manifest = family.create(Request(name, num_classes, in_chans, deploy, pretrained, options))
     remember(model, manifest)
     if deploy and (pretrained or not family.built_folded(name)):
-        return reparameterize(model.eval()).train()
-    return model
+        model = reparameterize(model.eval()).train()
+    return cast(Network, model)
 
 
 def takes(name: str, option: str) -> bool:
