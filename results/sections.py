@@ -105,7 +105,8 @@ def cifar10(r: Record) -> str:
     if e := r["embedded"]:
         text += (
             f"\n\nThe model `cifar10` that comes with the package is the deploy form of `{e['arch']}` after {e['epochs']} epochs, "
-            f"seed {e['seed']}, stored in {e['stored_as']} ({e['bytes'] / 1e6:.1f} MB): {e['top1']:.2%}, measured from that file."
+            f"seed {e['seed']}, stored in {e['stored_as']} ({e['bytes'] / 1e6:.1f} MB): {e['top1']:.2%}, measured from that file"
+            + (f" ({e['unfinished']})." if "unfinished" in e else ".")
         )
     return f"{text.strip()}\n\n![accuracy against images seen](../results/cifar10.png)"
 
