@@ -31,7 +31,7 @@ def keep_plain(module: nn.Module, to: nn.Module) -> None:
     for name, value in vars(module).items():
         if not name.startswith("_") and name not in vars(to) and isinstance(value, (int, float, str, tuple, type(None))):
             setattr(to, name, value)
-    to.training = module.training
+    to.train(module.training)  # what holds the modules there as well, which fx makes
 
 
 class ModuleWriter:
