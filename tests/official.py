@@ -71,8 +71,8 @@ class Official(nn.Module):
                 heads[name] = nn.Sequential(head, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out, num_classes))
             into = out
         self.linear = nn.Linear(into, num_classes)
-        for name, head in heads.items():
-            self.add_module(name, head)
+        for name, auxiliary in heads.items():
+            self.add_module(name, auxiliary)
 
     def forward(self, x: Tensor) -> Any:
         seen = {}

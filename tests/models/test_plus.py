@@ -1,5 +1,6 @@
 """RepVGGplus-L2pse against the official layout: keys, both forms, auxiliary heads, and files."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_it_folds_and_its_files_open(ours: Any, tmp_path: Path) -> None:
         repvgg.save(ours, tmp_path / "x.safetensors", to_keys="timm")
     options = engines.Options(input_size=(3, 64, 64), batch_size=2)
     for name in ("onnxruntime", "ncnn", "native"):  # those that read our list of layers, and one that reads PyTorch's graph
-        if all(map(engines.find_spec, engines.ENGINES[name].packages)):
+        if all(map(find_spec, engines.ENGINES[name].packages)):
             assert relative_error(engines.build(name, deploy, options)(X), wanted) < 1e-4
 
 

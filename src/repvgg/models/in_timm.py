@@ -1,18 +1,19 @@
-"""The RepVGG family in timm's registry, for whatever takes its networks from there.
+"""The RepVGG family in timm's registry, and our models as timm describes them, for whatever takes its networks from there.
 
 repvgg.register_with_timm()
 timm.create_model("rep_repvgg_b1g2", features_only=True)
 segmentation_models_pytorch.Unet("tu-rep_repvgg_a0", encoder_weights=None)
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from repvgg.models import keys, zoo
+from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import NETWORKS
 from repvgg.models.pretrained import RELEASED, REPO
 
@@ -60,20 +61,61 @@ def _tagged(ours: str, name: str) -> str:
 
 
 def _config(name: str) -> dict[str, Any]:
-    """Return what timm wants to know of a network and its weights."""
-    p = asdict(zoo.default_preprocessing({"name": name, "in_chans": 3}))
-    size = p["input_size"]
+    """Return what timm wants to know of one of our networks and its weights."""
     return {
         "hf_hub_id": REPO.format(name=name) if name.removeprefix("repvgg_") in RELEASED else None,
         "num_classes": 1000,
-        "input_size": size,
-        "pool_size": (size[1] // 32, size[2] // 32),
-        "crop_pct": size[1] / p["resize"],
-        "interpolation": p["interpolation"],
-        "mean": p["mean"],
-        "std": p["std"],
+        **_input(zoo.default_preprocessing({"name": name, "in_chans": 3})),
         "first_conv": ("stem.block.conv_kxk.conv", "stem.block.conv_1x1.conv"),
         "classifier": "head",
+    }
+
+
+def timm_config(manifest: Manifest) -> dict[str, Any] | None:
+    """Return the config.json by which timm and transformers open a model in timm's keys, as timm's own repvgg_a0 and so on.
+
+    None where timm has no such network: that is for the members whose weights were released, in training form (timm makes no
+    deploy form that pads), with the paper's blocks and strides. A width counts where timm rounds to the same channels.
+    """
+    arch = manifest.arch or {}
+    name, width = str(arch.get("name")), arch.get("width", 1.0)
+    usual = {"block": "repvgg", "output_stride": 32, "small_input": False}
+    if manifest.form != "training" or name.removeprefix("repvgg_") not in RELEASED or not usual.items() <= arch.items():
+        return None
+    if "widths" in arch or [round(c * width) for c in NETWORKS[name].widths()] != list(NETWORKS[name].widths(width)):
+        return None
+    defaults = {"in_chans": 3, "width_factor": 1.0, "drop_rate": 0.0, "global_pool": "avg"}
+    given = {**arch, "width_factor": width}
+    return {
+        "architecture": name,
+        "num_classes": arch["num_classes"],
+        "num_features": NETWORKS[name].widths(width)[-1],
+        "global_pool": arch["global_pool"],
+        "model_args": {key: given[key] for key, default in defaults.items() if given[key] != default},
+        "pretrained_cfg": {
+            **_input(manifest.preprocessing),
+            "fixed_input_size": False,
+            "first_conv": ["stem.conv_kxk.conv", "stem.conv_1x1.conv"],
+            "classifier": "head.fc",
+        },
+        **({"label_names": manifest.classes} if manifest.classes else {}),
+    }
+
+
+def _input(p: Preprocessing) -> dict[str, Any]:
+    """Return a preprocessing in timm's words. Its crop is a share, of which it makes pixels by rounding down."""
+    _, height, width = p.input_size
+    share = min(height, width) / p.resize
+    while math.floor(min(height, width) / share) < p.resize:
+        share = math.nextafter(share, 0)
+    return {
+        "input_size": p.input_size,
+        "pool_size": (-(-height // 32), -(-width // 32)),
+        "crop_pct": share,
+        "crop_mode": "center",
+        "interpolation": p.interpolation,
+        "mean": p.mean,
+        "std": p.std,
     }
 
 
