@@ -7,7 +7,7 @@ import pytest
 from repvgg import cli
 
 Captured = pytest.CaptureFixture[str]
-TRAIN = "train --arch repvgg_micro --width 0.25 --data digits --limit 320 --device cpu"
+TRAIN = "train --arch repvgg_micro --width 0.25 --data digits --limit 320 --device cpu --no-report"
 
 
 def repvgg(*words: Any) -> int:

@@ -36,13 +36,13 @@ def run(command: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_of_the_page_run(page: Path, desk: Path, forks: Forks) -> None:
-    """Those of the README as a user types them; the others in forks of a process that has PyTorch loaded."""
+    """In forks of a process that has PyTorch loaded. A command typed into a shell: tests/cli/test_entry.py."""
     for block in blocks(page, "console"):
         for line in block.splitlines():
             assert line.startswith("$ "), f"{page.name}: a console block holds commands alone, each after a $: {line!r}"
             command = line.removeprefix("$ ")
             first, *words = shlex.split(command, comments=True)
-            if first != "repvgg" or page.name == "README.md":
+            if first != "repvgg":
                 run(command, desk)
             else:
                 ended = forks(words, desk)
@@ -52,11 +52,8 @@ def test_commands_of_the_page_run(page: Path, desk: Path, forks: Forks) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_of_the_page_runs(page: Path, desk: Path, forks: Forks) -> None:
     for block in blocks(page, "python"):
-        if page.name == "README.md":
-            run(f"{sys.executable} -W error - <<'END'\n{block}\nEND", desk)
-        else:
-            ended = forks.python(block, desk)
-            assert ended.code == 0, f"{block}\n{ended.err[-2000:]}"
+        ended = forks.python(block, desk)
+        assert ended.code == 0, f"{block}\n{ended.err[-2000:]}"
 
 
 def test_blocks_that_are_not_run_say_so() -> None:

@@ -238,7 +238,7 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _learning_curve(history: list[dict[str, Any]]) -> Any:
-    from repvgg.paper.drawing import POINTWISE, WIDEST
+    from repvgg.web.drawing import POINTWISE, WIDEST
 
     figure, (left, right) = _axes(9, 3.2, columns=2)
     steps = [(h["step"], h["loss"]) for h in history if "loss" in h]
@@ -253,7 +253,7 @@ def _learning_curve(history: list[dict[str, Any]]) -> Any:
 
 def _error_dots(errors: list[tuple[str, float]]) -> Any:
     """Draw each layer's error as a dot: a bar on a logarithmic axis would have a length that means nothing."""
-    from repvgg.paper.drawing import WIDEST
+    from repvgg.web.drawing import WIDEST
 
     figure, axes = _axes(9, 3.2)
     shown = [(name.removeprefix("stages."), error) for name, error in errors if error]  # a layer without any error has no place
@@ -265,7 +265,7 @@ def _error_dots(errors: list[tuple[str, float]]) -> Any:
 
 
 def _speed_bars(times: dict[str, Times]) -> Any:
-    from repvgg.paper.drawing import IDENTITY, RULE
+    from repvgg.web.drawing import IDENTITY, RULE
 
     figure, axes = _axes(9, 1.9)
     names = list(times)[::-1]

@@ -28,8 +28,11 @@ def test_the_family(capsys: Captured) -> None:
     assert round(rows["repvgg_b1g4"]["macs"] / 1e9, 1) == 7.3
     assert round(rows["repvgg_b1g4"]["winograd_muls"] / 1e9, 1) == 3.9
     assert rows["repvgg_a0"]["training_params"] > rows["repvgg_a0"]["params"]
+    assert (rows["repvgg_a0"]["imagenet_top1"], rows["repvgg_a0"]["weights"]) == (72.426, True)
+    assert (rows["repvgg_b1g2"]["imagenet_top1"], rows["repvgg_b1g2"]["weights"]) == (None, False)
     info.show("", as_json=False)
     table = capsys.readouterr().out
+    assert re.search(r"repvgg_a0 .* 72\.43 *$", table, re.MULTILINE)
     for name, row in rows.items():
         (line,) = [line for line in table.splitlines() if re.match(rf" *{name}\s", line)]
         assert f"{row['params'] / 1e6:.2f} M" in line

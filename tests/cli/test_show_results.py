@@ -19,14 +19,28 @@ def test_accuracy(capsys: Captured) -> None:
     info.show_accuracy(accuracy, ["cat", "dog", "owl"], as_json=True)
     shown = json.loads(capsys.readouterr().out)
     assert shown["per_class"] == {"cat": 0.75, "dog": None, "owl": pytest.approx(2 / 3)}
+    assert shown["precision"] == {"cat": pytest.approx(0.6), "dog": 0.0, "owl": 1.0}
+    assert shown["f1"] == {"cat": pytest.approx(2 * 0.6 * 0.75 / 1.35), "dog": 0.0, "owl": 0.8}
     assert shown["confusion"] == confusion.tolist()
     assert (shown["images"], shown["top1"], shown["top5"], shown["loss"]) == (10, 0.7, 1, 0.5)
     info.show_accuracy(accuracy, ["cat", "dog", "owl"], as_json=False)
     table = capsys.readouterr().out
-    assert re.search(r"^ *cat +3 +1 +\. +75.0%", table, re.MULTILINE)
-    assert re.search(r"^ *dog +\. +\. +\. *$", table, re.MULTILINE)  # no images, so no share
+    assert re.search(r"^ *true \\ predicted +cat +dog +owl *$", table, re.MULTILINE)
+    assert re.search(r"^ *cat +3 +1 +\. *$", table, re.MULTILINE)
+    assert re.search(r"^ *dog +\. +\. +\. *$", table, re.MULTILINE)
+    assert re.search(r"^ *cat +4 +60.0% +75.0% +66.7% *$", table, re.MULTILINE)
+    assert re.search(r"^ *dog +0 +0.0% +0.0% *$", table, re.MULTILINE)  # no images, so no recall
     assert "nan" not in table
     assert "top-1 70.00%   top-5 100.00%   loss 0.5000   10 images" in table
+
+
+def test_names_of_classes_are_never_cut(capsys: Captured) -> None:
+    classes = [f"a class with a long name, number {i}" for i in "abc"]
+    info.show_accuracy(Accuracy(6, 0.5, 1.0, 1.0, torch.diag(torch.tensor([1, 2, 3]))), classes, as_json=False)
+    table = capsys.readouterr().out
+    for number, name in enumerate(classes, 1):
+        assert re.search(rf"^ *{number} {name} ", table, re.MULTILINE)
+    assert re.search(r"^ *true \\ predicted +1 +2 +3 *$", table, re.MULTILINE)
 
 
 def test_accuracy_of_many_classes_lists_the_hardest(capsys: Captured) -> None:

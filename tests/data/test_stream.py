@@ -1,50 +1,28 @@
 """data/stream.py: WebDataset shards and streamed parquet, near and on a small server of our own."""
 
 import http.server
-import io
-import tarfile
 import threading
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tars import png, write_shards
 
 from repvgg.data import DataError, Source, open_source
+from repvgg.data import stream as stream_module
 from repvgg.data.images import ImageError
-from repvgg.data.stream import Stream, expanded, open_wds
+from repvgg.data.stream import Plan, Stream, expanded, open_wds
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import World
 from repvgg.train.loop import train
 from repvgg.train.recipes import Keeping, Recipe
 
 RECIPE = Recipe(epochs=2, batch_size=6, crop="shift", flip=False)
-
-
-def png(grey: int) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.full((40, 40, 3), grey, dtype=np.uint8)).save(out, "png")
-    return out.getvalue()
-
-
-def write_shards(root: Path, sizes: dict[str, list[int]], bad: int | None = None) -> Path:
-    """Shards of images, the n-th of which is grey level n and of class n % 4."""
-    root.mkdir(exist_ok=True)
-    number = 0
-    for split, counts in sizes.items():
-        for shard, count in enumerate(counts):
-            with tarfile.open(root / f"{split}-{shard:03d}.tar", "w") as tar:
-                for _ in range(count):
-                    content = b"not an image" if number == bad else png(number)
-                    for suffix, data in (("png", content), ("cls", str(number % 4).encode())):
-                        info = tarfile.TarInfo(f"{number:05d}.{suffix}")
-                        info.size = len(data)
-                        tar.addfile(info, io.BytesIO(data))
-                    number += 1
-    return root
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +36,15 @@ def shards(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "shards", {"train": [7, 7, 7, 7], "val": [5, 4]})
 
 
-def greys(stream: Stream, **options: int) -> list[int]:
-    return [int(stream[e][0][0, 0, 0]) for e in stream.order(**options)]
+def seen(stream: Stream, plan: Plan) -> list[int]:
+    """The grey levels of a plan's batches, in their order."""
+    lanes = [plan.examples(lane) for lane in range(len(plan.lanes))]
+    batches = [list(islice(lanes[j % len(lanes)], plan.size(j))) for j in range(plan.first, plan.batches)]
+    return [int(stream[e][0][0, 0, 0]) for batch in batches for e in batch]
+
+
+def greys(stream: Stream, seed: int = 0, start: int = 0, size: int = 1, batches: int = 28, first: int = 0) -> list[int]:
+    return seen(stream, stream.shuffled(seed, start, [size], batches, first))
 
 
 def train_stream(source: Source) -> Stream:
@@ -71,46 +56,73 @@ def test_a_folder_of_shards(shards: Path) -> None:
     source = open_source(f"wds:{shards}")
     assert (source.classes, len(source.train), len(source.val)) == (["0", "1", "2", "3"], 28, 9)
     stream = train_stream(source)
-    first = list(stream.order(seed=0, rank=0, processes=1, first=0, last=28))
-    assert sorted(int(stream[e][0][0, 0, 0]) for e in first) == list(range(28))
-    assert all(stream[e][1] == int(stream[e][0][0, 0, 0]) % 4 for e in first)
+    assert sorted(greys(stream)) == list(range(28))
+    examples = list(stream.shuffled(0, 0, [28], 1).examples(0))
+    assert all(stream[e][1] == int(stream[e][0][0, 0, 0]) % 4 for e in examples)
+    assert sorted(e.position for e in examples) == list(range(28))
     assert isinstance(source.val, Stream)
-    assert [int(source.val[e][0][0, 0, 0]) for e in source.val.in_order()] == list(range(28, 37))
+    assert seen(source.val, source.val.in_order(0, 1, 9)) == list(range(28, 37))
+    shares = [seen(source.val, source.val.in_order(rank, 2, 2)) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == list(range(28, 37))
 
 
-def test_the_order_is_a_function_of_the_seed_and_goes_on_anywhere(shards: Path) -> None:
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_order_is_a_function_of_the_seed_and_goes_on_anywhere(shards: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "CHUNK", 4)
     stream = train_stream(open_source(f"wds:{shards}"))
-    whole = greys(stream, seed=3, rank=0, processes=1, first=0, last=28)
-    assert whole != greys(stream, seed=4, rank=0, processes=1, first=0, last=28)
+    count = 28 // size
+    whole = greys(stream, 3, size=size, batches=count)
+    assert len(set(whole)) == count * size
+    assert whole != greys(stream, 4, size=size, batches=count)
     assert whole != sorted(whole)
-    for first in (1, 10, 27):
-        assert greys(stream, seed=3, rank=0, processes=1, first=first, last=28) == whole[first:]
+    for first in range(count):
+        assert greys(stream, 3, size=size, batches=count, first=first) == whole[first * size :]
 
 
-def test_each_shard_is_read_by_one_process_only(shards: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 3, 4, 8])
+def test_every_image_is_read_by_one_process(shards: Path, processes: int) -> None:
+    """Also where the number of processes does not divide that of the shards."""
     stream = train_stream(open_source(f"wds:{shards}"))
-    read = [greys(stream, seed=1, rank=rank, processes=2, first=0, last=14) for rank in range(2)]
-    assert sorted(read[0] + read[1]) == list(range(28))
-    assert not {grey // 7 for grey in read[0]} & {grey // 7 for grey in read[1]}
-    odd = [greys(stream, seed=1, rank=rank, processes=3, first=0, last=9) for rank in range(3)]  # 3 does not divide 4 shards
-    assert len({*odd[0], *odd[1], *odd[2]}) == 27
+    each = 28 // processes
+    read = [greys(stream, 1, rank * each, 1, each) for rank in range(processes)]
+    assert [len(some) for some in read] == [each] * processes
+    assert len({grey for some in read for grey in some}) == each * processes
 
 
-def test_a_process_with_fewer_images_begins_again(tmp_path: Path) -> None:
-    stream = train_stream(open_source(f"wds:{write_shards(tmp_path / 's', {'train': [2, 8], 'val': [4]})}"))
-    read = [greys(stream, seed=1, rank=rank, processes=2, first=0, last=5) for rank in range(2)]
-    assert sorted(len(set(r)) for r in read) == [2, 5]
-    assert [len(r) for r in read] == [5, 5]
+def test_shards_of_unequal_size(tmp_path: Path) -> None:
+    stream = train_stream(open_source(f"wds:{write_shards(tmp_path / 's', {'train': [2, 8, 1, 5], 'val': [4]})}"))
+    read = [greys(stream, 1, rank * 8, 2, 4) for rank in range(2)]
+    assert sorted(read[0] + read[1]) == list(range(16))
+
+
+def test_going_on_reads_no_more_than_the_shards_that_it_is_in(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "CHUNK", 1)
+    stream = train_stream(open_source(f"wds:{shards}"))
+    read: list[int] = []
+    real = Stream._rows
+
+    def counted(self: Stream, table: Any, first: int, position: int) -> Any:
+        for number, example in real(self, table, first, position):
+            read.append(number)
+            yield number, example
+
+    monkeypatch.setattr(Stream, "_rows", counted)
+    assert len(greys(stream, 1, first=24)) == 4
+    assert len(read) == 4
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_any_number_of_workers_gives_the_same_batches(shards: Path) -> None:
     source = open_source(f"wds:{shards}")
-    runs = [list(Feed(source, RECIPE, workers=workers).epoch(1, first=1)) for workers in (0, 2)]
+    runs = [list(Feed(source, RECIPE, workers=workers).epoch(1, first=1)) for workers in (0, 1, 3)]
     assert len(runs[0]) == 3
-    assert all(torch.equal(x, a) and torch.equal(y, b) for (x, y), (a, b) in zip(*runs, strict=True))
+    for run in runs[1:]:
+        assert all(torch.equal(x, a) and torch.equal(y, b) for (x, y), (a, b) in zip(runs[0], run, strict=True))
     shares = [list(Feed(source, RECIPE, world=World(rank, 2)).epoch(0)) for rank in range(2)]
     assert [len(y) for share in shares for _, y in share] == [3] * 8
+    uneven = [list(Feed(source, replace(RECIPE, accumulate=2), world=World(rank, 2)).epoch(0)) for rank in range(2)]
+    assert [len(y) for share in uneven for _, y in share] == [1, 2] * 8
+    assert len({int(x.max()) for share in uneven for batch, _ in share for x in batch}) == 24
 
 
 def test_a_run_on_shards(shards: Path, tmp_path: Path) -> None:
@@ -119,14 +131,16 @@ def test_a_run_on_shards(shards: Path, tmp_path: Path) -> None:
     assert run.last.confusion.sum(1).tolist() == [3, 2, 2, 2]
     limited = open_source(f"wds:{shards}").limited(6)
     assert (len(limited.train), len(limited.val)) == (6, 6)
-    assert len(greys(train_stream(limited), seed=0, rank=0, processes=1, first=0, last=6)) == 6
+    drawn = greys(train_stream(limited), batches=6)
+    assert len(set(drawn)) == 6
+    assert drawn != greys(train_stream(open_source(f"wds:{shards}").limited(6, seed=1)), batches=6)
 
 
 def test_shards_on_a_server(shards: Path) -> None:
     with server(shards) as url:
         source = open_wds(f"{url}/train-{{000..003}}.tar;{url}/val-{{000..001}}.tar")
         assert (len(source.train), len(source.val)) == (28, 9)
-        assert sorted(greys(train_stream(source), seed=0, rank=0, processes=1, first=0, last=28)) == list(range(28))
+        assert sorted(greys(train_stream(source))) == list(range(28))
 
 
 class server:
@@ -144,16 +158,6 @@ class server:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
-
-
-def test_images_are_counted_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_wds(str(shards))
-    monkeypatch.setattr(np, "bincount", lambda *_: pytest.fail("counted again"))
-    assert len(open_wds(str(shards)).train) == 28
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(shards / "cache"))
-    write_shards(shards, {"train": [3]})
-    assert len(open_wds(str(shards)).train) == 24
 
 
 @pytest.fixture
@@ -178,7 +182,7 @@ def test_streamed_parquet(tmp_path: Path) -> None:
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"set/{split}-00000.parquet")
     source = open_source(f"hf-stream:{tmp_path / 'set'}")
     assert (source.classes, len(source.train), len(source.val)) == (["a", "b"], 10, 4)
-    assert sorted(greys(train_stream(source), seed=0, rank=0, processes=1, first=0, last=10)) == list(range(10))
+    assert sorted(greys(train_stream(source), batches=10)) == list(range(10))
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, shards: Path) -> None:

@@ -32,7 +32,8 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C compiler and Linux")
 MIB = 1 << 20
 TRAIN = (
-    "train --arch repvgg_micro --width 0.25 --data digits --limit 48 --epochs 2 --batch-size 16 --save-steps 1 --recipe demo --out"
+    "train --arch repvgg_micro --width 0.25 --data digits --limit 48 --epochs 2 --batch-size 16 --save-steps 1 --recipe demo "
+    "--no-report --out"
 )
 
 

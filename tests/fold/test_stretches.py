@@ -1,11 +1,13 @@
 """stretches.py: which parts of a forward fold, and which are left, with the reason."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
+import torch
 import torch.nn.functional as F
-from conftest import randomize
-from folding import SMALL, MyConv, MyNorm, Siblings, assert_folds_exactly, folds, report_of
+from conftest import randomize, relative_error
+from folding import SMALL, MyConv, MyNorm, Siblings, assert_folds_exactly, folds, outputs, report_of
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError
@@ -242,3 +244,19 @@ def test_trap_15_batch_norm_act_keeps_its_activation() -> None:
     with pytest.raises(ReparamError, match=r"^a\.1: has an activation inside"):
         as_linear(Branches(a=model[:2]).eval())
     folds(Branches(a=model[2:]), (2, 4, 6, 6))
+
+
+def test_numbers_that_cancel_fold_as_far_as_their_digits_go() -> None:
+    """A bias that the batch norm takes away again: what is left of x + 1e6 - 1e6 has lost six digits, in the original."""
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).double(), SMALL)
+    x = torch.randn(SMALL).double()
+    wanted = outputs(net, x)
+    for scale, digits in ((1e6, 1e-8), (1e12, None)):
+        far = copy.deepcopy(net)
+        far[0].bias.data += scale
+        far[1].running_mean += scale
+        if digits:
+            assert relative_error(outputs(reparameterize(far), x), wanted) <= digits
+        else:
+            with pytest.raises(ReparamError, match=r"its numbers cancel: they are up to \de\+1\d times as large.*running means"):
+                reparameterize(far)

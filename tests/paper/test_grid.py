@@ -1,22 +1,24 @@
-"""grid.py: cells are trained once, by one process at a time, and what is done stays done."""
+"""grid.py: cells are trained once, here or on Ray, and what is done stays done."""
 
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import randomize
-from filelock import FileLock
 from rich.console import Console
 from rounding import REPORTED
 
 from repvgg.data import open_source
-from repvgg.disk import FileError
+from repvgg.disk import FileError, hold
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.paper import grid as grids
@@ -88,7 +90,7 @@ def test_settings_of_a_folder_stay(tmp_path: Path, trained: list[str]) -> None:
 
 
 def test_a_killed_cell_goes_on_where_it_was(tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the training and the comparison of forms, only that is left to do; a lock without an owner is no obstacle."""
+    """Between the training and the comparison of forms, only that is left to do."""
     grid = small(tmp_path, variants=("plain",))
 
     def killed(*_: Any) -> None:
@@ -106,44 +108,34 @@ def test_a_killed_cell_goes_on_where_it_was(tmp_path: Path, trained: list[str], 
     assert trained == []
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from repvgg.paper.grid import _claim
-
-with _claim(Path(sys.argv[1])) as mine:
-    print(mine, flush=True)
-    time.sleep(60)
-"""
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(FileError, match="works in it already"):
+        run(small(tmp_path), quiet)
 
 
-def test_a_claim_falls_with_its_process(tmp_path: Path) -> None:
-    path = tmp_path / "plain-0.lock"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "True\n"
-        with grids._claim(path) as mine:
-            assert not mine
-        holder.kill()
-    with grids._claim(path) as mine:
-        assert mine
-
-
-def test_cells_of_other_processes_are_left_to_them_and_waited_for(
-    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = FileLock(tmp_path / "plain-0.lock")
-    other.acquire()
-    words: list[str] = []
-
-    def asleep(seconds: float) -> None:
-        assert trained == ["repvgg-0"]
-        assert words[-1] == "other processes work on plain-0: waiting for them"
-        other.release()  # it died
-
-    monkeypatch.setattr("time.sleep", asleep)
-    run(small(tmp_path), words.append)
-    assert trained == ["repvgg-0", "plain-0"]
+@pytest.mark.slow
+def test_cells_on_ray(tmp_path: Path) -> None:
+    """A worker is killed while it trains; every cell is trained once, as on one machine."""
+    pytest.importorskip("ray")
+    words = (
+        "repvgg ablate --data digits --recipe demo --arch repvgg_micro --width 0.125 --limit 400 --variants plain,repvgg --seeds 1"
+    )
+    words = f"{words} --epochs 3 --batch-size 32 --device cpu --json --out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *words.split(), str(tmp_path / "ray"), "--ray", "auto"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None and not any((tmp_path / "ray").glob("*/state/*.safetensors")):
+            time.sleep(0.02)
+        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "_work_far_away" in "".join(p.cmdline()[:1])]
+        assert workers
+        workers[0].kill()
+        _, said = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    subprocess.run([sys.executable, "-m", *words.split(), str(tmp_path / "alone")], check=True, env=environment, timeout=400)
+    for name in ("plain-0", "repvgg-0"):
+        found, wanted = (load(tmp_path / out / name / "last.safetensors").state_dict() for out in ("ray", "alone"))
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        assert "goes on after step" in "".join(path.read_text() for path in (tmp_path / "ray").glob("*.log"))
 
 
 def test_a_cell_that_diverges_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

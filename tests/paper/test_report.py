@@ -14,7 +14,7 @@ from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
 
 
 def result(part: str) -> Result:
-    from repvgg.paper.drawing import canvas
+    from repvgg.web.drawing import canvas
 
     figures = {part: canvas(40, 30)[0]} if part.startswith("figure") else {}
     tables = [] if figures else [Table(f"rows of {part}", ("name", "number"), [("<b>", 1.5), (None, 2)])]

@@ -2,21 +2,21 @@
 
 import json
 import os
-import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from predicting import command, rows, run
 from roads import make_camvid
 from rounding import REPORTED
 
 from repvgg.disk import FileError
-from repvgg.predict import cluster
+from repvgg.predict import cluster, connect
 from repvgg.predict.job import Job
+from repvgg.predict.place import Place
 from repvgg.predict.remote import open_data
 from repvgg.predict.where import Cluster
 
@@ -46,16 +46,20 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
     run(job)
     shards = open_data(job.data, "val", 4)
     (tmp_path / "ray").mkdir()
-    store, root = cluster._place(str(tmp_path / "ray"))
-    _, decoder, _ = cluster._agreed(job, shards, store, root, str)
-    actor = cluster.Predictor(job, "", (store, root))
-    tables = [actor(cluster._decode(decoder, table)) for table in cluster._blocks(job, [0, 1, 2])]
+    place = Place.of(str(tmp_path / "ray"))
+    _, decoder, schema = cluster._agreed(job, shards, place, str)
+    actor = cluster.Predictor(job, "", place)
+    tables = [actor(cluster._decode(decoder, table)) for table in cluster._blocks(job, [0, 1, 2], place.done())]
     found = {row["key"]: row for table in tables for row in table.to_pylist()}
     for key, wanted in by_key(job.out).items():
         got = found.pop(key)
         assert got.pop("probabilities") == pytest.approx(wanted.pop("probabilities"), abs=REPORTED)
         assert got == wanted
     assert not found
+    cluster._write(place, schema, tables[0])
+    assert place.counts() == (1, tables[0].num_rows, sum(row["error"] is not None for row in tables[0].to_pylist()))
+    left = [key for table in cluster._blocks(job, [0, 1, 2], place.done()) for key in table["key"].to_pylist()]
+    assert sorted(left + tables[0]["key"].to_pylist()) == sorted(by_key(job.out))
 
 
 def test_what_is_refused_before_ray_is_asked(files: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +67,7 @@ def test_what_is_refused_before_ray_is_asked(files: Path, photos: Path, tmp_path
     run(job)
     with pytest.raises(FileError, match="was begun with the runner None, not ray: give another --out"):
         cluster.predict_on_ray(job, ALONE, str)
-    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    monkeypatch.setattr(connect, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--ray needs ray, pandas: pip install 'repvgg\[scale\]'"):
         cluster.predict_on_ray(job, ALONE, str)
 
@@ -93,37 +97,15 @@ def test_ray_gives_the_rows_of_the_loop(files: Path, photos: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_goes_on(job: Job, tmp_path: Path) -> None:
-    job = replace(job, part_size=30, batch_size=10)
-    run(replace(job, out=str(tmp_path / "alone")))
-    words = [*command(job), "--ray", "auto", "--concurrency", "1,1"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(Path(job.out).glob("*.parquet")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = on_ray(job)
-    assert done.returncode == 0, done.stderr
-    assert by_key(job.out).keys() == by_key(tmp_path / "alone").keys()
-
-
-@pytest.mark.slow
 def test_from_and_to_an_object_store(bucket: str, files: Path, photos: Path, tmp_path: Path) -> None:
-    from repvgg.predict.remote import filesystem
-
     for path in sorted((photos / "val").rglob("*.png")):
-        store, target = filesystem(f"{bucket}/in/{path.relative_to(photos / 'val')}")
-        with store.open_output_stream(target) as file:
-            file.write(path.read_bytes())
+        Place.of(f"{bucket}/in").write(str(path.relative_to(photos / "val")), path.read_bytes())
     job = Job(str(files / "colour.safetensors"), f"{bucket}/in", f"{bucket}/out", part_size=4)
     done = on_ray(job)
     assert done.returncode == 0, done.stderr
     run(replace(job, out=str(tmp_path / "local")))
-    import pyarrow.parquet as pq
-
-    store, root = filesystem(job.out)
-    names = [name for name in cluster._names(store, root) if name.endswith(".parquet")]
-    found = {row["key"]: row for name in names for row in pq.read_table(f"{root}/{name}", filesystem=store).to_pylist()}
+    place = Place.of(job.out)
+    found = {row["key"]: row for part in place.parts() for row in pq.read_table(part, filesystem=place.store).to_pylist()}
     wanted = by_key(tmp_path / "local")
     assert found.keys() == wanted.keys()
     assert all(found[key]["labels"] == wanted[key]["labels"] for key in wanted)

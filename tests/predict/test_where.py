@@ -6,7 +6,7 @@ from repvgg.predict.where import Cluster
 
 
 def test_actors() -> None:
-    assert [Cluster().actors(n) for n in (1, 2, 4, 64)] == [(1, 1), (1, 1), (1, 2), (1, 62)]
+    assert [Cluster().actors(n) for n in (1, 2, 4, 64)] == [(1, 1), (1, 2), (1, 4), (1, 64)]
     assert Cluster(concurrency="3").actors(8) == (3, 3)
     assert Cluster(concurrency="2,9").actors(1) == (2, 9)
     for wrong in ("0", "a", "4,2", "1,2,3", "-1"):

@@ -35,7 +35,7 @@ def test_each_epoch_has_an_order_of_its_own() -> None:
     assert tuple(chain(*labels(Feed(source(), RECIPE, 1), 1))) == orders[1, 1]
 
 
-@pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (3, 1), (1, 4), (2, 3), (6, 2)])
+@pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (3, 1), (1, 4), (2, 3), (6, 2), (5, 1), (3, 3), (1, 5)])
 def test_processes_and_parts_divide_the_same_global_batches(size: int, accumulate: int) -> None:
     whole = labels(Feed(source(), RECIPE, 3), 2)
     recipe = Recipe(batch_size=12, crop="shift", flip=False, accumulate=accumulate)
@@ -43,7 +43,7 @@ def test_processes_and_parts_divide_the_same_global_batches(size: int, accumulat
     for step, batch in enumerate(whole):
         parts = [share[step * accumulate + i] for share in shares for i in range(accumulate)]
         assert list(chain(*parts)) == batch
-        assert len({len(part) for part in parts}) == 1
+        assert max(map(len, parts)) - min(map(len, parts)) <= (12 % len(parts) > 0)
 
 
 def test_an_epoch_goes_on_at_any_step() -> None:
@@ -56,14 +56,14 @@ def test_an_epoch_goes_on_at_any_step() -> None:
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    with pytest.raises(ValueError, match="--batch-size 12 cannot be divided among 5 processes: 10 can"):
-        Feed(source(), RECIPE, world=World(0, 5))
-    with pytest.raises(ValueError, match="--batch-size 12 cannot be divided among 3 processes of 3 parts: 9 can"):
-        Feed(source(), Recipe(batch_size=12, accumulate=3), world=World(0, 3))
+    with pytest.raises(ValueError, match="--batch-size 12 cannot be divided among 13 processes: 13 can"):
+        Feed(source(), RECIPE, world=World(0, 13))
+    with pytest.raises(ValueError, match="--batch-size 12 cannot be divided among 5 processes of 3 parts: 15 can"):
+        Feed(source(), Recipe(batch_size=12, accumulate=3), world=World(0, 5))
     with pytest.raises(ValueError, match="numbered: 2 images to train on are fewer than 4 parts of a step"):
         Feed(source(2), RECIPE, world=World(0, 4))
 
 
-def test_a_small_set_makes_a_batch_that_divides() -> None:
-    feed = Feed(source(7), RECIPE, world=World(0, 3))
-    assert (feed.batch_size, feed.part, feed.steps) == (6, 2, 1)
+def test_a_small_set_makes_a_smaller_batch() -> None:
+    feeds = [Feed(source(7), RECIPE, world=World(rank, 3)) for rank in range(3)]
+    assert [(feed.batch_size, feed.part, feed.steps) for feed in feeds] == [(7, 2, 1), (7, 2, 1), (7, 3, 1)]

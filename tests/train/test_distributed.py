@@ -25,7 +25,8 @@ from repvgg.train.distributed import ALONE, joined, local_device
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORDS = (
-    "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 127 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
+    "-m repvgg train --no-report "
+    "--arch repvgg_micro --width 0.25 --data digits --limit 127 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
     "--warmup-epochs 0 --recipe demo --device cpu --save-steps 2 --out"
 )
 
@@ -61,7 +62,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Float64, batch norms still, 20 steps of the same global batches; and an evaluation of 241 images, which two do not divide."""
+    """Float64, batch norms still, the same global batches of 13 images, and an evaluation of 241: what two do not divide."""
     equality.main(tmp_path)  # alone, here
     done = run(torchrun(equality.__file__, str(tmp_path)))
     assert done.returncode == 0, done.stderr
@@ -163,11 +164,25 @@ def stopped(out: Path) -> None:
     assert "repvgg: stopped after step" in said
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """As after a machine has left a run of --nnodes 2:4: of a batch of 16 three processes take 5 or 6 images each."""
+    out = tmp_path / "run"
+    stopped(out)
+    words = torchrun(*WORDS.split(), str(out))
+    words[words.index("--nproc-per-node") + 1] = "3"
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step" in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["processes"] == 3
+
+
 @pytest.mark.slow  # test_batches.py: test_a_batch_that_cannot_be_divided_is_refused proves the point
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    done = run(torchrun(*WORDS.split(), str(tmp_path), "--batch-size", "15"))
+    done = run(torchrun(*WORDS.split(), str(tmp_path), "--batch-size", "1"))
     assert done.returncode != 0
-    assert "repvgg: --batch-size 15 cannot be divided among 2 processes: 16 can\n" in done.stderr
+    assert "repvgg: --batch-size 1 cannot be divided among 2 processes: 2 can\n" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))
 
 

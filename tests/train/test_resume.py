@@ -23,7 +23,8 @@ from repvgg.train.recipes import Keeping, get_recipe
 
 QUICK = replace(get_recipe("demo"), epochs=3, batch_size=16, warmup_epochs=0, mixup=0.2, ema=0.9)
 WORDS = (
-    "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 128 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
+    "-m repvgg train --no-report "
+    "--arch repvgg_micro --width 0.25 --data digits --limit 128 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
     "--warmup-epochs 0 --recipe demo --device cpu --save-steps 3 --workers 2 --out"
 )
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -43,9 +43,10 @@ def data_speeds(source: Source, recipe: Recipe, workers: int = 0, device: str = 
         return results
 
     if feed.resident is None:
-        stream, transform = getattr(source.train, "order", None), feed.images.transform
-        if stream:
-            keys: Any = timed("read", lambda example: example, stream(0, 0, 1, 0, count), count)
+        shuffled, transform = getattr(source.train, "shuffled", None), feed.images.transform
+        if shuffled:
+            lane = shuffled(0, 0, [count], 1).examples(0)
+            keys: Any = timed("read", lambda example: example, islice(lane, count), count)
         else:
             keys = torch.randperm(feed.count, generator=torch.Generator().manual_seed(0))[:count].tolist()
         decoded = timed("decode", source.train.__getitem__, keys, len(keys))

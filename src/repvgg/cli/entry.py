@@ -25,6 +25,7 @@ COMMANDS = {
     "engines": "look.Engines",
     "recipe": "look.ShowRecipe",
     "train": "training.Train",
+    "report": "look.Report",
     "eval": "using.Eval",
     "convert": "files.Convert",
     "predict": "using.Predict",
@@ -35,6 +36,7 @@ COMMANDS = {
     "prune": "training.Prune",
     "bench": "measuring.Bench",
     "bench-data": "measuring.BenchData",
+    "index": "measuring.WriteIndex",
     "ablate": "training.Ablate",
     "paper": "measuring.Paper",
 }

@@ -1,4 +1,4 @@
-"""Commands to look around with: demo, info, recipe, web."""
+"""Commands to look around with: demo, info, recipe, report, web."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from repvgg.cli.flags import Images, Output, Printed, say
+from repvgg.cli.flags import Images, OnDevice, Output, Printed, Where, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,31 @@ class Web:
         build(load(self.model), self.out, self.images, self.runtime, say)
         if self.serve:
             serve(self.out, self.port, say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A page of a run: curves, confusion, worst mistakes, what the network saw, costs. Of several runs, one page side by side.
+
+    Example: repvgg report runs/photos
+    """
+
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN", help="Run folders; run.html goes into a single one.")]
+    data: str = ""
+    """Of one run: where its images are now, if they have moved."""
+    out: Path = Path("compare.html")
+    """Of several runs: the page to write."""
+    where: OnDevice = field(default_factory=Where)
+
+    def run(self) -> None:
+        from repvgg.cli.show_results import show_runs
+        from repvgg.web.report import write_comparison, write_report
+
+        if len(self.runs) == 1:
+            print(write_report(self.runs[0], data=self.data, device=self.where.chosen(), log=say))
+            return
+        show_runs(write_comparison(self.runs, self.out))
+        print(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

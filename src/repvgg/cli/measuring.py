@@ -109,6 +109,26 @@ class BenchData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WriteIndex:
+    """Count the images of a stream's shards, once, so that training need not.
+
+    The index is written beside the data, as _index.json, where all machines that see them find it; or, of data far away, into the
+    cache folder.
+
+    Example: repvgg index wds:shards
+    """
+
+    data: Annotated[str, Positional, arg(metavar="DATA", help="wds:SHARDS or hf-stream:NAME_OR_PATH.")]
+    workers: int = 0
+    """Processes that read."""
+
+    def run(self) -> None:
+        from repvgg.data.stream import write_index
+
+        print(write_index(self.data, self.workers, say))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Paper:
     """The tables and figures of the paper, beside what this machine measures; and a page of them all.
 

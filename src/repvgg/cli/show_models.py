@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from repvgg.models.header import Header, costs_of, read_header
 from repvgg.models.manifest import Manifest
 from repvgg.models.names import resolve_name
+from repvgg.models.pretrained import RELEASED
 from repvgg.terminal import billions, millions, print_json, print_table, printable
 from repvgg.train.recipes import RECIPES, get_recipe
 
@@ -90,12 +91,14 @@ def _show_family(as_json: bool) -> None:
                 "params": c.params,
                 "macs": c.macs,
                 "winograd_muls": c.winograd_muls,
+                "imagenet_top1": RELEASED.get(name),
+                "weights": name in RELEASED,
             }
         )
     if as_json:
         print_json(rows)
         return
-    header = ("model", "depths", "widths", "groups", "input", "params, training", "deploy", "MACs", "Winograd MULs")
+    header = ("model", "depths", "widths", "groups", "input", "params, training", "deploy", "MACs", "Winograd MULs", "top-1, %")
     table = [
         (
             r["model"] + (" +SE" if r["squeeze_excite"] else ""),
@@ -107,10 +110,13 @@ def _show_family(as_json: bool) -> None:
             millions(r["params"]),
             billions(r["macs"]),
             billions(r["winograd_muls"]),
+            "" if r["imagenet_top1"] is None else f"{r['imagenet_top1']:.2f}",
         )
         for r in rows
     ]
     print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
+    print("top-1: on ImageNet, of the weights that the authors released; --init NAME and predict NAME fetch them from the hub.")
+    print("Without a figure: none were released, repvgg train makes them.")
     print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
     print("Comparators: " + ", ".join(name for name in list_models() if name not in FAMILY and name not in PSPNETS))
 

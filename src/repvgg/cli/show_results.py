@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from repvgg.train.tasks import Evaluation
 
 
+MOST_CROSSED = 20  # classes whose confusion is a table
+LONGEST_HEADER = 60  # letters
+
+
 def show_evaluation(evaluation: "Evaluation", classes: Sequence[str], as_json: bool) -> None:
     """Show how good a network is: accuracies of labels, or overlap of masks."""
     shown: Any = show_accuracy if evaluation.measure == "top1" else show_overlap
@@ -50,28 +54,34 @@ def show_overlap(overlap: "Overlap", classes: Sequence[str], as_json: bool) -> N
 
 def show_accuracy(accuracy: "Accuracy", classes: Sequence[str], as_json: bool) -> None:
     if as_json:
-        per_class = {name: None if math.isnan(a) else a for name, a in zip(classes, accuracy.per_class, strict=True)}
-        confusion = accuracy.confusion.tolist()
-        print_json(
-            {
-                **{k: getattr(accuracy, k) for k in ("images", "loss", "top1", "top5")},
-                "per_class": per_class,
-                "confusion": confusion,
-            }
-        )
+        columns = {"per_class": accuracy.per_class, "precision": accuracy.precision, "f1": accuracy.f1}
+        named = {
+            what: {name: None if math.isnan(a) else a for name, a in zip(classes, shares, strict=True)}
+            for what, shares in columns.items()
+        }
+        figures = {k: getattr(accuracy, k) for k in ("images", "loss", "top1", "top5")}
+        print_json({**figures, **named, "confusion": accuracy.confusion.tolist()})
         return
-    if len(classes) <= 20:
-        width = max(len(c) for c in classes)
-        header = ("true \\ predicted", *(c[: max(4, 60 // len(classes))] for c in classes), "recognised")
-        rows = [
-            (name.ljust(width), *(n or "." for n in row), _share(share))
-            for name, row, share in zip(classes, accuracy.confusion.tolist(), accuracy.per_class, strict=True)
-        ]
-        print_table(header, rows, title="Confusion matrix")
-    else:
-        worst = sorted(zip(accuracy.per_class, classes, strict=True), key=lambda pair: (math.isnan(pair[0]), pair[0]))
-        print_table(("class", "recognised"), [(name, _share(share)) for share, name in worst[:20]], title="The 20 hardest classes")
+    if len(classes) <= MOST_CROSSED:
+        _print_confusion(accuracy.confusion.tolist(), classes)
+    counts = accuracy.confusion.sum(1).tolist()
+    found = zip(classes, counts, accuracy.precision, accuracy.per_class, accuracy.f1, strict=True)
+    rows = [(name, f"{count:,}", *map(_share, shares)) for name, count, *shares in found]
+    title = "Class by class"
+    if len(classes) > MOST_CROSSED:
+        order = sorted(range(len(rows)), key=lambda i: (math.isnan(accuracy.per_class[i]), accuracy.per_class[i]))
+        rows, title = [rows[i] for i in order[:MOST_CROSSED]], f"The {MOST_CROSSED} hardest classes"
+    print_table(("class", "images", "precision", "recall", "F1"), rows, title)
     print(f"top-1 {accuracy.top1:.2%}   top-5 {accuracy.top5:.2%}   loss {accuracy.loss:.4f}   {accuracy.images:,} images")
+
+
+def _print_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+    """Print who was taken for whom, under whole names; where these are long, columns go by their numbers."""
+    numbered = sum(map(len, classes)) + 2 * len(classes) > LONGEST_HEADER
+    names = [f"{i} {name}" if numbered else name for i, name in enumerate(classes, 1)]
+    header = ("true \\ predicted", *(map(str, range(1, len(classes) + 1)) if numbered else classes))
+    rows = [(name, *(n or "." for n in row)) for name, row in zip(names, confusion, strict=True)]
+    print_table(header, rows, title="Confusion matrix")
 
 
 def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None:
@@ -84,9 +94,10 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
             say(f"repvgg: {p.error}")
         elif as_json:
             labels = [{"label": name, "probability": round(x, 6)} for name, x in p.labels]
-            print(json.dumps({"path": p.path, "labels": labels, "engine": p.engine}))
+            more = {} if p.explanation is None else {"explanation": p.explanation}
+            print(json.dumps({"path": p.path, "labels": labels, "engine": p.engine, **more}))
         else:
-            rows.append((p.path, *(f"{name} {x:.1%}" for name, x in p.labels)))
+            rows.append((p.explanation or p.path, *(f"{name} {x:.1%}" for name, x in p.labels)))
     if rows:
         print_table(("image", "label", *("",) * (len(rows[0]) - 2)), rows)
     if failed:
@@ -135,6 +146,9 @@ def show_quantization(report: "QuantizationReport", as_json: bool) -> None:
         for i, layer in enumerate(report.layers)
     ]
     print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
+    print("noise added: by how much the noise grows in this layer, as a share of its signal's power, against the layer before")
+    hurting = " ".join(str(i) for i, layer in enumerate(report.layers) if layer.name in worst)
+    print(f"hurts: the three that add most; --keep {hurting} leaves them in float, and --equalise may help without that")
     before, after, (slow, fast) = report.before, report.after, report.speedup.images_per_second
     print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
     print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup.ratio}")
@@ -155,6 +169,13 @@ def show_pruning(report: "PruningReport", as_json: bool) -> None:
     print(f"{report.keep:.0%} of the channels: top-1 {report.cut.top1:.2%} before training, then {report.after.top1:.2%}")
     print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.speedup.ratio} the speed")
     print(report.path)
+
+
+def show_runs(rows: Sequence[Sequence[str]]) -> None:
+    """Show runs side by side."""
+    from repvgg.web.report import COMPARED
+
+    print_table(COMPARED, rows)
 
 
 def show_speeds(speeds: dict[str, float], as_json: bool) -> None:

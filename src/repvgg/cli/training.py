@@ -46,6 +46,8 @@ class Train:
     """light, heavy, cifar, finetune, demo, pspnet or camvid; empty: what suits the data. Its fields are the flags below."""
     block: str = ""
     """The structure of each layer in training form; by default the model's own. (An unknown one lists them all.)"""
+    report: bool = True
+    """At the end write a page of the run, run.html, as repvgg report does."""
     shape: Shaped = field(default_factory=Shape)
     draw: Drawn = field(default_factory=Draw)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
@@ -66,9 +68,10 @@ class Train:
         if self.shape.small_input is not None:
             options["small_input"] = self.shape.small_input
         recipe, device = self.settings.checked(), local_device(self.where.chosen())
+        source = self.draw.source(self.data)
         result = train(
             self.arch,
-            self.draw.source(self.data),
+            source,
             recipe,
             self.out,
             init=self.init,
@@ -83,6 +86,10 @@ class Train:
             best, last = (f"{x.score:.2%}" for x in (result.best, result.last))
             name = {"top1": "top-1", "mean_iou": "mean IoU"}[result.best.measure]
             print(f"best val {name} {best}, last {last}, in {result.seconds / 60:.1f} min: {self.out}")
+            if self.report:
+                from repvgg.web.report import report_at_the_end
+
+                report_at_the_end(self.out, source, device, say)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +187,8 @@ class Quantize:
 class Ablate:
     """Tables 6 and 7 of the paper on any data: train every variant of a block with every seed, set them side by side.
 
-    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. Start it several times
-    on one folder, on one machine or many that share it, and they divide the work.
+    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. With --ray a cluster trains
+    many at a time.
 
     Example: repvgg ablate --data cifar10 --arch repvgg_micro --out runs/ablation
     """
@@ -199,6 +206,8 @@ class Ablate:
     """As for train; empty: what suits the data. Its fields are the flags below."""
     limit: int | None = None
     """At most this many images of each split, the same for all variants."""
+    ray: str = ""
+    """Train as tasks of Ray: auto for the cluster that this machine belongs to, or one of it alone; or a cluster's address."""
     shape: Shaped = field(default_factory=Shape)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
     output: Printed = field(default_factory=Output)
@@ -225,6 +234,6 @@ class Ablate:
             workers=self.where.workers,
         )
         how = How(data=self.data, device=device, out=self.out, log=say)
-        result = ablate(grid, how)
+        result = ablate(grid, how, self.ray)
         keep("ablation", result, how)
         show("ablation", result, how, self.output.json)

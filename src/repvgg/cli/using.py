@@ -89,6 +89,8 @@ class Predict:
     """Images at a time; masks are made one at a time."""
     top: int = 5
     """How many labels an image."""
+    explain: Literal["cam"] | None = None
+    """Also write a picture of each image's evidence for its label, NAME_cam.png, beside it or in --out."""
     cluster: OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
     engine: ByEngine = field(default_factory=Engine)
     viewing: Viewed = field(default_factory=Viewing)
@@ -113,6 +115,9 @@ class Predict:
 
         at_once = min(self.batch_size, len(expand(self.images))) if self.images else self.batch_size
         device, views = self.where.chosen(), self.viewing.views()
+        if self.explain:
+            self._explain(device)
+            return
         network = answering(open_model(self.model, self.engine.engine, self.engine.precision, at_once, device, say), self.model)
         if manifest_of(network).task == "labels" and views == WHOLE and not self.out:
             show_predictions(predict(network, self.images, self.batch_size, self.top, device), self.output.json)
@@ -120,9 +125,21 @@ class Predict:
         answers = predict_masks(network, self.images, device, views)
         show_masks(write_masks(answers, Path(self.out), class_names(network)) if self.out else answers, self.output.json)
 
+    def _explain(self, device: str) -> None:
+        from repvgg.cli.show_results import show_predictions
+        from repvgg.models.load import open_model
+        from repvgg.predict.explain import explain
+
+        if self.engine != Engine():
+            raise ValueError("--explain cam looks into the network: leave out --engine and --precision")
+        network = answering(open_model(self.model), self.model)
+        answers = explain(network, self.images, Path(self.out) if self.out else None, self.top, device)
+        show_predictions(answers, self.output.json)
+
     def _light(self) -> bool:
         """Answer without PyTorch where that can be; return whether it was."""
-        plain = self.viewing == Viewing() and not self.out and self.engine.precision == "fp32" and self.batch_size > 0
+        usual = self.viewing == Viewing() and self.engine.precision == "fp32" and self.batch_size > 0
+        plain = usual and not self.out and not self.explain
         if not plain or self.where.device not in ("", "cpu"):
             return False
         from repvgg.cli.show_results import show_predictions

@@ -1,34 +1,36 @@
 """Data sets that are read from front to back, near or far: hf-stream:NAME_OR_PATH and wds:SHARDS (WebDataset), by `datasets`.
 
-The main process reads, in an order that is a function of seed and epoch: shards are shuffled, then examples within a
-buffer. Workers decode. So any number of workers gives the same run, and a run goes on in the middle of an epoch by reading past
-what it has seen. Several processes share the shards out where their number divides; else each reads all and takes its part.
+The order of an epoch is a function of its seed: shards are shuffled and put in a row, of which each process has an equal stretch. A
+stretch is cut into lanes (at most `LANES`), read side by side by the worker processes, batches from each in turn; `CHUNK` images in
+a row are shuffled among each other. So any number of workers gives the same run, every image is read once by one process, and a
+run goes on in the middle of an epoch without reading more than the shards that it is in.
 """
 
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, cycle, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from repvgg.data import DataError, Source
-from repvgg.data.cache import kept
 from repvgg.data.hf import VALIDATION_SPLITS, columns, refuse_ids
 from repvgg.data.images import decode
-from repvgg.disk import describe
+from repvgg.data.index import Counts, Index
+from repvgg.disk import Log, describe
 from repvgg.models.manifest import Preprocessing
 
 BLOCK = 512  # bytes; a tar file ends in blocks of zeros
-BUFFER = 4096  # examples that are shuffled among each other
+LANES = 16  # at most; each starts in the midst of a shard, which it reads from the front
+CHUNK = 512  # images
 
 
 class Example(NamedTuple):
-    """An encoded image that the main process hands to a worker. position: in the epoch's order, of this process."""
+    """An encoded image on its way to a transform. position: in the epoch's order, of all processes."""
 
     position: int
     data: bytes
@@ -36,67 +38,189 @@ class Example(NamedTuple):
     label: int
 
 
-class Stream:
-    """One split. Its keys are `Example`s, in the order that `order` reads them."""
+class Piece(NamedTuple):
+    """Rows of one shard, by rising numbers. position: of the first one in the epoch's order."""
 
-    def __init__(self, name: str, table: Any, image: str, label: str, count: int) -> None:
-        self.name, self.table, self.image, self.label, self.count = name, table, image, label, count
+    shard: int
+    rows: Sequence[int]
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batches of one process in one epoch, whose sizes take turns: batch j comes from lane j modulo their number.
+
+    first: the batch to begin with; seed: None to shuffle nothing.
+    """
+
+    stream: "Stream"
+    lanes: list[list[Piece]]
+    sizes: Sequence[int]
+    first: int
+    batches: int
+    seed: int | None = None
+
+    def size(self, batch: int) -> int:
+        """Return how many images a batch has; the very last may have fewer."""
+        return self.sizes[batch % len(self.sizes)]
+
+    def examples(self, lane: int) -> Iterator[Example]:
+        """Yield what a lane holds, from the first batch on."""
+        pieces, chunk = self.lanes[lane], 1 if self.seed is None else CHUNK
+        past = sum(self.size(batch) for batch in range(lane, self.first, len(self.lanes)))
+        number, past = divmod(past, chunk)
+        examples = self.stream.read(cut(pieces, number * chunk, _length(pieces)))
+        while some := list(islice(examples, chunk)):
+            if self.seed is not None:
+                order = np.random.default_rng([self.seed, lane, number]).permutation(len(some))
+                some = [some[i] for i in order]
+            yield from some[past:]
+            number, past = number + 1, 0
+
+
+class Stream:
+    """One split. Its keys are `Example`s. sizes: how many images each shard holds."""
+
+    def __init__(self, name: str, table: Any, image: str, label: str, sizes: Sequence[int]) -> None:
+        self.name, self.table, self.image, self.label = name, table, image, label
+        self.pieces = [Piece(shard, range(size)) for shard, size in enumerate(sizes)]
 
     def __len__(self) -> int:
-        return self.count
+        return _length(self.pieces)
 
     def __getitem__(self, example: Example) -> tuple[Tensor, int]:
         return decode(example.data, name=example.name), example.label
 
     def limited(self, count: int, seed: int) -> "Stream":
-        """`count` examples, drawn with the seed."""
-        table = self.table.shuffle(seed=seed, buffer_size=BUFFER).take(count)
-        return Stream(self.name, table, self.image, self.label, min(count, self.count))
+        """Return the stream of `count` examples, drawn with the seed."""
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        few = Stream(self.name, self.table, self.image, self.label, [])
+        ends = np.cumsum([len(piece.rows) for piece in self.pieces])
+        for piece, end in zip(self.pieces, ends, strict=True):
+            own = drawn[(drawn >= end - len(piece.rows)) & (drawn < end)] - (end - len(piece.rows))
+            few.pieces.append(Piece(piece.shard, [piece.rows[int(i)] for i in own]))
+        return few
 
-    def order(self, seed: int, rank: int, processes: int, first: int, last: int) -> Iterator[Example]:
-        """Yield the examples from `first` to `last` of one process's part; over again from its start if it has fewer."""
-        shuffled = self.table.shuffle(seed=seed, buffer_size=BUFFER)
-        own = split_dataset_by_node(shuffled, rank, processes)
-        position = first
-        for example in self._examples(own.skip(first)):
-            if position == last:
-                return
-            yield example._replace(position=position)
-            position += 1
-        while position < last:  # shards of unequal size
-            before = position
-            for example in self._examples(own):
-                if position == last:
-                    return
-                yield example._replace(position=position)
-                position += 1
-            if position == before:
-                raise DataError(f"{self.name}: process {rank} has no images: there are too few shards for {processes} processes")
+    def shuffled(self, seed: int, start: int, sizes: Sequence[int], batches: int, first: int = 0) -> Plan:
+        """Return one process's batches of an epoch, whose stretch begins at `start`; their sizes take turns."""
+        order = np.random.default_rng(seed).permutation(len(self.pieces))
+        stop = start + sum(islice(cycle(sizes), batches))
+        own = cut(_placed([self.pieces[i] for i in order]), start, stop)
+        return Plan(self, _lanes(own, sizes, batches), sizes, first, batches, seed)
 
-    def in_order(self, rank: int = 0, processes: int = 1) -> Iterator[Example]:
-        """Yield all of them once, every n-th for each of n processes."""
-        return islice(self._examples(self.table), rank, None, processes)
+    def in_order(self, rank: int, processes: int, size: int) -> Plan:
+        """Return one process's batches of all images, the last of which may be smaller."""
+        edges = [len(self) * i // processes for i in (rank, rank + 1)]
+        own = cut(_placed(self.pieces), *edges)
+        batches = -(-_length(own) // size)
+        return Plan(self, _lanes(own, [size], batches), [size], 0, batches)
 
-    def _examples(self, table: Any) -> Iterator[Example]:
+    def read(self, pieces: Sequence[Piece]) -> Iterator[Example]:
+        """Yield the examples of pieces. Raises `DataError` for what cannot be read, or has changed since it was counted."""
+        for shard, rows, position in pieces:
+            if not rows:
+                continue
+            left = iter(rows)
+            wanted = next(left)
+            table = self.table.shard(self.table.num_shards, shard)
+            for number, example in self._rows(table.skip(wanted) if wanted else table, wanted, position):
+                if number == wanted:
+                    yield example._replace(position=position)
+                    position, wanted = position + 1, next(left, -1)
+                    if wanted < 0:
+                        break
+            if wanted >= 0:
+                raise DataError(f"{self.name}, shard {shard}: ends before image {wanted}; it has changed since it was counted")
+
+    def _rows(self, table: Any, first: int, position: int) -> Iterator[tuple[int, Example]]:
         try:
-            for i, row in enumerate(table):
+            for number, row in enumerate(table, first):
                 cell = row[self.image] or {"bytes": None, "path": None}
                 data = cell["bytes"] if cell["bytes"] is not None else b""
-                yield Example(i, data, f"{row.get('__url__', self.name)}: {cell['path'] or i}", int(row[self.label]))
+                name = f"{row.get('__url__', self.name)}: {cell['path'] or number}"
+                yield number, Example(position, data, name, int(row[self.label]))
         except (DataError, GeneratorExit):
             raise
         except Exception as error:  # of whatever protocol and file format is beneath
             raise DataError(f"{self.name}: cannot be read on ({describe(error)})") from None
 
 
+def cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:
+    """Return the stretch from `start` to `stop` of pieces in a row."""
+    found, before = [], 0
+    for shard, rows, position in pieces:
+        first, last = max(0, start - before), min(len(rows), stop - before)
+        if first < last:
+            found.append(Piece(shard, rows[first:last], position + first))
+        before += len(rows)
+    return found
+
+
+def _length(pieces: Sequence[Piece]) -> int:
+    return sum(len(piece.rows) for piece in pieces)
+
+
+def _placed(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return pieces with their positions in this row."""
+    ends = accumulate((len(piece.rows) for piece in pieces), initial=0)
+    return [piece._replace(position=start) for piece, start in zip(pieces, ends, strict=False)]
+
+
+def _lanes(pieces: list[Piece], sizes: Sequence[int], batches: int) -> list[list[Piece]]:
+    """Cut a stretch into lanes of whole batches, of which the very last may be smaller."""
+    count = max(1, min(LANES, len(pieces) // 2, batches))
+    lengths = [0] * count
+    for batch, size in zip(range(batches), cycle(sizes), strict=False):
+        lengths[batch % count] += size
+    lengths[(batches - 1) % count] -= sum(lengths) - _length(pieces)
+    ends = list(accumulate(lengths, initial=0))
+    return [cut(pieces, start, end) for start, end in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A stream's tables by split, the names of its columns and classes, and where its index is."""
+
+    name: str
+    tables: dict[str, Any]
+    image: str
+    label: str
+    classes: list[str] | None
+    index: Index
+
+
 def open_stream(name: str) -> Source:
     """Open a data set of the hub, or a local folder of parquet, without a copy on the disk."""
-    return _open(f"hf-stream:{name}", {"path": name}, [])
+    return _source(_of_hub(name))
 
 
 def open_wds(spec: str) -> Source:
     """WebDataset shards of images with a .cls each: a folder with train-*.tar and val-*.tar, or TRAIN;VAL, paths or URLs in
     which {000..146} stands for numbers."""
+    return _source(_of_tars(spec))
+
+
+def write_index(spec: str, workers: int = 0, log: Log = print) -> Path:
+    """Count the images of a stream's shards, and return the file in which they are written down.
+
+    Raises `DataError` for data that are no stream, or cannot be read.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind not in ("wds", "hf-stream") or not rest:
+        raise DataError(f"{spec}: only wds: and hf-stream: have an index; other data need none")
+    opened = _of_tars(rest) if kind == "wds" else _of_hub(rest)
+    try:
+        return opened.index.make(opened.tables, opened.label, workers, log)
+    except DataError as error:
+        raise DataError(f"{spec}: {error}") from None
+
+
+def _of_hub(name: str) -> Opened:
+    folder = Path(name) if Path(name).is_dir() else None
+    return _opened(f"hf-stream:{name}", {"path": name}, folder, sorted(folder.rglob("*.parquet")) if folder else [])
+
+
+def _of_tars(spec: str) -> Opened:
     root = Path(spec)
     if ";" not in spec and not root.is_dir():
         raise DataError(
@@ -109,7 +233,9 @@ def open_wds(spec: str) -> Source:
         if not shards:
             raise DataError(f"wds:{spec}: has no {what}*.tar")
         refuse_damaged(f"wds:{spec}", shards)
-    return _open(f"wds:{spec}", {"path": "webdataset", "data_files": {"train": train, "val": val}}, [*train, *val])
+    local = [Path(shard) for shard in (*train, *val) if "://" not in shard]
+    folder = root if root.is_dir() else local[0].parent if local else None
+    return _opened(f"wds:{spec}", {"path": "webdataset", "data_files": {"train": train, "val": val}}, folder, local)
 
 
 def refuse_damaged(name: str, shards: list[str]) -> None:
@@ -134,7 +260,7 @@ def expanded(pattern: str) -> list[str]:
     return [name for n in numbers for name in expanded(pattern[: found.start()] + n + pattern[found.end() :])]
 
 
-def _open(name: str, load: dict[str, Any], shards: list[str]) -> Source:
+def _opened(name: str, load: dict[str, Any], folder: Path | None, files: Sequence[Path]) -> Opened:
     try:
         splits = datasets.load_dataset(**load, streaming=True)
         held_out = next((s for s in VALIDATION_SPLITS if s in splits), None)
@@ -143,34 +269,38 @@ def _open(name: str, load: dict[str, Any], shards: list[str]) -> Source:
         features = splits["train"].features or splits["train"]._resolve_features().features
         image, label, classes = columns(name, features)
         tables = {s: splits[s].cast_column(image, datasets.Image(decode=False)) for s in ("train", held_out)}
-        counts = {s: _counted(name, s, table, label, shards) for s, table in tables.items()}
     except DataError:
         raise
     except Exception as error:  # the library raises many types; each is a reason in words
         raise DataError(f"{name}: cannot be opened ({describe(error).splitlines()[0]})") from None
-    found = max(len(count) for count in counts.values())
-    classes = classes or [str(i) for i in range(found)]
-    if found > len(classes):
-        raise DataError(f"{name}: label {found - 1}, but there are {len(classes)} classes")
-    unseen = [i for i, n in enumerate(counts[held_out].tolist()) if n and (i >= len(counts["train"]) or not counts["train"][i])]
-    if unseen:
-        raise DataError(f"{name}: class {classes[unseen[0]]!r} has no images to train on")
-    train, val = (Stream(f"{name}, {s}", tables[s], image, label, int(counts[s].sum())) for s in ("train", held_out))
+    return Opened(name, tables, image, label, classes, Index(name, folder, files))
+
+
+def _source(opened: Opened) -> Source:
+    name, tables = opened.name, opened.tables
+    try:
+        counts = opened.index.counts(tables, opened.label)
+    except DataError:
+        raise
+    except Exception as error:  # as above
+        raise DataError(f"{name}: cannot be opened ({describe(error).splitlines()[0]})") from None
+    classes = _classes(opened, counts)
+    train, val = (
+        Stream(f"{name}, {s}", tables[s], opened.image, opened.label, [sum(shard.values()) for shard in counts[s]]) for s in tables
+    )
     return Source(name, train, val, classes, Preprocessing())
 
 
-def _counted(name: str, split: str, table: Any, label: str, shards: list[str]) -> Any:
-    """Count the images of each class: one pass over all of it, kept for as long as the local files do not change."""
-    stamps = [f"{s} {Path(s).stat().st_size} {Path(s).stat().st_mtime_ns}" for s in shards if "://" not in s]
-
-    def count() -> dict[str, Any]:
-        labels = [row[label] for row in table.select_columns([label])]
-        if not labels or None in labels or min(labels) < 0:
-            what = "no images" if not labels else "images without a label" if None in labels else f"label {min(labels)}"
-            raise DataError(f"{name}, {split}: holds {what}")
-        refuse_ids(f"{name}, {split}", label, set(labels))
-        return {"counts": np.bincount(labels)}
-
-    if not shards:  # a hub's data set or a folder of parquet: nothing here says whether it has changed
-        return count()["counts"]
-    return kept(["counts", name, split, *shards, *stamps], lambda found: True, count)["counts"]
+def _classes(opened: Opened, counts: Counts) -> list[str]:
+    """Return the names of the classes. Raises `DataError` for labels that are none, or that training would not see."""
+    labels = {split: {label for shard in shards for label in shard} for split, shards in counts.items()}
+    for split, found in labels.items():
+        if opened.classes is None:
+            refuse_ids(f"{opened.name}, {split}", opened.label, found)
+    largest = max(map(max, labels.values()))
+    classes = opened.classes or [str(i) for i in range(largest + 1)]
+    if largest >= len(classes):
+        raise DataError(f"{opened.name}: label {largest}, but there are {len(classes)} classes")
+    if unseen := sorted(set.union(*labels.values()) - labels["train"]):
+        raise DataError(f"{opened.name}: class {classes[unseen[0]]!r} has no images to train on")
+    return classes

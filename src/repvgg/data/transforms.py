@@ -4,19 +4,37 @@ import atexit
 import signal
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from repvgg.data import Images
+from repvgg.data import DataError, Images
 from repvgg.data.images import LONGEST, ImageError
 from repvgg.models.manifest import Preprocessing
 
 MAX_WORKERS = 256
+
+
+class Plan(Protocol):
+    """The batches of a stream, as `repvgg.data.stream.Plan` has them."""
+
+    @property
+    def lanes(self) -> Sequence[Any]: ...
+
+    def size(self, batch: int) -> int: ...
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def batches(self) -> int: ...
+
+    def examples(self, lane: int) -> Iterator[Any]: ...
 
 
 def eval_transform(preprocessing: Preprocessing) -> nn.Module:
@@ -60,6 +78,7 @@ class Transformed:
         self.images, self.transform, self.seed, self.bad = images, transform, seed, bad
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by worker processes that live on
         self.spent = torch.zeros(MAX_WORKERS, 2, dtype=torch.float64).share_memory_()  # by worker: seconds, images
+        self.reader = 0  # the number of a process that reads lanes; each is the only worker of its loader
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,7 +94,7 @@ class Transformed:
         finally:
             torch.set_rng_state(before)
             worker = torch.utils.data.get_worker_info()
-            row = self.spent[worker.id % MAX_WORKERS if worker else 0]
+            row = self.spent[(self.reader + worker.id if worker else 0) % MAX_WORKERS]
             row += torch.tensor([time.perf_counter() - started, 1.0])
 
     @property
@@ -110,28 +129,93 @@ class BadImages:
 
 
 def load(
-    images: Transformed, batch_size: int, workers: int = 0, order: Iterable[Any] | None = None
+    images: Transformed, batch_size: int | Sequence[int], workers: int = 0, order: Iterable[Any] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of uint8 images [N, C, H, W] and labels [N], in `order`. Raises `ImageError` for an image that cannot be read."""
+    """Batches of uint8 images [N, C, H, W] and labels [N], in `order`; several sizes take turns.
+
+    Raises `ImageError` for an image that cannot be read.
+    """
+    sizes = [batch_size] if isinstance(batch_size, int) else batch_size
     loader: Any = torch.utils.data.DataLoader(
         images,  # type: ignore[arg-type]
-        batch_size,
-        sampler=order,
+        batch_sampler=list(in_batches(range(len(images)) if order is None else order, sizes)),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
+    return _closing(loader)
+
+
+def in_batches(order: Iterable[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
+    """Yield what is in `order` in batches whose sizes take turns; the last one may be smaller."""
+    left = iter(order)
+    for size in cycle(sizes):
+        batch = list(islice(left, size))
+        if not batch:
+            return
+        yield batch
+
+
+def load_lanes(images: Transformed, plan: Plan, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of uint8 images [N, C, H, W] and labels [N] of a stream, read, decoded and transformed in the worker processes.
+
+    Raises as `load` does, and `DataError` for a shard that cannot be read.
+    """
+    return _closing(_in_turn(images, plan, min(workers, len(plan.lanes))))
+
+
+def _in_turn(images: Transformed, plan: Plan, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of all lanes in turn; each worker has lanes of its own, and so a loader."""
+    if not workers:
+        yield from Lanes(images, plan, 0, 1)
+        return
+    loaders = [
+        iter(
+            torch.utils.data.DataLoader(
+                Lanes(images, plan, worker, workers),
+                batch_size=None,
+                num_workers=1,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=leave_signals_to_the_main_process,
+            )
+        )
+        for worker in range(workers)
+    ]
+    for batch in range(plan.first, plan.batches):
+        yield next(loaders[batch % len(plan.lanes) % workers])
+
+
+class Lanes(torch.utils.data.IterableDataset[Any]):
+    """The batches of every `workers`-th lane of a plan, from lane `worker` on."""
+
+    def __init__(self, images: Transformed, plan: Plan, worker: int, workers: int) -> None:
+        self.images, self.plan, self.worker, self.workers = images, plan, worker, workers
+
+    def __iter__(self) -> Iterator[Any]:
+        self.images.reader = self.worker
+        open_lanes: dict[int, Iterator[Any]] = {}
+        for batch in range(self.plan.first, self.plan.batches):
+            lane = batch % len(self.plan.lanes)
+            if lane % self.workers == self.worker:
+                if lane not in open_lanes:
+                    open_lanes[lane] = self.plan.examples(lane)
+                examples = islice(open_lanes[lane], self.plan.size(batch))
+                yield torch.utils.data.default_collate([self.images[example] for example in examples])
+
+
+def _closing(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     batches = _batches(loader)
     _unfinished.add(batches)
     return batches
 
 
-def _batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     try:
         yield from loader
-    except ImageError as error:  # from a worker process it comes with the whole traceback in its message, newlines spelled out
-        reason = str(error).rpartition(f"{ImageError.__module__}.ImageError: ")[2]
-        raise ImageError(reason.removesuffix("\\n")) from None
+    except (ImageError, DataError) as error:  # from a worker its message holds the whole traceback, newlines spelled out
+        kind = type(error)
+        reason = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].removesuffix("\\n")
+        raise kind(reason.rstrip()) from None
 
 
 _unfinished: Any = weakref.WeakSet()

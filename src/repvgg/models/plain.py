@@ -31,7 +31,15 @@ class PlainNet(nn.Module):
             self.steps.append((path, spec.get("activation")))
 
     def forward(self, x: Tensor) -> Tensor:
-        for path, activation in self.steps:
+        return self._run(self.steps, x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the last feature map, [N, C, H, W]."""
+        paths = [path for path, _ in self.steps]
+        return self._run(self.steps[: paths.index("")] if "" in paths else self.steps, x)
+
+    def _run(self, steps: list[tuple[str, str | None]], x: Tensor) -> Tensor:
+        for path, activation in steps:
             x = self.get_submodule(path)(x) if path else x.mean((2, 3))
             x = x.relu() if activation else x
         return x

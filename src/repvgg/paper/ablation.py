@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from matplotlib.figure import Figure
 
 from repvgg.bench.models import randomise_norms
@@ -21,7 +20,6 @@ from repvgg.data import open_source
 from repvgg.deploy import engines
 from repvgg.disk import atomically
 from repvgg.measure.timing import Times, interleave, ratio, synchroniser
-from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.grid import RESNETS, TABLES, Grid, Outcome, run
 from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
@@ -29,6 +27,7 @@ from repvgg.paper.speeds import significant
 from repvgg.paper.table4 import spearman
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import get_recipe
+from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 PLAIN, FULL = "plain", "repvgg"
 # The paper's name and top-1 of each variant that it has.
@@ -62,9 +61,9 @@ class Findings:
         return [100 * o.top1 for o in self.outcomes[variant] if o.top1 is not None]
 
 
-def ablate(grid: Grid, settings: PaperSettings) -> Result:
-    """Run the grid, then both tables of what is in it."""
-    return report("Tables 6 and 7", find(grid, settings), settings, (table6, table7, beyond), "ablation")
+def ablate(grid: Grid, settings: PaperSettings, ray: str = "") -> Result:
+    """Run the grid, on this machine or a cluster of Ray, then both tables of what is in it."""
+    return report("Tables 6 and 7", find(grid, settings, ray), settings, (table6, table7, beyond), "ablation")
 
 
 def part(
@@ -80,28 +79,24 @@ def part(
     return report(title, find(replace(grid, variants=tuple(variants)), settings), settings, (table,), name)
 
 
-def find(grid: Grid, settings: PaperSettings) -> Findings:
+def find(grid: Grid, settings: PaperSettings, ray: str = "") -> Findings:
     """Train what is not trained yet, and time what is not timed yet."""
-    outcomes = run(grid, settings.log)
+    outcomes = run(grid, settings.log, ray)
     by_variant = {name: [o for o in outcomes if o.variant == name] for name in dict.fromkeys(grid.variants)}
     return Findings(grid, by_variant, training_speeds(grid, settings), settings.protocol.batch_size)
 
 
 def training_speeds(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
-    """Time every variant's training form, taking turns, and keep the times in the grid's folder (eval mode, eager, random weights).
-
-    Of the processes that share a folder one measures, after all training is done.
-    """
+    """Time every variant's training form, taking turns, and keep the times in the grid's folder (eval mode, random weights)."""
     protocol = settings.protocol
     conditions = {**asdict(protocol), "where": settings.where, "torch": torch.__version__, "variants": list(grid.variants)}
     key = json.dumps(conditions)
     path = grid.out / "speeds.json"
-    with FileLock(grid.out / "speeds.lock"):
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if key not in kept:
-            settings.log("timing the training forms, which take turns")
-            kept[key] = {name: times.by_round for name, times in _time(grid, settings).items()}
-            atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1) + "\n"))
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if key not in kept:
+        settings.log("timing the training forms, which take turns")
+        kept[key] = {name: times.by_round for name, times in _time(grid, settings).items()}
+        atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1) + "\n"))
     return {name: Times([[s] for s in seconds]) for name, seconds in kept[key].items()}
 
 

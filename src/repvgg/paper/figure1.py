@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from repvgg.paper.drawing import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import TABLE4, TABLE5, ModelSpeed
 from repvgg.paper.result import PaperSettings, Result, Table
 from repvgg.paper.speeds import chosen, significant
 from repvgg.paper.table4 import measure_models, protocol
+from repvgg.web.drawing import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 # Colour, marker and the short name's beginning, by the beginning of a model's printed name.
 KINDS = {

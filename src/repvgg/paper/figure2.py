@@ -18,9 +18,9 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import zoo
 from repvgg.models.repvgg import Layer, RepVGG
-from repvgg.paper.drawing import IDENTITY, MUTED, NEUTRAL, PANEL, POINTWISE, WIDEST, Colours, box, canvas, dot, plus, wire, write
 from repvgg.paper.numbers import FRAGMENTS
 from repvgg.paper.result import PaperSettings, Result, Table
+from repvgg.web.drawing import IDENTITY, MUTED, NEUTRAL, PANEL, POINTWISE, WIDEST, Colours, box, canvas, dot, plus, wire, write
 
 MODEL = "repvgg_a0"
 LAYERS = 4  # as many as the paper shows

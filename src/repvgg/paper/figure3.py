@@ -7,9 +7,9 @@ import torch
 
 from repvgg.bench.memory import STACKS, resident_growth, stack
 from repvgg.measure.costs import Cost, cost, measure_peak_activation
-from repvgg.paper.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.numbers import PEAK_ACTIVATION
 from repvgg.paper.result import PaperSettings, Result, Table
+from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 CHANNELS, SIZE = 64, 512
 MAP = CHANNELS * SIZE * SIZE * 4  # bytes of one feature map

@@ -17,8 +17,8 @@ from repvgg.bench.models import randomise_norms
 from repvgg.fold.algebra import LinearMap, Pair, regroup, widen
 from repvgg.fold.as_linear import Branches, as_linear
 from repvgg.fold.blocks import repvgg
-from repvgg.paper.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, box, canvas, plus, wire, write
 from repvgg.paper.result import PaperSettings, Result
+from repvgg.web.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, box, canvas, plus, wire, write
 
 CHANNELS = 4  # beyond these the numbers cannot be read
 CELL, SLIT, VECTOR, ARROW, ROW, LABEL, MARGIN, TOP = 32, 6, 38, 56, 26, 46, 20, 104

@@ -4,31 +4,29 @@
 
     OUT/grid.json             the settings; a grid with others is refused, more variants and seeds are welcome
     OUT/acb-0/                the run folder of a cell (see train/loop.py), and forms.json: its two forms compared
-    OUT/acb-0.log, .lock      what its training said; held by the process that works on it
+    OUT/acb-0.log             what its training said
 
-Any number of processes, on any machines that share the folder, may run the same grid: each takes the cells that nobody holds. The
-lock is the operating system's, so it falls with the process that held it. What is finished is kept, what was begun goes on.
+One process works in a folder, cell by cell; with ray="auto" or a cluster's address it hands the cells out as tasks of Ray, which
+are tried again where a worker or a machine is lost. What is finished is kept, what was begun goes on.
 """
 
 import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from repvgg.data import Source, open_source
-from repvgg.disk import FileError, Log, atomically
+from repvgg.disk import FileError, Log, atomically, hold
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.reparameterize import reparameterize
@@ -36,6 +34,7 @@ from repvgg.measure.machine import write_record
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.models.names import NETWORKS, resolve_name
+from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.train.evaluate import batches
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe
@@ -46,7 +45,7 @@ TABLES = (
 )
 RESNETS = {"resnet50": {}, "resnet50_repvgg": {"block": "repvgg"}}  # Table 7's last comparison: blocks for the 3x3s of ResNet-50
 VARIANTS = (*TABLES, *(name for name in BLOCKS if name not in TABLES), *RESNETS)
-POLL = 2.0  # seconds between looks at what other processes hold
+RETRIES = 3  # of a cell whose worker is lost
 
 
 @dataclass(frozen=True)
@@ -156,19 +155,30 @@ class Cell:
         return f"epoch {epochs[-1]['epoch'] + 1}: {epochs[-1]['val_top1']:.1%}" if epochs else "begun"
 
 
-def run(grid: Grid, log: Log = print) -> list[Outcome]:
-    """Work until every cell is finished, by this process or another. Raises ValueError, before any work, for settings that do not
-    fit the data, or are not those that the folder was begun with."""
+def run(grid: Grid, log: Log = print, ray: str = "") -> list[Outcome]:
+    """Work until every cell is finished; ray: "auto" or the address of the cluster that does it.
+
+    Raises ValueError, before any work, for settings that do not fit the data, or are not those that the folder was begun with, and
+    `FileError` for a folder in which another process works.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("a grid is spread over processes by starting it several times, each alone: not under torchrun")
+        raise ValueError("a grid is spread over machines by --ray: not under torchrun")
+    if ray:
+        refuse_without_ray()
     source = open_source(grid.data).limited(grid.limit)
     _try_out(grid, source)
-    _settle(grid)
-    with Board(grid, log) as board:
-        while left := [cell for cell in grid.cells if cell.outcome is None]:
-            if not any(_take(cell, source, board) for cell in left):
-                board.waiting(left)
-                time.sleep(POLL)
+    _make_folder(grid.out)
+    with hold(grid.out):
+        _settle(grid)
+        with Board(grid, log) as board:
+            left = [cell for cell in grid.cells if cell.outcome is None]
+            if ray and left:
+                _work_on_ray(left, ray, board)
+            else:
+                for cell in left:
+                    board.begins(cell)
+                    _work(cell, source)
+                    board.ends(cell)
     return [outcome for cell in grid.cells if (outcome := cell.outcome)]
 
 
@@ -193,30 +203,28 @@ def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_s
 # ---------------------------------------------------------------------------------------------------------------- one cell
 
 
-def _take(cell: Cell, source: Source, board: "Board") -> bool:
-    """Work on a cell if nobody else does, and return whether this process did."""
-    with _claim(cell.grid.out / f"{cell.name}.lock") as mine:
-        if not mine or cell.outcome:
-            return False
-        board.begins(cell)
-        _work(cell, source)
+def _work_on_ray(cells: Sequence[Cell], address: str, board: "Board") -> None:
+    """Work on cells as tasks of a cluster. Raises ValueError with the reason of one that failed."""
+    connect(address, board.log)
+    import ray
+
+    grid = cells[0].grid
+    grid = replace(grid, out=grid.out.resolve(), data=absolute(grid.data))
+    gpus = int(grid.device.startswith("cuda"))
+    task: Any = ray.remote(_work_far_away).options(max_retries=RETRIES, num_cpus=1 + grid.workers, num_gpus=gpus)
+    under_way = {task.remote(replace(cell, grid=grid)): cell for cell in cells}
+    while under_way:
+        (ended, *_), _ = ray.wait(list(under_way))
+        cell = under_way.pop(ended)
+        try:
+            ray.get(ended)
+        except ray.exceptions.RayError as error:
+            raise ValueError(f"{cell.name}: stopped, the same command goes on ({reason_of(error)})") from None
         board.ends(cell)
-        return True
 
 
-@contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Hold a lock if nobody else does, and say whether it is held."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+def _work_far_away(cell: Cell) -> None:
+    _work(cell, open_source(cell.grid.data).limited(cell.grid.limit))
 
 
 def _work(cell: Cell, source: Source) -> None:
@@ -247,17 +255,19 @@ def _try_out(grid: Grid, source: Source) -> None:
             zoo.create_model(arch, num_classes=len(source.classes), in_chans=source.preprocessing.input_size[0], **options)
 
 
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{out}: cannot hold a grid ({error.strerror})") from None
+
+
 def _settle(grid: Grid) -> None:
     """Make the folder this grid's. Raises ValueError, naming what differs, if it is another's."""
     path = grid.out / "grid.json"
     wanted = json.loads(json.dumps(grid.settings))
-    try:
-        grid.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(grid.out / "grid.lock"):
-            if not path.exists():
-                atomically(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=2) + "\n"))
-    except OSError as error:
-        raise FileError(f"{grid.out}: cannot hold a grid ({error.strerror})") from None
+    if not path.exists():
+        atomically(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=2) + "\n"))
     found = {**asdict(Recipe()), **(_read(path) or {})}  # a recipe's fields may have been fewer then
     if other := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
         differences = ", ".join(f"{name} {found.get(name)} there and {wanted.get(name)} here" for name in other)
@@ -278,12 +288,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 class Board:
-    """A live table of all cells, those of other processes too, in a terminal; a line for each cell elsewhere."""
+    """A live table of all cells in a terminal; a line for each cell elsewhere."""
 
     def __init__(self, grid: Grid, log: Log) -> None:
         self.grid, self.log, self.live = grid, log, None
         self.mine: Cell | None = None
-        self.waited = False
 
     def __enter__(self) -> "Board":
         if sys.stderr.isatty():
@@ -302,7 +311,7 @@ class Board:
             self.live.stop()
 
     def begins(self, cell: Cell) -> None:
-        self.mine, self.waited = cell, False
+        self.mine = cell
         if self.live is None:
             self.log(f"{cell.name} ...")
 
@@ -310,11 +319,6 @@ class Board:
         self.mine = None
         if self.live is None:
             self.log(f"{cell.name}: {cell.state}; {self._summary()}")
-
-    def waiting(self, left: list[Cell]) -> None:
-        if self.live is None and not self.waited:
-            self.log(f"other processes work on {', '.join(cell.name for cell in left)}: waiting for them")
-        self.waited = True
 
     def _summary(self) -> str:
         cells = self.grid.cells

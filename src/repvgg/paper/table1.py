@@ -6,9 +6,9 @@ from typing import Any
 
 from repvgg.bench.kernels import Convolution, time_convolutions
 from repvgg.measure.timing import Ratio, Times, ratio
-from repvgg.paper.drawing import MUTED, RULE, WIDEST, plot
 from repvgg.paper.numbers import TABLE1
 from repvgg.paper.result import PaperSettings, Result, Table, interval
+from repvgg.web.drawing import MUTED, RULE, WIDEST, plot
 
 SIZE, CHANNELS, BATCH, RUNS, WARMUP = 56, 2048, 32, 10, 2
 SECONDS, QUICK_SECONDS = 60, 10  # what the whole table may take

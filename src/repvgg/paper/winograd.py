@@ -16,8 +16,8 @@ from repvgg.bench.kernels import Convolution, time_convolutions
 from repvgg.deploy import engines
 from repvgg.measure.timing import Ratio, Times, ratio
 from repvgg.models.names import FAMILY
-from repvgg.paper.drawing import MUTED, POINTWISE, RULE, WIDEST, plot
 from repvgg.paper.result import PaperSettings, Result, Table, interval
+from repvgg.web.drawing import MUTED, POINTWISE, RULE, WIDEST, plot
 
 # A smaller difference may be one of loops and caches. F(2x2, 3x3) at no cost of its own would give 2.25.
 THRESHOLD = 1.25

@@ -10,14 +10,14 @@ class Cluster:
     ray: str = ""
     """auto for the cluster that this machine belongs to, or one of this machine alone; or a cluster's address."""
     concurrency: str = ""
-    """With --ray: how many actors run the model, MIN,MAX; by default at most one a processor but two, which read."""
+    """With --ray: how many actors run the model, MIN,MAX; by default at most one a processor."""
     gpus: float = 0.0
     """With --ray: of each actor."""
 
     def actors(self, processors: int) -> tuple[int, int]:
         """Return the least and the largest number of actors. Raises ValueError for something else than MIN,MAX."""
         if not self.concurrency:
-            return 1, max(1, processors - 2)
+            return 1, max(1, processors)
         words = self.concurrency.split(",")
         if len(words) > 2 or not all(word.strip().isdigit() for word in words) or not 1 <= int(words[0]) <= int(words[-1]):
             raise ValueError(f"--concurrency {self.concurrency}: MIN,MAX, such as 1,8")

@@ -23,3 +23,8 @@ def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
         steps.append(v2.RandomHorizontalFlip())
     transform: nn.Module = v2.Compose(steps)
     return transform
+
+
+def mixing(recipe: Recipe, num_classes: int) -> nn.Module | None:
+    """Return what mixes the images and labels of a batch as the recipe says; None where it does not."""
+    return v2.MixUp(alpha=recipe.mixup, num_classes=num_classes) if recipe.mixup else None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from repvgg.data import Source
 from repvgg.data.resident import Resident, Shifts
-from repvgg.data.transforms import BadImages, Transformed, load
+from repvgg.data.transforms import BadImages, Transformed, load, load_lanes
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import task_of
@@ -18,7 +19,8 @@ from repvgg.train.tasks import task_of
 class Feed:
     """Shuffled, augmented batches: a function of seed, epoch and step, whatever number of workers or processes loads them.
 
-    steps: of an epoch; the incomplete last batch is left out. batch_size: images a step, over all processes. Small images are kept
+    steps: of an epoch; the incomplete last batch is left out. batch_size: images a step, over all processes; where that cannot be
+    divided, `sizes` of this process's parts of a step differ by one, and the largest is `part`. Small images are kept
     whole on the device where the recipe shifts and mirrors them and no more; then there are no workers.
     """
 
@@ -34,19 +36,21 @@ class Feed:
     ) -> None:
         """Divide a source among steps. bad: list unreadable images there instead of stopping.
 
-        Raises ValueError for a batch that cannot be divided.
+        Raises ValueError for a batch smaller than its parts.
         """
         listing = BadImages(bad, replace=True) if bad else None
         self.count, self.seed, self.workers, self.world, self.flip = len(source.train), seed, workers, world, recipe.flip
         parts = world.size * recipe.accumulate
-        if recipe.batch_size % parts:
+        self.batch_size = min(recipe.batch_size, self.count)
+        if self.batch_size < parts:
             how = f"{world.size} processes" + (f" of {recipe.accumulate} parts" if recipe.accumulate > 1 else "")
-            near = max(1, round(recipe.batch_size / parts)) * parts
-            raise ValueError(f"--batch-size {recipe.batch_size} cannot be divided among {how}: {near} can")
-        self.batch_size = min(recipe.batch_size, self.count) // parts * parts
-        if not self.batch_size:
-            raise ValueError(f"{source.name}: {self.count} images to train on are fewer than {parts} parts of a step")
-        self.part = self.batch_size // parts
+            if self.count < parts:
+                raise ValueError(f"{source.name}: {self.count} images to train on are fewer than {parts} parts of a step")
+            raise ValueError(f"--batch-size {recipe.batch_size} cannot be divided among {how}: {parts} can")
+        edges = [self.batch_size * part // parts for part in range(parts + 1)]
+        own = edges[world.rank * recipe.accumulate : (world.rank + 1) * recipe.accumulate + 1]
+        self.start, self.sizes = own[0], [stop - start for start, stop in pairwise(own)]
+        self.part, self.accumulate = max(self.sizes), recipe.accumulate
         self.steps = self.count // self.batch_size
         self.images = Transformed(source.train, task_of(source).train_transform(recipe, source.preprocessing), seed, listing)
         shifted = recipe.crop == "shift" and not recipe.auto_augment
@@ -54,25 +58,26 @@ class Feed:
         self.spent, self.made = 0.0, 0
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield uint8 images [part, C, H, W] and labels [part] or masks [part, H, W], from the epoch's step `first` on.
+        """Yield uint8 images [size, C, H, W] and labels [size] or masks [size, H, W], from the epoch's step `first` on.
 
         There are `accumulate` of them a step.
         """
         self.images.epoch.fill_(epoch)
-        seed, (rank, size) = self.seed * 100_003 + epoch, (self.world.rank, self.world.size)
-        stream = getattr(self.images.images, "order", None)
-        if stream:
-            each = self.batch_size // size
-            return load(self.images, self.part, self.workers, stream(seed, rank, size, first * each, self.steps * each))
+        seed, each = self.seed * 100_003 + epoch, sum(self.sizes)
+        shuffled = getattr(self.images.images, "shuffled", None)  # of a stream
+        if shuffled:
+            batches = self.steps * self.accumulate
+            plan = shuffled(seed, self.steps * self.start, self.sizes, batches, first * self.accumulate)
+            return load_lanes(self.images, plan, self.workers)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[: self.steps * self.batch_size]
-        own = order.view(self.steps, size, -1)[first:, rank].flatten()
+        own = order.view(self.steps, -1)[first:, self.start : self.start + each].flatten()
         if self.resident is not None:
             return self._from_device(self.resident, own, epoch)
-        return load(self.images, self.part, self.workers, own.tolist())
+        return load(self.images, self.sizes, self.workers, own.tolist())
 
     def _from_device(self, resident: Resident, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         shifts = Shifts(self.count, resident.border, self.flip, (self.seed, epoch)).to(resident.device)
-        for indices in order.split(self.part) if len(order) else ():
+        for indices in order.split(self.sizes * (len(order) // sum(self.sizes))) if len(order) else ():
             started = time.perf_counter()
             batch = resident.batch(indices, shifts)
             self.spent, self.made = self.spent + time.perf_counter() - started, self.made + len(indices)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from repvgg.data import Images, Source
 from repvgg.data.resident import Resident
-from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
+from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, load_lanes, normalise
 from repvgg.models.finite import finite
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.zoo import dtype_of, manifest_of
@@ -34,8 +34,18 @@ class Accuracy:
 
     @property
     def per_class(self) -> list[float]:
-        """Share of each class's images that were recognised (NaN where there are none)."""
+        """Share of each class's images that were recognised, its recall (NaN where there are none)."""
         return (self.confusion.diag() / self.confusion.sum(dim=1)).tolist()
+
+    @property
+    def precision(self) -> list[float]:
+        """Share of the images taken for each class that are of it (NaN where there are none)."""
+        return (self.confusion.diag().double() / self.confusion.sum(dim=0)).tolist()
+
+    @property
+    def f1(self) -> list[float]:
+        """Harmonic mean of precision and recall (`per_class`) of each class (NaN where it is neither there nor predicted)."""
+        return (2.0 * self.confusion.diag().double() / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1))).tolist()
 
     @property
     def score(self) -> float:
@@ -60,7 +70,7 @@ def batches(
     bad: BadImages | None = None,
     world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield normalised images [N, C, H, W] and labels [N], in order; of several processes each has every n-th image."""
+    """Yield normalised images [N, C, H, W] and labels [N], each once and in one order; of several processes each has its share."""
     resident = Resident.of(images, preprocessing, device)
     if resident is not None and bad is None:
         own = torch.arange(len(images))[world.rank :: world.size]
@@ -68,9 +78,13 @@ def batches(
             pixels, labels = resident.batch(indices)
             yield normalise(pixels, preprocessing), labels
         return
+    transformed = Transformed(images, eval_transform(preprocessing), bad=bad)
     in_order = getattr(images, "in_order", None)  # of a stream
-    order = in_order(world.rank, world.size) if in_order else range(world.rank, len(images), world.size)
-    for pixels, labels in load(Transformed(images, eval_transform(preprocessing), bad=bad), batch_size, workers, order):
+    if in_order:
+        loaded = load_lanes(transformed, in_order(world.rank, world.size, batch_size), workers)
+    else:
+        loaded = load(transformed, batch_size, workers, range(world.rank, len(images), world.size))
+    for pixels, labels in loaded:
         yield normalise(pixels.to(device), preprocessing), labels.to(device)
 
 

@@ -111,7 +111,7 @@ class Session:
         for waited, parts in self._parts(epoch, course, stop):
             lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
             inputs = [(self._normalised(x), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
-            self.trainer.step(inputs, lr, course.step)
+            self.trainer.step(inputs, lr, course.step, self.feed.batch_size)
             course.step += 1
             progress.step(epoch, lr, waited, self.feed.images_per_second * self.world.size)
             if course.step % LOG_EVERY == 0:

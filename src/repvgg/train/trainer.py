@@ -77,10 +77,11 @@ class Trainer:
         self.model.train()
         keep_still(self.model, self.recipe.frozen_stages, self.recipe.freeze_bn)
 
-    def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int) -> None:
+    def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int, images: int = 0) -> None:
         """Take one step of SGD.
 
         parts: this process's normalised images [N, C, H, W] and labels [N] or masks [N, H, W]; number: of the step in the run.
+        images: how many all processes have together, by which parts of unequal size are weighted; 0 where all are equal.
         It does not wait for the device: what the loss was is asked of `means`.
         """
         torch.manual_seed(hash((self.seed, number, self.world.rank)) % 2**63)  # of mixup and dropout: the same when resumed here
@@ -90,8 +91,9 @@ class Trainer:
         for i, (x, y) in enumerate(parts, 1):
             with nullcontext() if i == len(parts) or self.world.size == 1 else self.network.no_sync():
                 loss, right = self._loss(x, y)
-                self.scaler.scale(loss / len(parts)).backward()
-            self.sums += torch.stack([loss.detach(), right]).to(self.sums) / len(parts)
+                share = len(x) * self.world.size / images if images else 1 / len(parts)
+                self.scaler.scale(loss * share).backward()
+            self.sums += torch.stack([loss.detach(), right]).to(self.sums) * share
         self.summed, self.number = self.summed + 1, number
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)

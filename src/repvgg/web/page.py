@@ -9,7 +9,7 @@ import io
 import re
 import secrets
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -33,7 +33,7 @@ body { margin: 0; background: var(--page); color: var(--ink) }
 body { font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 main { max-width: 78rem; margin: 0 auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 5rem }
 h1 { margin: 0 0 .5rem; font-size: clamp(1.9rem, 5vw, 2.75rem); line-height: 1.15; letter-spacing: -.02em; text-wrap: balance }
-h3 { margin: 0 0 .25rem; font-size: 1.0625rem; line-height: 1.4 }
+h3 { margin: 1.5rem 0 .5rem; font-size: 1.0625rem; line-height: 1.4 }
 h2 { margin: 0 0 .75rem; font-size: 1.4rem; line-height: 1.25; letter-spacing: -.01em }
 p { margin: 0 0 1rem; max-width: 44rem; text-wrap: pretty }
 .lead { font-size: 1.2rem; color: var(--muted) }
@@ -44,15 +44,21 @@ figure { margin: 0 0 1.5rem }
 figcaption { margin-top: .6rem; max-width: 44rem; font-size: .9rem; line-height: 1.45; color: var(--muted) }
 .card { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: .75rem; padding: .75rem }
 .card svg { display: block; width: 100%; height: auto; margin: 0 auto }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; margin-bottom: 1.5rem }
+.charts figure { margin: 0; min-width: 0 }
 img { display: block; max-width: 100%; height: auto; border-radius: .4rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 1.25rem 1rem; margin-bottom: 1.5rem }
 .grid figure { margin: 0 }
 .grid img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff; border: 1px solid var(--rule) }
 .grid figcaption { margin-top: .35rem; font-size: .82rem }
 .pixels { image-rendering: pixelated }
-.table { overflow-x: auto; margin-bottom: 1.5rem }
+.table { width: fit-content; max-width: 100%; overflow-x: auto; margin-bottom: 1.5rem }
+.table { padding: .25rem 1rem; background: var(--card); border: 1px solid var(--rule); border-radius: .75rem }
+tr:last-child td { border-bottom: 0 }
+th:last-child, td:last-child { padding-right: 0 }
 table { border-collapse: collapse; font-size: .95rem; line-height: 1.4; font-variant-numeric: tabular-nums }
-th, td { padding: .5rem 1.5rem .5rem 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--rule) }
+th, td { padding: .5rem clamp(.8rem, 2vw, 1.5rem) .5rem 0; text-align: left; vertical-align: baseline }
+td, thead th { border-bottom: 1px solid var(--rule) }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom }
 .number { text-align: right }
 td.number { white-space: nowrap }
@@ -63,6 +69,18 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the b
 BY_URL, BY_HREF = re.compile(r"(?<=url\(#)[^)]+"), re.compile(r"(?<=^#).+")  # how one part of an SVG names another
 
 NUMBER = re.compile(r"[-+\u2212\u00b1]?\.?\d|[-\u2013]?$")  # also a minus sign, a plus-or-minus; a dash or nothing for none
+
+MACHINE = {  # what this_machine records, in words
+    "processor": "processor",
+    "cores": "cores",
+    "threads": "threads that compute",
+    "memory_gib": "memory",
+    "gpu": "GPU",
+    "system": "system",
+    "python": "Python",
+    "commit": "commit of repvgg",
+    "date": "date",
+}
 
 Section = tuple[str, str]
 
@@ -135,6 +153,19 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
     return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
+def charts(pieces: Iterable[str]) -> str:
+    """Return charts side by side where there is room, below each other on a telephone."""
+    return '<div class="charts">\n' + "\n".join(pieces) + "\n</div>"
+
+
+def machine(about: Mapping[str, Any]) -> str:
+    """Return a table of what was measured on which machine, as `this_machine` records it."""
+    rows = [(words, about[name]) for name, words in MACHINE.items() if about.get(name) is not None]
+    rows = [(words, f"{value:g} GiB" if words == "memory" else value) for words, value in rows]
+    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
+    return table([*rows, ("versions", versions)], ("", ""))
+
+
 def grid(pieces: Iterable[str]) -> str:
     """Pieces side by side, as many in a row as fit: small images with captions."""
     return '<div class="grid">\n' + "\n".join(pieces) + "\n</div>"
@@ -179,7 +210,7 @@ def svg(figure: "Figure", caption: str = "") -> str:
         "viewBox": box,
         "role": "img",
         "aria-label": caption or "drawing",
-        "style": f"max-width:{width}px;min-width:{0.6 * width:.0f}px",  # on a telephone the card scrolls
+        "style": f"max-width:{1.25 * width:.0f}px;min-width:{0.78 * width:.0f}px",  # on a telephone the card of a wide one scrolls
         "stroke-linejoin": "round",
     }
     return _figure(f'<div class="card">{ElementTree.tostring(root, encoding="unicode")}</div>', caption)

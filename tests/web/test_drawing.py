@@ -13,7 +13,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.names import Member
 from repvgg.models.repvgg import RepVGG
 from repvgg.paper import figure2, figure4
-from repvgg.paper.drawing import canvas, wire, write
+from repvgg.web.drawing import canvas, wire, write
 
 
 def illegible(figure: Figure) -> list[str]:

@@ -1,0 +1,51 @@
+"""Ray, as predictions of whole data sets and grids of trainings meet it: a cluster that is there, or one of this machine."""
+
+import logging
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from repvgg.disk import Log, describe
+
+
+def refuse_without_ray() -> None:
+    """Raise ValueError where Ray, or what its data sets need, is not installed."""
+    if lacking := [name for name in ("ray", "pandas") if find_spec(name) is None]:
+        raise ValueError(f"--ray needs {', '.join(lacking)}: pip install 'repvgg[scale]'")
+
+
+def connect(address: str, log: Log) -> None:
+    """Join the cluster at an address; for "auto" the one of this machine, which is started where there is none.
+
+    Raises ValueError where no cluster answers.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before it is imported; what goes wrong is said in one line
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        if address != "auto":
+            reason = f"no cluster answers there ({describe(error).splitlines()[0]}); one with a token wants RAY_AUTH_MODE=token"
+            raise ValueError(f"--ray {address}: {reason}") from None
+        ray.init(include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
+    log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what a task raised, from within Ray's wrappings."""
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    return describe(error).strip().splitlines()[0]
+
+
+def absolute(spec: str) -> str:
+    """Return a path, or KIND:PATH, that means the same in whatever folder a worker runs; other names as they are."""
+    kind, colon, path = spec.rpartition(":")
+    return f"{kind}{colon}{Path(path).resolve()}" if path and Path(path).exists() else spec
