@@ -216,6 +216,8 @@ def resembles_batch_norm(module: nn.Module) -> bool:
 
 def split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return the affine part of a batch norm, and what it does after that (timm's BatchNormAct2d has an activation inside)."""
+    if not parts(norm):
+        return norm, nn.Identity().eval()
     affine = copy.deepcopy(norm)
     for name, _ in parts(affine):
         affine._modules[name] = nn.Identity()

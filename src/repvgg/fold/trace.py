@@ -16,7 +16,7 @@ from torch import fx, nn
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import CONVOLUTIONS, as_linear, is_batch_norm
 from repvgg.fold.guards import copied, parts
-from repvgg.fold.tracer import ARGUMENTS, ONE_INPUT, TENSOR, AsksTypeError, Call, Seen, traced
+from repvgg.fold.tracer import ARGUMENTS, ONE_INPUT, TENSOR, AsksTypeError, Call, Seen, traced, watched_modules
 
 
 @dataclass
@@ -74,11 +74,12 @@ class _Walk:
         self.read: list[tuple[nn.Module, nn.Module, str]] = []  # who reads, of whom, what
         self.todo = [(m, Call.by_default(m)) for m in _entries(model)]
         done: set[tuple[nn.Module, str]] = set()
-        while self.todo:
-            module, call = self.todo.pop()
-            if (module, repr(call)) not in done and not _is_operator(module):
-                done.add((module, repr(call)))
-                self._visit(module, call)
+        with watched_modules():
+            while self.todo:
+                module, call = self.todo.pop()
+                if (module, repr(call)) not in done and not _is_operator(module):
+                    done.add((module, repr(call)))
+                    self._visit(module, call)
         self._distrust_readers_of_what_is_written()
         self._hide({*_entries(model), *(module for module, _ in done)})
         for counted in self.counted.values():

@@ -99,6 +99,38 @@ ARGUMENTS = "a list or dictionary that it is given"
 MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
 
 
+_tracing: list["_Tracer"] = []  # the last one is at work
+
+
+@contextmanager
+def watched_modules() -> Iterator[None]:
+    """Let tracers see what forwards do to modules, as long as this lasts. (To change `nn.Module` takes long: once for many.)"""
+    plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
+
+    def get(module: nn.Module, name: str) -> Any:
+        value = plain_get(module, name)
+        tracer = _tracing[-1] if _tracing else None
+        if tracer is not None and tracer.watching and module is not tracer.root and name not in MACHINERY:
+            tracer.note_read(module, name, value)
+        return value
+
+    def set_(module: nn.Module, name: str, value: Any) -> None:
+        tracer = _tracing[-1] if _tracing else None
+        if tracer is None:
+            plain_set(module, name, value)
+            return
+        if tracer.watching:
+            tracer.note_write(module, name)
+        tracer._quietly(lambda: plain_set(module, name, value))
+
+    nn.Module.__getattribute__, nn.Module.__setattr__ = get, set_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
+
+
 class _Tracer(fx.Tracer):
     """Trace one module's own forward for one call; every module that it calls is a leaf."""
 
@@ -149,32 +181,23 @@ class _Tracer(fx.Tracer):
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
-
-        def get(module: nn.Module, name: str) -> Any:
-            if not self.watching or module is self.root or name in MACHINERY:
-                return plain_get(module, name)
-            self.seen.reads.append((module, name))
-            value = plain_get(module, name)
-            if isinstance(value, list | dict | set):  # which may be changed as well as read
-                self.seen.writes.append((module, name))
-            return value
-
-        def set_(module: nn.Module, name: str, value: Any) -> None:
-            if self.watching:
-                self.seen.writes.append((module, name))
-                home = next((d for d in (module._buffers, module._parameters, module._modules) if name in d), vars(module))
-                self.undo.append((home, name, home.get(name, _MISSING)))
-            self._quietly(lambda: plain_set(module, name, value))
-
-        nn.Module.__getattribute__, nn.Module.__setattr__ = get, set_  # type: ignore[method-assign, assignment]
         self.watching = True
+        _tracing.append(self)
         try:
             yield
         finally:
+            _tracing.pop()
             self.watching = False
-            del nn.Module.__getattribute__
-            nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
+
+    def note_read(self, module: nn.Module, name: str, value: Any) -> None:
+        self.seen.reads.append((module, name))
+        if isinstance(value, list | dict | set):  # which may be changed as well as read
+            self.seen.writes.append((module, name))
+
+    def note_write(self, module: nn.Module, name: str) -> None:
+        self.seen.writes.append((module, name))
+        home = next((d for d in (module._buffers, module._parameters, module._modules) if name in d), vars(module))
+        self.undo.append((home, name, home.get(name, _MISSING)))
 
     def restore(self) -> None:
         """Put the attributes that the forward wrote back as they were."""
