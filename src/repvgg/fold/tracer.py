@@ -108,10 +108,13 @@ def watched_modules() -> Iterator[None]:
     plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
 
     def get(module: nn.Module, name: str) -> Any:
-        value = plain_get(module, name)
         tracer = _tracing[-1] if _tracing else None
-        if tracer is not None and tracer.watching and module is not tracer.root and name not in MACHINERY:
-            tracer.note_read(module, name, value)
+        if tracer is None or not tracer.watching or module is tracer.root or name in MACHINERY:
+            return plain_get(module, name)
+        tracer.seen.reads.append((module, name))  # before it: a parameter is found in another way than this
+        value = plain_get(module, name)
+        if isinstance(value, list | dict | set):  # which may be changed as well as read
+            tracer.seen.writes.append((module, name))
         return value
 
     def set_(module: nn.Module, name: str, value: Any) -> None:
@@ -188,11 +191,6 @@ class _Tracer(fx.Tracer):
         finally:
             _tracing.pop()
             self.watching = False
-
-    def note_read(self, module: nn.Module, name: str, value: Any) -> None:
-        self.seen.reads.append((module, name))
-        if isinstance(value, list | dict | set):  # which may be changed as well as read
-            self.seen.writes.append((module, name))
 
     def note_write(self, module: nn.Module, name: str) -> None:
         self.seen.writes.append((module, name))
