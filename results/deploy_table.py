@@ -67,3 +67,31 @@ def _predictions(r: dict[str, Any]) -> str:
         "float64; a prediction is clear where its two best logits are farther apart than twice the largest error:\n\n"
         + table(["file", "the same", "clear", "clear and different", "error"], rows)
     )
+
+
+DAY = 24 * 60 * 60
+
+
+def sizing(r: dict[str, Any], data: dict[str, Any] | None) -> str:
+    """Return how many images a day each engine predicts on the machine that was measured."""
+    p, batches = r["protocol"], [t for t in r["speed"] if t["batch_size"] > 1]
+    heads = [f"{t['precision']}, millions a day" for t in batches]
+    rows = []
+    for name in r["load"]:
+        speeds = [t["engines"][name]["images_per_second"] if name in t["engines"] else 0 for t in batches]
+        if any(speeds):
+            days = f"{1e9 / (DAY * max(speeds)):,.0f}"
+            rows.append([f"`{name}`", *(f"{speed * DAY / 1e6:.1f}" if speed else "" for speed in speeds), days])
+    decoding = ""
+    if data is not None:
+        speed = data["loading"]["photos, folder"]["decode"]
+        decoding = (
+            f"Decoding comes on top: {speed:,.0f} JPEGs of 500 x 375 a second and core, {speed * DAY / 1e6:.0f} million a day.\n"
+        )
+    where = f"batch {batches[0]['batch_size']}, {many(p['threads'], 'thread')} of {machine(r['machine'])}"
+    return (
+        f"{table(['engine', *heads, 'machines for a billion a day'], rows)}\n\n"
+        f"{p['model']} at {p['input_size'][-1]} px, {where}:\n"
+        f"the network alone, from [results/engines.json](../results/engines.json). {decoding}"
+        "For another machine or model multiply what `repvgg bench MODEL --batch-size 32` says there by 86,400.\n"
+    )

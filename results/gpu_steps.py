@@ -17,7 +17,7 @@ from repvgg.measure.machine import write_record
 from repvgg.measure.timing import interleave, ratio, synchroniser
 from repvgg.models import zoo
 from repvgg.paper.numbers import HEADLINES, TABLE8
-from repvgg.train.optimizer import sgd
+from repvgg.train.optimizer import make_optimizer
 from repvgg.train.recipes import Recipe
 
 
@@ -166,7 +166,7 @@ class Stepper:
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self.recipe, self.device, self.layout = recipe, torch.device(device), layout
-        self.optimizer = sgd(self.model, recipe)
+        self.optimizer = make_optimizer(self.model, recipe)
         self.network: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         torch.backends.cudnn.benchmark = True

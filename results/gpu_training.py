@@ -22,6 +22,8 @@ from repvgg.models import zoo
 from repvgg.paper.numbers import TABLE6, TABLE7
 from repvgg.train.recipes import Recipe, get_recipe
 
+# What `Stepper` does of it: no moving average, one size of images.
+RECIPE = replace(get_recipe("cifar"), lr=0.1, batch_size=128, decay="cosine", ema=0.0, small_first=0.0)
 SHIFT = 8  # a crop moves by up to an eighth of the side
 
 
@@ -39,14 +41,14 @@ class Job:
 def cifar10(record: Record, asked: Asked) -> None:
     """Train A0 for small images with three seeds, and count the predictions that folding changes."""
     arch, epochs, seeds = ("repvgg_micro", 1, 1) if asked.tiny else ("repvgg_a0", 200, 3)
-    recipe = replace(get_recipe("cifar"), epochs=epochs, lr=0.1, batch_size=128, decay="cosine")
+    recipe = replace(RECIPE, epochs=epochs)
     _seeds(record, asked, arch, arch, {"small_input": True}, recipe, seeds)
 
 
 def ablation(record: Record, asked: Asked) -> None:
     """Train B0 at full depth and half its width with each block of Tables 6 and 7, three seeds of each."""
     epochs, seeds = (1, 1) if asked.tiny else (60, 3)
-    recipe = replace(get_recipe("cifar"), epochs=epochs, lr=0.1, batch_size=128, decay="cosine")
+    recipe = replace(RECIPE, epochs=epochs)
     rows = [("repvgg_b0", row.block, row.top1) for row in TABLE6] + [(row.model, row.block, row.top1) for row in TABLE7]
     for arch, block, top1 in rows[:2] if asked.tiny else rows:
         name = "residual" if arch.endswith("residual") else block

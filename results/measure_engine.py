@@ -109,11 +109,15 @@ def compare(
     rivals: tuple[str, ...] = RIVALS,
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
-    """Return the figures of one row: our nets and the rivals that are named, all taking turns."""
+    """Return the figures of one row: our nets and the rivals that are named, all taking turns.
+
+    accuracies: of our nets, after a precision of their own ("int16 high") where it is not the row's.
+    """
     torch.manual_seed(0)
     path, images = model_file(name, folder), torch.randn(max(batch_size, 4), 3, 224, 224)
     batch, judged, options = images[:batch_size], images[:4], Options((3, 224, 224), batch_size, precision, THREADS)
-    nets = {a: load(path, precision=precision, accuracy=a, threads=THREADS) for a in accuracies}
+    words = {a: (a if " " in a else f"{precision} {a}").split() for a in accuracies}
+    nets = {a: load(path, precision=own, accuracy=accuracy, threads=THREADS) for a, (own, accuracy) in words.items()}
     runners = {f"native {a}": native(net, batch) for a, net in nets.items()}
     model = deploy_form(name)
     for engine in rivals:
@@ -164,6 +168,16 @@ def has_bf16() -> bool:
     return "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
 
 
+def int16(folder: Path) -> dict[str, Any]:
+    """Integer products beside our other precisions and OpenVINO's INT8."""
+    natives = ("high", "fast", *(["bf16 high"] if has_bf16() else []), "int16 high", "int16 fast")
+    return {
+        f"{name}, batch {n}": compare(name, folder, n, "fp32", natives, ("openvino", "openvino int8"))
+        for name in ("repvgg_a0", "repvgg_a2")
+        for n in (32, 1)
+    }
+
+
 def member(name: str, folder: Path) -> dict[str, Any]:
     return {name: compare(name, folder, 8, "fp32", ("high",), rounds=ROUNDS_OF_MEMBERS)}
 
@@ -190,7 +204,10 @@ def against_resnets(folder: Path) -> dict[str, Any]:
 
 def avx2(folder: Path) -> dict[str, Any]:
     """In a process of its own, because oneDNN reads its limit when it is loaded."""
-    call = "compare('repvgg_a0', Path(sys.argv[1]), 32, 'fp32', ('high', 'fast'))"
+    call = (
+        "compare('repvgg_a0', Path(sys.argv[1]), 32, 'fp32', ('high', 'fast', 'int16 high', 'int16 fast'),"
+        " (*RIVALS, 'openvino int8'))"
+    )
     script = f"import json; from measure_engine import *; print(json.dumps({call}))"
     environment = {**os.environ, "REPVGG_ENGINE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-c", script, str(folder)]
@@ -278,6 +295,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "algorithms": algorithms,
     "against_resnets": against_resnets,
     "avx2": avx2,
+    "int16": int16,
     "start": start,
 }
 

@@ -1,6 +1,10 @@
-"""Half of the channels of the CIFAR-10 model, in both forms, after a short training; write results/pruning.json.
+"""Half of the channels taken out of trained models, then a short training; write results/pruning.json.
 
-python results/measure_pruning.py runs/cifar10 hf:../shared/data/cifar10 [training] [deploy]
+python results/measure_pruning.py forms runs/cifar10 hf:../shared/data/cifar10         # the CIFAR-10 model, in both forms
+python results/measure_pruning.py structures runs/structures hf:../shared/data/cifar10 # plain against residual (section 3.1)
+
+Each stops and starts at will. The structures are RepVGG-B0's plain layers and Table 7's residual reorganisation of them, trained
+and pruned alike, with the same share of each set of channels left.
 """
 
 import json
@@ -8,28 +12,53 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from repvgg import load, reparameterize
 from repvgg.data import open_source
 from repvgg.deploy.prune import prune
 from repvgg.measure.machine import write_record
+from repvgg.train.loop import train
 from repvgg.train.recipes import get_recipe
 
 OUT = Path(__file__).with_name("pruning.json")
 KEEP, EPOCHS, ENGINE = 0.5, 2, "openvino"
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "plain": {"arch": "repvgg_b0", "block": "plain"},
+    "residual": {"arch": "repvgg_b0_residual"},
+}
+WIDTH, FIRST_EPOCHS, AFTER_EPOCHS = 0.25, 2, 1
 
 
-def main(run: Path, data: str, forms: list[str]) -> None:
+def record(**figures: Any) -> None:
+    """Write figures beside those of the record."""
+    found = json.loads(OUT.read_text()) if OUT.exists() else {}
+    found.pop("machine", None)
+    write_record(OUT, {**found, **figures})
+
+
+def forms(run: Path, data: str) -> None:
     source = open_source(data)
     recipe = replace(get_recipe(source.recipe), epochs=EPOCHS)
-    for form in forms or ["training", "deploy"]:
+    for form in ("training", "deploy"):
         model = load(run / "best.safetensors")
         with tempfile.TemporaryDirectory() as folder:
             report = prune(reparameterize(model) if form == "deploy" else model, source, folder, KEEP, recipe, engine=ENGINE)
-        found = json.loads(OUT.read_text()) if OUT.exists() else {}
-        found |= {"train_images": len(source.train), "recipe": asdict(recipe), form: report.to_json()}
-        write_record(OUT, found)
+        record(train_images=len(source.train), recipe=asdict(recipe), **{form: report.to_json()})
+
+
+def structures(out: Path, data: str) -> None:
+    source = open_source(data)
+    recipe = replace(get_recipe("cifar"), epochs=FIRST_EPOCHS, warmup_epochs=0.5, ema=0.0, small_first=0.0)
+    after = replace(recipe, epochs=AFTER_EPOCHS, warmup_epochs=0, lr=recipe.lr / 4)
+    found: dict[str, Any] = {}
+    for name, network in STRUCTURES.items():
+        train(source=source, recipe=recipe, out=out / name, width=WIDTH, small_input=False, **network)
+        report = prune(load(out / name / "last.safetensors"), source, out / f"{name}-pruned", KEEP, after)
+        found[name] = report.to_json()
+    about = {"width": WIDTH, "train_images": len(source.train), "recipe": asdict(recipe), "after": asdict(after), "n": 1}
+    record(structures={**about, **found})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    {"forms": forms, "structures": structures}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])

@@ -58,7 +58,7 @@ def _points(accuracy: Record) -> str:
 
 
 def pruning(r: Record) -> str:
-    """A row for each form that was pruned."""
+    """A row for each form that was pruned; and plain layers beside residual blocks."""
     forms = {form: r[form] for form in ("training", "deploy") if form in r}
     rows = []
     for form, p in forms.items():
@@ -68,17 +68,46 @@ def pruning(r: Record) -> str:
     keep = next(iter(forms.values()))["keep"]
     return (
         f"The CIFAR-10 model cut to {keep:.0%} of its channels, then trained for {many(r['recipe']['epochs'], 'epoch')} on "
-        f"{r['train_images']:,} images.\n\n" + table(["pruned", "top-1 before", "after", "times fewer MACs", "times as fast"], rows)
+        f"{r['train_images']:,} images.\n\n"
+        + table(["pruned", "top-1 before", "after", "times fewer MACs", "times as fast"], rows)
+        + (_structures(r["structures"]) if "structures" in r else "")
+    )
+
+
+def _structures(s: Record) -> str:
+    rows = []
+    for name in ("plain", "residual"):
+        before, cut, after = (f"{s[name]['accuracy'][when]['top1']:.2%}" for when in ("before", "cut", "after"))
+        macs, params = ([f"{n / 1e6:.2f} M" for n in s[name][what]] for what in ("macs", "params"))
+        rows.append([name, before, cut, after, " to ".join(macs), " to ".join(params)])
+    return (
+        f"\n\nThe paper says that shortcuts stand in the way of pruning (section 3.1). B0's plain layers and Table 7's residual "
+        f"reorganisation of them, at width {s['width']:g}, trained alike for {many(s['recipe']['epochs'], 'epoch')} of "
+        f"{s['train_images']:,} images, cut to {s['plain']['keep']:.0%} of every set of channels by the same method, trained for "
+        f"{many(s['after']['epochs'], 'epoch')} more (n = {s['n']}):\n\n"
+        + table(["structure", "top-1 before", "cut", "after training on", "MACs", "parameters"], rows)
     )
 
 
 def cifar10(r: Record) -> str:
-    both = r["top1"]["training form"], r["top1"]["deploy form"]
-    return (
-        f"`{r['command']}`: top-1 {both[0]:.2%} on {r['images']:,} test images after {r['minutes']:.0f} minutes (n = {r['n']}), "
-        f"{both[1]:.2%} in deploy form; {r['equal_predictions']:,} of {r['images']:,} predictions are the same. "
-        f"{r['parameters']['deploy form'] / 1e6:.2f} M parameters."
-    )
+    """A row for each run, and the model that is in the package."""
+    forms = ("training form", "deploy form", "native engine")
+    header = ["model", "epochs", "seed", "minutes", *(f"top-1, {form}" for form in forms), "same predictions"]
+    rows, commands, notes = [], [], []
+    for run in r["runs"]:
+        shares = [f"{run['top1'][form]:.2%}" if form in run["top1"] else "" for form in forms]
+        same = min(run["equal_predictions"].values())
+        facts = f"{run['recipe']['epochs']}", f"{run['seed']}", f"{run['minutes']:.0f}"
+        rows.append([f"`{run['arch']}`", *facts, *shares, f"{same:,} of {r['images']:,}"])
+        commands.append(f"`{run['command']}`")
+        notes += [run["note"]] if run["note"] else []
+    text = f"{table(header, rows)}\n\nMade by {', '.join(dict.fromkeys(commands))}. {' '.join(dict.fromkeys(notes))}"
+    if e := r["embedded"]:
+        text += (
+            f"\n\nThe model `cifar10` that comes with the package is the deploy form of `{e['arch']}` after {e['epochs']} epochs, "
+            f"seed {e['seed']}, stored in {e['stored_as']} ({e['bytes'] / 1e6:.1f} MB): {e['top1']:.2%}, measured from that file."
+        )
+    return f"{text.strip()}\n\n![accuracy against images seen](../results/cifar10.png)"
 
 
 def camvid(r: Record) -> str:
@@ -128,11 +157,13 @@ def ablation(r: Record) -> str:
         f"**{many(s['epochs'], 'epoch')} decide nothing about accuracy**: the paper trains for 120 on ImageNet, and so early, what "
         "trains fastest leads. What these runs do show is that every variant trains, folds and then predicts the same.\n\n"
     )
+    rates = {name: f"{lr:g}" for name, lr in (r.get("rates") or {}).items()}
+    tuned = f" Learning rates: {', '.join(f'`{name}` {lr}' for name, lr in rates.items())}." if len({*rates.values()}) > 1 else ""
     agreement = "" if rank["spearman"] is None else f" Rank correlation with the paper's order: {rank['spearman']:.2f}."
     return (
         (warning if s["epochs"] < ENOUGH_EPOCHS else "")
         + f"{s['arch']} at width {s['width']:g} on CIFAR-10{limit}, {many(s['epochs'], 'epoch')}; mean and standard deviation of "
-        f"top-1 over n seeds ([the blocks](blocks.md)).{agreement}\n\n"
+        f"top-1 over n seeds ([the blocks](blocks.md)).{tuned}{agreement}\n\n"
         + table(["variant", "top-1, paper", "top-1, here", "n", "same predictions folded"], rows)
     )
 
@@ -148,6 +179,26 @@ def training(r: Record) -> str:
         f"A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {many(p['rounds'], 'round')} taking turns. "
         f"A saved state of A0 takes {state['megabytes']:.0f} MB and {state['seconds_to_write']:.2f} s.\n\n"
         + table(["", "images/s", f"over {reference}"], rows)
+    )
+
+
+STAGES = ("read", "decode", "augment", "collate", "to device", "batches")
+
+
+def data(r: Record) -> str:
+    """Loading by stage, and a whole data set predicted alone and on Ray."""
+    p, work = r["protocol"], r["prediction"]
+    rows = [[name, *(f"{s[stage]:,.0f}" if stage in s else "" for stage in STAGES)] for name, s in r["loading"].items()]
+    alone, ray = work["alone"], work["ray"]
+    now, before = (r["loading"][name]["decode"] for name in ("photos, folder", "photos, folder, Pillow alone"))
+    return (
+        f'Images a second by stage, one process each; "batches" is what {many(p["workers"], "worker")} give together. JPEGs of '
+        f"500 x 375 pixels and {p['bytes'] / 1000:.0f} kB, light recipe (decoding is {now / before:.2f} times as fast as by Pillow "
+        f"alone); medians of {many(p['rounds'], 'round')}.\n\n{table(['', *STAGES], rows)}\n\n"
+        f"`repvgg predict` of {alone['images']:,} CIFAR-10 images by {work['model']}: {alone['steady']:,.0f} images/s "
+        f"alone and {ray['steady']:,.0f} with `--ray auto` on the same cores once all have started, {work['ratio']:.2f} times "
+        f"as many; {alone['whole']:,.0f} and {ray['whole']:,.0f} with starting. {work['same_labels']:,} labels are "
+        "the same."
     )
 
 

@@ -33,8 +33,13 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """A command that is run in this process leaves its signal handlers to none of the next tests, or their worker processes."""
+    """A command that is run in this process leaves its signal handlers to none of the next tests, or their worker processes.
+
+    Those that a test starts hear a hangup under nohup too, which has it ignored.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

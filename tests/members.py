@@ -13,7 +13,11 @@ import repvgg
 from repvgg.disk import FileError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
+from repvgg.models.names import FAMILY
 
+# One of each sort stands for its like, which are slow: no groups, groups, squeeze-excite, and the smallest.
+SORTS = ("repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvgg_micro")
+EVERY_MEMBER = [pytest.param(name, marks=[] if name in SORTS else pytest.mark.slow) for name in FAMILY]
 Tensors = dict[str, Tensor]
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))  # those of `logits`
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -93,7 +93,8 @@ def test_every_block_is_described_and_drawn_as_it_is(tmp_path: Path) -> None:
     from repvgg.fold.blocks import BLOCKS
 
     subprocess.run([sys.executable, ROOT / "docs" / "draw.py", tmp_path], check=True)
-    assert _texts(ROOT / "docs" / "fold.svg") == _texts(tmp_path / "fold.svg"), "run python docs/draw.py"
+    for name in ("fold.svg", "layers.svg"):
+        assert _texts(ROOT / "docs" / name) == _texts(tmp_path / name), "run python docs/draw.py"
     text = (ROOT / "docs" / "blocks.md").read_text()
     for name in BLOCKS:
         assert re.search(rf"^### .*`{name}`", text, re.MULTILINE), name

@@ -5,7 +5,7 @@ from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_siz
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 CONV, SQUEEZE_EXCITE, POOL = 0, 1, 2
 
 
@@ -32,7 +32,7 @@ class LayerStruct(ctypes.Structure):
 
 
 class OptionsStruct(ctypes.Structure):
-    _fields_ = [("threads", c_int32), ("pin", c_int32), ("bf16", c_int32), ("isa", c_char_p)]
+    _fields_ = [("threads", c_int32), ("pin", c_int32), ("precision", c_int32), ("isa", c_char_p)]
 
 
 class ImagesStruct(ctypes.Structure):
@@ -47,6 +47,37 @@ class ImagesStruct(ctypes.Structure):
     ]
 
 
+class DescriptionStruct(ctypes.Structure):
+    _fields_ = [
+        ("size", c_size_t),
+        ("layers", POINTER(LayerStruct)),
+        ("layer_count", c_int32),
+        ("channels", c_int32),
+        ("height", c_int32),
+        ("width", c_int32),
+        ("resize", c_int32),
+        ("interpolation", c_char_p),
+        ("mean", POINTER(c_double)),
+        ("std", POINTER(c_double)),
+        ("scale", POINTER(c_float)),
+        ("shift", POINTER(c_float)),
+        ("classes", POINTER(c_char_p)),
+        ("class_count", c_int32),
+    ]
+
+
+class OpenOptionsStruct(ctypes.Structure):
+    _fields_ = [
+        ("size", c_size_t),
+        ("plan", c_char_p),
+        ("plan_text", c_char_p),
+        ("isa", c_char_p),
+        ("threads", c_int32),
+        ("pin", c_int32),
+        ("features", c_int32),
+    ]
+
+
 def _open() -> ctypes.CDLL:
     path = Path(__file__).with_name("librepvgg_engine.so")
     try:
@@ -58,6 +89,14 @@ def _open() -> ctypes.CDLL:
     if not hasattr(library, "repvgg_abi_version") or library.repvgg_abi_version(sizes) != ABI_VERSION or list(sizes) != ours:
         raise ImportError(f"{path} belongs to another version of repvgg_engine: pip install --force-reinstall ./engine")
     failing: list[Any] = [c_char_p, c_size_t]
+    library.repvgg_read.argtypes = [c_char_p, *failing]
+    library.repvgg_read.restype = c_void_p
+    library.repvgg_free.argtypes = [c_void_p]
+    library.repvgg_free.restype = None
+    library.repvgg_open.argtypes = [c_char_p, POINTER(OpenOptionsStruct), *failing]
+    library.repvgg_open.restype = c_void_p
+    library.repvgg_describe.argtypes = [c_void_p, POINTER(DescriptionStruct)]
+    library.repvgg_prepare.argtypes = [POINTER(DescriptionStruct), c_void_p, c_int32, c_int32, c_void_p, *failing]
     library.repvgg_create.argtypes = [POINTER(LayerStruct), c_int32, POINTER(OptionsStruct), *failing]
     library.repvgg_create.restype = c_void_p
     library.repvgg_destroy.argtypes = [c_void_p]

@@ -36,15 +36,18 @@ def load(
     pin: bool = False,
     features: bool = False,
     memory_limit: int | None = None,
+    isa: str | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
 ) -> Net:
     """Return the net of a model file in deploy form.
 
-    precision: fp32, or bf16, whose products are of bfloat16 (AVX512-BF16). accuracy: "exact" computes every convolution directly;
-    "high" and "fast" let Winograd's algorithms in, as long as the output's error stays within what tune.py says; which is best for
-    each layer is measured at the first call and kept on disk. threads: that compute, by default as many as this process may use
-    processors. features: the last feature map instead of logits. memory_limit: bytes for packed weights. plan: by which each layer
-    is computed, or its file; precision and accuracy are then the plan's. Raises `EngineError`.
+    precision: fp32; bf16, whose products are of bfloat16 (AVX512-BF16); int16, whose products are of integers of 14 to 16 bits,
+    on any processor and without calibration. accuracy: "exact" computes every convolution directly; "high" and "fast" let
+    Winograd's algorithms in, as long as the output's error stays within what tune.py says; which is best for each layer is
+    measured at the first call and kept on disk. threads: that compute, by default as many as this process may use processors.
+    features: the last feature map instead of logits. memory_limit: bytes for packed weights. isa: an instruction set, by
+    default the best. plan: by which each layer is computed, or its file; precision, accuracy and isa are then the plan's.
+    Raises `EngineError`.
     """
     model = read(Path(path))
     layers = model.layers
@@ -53,7 +56,7 @@ def load(
     chosen = plans.read(plan) if isinstance(plan, str | os.PathLike) else plan
     if chosen and features:
         chosen = Plan(chosen.isa, chosen.precision, chosen.algorithms[: len(layers)])
-    return build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit, chosen)
+    return build(layers, model.preprocessing, model.classes, precision, accuracy, threads, pin, memory_limit, isa, chosen)
 
 
 def build(
@@ -65,6 +68,7 @@ def build(
     threads: int | None = None,
     pin: bool = False,
     memory_limit: int | None = None,
+    isa: str | None = None,
     plan: Plan | None = None,
 ) -> Net:
     """Return the net of layers that are at hand; arguments as those of `load`."""
@@ -72,7 +76,6 @@ def build(
         raise EngineError(f"no accuracy {accuracy!r}: {', '.join(ACCURACIES)}")
     if memory_limit is not None and memory_limit < 1:
         raise EngineError(f"memory_limit is {memory_limit}: it is a number of bytes")
-    isa = plan.isa if plan else None
     net = Net(
         layers,
         precision=plan.precision if plan else precision,
@@ -80,7 +83,7 @@ def build(
         pin=pin,
         preprocessing=preprocessing,
         classes=classes,
-        isa=isa,
+        isa=plan.isa if plan else isa,
     )
     if plan:
         _apply(net, plan)
@@ -96,29 +99,47 @@ def plan(
     accuracy: str = "high",
     threads: int | None = None,
     memory_limit: int | None = None,
+    isa: str | None = None,
 ) -> Plan:
     """Return the plan of a model file for this machine, measured now or before; arguments as those of `load`."""
-    net = load(path, precision=precision, accuracy=accuracy, threads=threads, memory_limit=memory_limit)
+    net = load(path, precision=precision, accuracy=accuracy, threads=threads, memory_limit=memory_limit, isa=isa)
     net.prepare()
     return Plan(net.isa, net.precision, tuple(net.chosen))
 
 
 def _planned(net: Net, accuracy: str, memory_limit: int | None) -> Plan:
-    """Return the plan that is kept for this net on this machine, or else measure one and keep it."""
+    """Return the plan that is kept for this net on this machine, or else measure one and keep it.
+
+    Speed is measured once for all accuracies.
+    """
     limit = memory_limit or int(MEMORY_SHARE * available_memory())
     machine = [processor(), net.isa, net.threads]
-    asked = [tune.VERSION, accuracy, net.precision, limit.bit_length() if memory_limit is None else limit]
-    key = hashlib.sha256(json.dumps([machine, asked]).encode() + _fingerprint(net)).hexdigest()[:32]
+    asked = [tune.VERSION, net.precision, limit.bit_length() if memory_limit is None else limit]
+    speeds, key = (_key(net, [machine, asked, what]) for what in ("speeds", accuracy))
     kept = plans.cached(key)
     if kept:
         with suppress(EngineError):
             plans.check(kept, net.known)
             return kept
-    if sys.stderr.isatty():
-        print("repvgg_engine: choosing algorithms for this machine; takes some seconds, once", file=sys.stderr)
-    measured = Plan(net.isa, net.precision, tuple(tune.choose_algorithms(net, accuracy, limit)))
+    seconds = plans.cached_speeds(speeds, net.known)
+    if seconds is None:
+        seconds = tune.measure_speed(net, limit, _say)
+        plans.keep_speeds(speeds, seconds)
+    measured = Plan(net.isa, net.precision, tuple(tune.choose_algorithms(net, accuracy, limit, seconds, _say)))
+    _say("")
     plans.keep(key, measured)
     return measured
+
+
+def _key(net: Net, words: list[object]) -> str:
+    return hashlib.sha256(json.dumps(words).encode() + _fingerprint(net)).hexdigest()[:32]
+
+
+def _say(step: str) -> None:
+    """Tell who sits at a terminal what takes so long, on one line that goes when it is done."""
+    if sys.stderr.isatty():
+        line = f"repvgg_engine: choosing algorithms for this machine, once: {step}" if step else ""
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _apply(net: Net, plan: Plan) -> None:

@@ -28,7 +28,7 @@ from repvgg_engine.library import (
 )
 from repvgg_engine.machine import available_threads
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "int16")  # in the order of the library's numbers for them
 
 
 class Net:
@@ -57,13 +57,13 @@ class Net:
         self.before_first_call: Callable[[Net], None] | None = None  # what chooses the algorithms, once
         self._lock = threading.Lock()  # of that
         structs = (LayerStruct * len(self.layers))(*[_struct(layer) for layer in self.layers])
-        options = OptionsStruct(self.threads, pin, precision == "bf16", isa.encode() if isa else None)
+        options = OptionsStruct(self.threads, pin, PRECISIONS.index(precision), isa.encode() if isa else None)
         message = Message()
         self._net = LIBRARY.repvgg_create(structs, len(structs), options, *message.room)
         message.check(self._net)
         # Not when Python exits: another thread may be in a call then, and the memory goes with the process.
         weakref.finalize(self, LIBRARY.repvgg_destroy, self._net).atexit = False
-        self.isa: str = LIBRARY.repvgg_isa(self._net).decode().removesuffix("_bf16")
+        self.isa: str = LIBRARY.repvgg_isa(self._net).decode()
         self.known = [self.algorithms(i) for i in range(len(self.layers))]
         self.chosen = [names[0] if names else "" for names in self.known]
 
@@ -107,7 +107,7 @@ class Net:
 
     def algorithms(self, layer: int) -> list[str]:
         """Those that fit a layer: "direct", and Winograd's with m x m outputs a tile, "F2", "F4", ...; in bf16 first "direct bf16",
-        "F2 bf16", ...; [] for no convolution. The first is the layer's until another is chosen."""
+        "F2 bf16", ..., in int16 "direct int16", ...; [] for no convolution. The first is the layer's until another is chosen."""
         names: list[str] = []
         while name := LIBRARY.repvgg_algorithm(self._net, layer, len(names)):
             names.append(name.decode())

@@ -78,11 +78,29 @@ def cached(key: str) -> Plan | None:
 
 def keep(key: str, plan: Plan) -> None:
     """Keep a plan on disk; one that cannot be kept costs the next process some seconds."""
-    path = _path(key)
+    _write(_path(key), plan.to_json())
+
+
+def cached_speeds(key: str, known: Sequence[Sequence[str]]) -> list[dict[str, float]] | None:
+    """Return the speeds that were kept under a key, where they are of algorithms of such a net; None where there are none."""
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        speeds = json.loads(_path(key).with_suffix(".speeds").read_text())
+        pairs = list(zip(speeds, known, strict=True))
+        if all(of_layer.keys() <= set(names) and bool(of_layer) == bool(names) for of_layer, names in pairs):
+            return [{name: float(seconds) for name, seconds in of_layer.items()} for of_layer in speeds]
+    return None
+
+
+def keep_speeds(key: str, speeds: list[dict[str, float]]) -> None:
+    """Keep them on disk."""
+    _write(_path(key).with_suffix(".speeds"), json.dumps(speeds) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(plan.to_json())
+        temporary.write_text(text)
         temporary.replace(path)
 
 

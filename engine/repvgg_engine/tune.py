@@ -12,11 +12,12 @@ judged by its own measure; for "fast" it is at least a number. It holds for smoo
 One choice serves calls of any number of images, so weights are packed once and an image gives the same bits in any company: what a
 layer costs is its share of the time of one image plus its share of the time of many.
 
-Where products may be of bfloat16, float32 is among the choices: Winograd's large tiles in float32 can be as fast as small ones in
-bfloat16, and the error that they save lets other layers have larger tiles in bfloat16.
+Where products may be of bfloat16 or of integers, float32 is among the choices: Winograd's large tiles in float32 can be as fast as
+small ones in bfloat16, the error that they save lets other layers have larger tiles in bfloat16, and rounding to integers does not
+pay where channels are few.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,19 @@ from numpy.typing import NDArray
 from repvgg_engine import reference
 from repvgg_engine.costs import Size, estimated_cost, macs, output_size
 from repvgg_engine.layers import Array, Conv, Layer, Pool
+from repvgg_engine.machine import one_blas_thread
 from repvgg_engine.net import Net
 
-VERSION = 4
+VERSION = 5
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
-TIMES_DIRECT = {("fp32", "high"): 4.4, ("fp32", "fast"): 4.4, ("bf16", "high"): 1.25, ("bf16", "fast"): 1.5}
+TIMES_DIRECT = {
+    ("fp32", "high"): 4.4,
+    ("fp32", "fast"): 4.4,
+    ("bf16", "high"): 1.25,
+    ("bf16", "fast"): 1.5,
+    ("int16", "high"): 4.4,
+    ("int16", "fast"): 8.8,
+}
 FAST = 2e-4
 # The error that an algorithm adds in a layer, as a multiple of the direct one's: a property of its matrices, the same within 5% in
 # float32 and in bfloat16, with AVX-512, AVX2 and SSE2, for 192 channels and for 512. The check in the end does not rest on it.
@@ -41,8 +50,9 @@ WATCHED = ("F5", "F4", "F2")
 CALIBRATION_IMAGES, MOST_CALIBRATION_MACS, LEAST_SIDE = 4, 6e9, 56
 # Images that are timed at a time have at most so many MACs each, where that leaves the least side; many: enough for every thread.
 MOST_TIMED_MACS, MANY = 6e9, 4
-# The least of so many runs counts, of one image and of many.
-REPEATS_OF_ONE, REPEATS = 5, 2
+# The least of so many runs counts, of one image and of many; of each layer's first algorithm, the direct one, of one alone: it
+# takes as long as the others together, and is rarely the best where there are others.
+REPEATS_OF_ONE, REPEATS, REPEATS_OF_DIRECT = 4, 2, 1
 # Worth timing: no algorithm that is guessed to take so many times longer than a more accurate one.
 HOPELESS = 1.15
 
@@ -60,23 +70,41 @@ class Option:
     bytes: int
 
 
-def choose_algorithms(net: Net, accuracy: str, memory_limit: int) -> list[str]:
-    """Return an algorithm for each layer, "" for those that are no convolutions, and have the net run by them."""
-    contenders = [worth_timing(net, i, size, memory_limit) for i, size in enumerate(_sizes(net, _input_size(net)))]
-    seconds = _shares(net, contenders)
-    errors = _Errors(net, calibration_images(net), accuracy)
-    added = errors.added(contenders)
+Shares = list[dict[str, float]]  # of each layer by each algorithm: of the time of one image, plus of the time of many
+Say = Callable[[str], None]
+
+
+def silent(step: str) -> None:
+    """Say nothing."""
+
+
+def measure_speed(net: Net, memory_limit: int, say: Say = silent) -> Shares:
+    """Return what the algorithms that may pay cost each layer: the same for every accuracy."""
+    return _shares(net, [worth_timing(net, i, size, memory_limit) for i, size in enumerate(_sizes(net, _input_size(net)))], say)
+
+
+def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Shares, say: Say = silent) -> list[str]:
+    """Return an algorithm for each layer, "" for those that are no convolutions, and have the net run by them.
+
+    seconds: of `measure_speed`. say: is told what is at hand.
+    """
+    contenders = [list(of_layer) for of_layer in seconds]
+    say("the reference in float64")
+    with one_blas_thread():
+        errors = _Errors(net, calibration_images(net), accuracy)
+    added = errors.added(contenders, say)
     options = [
         [Option(name, seconds[i][name], added[i][name], net.weight_bytes(i, name)) for name in names]
         for i, names in enumerate(contenders)
     ]
     left = 1 - errors.of(errors.exact)
-    for _ in range(8):
+    for attempt in range(8):
+        say(f"checking the whole net, {attempt + 1}")
         names = choose(options, left, memory_limit)
         worst = errors.of(names).max()
         if worst <= 1:
             return names
-        left *= min(0.95, 0.98 / worst)
+        left *= min(0.9, 0.95 / worst)
     net.choose_all(errors.direct)
     return errors.direct
 
@@ -89,7 +117,7 @@ def worth_timing(net: Net, index: int, size: Size, memory_limit: int) -> list[st
     kept: list[str] = []
     best = {1: float("inf"), MANY: float("inf")}
     for name in known:
-        if name == "direct" or name == known[0]:  # of a bfloat16 net: its own first, then float32's as a start of its own
+        if name == "direct" or name == known[0]:  # the precision's own first, then float32's as a start of its own
             best = dict.fromkeys(best, float("inf"))
         costs = {n: estimated_cost(layer, size, name, n, net.isa) for n in best}
         fits = net.weight_bytes(index, name) <= memory_limit / 2
@@ -118,7 +146,7 @@ class _Errors:
         pairs = zip(self.kinds, self.wanted, strict=True)
         return np.array([reference.error(self.net.run(kind), wanted) ** 2 for kind, wanted in pairs]) / self.allowed
 
-    def added(self, contenders: Sequence[Sequence[str]]) -> list[dict[str, Squares]]:
+    def added(self, contenders: Sequence[Sequence[str]], say: Say) -> list[dict[str, Squares]]:
         """Return what each algorithm adds in each layer, watched in the middle one of those that are alike."""
         base = self.of(self.exact)
         alike: dict[Any, list[int]] = {}
@@ -126,9 +154,10 @@ class _Errors:
             if isinstance(layer, Conv):
                 alike.setdefault(_geometry(layer), []).append(i)
         added: list[dict[str, Squares]] = [{} for _ in contenders]
-        for layers in alike.values():
+        for kind, layers in enumerate(alike.values()):
+            say(f"errors, {kind + 1} of {len(alike)} kinds of layers")
             watched = layers[len(layers) // 2]
-            for ending in {name[len(name.split()[0]) :] for name in contenders[watched]}:  # "", and perhaps " bf16"
+            for ending in {name[len(name.split()[0]) :] for name in contenders[watched]}:  # "", and perhaps " bf16" or " int16"
                 unit = self._unit(watched, ending, base)
                 for i in layers:
                     for name in contenders[i]:
@@ -139,8 +168,8 @@ class _Errors:
 
     def _unit(self, layer: int, ending: str, base: Squares) -> Squares:
         """Return what the direct algorithm of a layer adds, by an algorithm that adds more of it."""
-        if ending == "" and self.net.precision == "bf16":
-            return np.zeros_like(base)  # nothing beside bfloat16's
+        if ending == "" and self.net.precision != "fp32":
+            return np.zeros_like(base)  # nothing beside the other precision's
         name = next((n for n in WATCHED if n + ending in self.net.known[layer]), "direct") + ending
         names = [*self.exact[:layer], name, *self.exact[layer + 1 :]]
         grown = GROWTH[name.removesuffix(ending)] ** 2 - (ending == "")
@@ -182,15 +211,15 @@ def _sizes(net: Net, size: Size) -> list[Size]:
     return sizes
 
 
-def _shares(net: Net, contenders: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+def _shares(net: Net, contenders: Sequence[Sequence[str]], say: Say) -> Shares:
     """Return, for each layer and contender, its share of the time of one image plus its share of the time of many."""
     layers, kind = one_of_each(net, contenders)
     size = _shrunk(layers, _input_size(net), MOST_TIMED_MACS)
     images = np.random.default_rng(0).standard_normal((MANY, net.channels, *size), np.float32)
     small = Net(layers, precision=net.precision, threads=net.threads, isa=net.isa)
     of_kind = [contenders[kind.index(k)] for k in range(len(layers))]
-    shares: list[dict[str, float]] = [dict.fromkeys(names, 0.0) for names in contenders]
-    for seconds in _time(small, of_kind, images):
+    shares: Shares = [dict.fromkeys(names, 0.0) for names in contenders]
+    for seconds in _time(small, of_kind, images, say):
         whole = sum(min(seconds[k].values(), default=0.0) for k in kind)
         for i, k in enumerate(kind):
             for name in contenders[i]:
@@ -219,14 +248,16 @@ def _geometry(layer: Conv) -> tuple[Any, ...]:
     return layer.weight.shape, layer.stride, layer.dilation, layer.groups
 
 
-def _time(net: Net, contenders: Sequence[Sequence[str]], images: Array) -> list[list[dict[str, float]]]:
+def _time(net: Net, contenders: Sequence[Sequence[str]], images: Array, say: Say) -> list[Shares]:
     """Return, for one image and for all, the seconds of each layer by each contender: the least of a few runs."""
-    seconds: list[list[dict[str, float]]] = [[{} for _ in contenders] for _ in range(2)]
-    for turn in range(max(map(len, contenders))):
+    seconds: list[Shares] = [[{} for _ in contenders] for _ in range(2)]
+    turns = max(map(len, contenders))
+    for turn in range(turns):
+        say(f"speed, {turn + 1} of {turns} algorithms")
         names = [of_layer[min(turn, len(of_layer) - 1)] if of_layer else "" for of_layer in contenders]
         net.choose_all(names)
         for times, batch, repeats in zip(seconds, (images[:1], images), (REPEATS_OF_ONE, REPEATS), strict=True):
-            for repeat in range(repeats + 1):
+            for repeat in range((repeats if turn > 0 else REPEATS_OF_DIRECT) + 1):
                 net.profile()
                 net.run(batch)
                 if repeat > 0:  # the first lays out memory and weights

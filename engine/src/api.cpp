@@ -1,35 +1,10 @@
-// The C interface: every exception becomes one line of text.
-#include <cstdio>
-#include <exception>
-#include <new>
+// The C interface to nets of layers at hand; that to model files is in open.cpp.
 #include <stdexcept>
 
+#include "api.h"
 #include "isa.h"
-#include "net.h"
 
-struct repvgg_net {
-    repvgg::Net net;
-};
-
-namespace {
-
-template <class Work>
-int guarded(char *error, size_t size, const Work &work) {
-    const auto say = [&](const char *text) {
-        if (error && size) std::snprintf(error, size, "%s", text);
-        return -1;
-    };
-    try {
-        work();
-        return 0;
-    } catch (const std::bad_alloc &) {
-        return say("there is not enough memory for images of that size and number");
-    } catch (const std::exception &caught) {
-        return say(caught.what());
-    }
-}
-
-}  // namespace
+using repvgg::guarded;
 
 extern "C" {
 
@@ -41,9 +16,9 @@ int32_t repvgg_abi_version(size_t sizes[3]) {
 repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error,
                           size_t size) {
     repvgg_net *net = nullptr;
-    guarded(error, size, [&] {
+    guarded(error, size, nullptr, [&] {
         if (!layers || !options) throw std::invalid_argument("no layers, or no options");
-        net = new repvgg_net{{layers, count, *options}};
+        net = new repvgg_net{nullptr, {layers, count, *options}};
     });
     return net;
 }
@@ -52,14 +27,14 @@ void repvgg_destroy(repvgg_net *net) { delete net; }
 
 int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_t width, int32_t shape[3], char *error,
                         size_t size) {
-    return guarded(error, size, [&] {
+    return guarded(error, size, nullptr, [&] {
         if (!net || !shape) throw std::invalid_argument("no net, or no shape");
         net->net.output_shape(height, width, shape);
     });
 }
 
 int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size) {
-    return guarded(error, size, [&] {
+    return guarded(error, size, nullptr, [&] {
         if (!net || !images || !images->data || !output) throw std::invalid_argument("no net, no images or no output");
         if (images->bytes && !(images->scale && images->shift))
             throw std::invalid_argument("images of bytes have a scale and a shift");
@@ -68,7 +43,7 @@ int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char
 }
 
 int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size) {
-    return guarded(error, size, [&] {
+    return guarded(error, size, nullptr, [&] {
         if (!net || !algorithm) throw std::invalid_argument("no net, or no algorithm");
         net->net.choose(layer, algorithm);
     });

@@ -22,26 +22,32 @@ struct Tile {
 
 /// Where a block's numbers lie in scratch memory. Tiles are taken in groups of at most c.rows, about equally many in
 /// each.
+template <class Algorithm, class Element>
 struct Block {
     int64_t tiles, groups, depth;  // depth: of a tile in V, in floats
     int64_t v_product,
         m_product;  // from one product to the next; not a power of two, or they would all meet in one set of the cache
+    int64_t staged_product;
     Tile *tile;
     float *v, *m;
+    float *scales, *staged;  // where V is scaled: [product][tile], and one tile before it is, [product][channel]
+    float *end;
 
-    Block(const Conv &c, int64_t tiles, int pack, bool one_sum, float *scratch) : tiles(tiles) {
+    Block(const Conv &c, int64_t tiles, float *scratch) : tiles(tiles) {
         groups = ceil_div(tiles, c.rows);
-        depth = ceil_div(c.depth, WIDTH * pack) * WIDTH;
+        depth = ceil_div(c.depth, WIDTH * Element::pack) * WIDTH;
         v_product = tiles * depth + LINE;
-        m_product = one_sum ? 0 : tiles * MAX_PANEL * WIDTH + LINE;
+        m_product = Algorithm::one_sum ? 0 : tiles * MAX_PANEL * WIDTH + LINE;
+        staged_product = ceil_div(c.depth, LINE) * LINE + LINE;
         tile = reinterpret_cast<Tile *>(scratch);
         v = scratch + ceil_div(tiles * static_cast<int64_t>(sizeof(Tile) / sizeof(float)), LINE) * LINE;
         m = v + c.products * v_product;
+        scales = m + c.products * m_product + tiles * MAX_PANEL * WIDTH;
+        staged = scales + (Element::scaled ? ceil_div(c.products * tiles, LINE) * LINE : 0);
+        end = staged + (Element::scaled ? c.products * staged_product : 0);
     }
     int64_t first(int64_t group) const { return tiles * group / groups; }
-    int64_t floats(const Conv &c) const {
-        return m + c.products * m_product + tiles * MAX_PANEL * WIDTH - reinterpret_cast<float *>(tile);
-    }
+    int64_t floats() const { return end - reinterpret_cast<float *>(tile); }
 };
 
 /// Where one tile of V lies: the vector `index` of its channels, of product p.
@@ -54,14 +60,51 @@ struct Target {
     }
 };
 
+/// The same as floats, for one tile that is scaled afterwards. Lanes beyond the last channel hold what lies there,
+/// perhaps another image's pixels: they become 0.
+struct Staged {
+    float *at;
+    int64_t product;
+    int vectors;
+    Ints last;  // the lanes that count in the last vector
+    REPVGG_INLINE void put(int p, int index, Vec v) const {
+        const Ints counting = index + 1 < vectors ? ~Ints{} : last;
+        store(at + p * product + index * WIDTH, (Vec)((Ints)v & counting));
+    }
+};
+
+/// The transformed inputs of tile `index`, the `row`-th of `rows` in its group; `next`: the tile that comes after it.
+template <class Algorithm, class Element>
+REPVGG_INLINE void transform(const Conv &c, const Block<Algorithm, Element> &block, int64_t index, int64_t row,
+                             int64_t rows) {
+    const Tile &tile = block.tile[index], &next = block.tile[index + (index + 1 < block.tiles)];
+    float *v = block.v + (index - row) * block.depth + row * WIDTH;
+    if constexpr (Element::scaled) {
+        const int vectors = static_cast<int>(ceil_div(c.depth, WIDTH));
+        const Ints last = lanes_between(0, c.depth - (vectors - 1) * WIDTH);
+        Algorithm::input(c, tile, next, Staged{block.staged, block.staged_product, vectors, last});
+        Element::quantise(block.staged, block.staged_product, c.products, c.depth, v, block.v_product, rows * WIDTH,
+                          block.scales + index, block.tiles);
+    } else {
+        Algorithm::input(c, tile, next, Target<Element>{v, block.v_product, rows * WIDTH});
+    }
+}
+
+/// Rows of a product's packed weights.
+template <class Element>
+int64_t packed_rows(int depth) {
+    const int64_t k = ceil_div(depth, Element::pack);
+    return k + (Element::scaled ? ceil_div(k, Element::chunk) : 0);
+}
+
 struct Direct {
     static constexpr int outputs = 1, samples = 1, frequencies = 0, stride = 0;
     static constexpr bool one_sum = true;
 
-    template <class Element>
-    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &, Target<Element> target) {
+    template <class To>
+    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &, const To &target) {
         const int vectors = static_cast<int>(ceil_div(c.depth, WIDTH));
-        if (c.joined > c.kernel[1]) return joined_input<Element>(c, tile, target, vectors);
+        if (c.joined > c.kernel[1]) return joined_input(c, tile, target, vectors);
         for (int p = 0; p < c.products; p++) {
             const int y = p * c.joined / c.kernel[1], x = p * c.joined % c.kernel[1];
             const float *in = tile.in + y * c.dilation[0] * c.in.row + x * c.dilation[1] * c.in.pixel;
@@ -70,15 +113,19 @@ struct Direct {
     }
 
     /// The rows of the kernel one after the other.
-    template <class Element>
-    static REPVGG_INLINE void joined_input(const Conv &c, const Tile &tile, Target<Element> target, int vectors) {
-        float numbers[MOST_JOINED + 2 * WIDTH];
+    template <class To>
+    static REPVGG_INLINE void joined_input(const Conv &c, const Tile &tile, const To &target, int vectors) {
         const int row = c.kernel[1] * c.in_channels;
-        for (int y = 0; y < c.kernel[0]; y++)
-            for (int i = 0; i < row; i += WIDTH)
-                store(numbers + y * row + i, load(tile.in + y * c.dilation[0] * c.in.row + i));
-        store(numbers + c.depth, Vec{});
-        for (int v = 0; v < vectors; v++) target.put(0, v, load(numbers + v * WIDTH));
+        for (int v = 0; v < vectors; v++) {
+            Vec numbers{};
+            for (int y = 0; y < c.kernel[0]; y++) {
+                const int start = y * row - v * WIDTH;  // the lane where this row begins
+                if (start + row <= 0 || start >= WIDTH) continue;
+                const Vec own = load(tile.in + y * c.dilation[0] * c.in.row - start);
+                numbers = lanes_between(start, start + row) ? own : numbers;
+            }
+            target.put(0, v, numbers);
+        }
     }
 
     template <class Finish>
@@ -109,8 +156,8 @@ struct Tiled {
     static constexpr int outputs = OUTPUTS, samples = Line::samples, frequencies = Line::frequencies, stride = STRIDE;
     static constexpr bool one_sum = false;
 
-    template <class Element>
-    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &next, Target<Element> target) {
+    template <class To>
+    static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &next, const To &target) {
         const int64_t row = c.dilation[0] * c.in.row, column = c.dilation[1] * c.in.pixel;
         const int vectors = static_cast<int>(ceil_div(c.in_channels, WIDTH));
         for (int v = 0; v < vectors; v++) {
@@ -203,23 +250,23 @@ void find_tiles(const Conv &c, const Piece &piece, Tile *tile) {
 
 /// Multiplies the block's V by one panel's weights.
 template <class Algorithm, class Element>
-void multiply_panel(const Conv &c, const Block &block, const float *weights, int vectors) {
+void multiply_panel(const Conv &c, const Block<Algorithm, Element> &block, const float *weights, int vectors) {
     const int64_t k = ceil_div(c.depth, Element::pack);
     // The weights of the next product, this many cache lines for each k: each group of tiles fetches its share.
     const int64_t lines = ceil_div(vectors * WIDTH, LINE);
     const int share = static_cast<int>(ceil_div(lines, block.groups));
     for (int p = 0; p < c.products; p++) {
-        for (int64_t start = 0; start < k; start += CHUNK) {
-            const int64_t length = k - start < CHUNK ? k - start : CHUNK;
-            const float *next = weights + length * vectors * WIDTH;
+        for (int64_t start = 0; start < k; start += Element::chunk) {
+            const int64_t length = k - start < Element::chunk ? k - start : Element::chunk;
+            const float *next = weights + (length + Element::scaled) * vectors * WIDTH;
             for (int64_t g = 0; g < block.groups; g++) {
                 const int64_t first = block.first(g), rows = block.first(g + 1) - first;
                 const float *v = block.v + p * block.v_product + first * block.depth + start * rows;
                 float *m = block.m + p * block.m_product + first * vectors * WIDTH;
                 const bool add = start > 0 || (Algorithm::one_sum && p > 0);
                 const float *ahead = next + (g * share < lines ? g * share : 0) * length * LINE;
-                multiply_for<Element>(static_cast<int>(rows), vectors)(v, weights, m, static_cast<int>(length), add,
-                                                                       ahead, share);
+                multiply_for<Element>(static_cast<int>(rows), vectors)(
+                    v, weights, m, static_cast<int>(length), add, block.scales + p * block.tiles + first, ahead, share);
             }
             weights = next;
         }
@@ -228,18 +275,14 @@ void multiply_panel(const Conv &c, const Block &block, const float *weights, int
 
 template <class Algorithm, class Element>
 void run(const Conv &c, const Piece &piece) {
-    const Block block(c, piece.last - piece.first, Element::pack, Algorithm::one_sum, piece.scratch);
+    const Block<Algorithm, Element> block(c, piece.last - piece.first, piece.scratch);
     find_tiles<Algorithm>(c, piece, block.tile);
     for (int64_t g = 0; g < block.groups; g++) {
         const int64_t first = block.first(g), rows = block.first(g + 1) - first;
-        for (int64_t r = 0; r < rows; r++) {
-            const Target<Element> target{block.v + first * block.depth + r * WIDTH, block.v_product, rows * WIDTH};
-            Algorithm::template input<Element>(c, block.tile[first + r],
-                                               block.tile[first + r + (first + r + 1 < block.tiles)], target);
-        }
+        for (int64_t r = 0; r < rows; r++) transform(c, block, first + r, r, rows);
     }
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
-    const int64_t vector_weights = c.products * ceil_div(c.depth, Element::pack) * WIDTH;
+    const int64_t vector_weights = c.products * packed_rows<Element>(c.depth) * WIDTH;
     for (int panel = piece.first_panel; panel < piece.last_panel; panel++) {
         const int start = panel_start(vectors, c.panels, panel),
                   width = panel_start(vectors, c.panels, panel + 1) - start;
@@ -263,24 +306,26 @@ void run(const Conv &c, const Piece &piece) {
     }
 }
 
-/// Packs the weights of a panel: [product][k][vector][lane].
+/// Packs the weights of a panel: [product][k][vector][lane]; where they are scaled, a row of scales after each chunk.
 template <class Algorithm, class Element>
 void pack(const ConvShape &c, const float *weights, int group, int panel, float *packed) {
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
     const int start = panel_start(vectors, c.panels, panel), width = panel_start(vectors, c.panels, panel + 1) - start;
     const int products = products_of(c, Algorithm::frequencies), depth = depth_of(c, Algorithm::frequencies);
-    const int64_t k = ceil_div(depth, Element::pack),
+    const int64_t k = ceil_div(depth, Element::pack), rows = packed_rows<Element>(depth),
                   filter = static_cast<int64_t>(c.in_channels) * c.kernel[0] * c.kernel[1];
-    packed += (static_cast<int64_t>(group) * vectors + start) * products * k * WIDTH;
+    packed += (static_cast<int64_t>(group) * vectors + start) * products * rows * WIDTH;
     for (int v = 0; v < width; v++) {
         const int channel = (start + v) * WIDTH, left = c.out_channels - channel, lanes = left < WIDTH ? left : WIDTH;
         const float *of_lanes = weights + (static_cast<int64_t>(group) * c.out_channels + channel) * filter;
-        for (int i = 0; i < depth; i++)
-            Algorithm::weights(c, of_lanes, lanes, i, [&](int p, const double *numbers) {
-                float *to = packed + ((p * k + i / Element::pack) * width + v) * WIDTH;
-                for (int lane = 0; lane < WIDTH; lane++)
-                    Element::weight(to + lane, i % Element::pack, static_cast<float>(numbers[lane]));
-            });
+        const auto at = [&](int64_t p, int64_t row) { return packed + ((p * rows + row) * width + v) * WIDTH; };
+        const auto row = [&](int64_t p, int64_t i) { return at(p, i + i / Element::chunk * Element::scaled); };
+        const auto scales = [&](int64_t p, int64_t chunk) {
+            const int64_t end = (chunk + 1) * Element::chunk;
+            return at(p, (end < k ? end : k) + chunk);
+        };
+        Element::pack_weights(products, depth, row, scales,
+                              [&](int i, const auto &sink) { Algorithm::weights(c, of_lanes, lanes, i, sink); });
     }
 }
 

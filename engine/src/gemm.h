@@ -11,12 +11,31 @@ constexpr int LINE = 16;  // floats in a cache line
 constexpr int MAX_PANEL = REGISTERS == 32 ? 4 : 2;
 /// Rows for a panel of so many vectors: rows x vectors sums, one row of weights and one input fit the registers.
 constexpr int rows_for(int vectors) { return vectors < MAX_PANEL ? ROWS : 6; }
-/// A sum over more than so many products is made of parts, so that rounding errors grow with the parts' length, not
-/// with the whole.
-constexpr int CHUNK = 192;
 
-/// What 32 bits of the transformed inputs and weights hold: one float, or two neighbouring channels in bfloat16.
-struct Float32 {
+/// What floats of either size have in common.
+template <class Element>
+struct Floating {
+    /// A sum over more than so many numbers of 32 bits is made of parts, so that rounding errors grow with the parts'
+    /// length, not with the whole.
+    static constexpr int chunk = 192;
+    static constexpr bool scaled = false;
+
+    /// The weights of a vector of output channels: row(p, k) is where the k-th 32 bits of product p lie;
+    /// transformed(i, sink) calls sink(p, numbers of the lanes) for channel i of each product.
+    template <class Row, class Scales, class Transformed>
+    static void pack_weights(int, int depth, const Row &row, const Scales &, const Transformed &transformed) {
+        for (int i = 0; i < depth; i++)
+            transformed(i, [&](int p, const double *numbers) {
+                float *to = row(p, i / Element::pack);
+                for (int lane = 0; lane < WIDTH; lane++)
+                    Element::weight(to + lane, i % Element::pack, static_cast<float>(numbers[lane]));
+            });
+    }
+};
+
+/// What 32 bits of the transformed inputs and weights hold: one float, or two neighbouring channels in bfloat16 (or as
+/// integers: integer.h).
+struct Float32 : Floating<Float32> {
     static constexpr int pack = 1;
     static REPVGG_INLINE void put(float *at, int, Vec v) { store(at, v); }
     static REPVGG_INLINE void weight(float *at, int, float w) { *at = w; }
@@ -25,7 +44,7 @@ struct Float32 {
 };
 
 #ifdef __AVX512BF16__
-struct BFloat16 {
+struct BFloat16 : Floating<BFloat16> {
     static constexpr int pack = 2;
     static REPVGG_INLINE void put(float *at, int half, Vec v) {
         typedef float Half __attribute__((vector_size(32), aligned(sizeof(float))));
@@ -50,10 +69,12 @@ struct BFloat16 {
 #endif
 
 /// sums[r][n] = sum over k of v[k][r] * u[k][n], or added to what is there. v: blocks of WIDTH k, in each R rows of
-/// WIDTH numbers; u: k rows of N vectors; sums: R rows of N vectors. `ahead`: weights that will be needed next, fetched
-/// by the way, so many lines of the cache for each k.
+/// WIDTH numbers; u: k rows of N vectors, then perhaps a row of scales; sums: R rows of N vectors; scales: of the R
+/// rows, if they have any. `ahead`: weights that will be needed next, fetched by the way, so many lines of the cache
+/// for each k.
 template <class Element, int R, int N>
-void multiply(const float *v, const float *u, float *sums, int k, bool add, const float *ahead, int lines) {
+void multiply(const float *v, const float *u, float *sums, int k, bool add, const float *scales, const float *ahead,
+              int lines) {
     Vec sum[R][N] = {};
     const auto step = [&](const float *x, const float *w) REPVGG_INLINE_LAMBDA {
         Vec weights[N];
@@ -76,15 +97,24 @@ void multiply(const float *v, const float *u, float *sums, int k, bool add, cons
         ahead += lines * WIDTH * LINE;
     }
     for (; k > 0; k--, v++, u += N * WIDTH) step(v, u);
-    each<R>([&](auto r) REPVGG_INLINE_LAMBDA {
-        each<N>([&](auto n) REPVGG_INLINE_LAMBDA {
-            float *to = sums + (r.value * N + n.value) * WIDTH;
-            store(to, add ? load(to) + sum[r.value][n.value] : sum[r.value][n.value]);
+    const auto put = [&](float *to, bool added) REPVGG_INLINE_LAMBDA {
+        each<R>([&](auto r) REPVGG_INLINE_LAMBDA {
+            each<N>([&](auto n) REPVGG_INLINE_LAMBDA {
+                float *at = to + (r.value * N + n.value) * WIDTH;
+                store(at, added ? load(at) + sum[r.value][n.value] : sum[r.value][n.value]);
+            });
         });
-    });
+    };
+    if constexpr (Element::scaled) {
+        float raw[R * N * WIDTH];
+        put(raw, false);
+        Element::finish(raw, R, N, scales, u, add, sums);
+    } else {
+        put(sums, add);
+    }
 }
 
-using Multiply = void (*)(const float *, const float *, float *, int, bool, const float *, int);
+using Multiply = void (*)(const float *, const float *, float *, int, bool, const float *, const float *, int);
 
 template <class Element, int... I>
 constexpr Multiply pick(int rows, int vectors, std::integer_sequence<int, I...>) {

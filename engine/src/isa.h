@@ -5,9 +5,9 @@
 
 namespace repvgg {
 
-/// The best kernels of those names that this processor has; isa: null or "" for any. Throws std::invalid_argument where
-/// there are none.
-const Kernels *find_kernels(const char *isa, bool bf16);
+/// The best kernels of that precision (REPVGG_FP32, ...) that this processor has; isa: null or "" for any. Throws
+/// std::invalid_argument where there are none.
+const Kernels *find_kernels(const char *isa, int precision);
 
 /// Names of the instruction sets, best first.
 const char *instruction_sets();

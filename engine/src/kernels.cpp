@@ -5,10 +5,16 @@
 #include <math.h>
 
 #include "conv.h"
+#ifdef REPVGG_INT16
+#include "integer.h"
+#endif
 
 namespace repvgg::REPVGG_ISA {
 
-#ifdef __AVX512BF16__
+#if defined(REPVGG_INT16)
+using Element = Integer16;
+#define REPVGG_NAMED(name) name " int16"
+#elif defined(__AVX512BF16__)
 using Element = BFloat16;
 #define REPVGG_NAMED(name) name " bf16"
 #else
@@ -18,13 +24,14 @@ using Element = Float32;
 
 template <class A>
 int64_t scratch(const Conv &c, int64_t tiles) {
-    return Block(c, tiles, Element::pack, A::one_sum, nullptr).floats(c);
+    return Block<A, Element>(c, tiles, nullptr).floats();
 }
 
 template <class A>
 constexpr Algorithm algorithm(const char *name) {
-    return {name,          A::outputs,      A::samples,       A::frequencies, A::stride,
-            Element::pack, run<A, Element>, pack<A, Element>, scratch<A>};
+    return {name,      A::outputs,      A::samples,           A::frequencies,
+            A::stride, run<A, Element>, packed_rows<Element>, pack<A, Element>,
+            scratch<A>};
 }
 
 constexpr Algorithm algorithms[] = {
@@ -132,7 +139,7 @@ namespace repvgg {
 const Kernels *REPVGG_JOIN(kernels_, REPVGG_ISA)() {
     using namespace REPVGG_ISA;
     static constexpr Kernels kernels = {
-        REPVGG_TEXT(REPVGG_ISA),
+        REPVGG_TEXT(REPVGG_SET),
         WIDTH,
         MAX_PANEL,
         [](int vectors) { return rows_for(vectors); },

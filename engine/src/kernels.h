@@ -72,8 +72,9 @@ struct Excite {
 struct Algorithm {
     const char *name;
     int outputs, samples, frequencies, stride;  // direct, for any geometry: 1 output, 0 frequencies
-    int packed;                                 // channels in 32 bits of inputs and weights: 1, or 2 in bfloat16
     void (*run)(const Conv &, const Piece &);
+    /// Rows of a product's packed weights, for sums over so many numbers.
+    int64_t (*weight_rows)(int depth);
     /// Transforms and packs the weights of one panel of one group; `weights` are the layer's own.
     void (*pack)(const ConvShape &, const float *weights, int group, int panel, float *packed);
     /// Floats of scratch memory that a piece of `tiles` tiles needs.

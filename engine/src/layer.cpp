@@ -96,9 +96,9 @@ bool fits(const Layer &layer, const Algorithm &algorithm) {
 }
 
 int64_t packed_floats(const ConvShape &c, const Algorithm &algorithm, int width) {
-    const int64_t sums = static_cast<int64_t>(c.groups) * products_of(c, algorithm.frequencies) *
-                         ceil_div(depth_of(c, algorithm.frequencies), algorithm.packed);
-    return sums * ceil_div(c.out_channels, width) * width;
+    const int64_t rows = static_cast<int64_t>(c.groups) * products_of(c, algorithm.frequencies) *
+                         algorithm.weight_rows(depth_of(c, algorithm.frequencies));
+    return rows * ceil_div(c.out_channels, width) * width;
 }
 
 void output_size(const Layer &layer, int index, const int size[2], int out[2]) {

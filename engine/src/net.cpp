@@ -22,7 +22,7 @@ constexpr int MOST_SIDE = 1 << 16, MOST_THREADS = 1024, MOST_LAYERS = 1 << 16;
 }  // namespace
 
 Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
-    : kernels_(find_kernels(options.isa, options.bf16 != 0)), threads_(options.threads), pin_(options.pin != 0) {
+    : kernels_(find_kernels(options.isa, options.precision)), threads_(options.threads), pin_(options.pin != 0) {
     if (threads_ < 1 || threads_ > MOST_THREADS)
         refuse("threads is " + std::to_string(threads_) + ": it is between 1 and " + std::to_string(MOST_THREADS));
     if (count < 1 || count > MOST_LAYERS)
@@ -31,8 +31,8 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
         for (int i = 0; i < kernels.count; i++) algorithms_.push_back(kernels.algorithms + i);
     };
     take(*kernels_);
-    if (options.bf16)
-        take(*find_kernels(options.isa, false));  // as wide; a layer may be faster by them, and is more accurate
+    if (options.precision != REPVGG_FP32)
+        take(*find_kernels(options.isa, REPVGG_FP32));  // as wide; a layer may be faster by them, and is more accurate
     for (int i = 0; i < count; i++) {
         layers_.push_back(make_layer(layers[i], i, i > 0 ? layers_.back().get() : nullptr, *kernels_));
         const Algorithm *first = fitting(i, 0);
@@ -69,7 +69,7 @@ void Net::choose(int layer, const char *name) {
     const Algorithm *algorithm = find(layer, name);
     if (!algorithm) refuse("layer " + std::to_string(layer) + " cannot be computed by " + name);
     Runtime &shared = runtime();
-    std::lock_guard<std::mutex> lock(shared.mutex);
+    Lock lock(shared.mutex);
     if (weights_[layer]->algorithm == algorithm) return;
     weights_[layer] = std::make_shared<Weights>(algorithm);
     shared.idle.clear();
@@ -89,22 +89,21 @@ Net::Runtime &Net::runtime() {
 
 /// Once for each weights; other callers that want the same ones wait, and nobody else.
 void Net::pack(Runtime &runtime, int index, Weights &weights) const {
-    std::call_once(weights.once, [&] {
-        const Algorithm &algorithm = *weights.algorithm;
-        const ConvShape &shape = layers_[index]->shape;
-        auto memory = std::make_unique<Memory>(packed_floats(shape, algorithm, kernels_->width));
-        runtime.pool->run(shape.groups * shape.panels, [&](int item, int) {
-            algorithm.pack(shape, layers_[index]->spec.weight, item / shape.panels, item % shape.panels,
-                           memory->floats());
-        });
-        weights.packed = std::move(memory);
+    Lock lock(weights.mutex);
+    if (weights.packed) return;
+    const Algorithm &algorithm = *weights.algorithm;
+    const ConvShape &shape = layers_[index]->shape;
+    auto memory = std::make_unique<Memory>(packed_floats(shape, algorithm, kernels_->width));
+    runtime.pool->run(shape.groups * shape.panels, [&](int item, int) {
+        algorithm.pack(shape, layers_[index]->spec.weight, item / shape.panels, item % shape.panels, memory->floats());
     });
+    weights.packed = std::move(memory);
 }
 
 std::unique_ptr<Plan> Net::take_plan(Runtime &runtime, int n, const int size[2], int &choice) {
     std::vector<std::shared_ptr<Weights>> weights;
     {
-        std::lock_guard<std::mutex> lock(runtime.mutex);
+        Lock lock(runtime.mutex);
         choice = choices_;
         for (auto plan = runtime.idle.begin(); plan != runtime.idle.end(); ++plan)
             if ((*plan)->fits(n, size[0], size[1])) {
@@ -147,7 +146,7 @@ void Net::run(const repvgg_images &images, float *output) {
         int choice;
         auto plan = take_plan(shared, some.n, size, choice);
         plan->run(*shared.pool, some, output + first * floats);
-        std::lock_guard<std::mutex> lock(shared.mutex);
+        Lock lock(shared.mutex);
         if (choice != choices_) continue;
         shared.idle.push_back(std::move(plan));
         if (shared.idle.size() > MOST_IDLE) shared.idle.erase(shared.idle.begin());

@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "plan.h"
@@ -33,7 +32,7 @@ class Net {
         Runtime(int threads, bool pin, int forks) : pool(Pool::shared(threads, pin)), forks(forks) {}
         const std::shared_ptr<Pool> pool;
         const int forks;
-        std::mutex mutex;  // of `idle`, and of the net's choices and list of weights
+        Mutex mutex;  // of `idle`, and of the net's choices and list of weights
         std::vector<std::unique_ptr<Plan>> idle;
     };
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "layer.h"
@@ -15,7 +14,7 @@ namespace repvgg {
 struct Weights {
     explicit Weights(const Algorithm *algorithm) : algorithm(algorithm) {}
     const Algorithm *const algorithm;
-    std::once_flag once;
+    Mutex mutex;  // of `packed`
     std::unique_ptr<Memory> packed;
 };
 

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -33,6 +34,7 @@ bool wait_for(Condition condition, std::chrono::nanoseconds patience) {
 }
 
 void pin_to(std::thread &thread, int index) {
+#ifdef __linux__
     cpu_set_t allowed, one;
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) == 0) return;
     index %= CPU_COUNT(&allowed);
@@ -43,6 +45,9 @@ void pin_to(std::thread &thread, int index) {
         pthread_setaffinity_np(thread.native_handle(), sizeof one, &one);
         return;
     }
+#else
+    (void)thread, (void)index;  // macOS has no such thing
+#endif
 }
 
 }  // namespace
@@ -86,6 +91,8 @@ std::shared_ptr<Pool> Pool::shared(int threads, bool pin) {
     pools.push_back({threads, now, pin, pool});
     return pool;
 }
+
+int Pool::threads() const { return static_cast<int>(workers_.size()) + 1; }
 
 Pool::Pool(int threads, bool pin) {
     for (int slot = 1; slot < threads; slot++) {

@@ -3,14 +3,26 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
+#include <vector>
+#ifndef __wasm__
+#include <condition_variable>
 #include <mutex>
 #include <thread>
-#include <vector>
+#endif
 
 namespace repvgg {
+
+#ifdef __wasm__  // one thread, and nobody to wait for: alone.cpp
+struct Mutex {};
+struct Lock {
+    explicit Lock(Mutex &) {}
+};
+#else
+using Mutex = std::mutex;
+using Lock = std::lock_guard<std::mutex>;
+#endif
 
 class Pool {
   public:
@@ -25,7 +37,7 @@ class Pool {
     Pool(const Pool &) = delete;
     Pool &operator=(const Pool &) = delete;
 
-    int threads() const { return static_cast<int>(workers_.size()) + 1; }
+    int threads() const;
 
     /// work(item, slot) for each item; slot is in [0, threads) and no other thread's at the same time in this job.
     /// `work` must not throw. Several threads may call this at once.
@@ -46,6 +58,7 @@ class Pool {
     };
 
     void run_items(int items, Call call, const void *work);
+#ifndef __wasm__
     void serve(int slot);
     std::shared_ptr<Job> find_job();
 
@@ -56,6 +69,7 @@ class Pool {
     std::atomic<uint64_t> posted_{0};  // jobs so far: a change is news
     int asleep_ = 0;
     bool stop_ = false;
+#endif
 };
 
 }  // namespace repvgg

@@ -1,11 +1,11 @@
 /* The C interface of the engine: a plain stack of convolutions, on the CPU.
  *
- *   repvgg_net *net = repvgg_create(layers, count, &options, error, sizeof error);
+ *   repvgg_net *net = repvgg_open("a0.safetensors", NULL, error, sizeof error);   (examples/classify.c is whole)
  *   repvgg_run(net, &images, output, error, sizeof error);
  *   repvgg_destroy(net);
  *
  * Functions that can fail return 0 (or a net) on success, and otherwise -1 (or NULL) with one line in `error`. One net
- * may be used by several threads at once. Weights are not copied: they must outlive the net.
+ * may be used by several threads at once. NULL where a thing belongs is an error, and nothing worse.
  */
 #ifndef REPVGG_ENGINE_H
 #define REPVGG_ENGINE_H
@@ -32,11 +32,14 @@ typedef struct {
     const float *weight2, *bias2; /* squeeze_excite: [channels, hidden], [channels] */
 } repvgg_layer;
 
+/* What products may be of, beside float32. */
+enum { REPVGG_FP32 = 0, REPVGG_BF16 = 1, REPVGG_INT16 = 2 };
+
 typedef struct {
-    int32_t threads; /* that compute, the caller among them */
-    int32_t pin;     /* each further thread to a processor of its own */
-    int32_t bf16;    /* products may be in bfloat16 */
-    const char *isa; /* "avx512", "avx2", "portable"; NULL or "": the best that the processor has */
+    int32_t threads;   /* that compute, the caller among them */
+    int32_t pin;       /* each further thread to a processor of its own */
+    int32_t precision; /* REPVGG_FP32, ... */
+    const char *isa;   /* "avx512", "avx2", "portable"; NULL or "": the best that the processor has */
 } repvgg_options;
 
 /* n images: float32 [n, channels, height, width], or, where `bytes` is set, uint8 [n, height, width, channels] that
@@ -51,9 +54,61 @@ typedef struct repvgg_net repvgg_net;
 
 /* Of this interface; a program compares what it was compiled with and what it runs with. sizes (may be NULL): bytes of
  * repvgg_layer, repvgg_options and repvgg_images as the library has them. */
-#define REPVGG_ABI_VERSION 1
+#define REPVGG_ABI_VERSION 2
 REPVGG_API int32_t repvgg_abi_version(size_t sizes[3]);
 
+/* ---- model files: safetensors in deploy form, as `repvgg convert` writes them ---- */
+
+typedef struct repvgg_model repvgg_model;
+
+/* A file, or its bytes, which may go afterwards. Files of strangers are safe to read. */
+REPVGG_API repvgg_model *repvgg_read(const char *path, char *error, size_t size);
+REPVGG_API repvgg_model *repvgg_read_bytes(const void *bytes, size_t count, char *error, size_t size);
+REPVGG_API void repvgg_free(repvgg_model *model);
+
+/* What a model file says. All pointers are the model's. */
+typedef struct {
+    size_t size; /* sizeof(repvgg_description), set by the caller: a later library fills in no more than that */
+    const repvgg_layer *layers;
+    int32_t layer_count;
+    int32_t channels, height, width; /* of the input */
+    int32_t resize;                  /* of an image's short side, before its centre is cropped */
+    const char *interpolation;       /* "nearest", "bilinear", "bicubic" */
+    const double *mean, *std;        /* of each channel, where pixels are 0 to 1 */
+    const float *scale, *shift;      /* the same for repvgg_images */
+    const char *const *classes;      /* names, or NULL */
+    int32_t class_count;
+} repvgg_description;
+REPVGG_API int repvgg_describe(const repvgg_model *model, repvgg_description *description);
+
+/* The resized centre of a picture, as Pillow resizes. pixels: uint8 [height, width, channels]; out: the same, of the
+ * size that is described. */
+REPVGG_API int repvgg_prepare(const repvgg_description *description, const uint8_t *pixels, int32_t height,
+                              int32_t width, uint8_t *out, char *error, size_t size);
+
+/* Zero is the default of each. */
+typedef struct {
+    size_t size;           /* sizeof(repvgg_open_options), set by the caller */
+    const char *plan;      /* the path of a plan (python -m repvgg_engine plan FILE), by which each layer is computed */
+    const char *plan_text; /* or the plan itself */
+    const char *isa;       /* as in repvgg_options; a plan has its own */
+    int32_t threads;       /* 0: as many as there are processors for this process */
+    int32_t pin;
+    int32_t features; /* the last feature map instead of logits */
+} repvgg_open_options;
+
+/* A net of a model file, which it keeps. options: NULL for the defaults. Without a plan, 3x3 convolutions with enough
+ * channels are computed by F2: an error of at most twice the direct algorithm's; a plan is faster. */
+REPVGG_API repvgg_net *repvgg_open(const char *path, const repvgg_open_options *options, char *error, size_t size);
+/* The same of a model at hand, which is the net's from then on: freed with it, or at once where this fails. */
+REPVGG_API repvgg_net *repvgg_open_model(repvgg_model *model, const repvgg_open_options *options, char *error,
+                                         size_t size);
+/* Of a net that was opened; NULL of one that was created. */
+REPVGG_API const repvgg_model *repvgg_net_model(const repvgg_net *net);
+
+/* ---- nets of layers at hand ---- */
+
+/* Weights are not copied: they must outlive the net. */
 REPVGG_API repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options,
                                      char *error, size_t size);
 REPVGG_API void repvgg_destroy(repvgg_net *net);
@@ -67,9 +122,9 @@ REPVGG_API int repvgg_run(repvgg_net *net, const repvgg_images *images, float *o
 
 /* How a convolution is computed, for any number of images: "direct", or by Winograd's algorithm with tiles of m x m
  * outputs, "F2", "F4",
- * ...; where products may be in bfloat16 also "direct bf16", which is then the default, "F2 bf16", ... An algorithm
- * that does not fit the layer is an error. By the same algorithms an image gives the same bits in any batch, on any
- * number of threads, and on any machine with the instruction set. */
+ * ...; where products may be of another precision also "direct bf16" or "direct int16", which is then the default,
+ * "F2 bf16", ... An algorithm that does not fit the layer is an error. By the same algorithms an image gives the same
+ * bits in any batch, on any number of threads, and on any machine with the instruction set. */
 REPVGG_API int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size);
 
 /* The instruction set that the net runs on, as in repvgg_options. */

@@ -2,10 +2,11 @@
 // source becomes AVX-512, AVX2, SSE2 or NEON. Everything is in the instruction set's own namespace.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -25,6 +26,7 @@ constexpr int WIDTH = 4, REGISTERS = 16;
 #define REPVGG_INLINE_LAMBDA __attribute__((always_inline))
 
 typedef float Vec __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * sizeof(int32_t))));
 typedef float Unaligned
     __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float))));  // a vector may alias its floats
 
@@ -32,6 +34,16 @@ REPVGG_INLINE Vec load(const float *p) { return *reinterpret_cast<const Unaligne
 REPVGG_INLINE void store(float *p, Vec v) { *reinterpret_cast<Unaligned *>(p) = v; }
 REPVGG_INLINE Vec splat(float x) { return x - Vec{}; }       // x - 0 is x; x + 0 would not be, for x = -0
 REPVGG_INLINE Vec relu(Vec v) { return v < 0 ? Vec{} : v; }  // NaN stays NaN
+
+template <int... I>
+constexpr Ints counted(std::integer_sequence<int, I...>) {
+    return Ints{I...};
+}
+/// -1 in lanes [first, last), 0 in the others.
+REPVGG_INLINE Ints lanes_between(int first, int last) {
+    constexpr Ints lane = counted(std::make_integer_sequence<int, WIDTH>{});
+    return (lane >= first) & (lane < last);
+}
 
 /// The first n lanes only.
 REPVGG_INLINE void store(float *p, Vec v, int n) {

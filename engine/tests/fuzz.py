@@ -1,4 +1,4 @@
-"""Hostile layers through the C interface and hostile files through the loader: an `EngineError` or an answer, never anything else.
+"""Hostile layers, model files and plans through the C interface: an `EngineError` or an answer, never anything else.
 
 python fuzz.py [--cases 1000] [--seed N]        # run by `make sanitize` in builds that watch memory; a seed repeats a run
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from nets import images, model_file, plain_net
-from repvgg_engine import EngineError, load
-from repvgg_engine.library import LIBRARY, ImagesStruct, LayerStruct, Message, OptionsStruct
+from repvgg_engine import EngineError, Plan, load
+from repvgg_engine.library import LIBRARY, ImagesStruct, LayerStruct, Message, OpenOptionsStruct, OptionsStruct
 
 ODD = (-(2**31), -1, 0, 1, 2, 3, 7, 16, 17, 255, 2**15, 46341, 2**16, 2**16 + 1, 2**20, 2**20 + 1, 2**31 - 1)
 SMALL = (1, 1, 2, 3, 3, 5, 8, 16, 20)
@@ -32,7 +32,8 @@ def main() -> None:
     ran = fuzz_layers(words.cases, words.seed)
     with tempfile.TemporaryDirectory() as folder:
         opened = fuzz_files(words.cases, words.seed, Path(folder))
-    print(f"fuzz: {ran} nets ran, {opened} files opened, the others were refused in words")
+        planned = fuzz_plans(words.cases, words.seed, Path(folder))
+    print(f"fuzz: {ran} nets ran, {opened} files and {planned} plans opened, the others were refused in words")
 
 
 def fuzz_layers(cases: int, seed: int) -> int:
@@ -57,6 +58,26 @@ def fuzz_files(cases: int, seed: int, folder: Path) -> int:
     return opened
 
 
+def fuzz_plans(cases: int, seed: int, folder: Path) -> int:
+    """Return how many damaged plans could still be followed."""
+    choose, opened, path = random.Random(seed), 0, model_file(folder / "net.safetensors", plain_net())
+    net = load(path, accuracy="exact", threads=1)
+    whole = json.loads(Plan(net.isa, "fp32", tuple(net.chosen)).to_json())
+    names = ("F2", "F4", "F7", "direct", "direct bf16", "F2 bf16", "", "F3", "\n", "\u2028" * 300, *ODD)
+    for _ in range(cases):
+        plan = {**whole, "algorithms": [choose.choice(names[:3]) if choose.random() < 0.2 else n for n in whole["algorithms"]]}
+        if choose.random() < 0.5:
+            plan[choose.choice(list(plan))] = choose.choice((*names, [], {}, None, [whole["algorithms"]] * 2, 1.5))
+        raw = bytearray(json.dumps(plan).encode())
+        if choose.random() < 0.3:
+            raw[choose.randrange(len(raw))] = choose.randrange(1, 256)
+        message, options = Message(), OpenOptionsStruct(ctypes.sizeof(OpenOptionsStruct), None, bytes(raw), threads=1)
+        with suppress(EngineError):
+            LIBRARY.repvgg_destroy(message.check(LIBRARY.repvgg_open(str(path).encode(), options, *message.room)))
+            opened += 1
+    return opened
+
+
 def _one_net(choose: random.Random, odds: float) -> bool:
     def number(*usual: int) -> int:
         return choose.choice(ODD) if choose.random() < odds else choose.choice(usual)
@@ -71,7 +92,7 @@ def _one_net(choose: random.Random, odds: float) -> bool:
         for name in ("weight", "bias", "weight2", "bias2"):
             setattr(struct, name, None if choose.random() < odds / 8 else NUMBERS.ctypes.data)
         channels = struct.out_channels if struct.op == 0 else channels
-    options = OptionsStruct(number(1, 2, 3) % 8, number(0, 1) % 2, 0, choose.choice((None, b"portable", b"none")))
+    options = OptionsStruct(number(1, 2, 3) % 8, number(0, 1) % 2, number(0, 0, 2), choose.choice((None, b"portable", b"none")))
     message = Message()
     net = LIBRARY.repvgg_create(structs, number(len(structs)) % (len(structs) + 1), options, *message.room)
     message.check(net)

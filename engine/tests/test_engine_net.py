@@ -208,7 +208,7 @@ def test_nets_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
             Net(layers)
     with pytest.raises(EngineError, match="threads is 0"):
         Net(plain_net(), threads=0)
-    with pytest.raises(EngineError, match="no precision 'int4': fp32, bf16"):
+    with pytest.raises(EngineError, match="no precision 'int4': fp32, bf16, int16"):
         Net(plain_net(), precision="int4")
     monkeypatch.setenv("REPVGG_ENGINE_ISA", "avx9")
     with pytest.raises(EngineError, match="REPVGG_ENGINE_ISA=avx9: this processor has "):

@@ -1,6 +1,7 @@
 """The choice of algorithms: within its budgets, remembered, cheap, and never wrong about a net."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,40 @@ def test_little_is_computed_before_the_first_call(tmp_path: Path, monkeypatch: p
 def test_choices_are_remembered(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = model_file(tmp_path / "net.safetensors", plain_net())
     first = load(path)(images())
-    (cached,) = folder.iterdir()
+    (cached,) = folder.glob("*.json")
     assert len(json.loads(cached.read_text())["algorithms"]) == len(plain_net())
     monkeypatch.setattr(tune, "choose_algorithms", None)  # would fail if it were called
     assert np.array_equal(load(path)(images()), first)
+
+
+def test_speed_is_measured_once_for_all_accuracies(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    wanted = load(path)(images())
+    (speeds,) = folder.glob("*.speeds")
+    measure = tune.measure_speed
+    monkeypatch.setattr(tune, "measure_speed", None)  # would fail if it were called
+    assert np.allclose(load(path, accuracy="fast")(images()), wanted, atol=1e-3)
+    for text in ("", "[]", "{}", "[[]]", '[{"F3": 1}]', "[" * 100_000):
+        speeds.write_text(text)
+        for plan_file in folder.glob("*.json"):
+            plan_file.unlink()
+        with pytest.raises(TypeError):
+            load(path)(images())
+    monkeypatch.setattr(tune, "measure_speed", measure)
+    assert np.allclose(load(path)(images()), wanted, atol=1e-4)
+    assert len(json.loads(speeds.read_text())) == len(plain_net())
+
+
+def test_progress_is_one_line_of_a_terminal(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    load(path, accuracy="fast").prepare()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load(path).prepare()
+    said = capsys.readouterr().err
+    assert "\n" not in said
+    assert "checking the whole net" in said
+    assert said.endswith("\r\033[K")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +130,7 @@ def test_choices_are_remembered(tmp_path: Path, folder: Path, monkeypatch: pytes
 def test_a_cache_that_does_not_fit_is_measured_again(tmp_path: Path, folder: Path, content: str) -> None:
     path = model_file(tmp_path / "net.safetensors", plain_net())
     wanted = load(path)(images())
-    (cached,) = folder.iterdir()
+    (cached,) = folder.glob("*.json")
     cached.write_text(content)
     assert np.allclose(load(path)(images()), wanted, atol=1e-4)
     assert json.loads(cached.read_text()) != content

@@ -7,10 +7,16 @@
     print(repvgg.verify(model, deploy, (3, 224, 224)))
     repvgg.save(deploy, "a0.safetensors")
 
-Names are imported on first use, so that `import repvgg` costs nothing.
+    run = repvgg.train("repvgg_a0", "photos", "runs/photos")     # and evaluate, predict, export, quantize, prune: see api/
+
+Names are imported on first use, so that `import repvgg` costs nothing. `repvgg.train` and `repvgg.predict` are rooms of the house
+too: modules that can be called.
 """
 
+import inspect
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from repvgg.version import __version__ as __version__
@@ -19,6 +25,12 @@ _HOME = {
     "ReparamError": "fold.algebra",
     "as_linear": "fold.as_linear",
     "cost": "measure.costs",
+    "evaluate": "api.using",
+    "export": "api.files",
+    "predict": "api.using",
+    "prune": "api.files",
+    "quantize": "api.files",
+    "train": "api.training",
     "equivalent_kernel": "fold.as_linear",
     "num_paths": "measure.costs",
     "fold_onnx": "fold.onnx",
@@ -37,6 +49,12 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from repvgg.api.files import export as export
+    from repvgg.api.files import prune as prune
+    from repvgg.api.files import quantize as quantize
+    from repvgg.api.training import train as train
+    from repvgg.api.using import evaluate as evaluate
+    from repvgg.api.using import predict as predict
     from repvgg.deploy.load import load_engine as load_engine
     from repvgg.disk import FileError as FileError
     from repvgg.fold.algebra import ReparamError as ReparamError
@@ -62,6 +80,8 @@ __all__ = sorted([*_HOME, "__version__"])
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'repvgg' has no attribute {name!r}")
+    if name in _ROOMS:
+        return import_module(f"repvgg.{name}")  # which the front door makes callable
     value = getattr(import_module(f"repvgg.{_HOME[name]}"), name)
     globals()[name] = value
     return value
@@ -69,3 +89,36 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+# ------------------------------------------------------------------------------------------- rooms that are called like a verb
+
+_ROOMS = ("train", "predict")
+
+
+class _Verb(ModuleType):
+    """A room that can be called: `repvgg.train(...)` is api/training.py's `train`, and `repvgg.train.loop` is a module still."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._function(*args, **options)
+
+    @property
+    def _function(self) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(f"repvgg.{_HOME[name]}"), name)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._function)
+
+
+class _FrontDoor(ModuleType):
+    """Makes the rooms callable when they are imported, by whomever."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ROOMS and isinstance(value, ModuleType):
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _FrontDoor

@@ -6,7 +6,7 @@ Train a small RepVGG on handwritten digits, fold it, prove the fold, time both f
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -27,6 +27,9 @@ from repvgg.train.evaluate import Accuracy, evaluate_model
 from repvgg.train.loop import Run, train
 from repvgg.train.recipes import get_recipe
 from repvgg.web import page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ARCH = "repvgg_micro"
 BATCH = 64  # of the timing
@@ -186,7 +189,7 @@ def _page(s: Story, model: nn.Module) -> str:
     learning = page.paragraph(
         f"{ARCH}, trained for {s.run.seconds:.0f} s on this machine. The loss is a mean over the last steps; "
         "the accuracy is measured on held-out scans after each epoch."
-    ) + page.svg(_learning_curve(s.run.history))
+    ) + page.charts(map(page.svg, _learning_curves(s.run.history)))
     structure = page.paragraph(
         "In training each layer is a sum of a 3x3 convolution, a 1x1 convolution and the identity, each with its batch norm "
         f"({count['training']:,} parameters). In deploy form it is one 3x3 convolution with bias ({count['deploy']:,})."
@@ -211,10 +214,7 @@ def _page(s: Story, model: nn.Module) -> str:
         for scan, true, read, p in s.shown
     ]
     reading = page.paragraph(f"The {GRID // 2} scans that the network was least sure of, then the surest.") + page.grid(pieces)
-    about = this_machine()
-    versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
-    known = [(name.replace("_gib", ", GiB"), value) for name, value in about.items() if value is not None]
-    where = page.table([*known, ("versions", versions)], ("", ""))
+    where = page.machine(this_machine())
     sections = [
         ("It learns", learning),
         ("One layer, before and after", structure),
@@ -227,52 +227,48 @@ def _page(s: Story, model: nn.Module) -> str:
     return page.page("RepVGG, from training to plain 3x3", sections, lead)
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
+def _learning_curves(history: list[dict[str, Any]]) -> list["Figure"]:
+    from repvgg.web import charts
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    found = figure.subplots(1, columns, squeeze=False)[0]
-    for axes in found:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, found if columns > 1 else found[0]
-
-
-def _learning_curve(history: list[dict[str, Any]]) -> Any:
-    from repvgg.web.drawing import POINTWISE, WIDEST
-
-    figure, (left, right) = _axes(9, 3.2, columns=2)
-    steps = [(h["step"], h["loss"]) for h in history if "loss" in h]
-    epochs = [(h["step"], h["val_top1"] * 100) for h in history if "val_top1" in h]
-    left.plot(*zip(*steps, strict=True), color=WIDEST[1])
-    left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    right.plot(*zip(*epochs, strict=True), color=POINTWISE[1], marker="o")
-    right.set(xlabel="step", ylabel="top-1 on held-out scans, %", ylim=(0, 102))
-    right.annotate(f"{epochs[-1][1]:.1f}%", epochs[-1], xytext=(-4, -16), textcoords="offset points", ha="right")
-    return figure
+    per_epoch = next(h["step"] / (h["epoch"] + 1) for h in history if "val_top1" in h)
+    losses = [(h["step"] / per_epoch, h["loss"]) for h in history if "loss" in h]
+    top1 = [(h["epoch"] + 1.0, h["val_top1"] * 100) for h in history if "val_top1" in h]
+    best = max(top1, key=lambda point: point[1])
+    return [
+        charts.curves("training loss", {"": losses}, level=True),
+        charts.curves("top-1 on held-out scans, %", {"": top1}, best),
+    ]
 
 
-def _error_dots(errors: list[tuple[str, float]]) -> Any:
+def _error_dots(errors: list[tuple[str, float]]) -> "Figure":
     """Draw each layer's error as a dot: a bar on a logarithmic axis would have a length that means nothing."""
+    from repvgg.web import charts
     from repvgg.web.drawing import WIDEST
 
-    figure, axes = _axes(9, 3.2)
+    figure, axes = charts.chart("relative difference, layer by layer")
     shown = [(name.removeprefix("stages."), error) for name, error in errors if error]  # a layer without any error has no place
     axes.plot(*zip(*shown, strict=True), "o", color=WIDEST[1])
     axes.axhline(2**-23, color="#667080", linewidth=1, linestyle="--", label="one unit in the last place of float32")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.16), frameon=False, fontsize=9)
-    axes.set(yscale="log", ylim=(1e-9, 1e-5), xlabel="layer (stage.layer)", ylabel="relative difference")
+    axes.legend(loc="best", frameon=False, fontsize=charts.TEXT * 0.92)
+    axes.set_yscale("log")
+    found = [2**-23, *(error for _, error in shown)]
+    axes.set_ylim(min(found) / 4, max(found) * 8)
+    axes.set_xlabel("layer (stage.layer)", fontsize=charts.TEXT)
+    axes.tick_params(axis="x", rotation=90)
     return figure
 
 
-def _speed_bars(times: dict[str, Times]) -> Any:
+def _speed_bars(times: dict[str, Times]) -> "Figure":
+    from repvgg.web import charts
     from repvgg.web.drawing import IDENTITY, RULE
 
-    figure, axes = _axes(9, 1.9)
+    figure, axes = charts.chart("images a second", 170)
     names = list(times)[::-1]
     speeds = [BATCH / times[n].median for n in names]
     spread = [[s - BATCH / times[n].quartiles[1], BATCH / times[n].quartiles[0] - s] for n, s in zip(names, speeds, strict=True)]
     axes.barh(names, speeds, xerr=list(zip(*spread, strict=True)), color=[IDENTITY[1], RULE], height=0.6, capsize=4)
     for i, speed in enumerate(speeds):
-        axes.text(speed * 0.02, i, f"{speed:,.0f} images/s", va="center", color="white" if i == 0 else "#1d2530", fontweight="bold")
-    axes.set(xlabel="images a second (median; whiskers are quartiles over rounds)")
+        colour = "white" if i == 0 else "#1d2530"
+        axes.text(speed * 0.03, i, f"{speed:,.0f}", va="center", color=colour, fontweight="bold", fontsize=charts.TEXT)
+    axes.set_xlabel("median; whiskers are quartiles over rounds", fontsize=charts.TEXT)
     return figure

@@ -10,6 +10,7 @@ from typing import Any
 
 from repvgg.disk import Log
 
+quiet = False  # neither bars nor live lines: set by `repvgg -q`
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
@@ -24,7 +25,7 @@ class Progress:
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if self.live and sys.stderr.isatty():
+        if self.live and not quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -108,7 +109,7 @@ def billions(n: int) -> str:
 @contextmanager
 def live() -> Iterator[Callable[[str], object]]:
     """Yield what shows one line in a terminal, in place of the last; elsewhere it shows nothing."""
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield str
         return
     from rich.console import Console

@@ -61,7 +61,7 @@ def test_no_error_is_a_traceback(error: Exception, line: str, capsys: Captured, 
         ("--recipe lihgt", "no recipe 'lihgt': "),
         (
             "--data nowhere",
-            "no data 'nowhere': digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME, wds:SHARDS, ",
+            "no data 'nowhere': digits, a folder of class folders, a table (.csv), cifar10[:ROOT], hf:NAME, hf-stream:NAME, wds:",
         ),
         ("--data hf:./nowhere", "no such folder"),
         ("--device tpu", "no device 'tpu' here: "),
@@ -135,7 +135,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Cap
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
 
     monkeypatch.setattr("repvgg.predict.labels.expand", without)
-    assert refused(capsys, "predict", run / "deploy.safetensors", scans) == "this needs torchvision: pip install 'repvgg[all]'"
+    assert refused(capsys, "predict", run / "deploy.safetensors", scans) == "this needs torchvision: pip install torchvision"
 
 
 def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

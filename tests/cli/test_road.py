@@ -17,7 +17,8 @@ from repvgg.models.load import load, save
 
 
 def test_train_leaves_a_run_folder(run: Path) -> None:
-    files = {"best.safetensors", "last.safetensors", "recipe.json", "metrics.jsonl", "summary.json", "curve.png", "state"}
+    files = {"best.safetensors", "last.safetensors", "recipe.json", "settings.json", "metrics.jsonl"}
+    files |= {"summary.json", "curve.png", "state"}
     assert {p.name for p in (run / "run").iterdir() if not p.name.startswith("events.")} == files
     recipe = json.loads((run / "run/recipe.json").read_text())
     assert (recipe["epochs"], recipe["batch_size"], recipe["crop"]) == (3, 32, "shift")  # two flags, and the recipe of digits
@@ -53,11 +54,18 @@ def test_export(run: Path, tmp_path: Path, capsys: Captured) -> None:
     words = ("export", run / "run/best.safetensors", "--to", "pt2", "--out", tmp_path)
     assert repvgg(*words, "--data", "digits", "--images", 50) == 0
     assert "50 of 50 predictions the same" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt2", "best.pt2.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt2", "best.pt2.json", "best.pt2.py"]
     pytest.importorskip("ncnn")
     line = refused(capsys, *words[:2], "--to", "ncnn", "--out", tmp_path / "new", "--batch-size", 2)
     assert line == "ncnn runs one image at a time: leave out --batch-size"
     assert not (tmp_path / "new").exists()
+
+
+def test_several_files_at_once(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ncnn")
+    assert repvgg("export", run / "run", "--to", "pt2", "ncnn", "--out", tmp_path) == 0
+    names = {"run.pt2", "run.ncnn.param"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{n}{end}" for n in names for end in ("", ".json", ".py")} | {"run.ncnn.bin"}
 
 
 def test_eval_and_predict_by_an_engine(run: Path, scans: Path, tmp_path: Path, capsys: Captured) -> None:

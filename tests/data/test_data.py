@@ -27,7 +27,7 @@ def source(train: int = 100, val: int = 30) -> Source:
 def test_unknown_data_lists_what_there_is(spec: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(spec)
-    folders = "digits, a folder with train/ and val/, cifar10[:ROOT]"
+    folders = "digits, a folder of class folders, a table (.csv), cifar10[:ROOT]"
     assert str(caught.value) == (
         f"no data {spec!r}: {folders}, hf:NAME, hf-stream:NAME, wds:SHARDS, camvid:ROOT or cityscapes:ROOT"
     )

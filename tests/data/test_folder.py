@@ -57,8 +57,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "folders", "complaint"),
     [
-        (["train/a/1.png"], [], "val: no such folder; a class folder has train/<class>/* and val/<class>/*"),
-        (["val/a/1.png"], [], "train: no such folder"),
+        (["val/a/1.png"], [], "train: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*"),
         (["train/1.png", "val/a/1.png"], [], "train: holds no class folders"),
         (["train/a/1.png", "val/a/1.png"], ["train/empty"], "train: class 'empty' has no images (.bmp, "),
         (["train/a/1.png", "val/a/1.png", "val/b/1.png"], [], "val: class 'b' has no images to train on"),

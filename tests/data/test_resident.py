@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from repvgg.data import Decoded, InMemory, Source, Subset, open_source
+from repvgg.data import Decoded, InMemory, Source, drawn, open_source
 from repvgg.data.images import ImageError
 from repvgg.data.resident import Resident, Shifts
 from repvgg.data.transforms import Transformed, eval_transform
@@ -103,7 +103,7 @@ def test_a_subset_is_decoded_alone() -> None:
         asked.append(i)
         return images().pixels[i]
 
-    part = Subset(InMemory(decode, list(range(40)), (3, 16, 16)), 7, seed=0)
+    part: Any = drawn(InMemory(decode, list(range(40)), (3, 16, 16)), 7, seed=0)
     resident = Resident.of(part, Preprocessing((3, 16, 16), 16), "cpu")
     assert resident is not None
     assert sorted(asked) == list(part.indices)
@@ -116,7 +116,7 @@ def test_a_subset_is_decoded_alone() -> None:
 
 def test_a_subset_of_a_subset() -> None:
     """As `prune --limit` takes it: both drawn, and read as one by one."""
-    part = Subset(Subset(images(), 7, seed=0), 3, seed=1)
+    part: Any = drawn(drawn(images(), 7, seed=0), 3, seed=1)
     whole = part.whole()
     assert whole is not None
     assert torch.equal(whole[0], torch.stack([part[i][0] for i in range(3)]))
@@ -126,3 +126,10 @@ def test_a_subset_of_a_subset() -> None:
 @pytest.mark.parametrize("flip", [True, False])
 def test_mirrors_are_half_or_none(flip: bool) -> None:
     assert abs(float(Shifts(4000, 4, flip, (0, 0)).mirrored.float().mean()) - (0.5 if flip else 0)) < 0.05
+
+
+def test_an_image_is_mirrored_in_every_other_epoch() -> None:
+    first, second, third = (Shifts(100, 4, True, (7, epoch)).mirrored for epoch in range(3))
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
+    assert not torch.equal(first, Shifts(100, 4, True, (8, 0)).mirrored)

@@ -32,5 +32,5 @@ def test_engines_and_their_last_measurement(tmp_path: Path, monkeypatch: pytest.
     main(["engines", "--json"])
     told = {engine["name"]: engine for engine in json.loads(capsys.readouterr().out)["engines"]}
     assert told["ncnn"]["version"] is None
-    assert told["ncnn"]["remedy"] == "pip install 'repvgg[deploy]'"
+    assert told["ncnn"]["remedy"] == "pip install ncnn"
     assert told["eager"]["version"]

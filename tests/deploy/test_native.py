@@ -18,7 +18,7 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 import repvgg_engine
 
-from repvgg.deploy import engines
+from repvgg.deploy import engines, parity
 from repvgg.deploy.engines import Options
 from repvgg.deploy.engines.native import NativeModule
 
@@ -52,6 +52,18 @@ def test_the_family(options: dict[str, Any], tmp_path: Path) -> None:
     assert error_of_deviation(got, wanted) <= allowed
     engine = engines.build("native", folded, Options(SIZE, 4, threads=1))
     assert error_of_deviation(engine(images), wanted) <= allowed
+
+
+@torch.no_grad()
+def test_products_of_integers() -> None:
+    """Within what numbers of 14 bits round, without calibration; and refused in a line by engines that have none."""
+    folded = repvgg.reparameterize(randomize(repvgg.create_model("repvgg_micro", num_classes=5), (4, *SIZE)))
+    images = torch.randn(8, *SIZE)
+    engine = engines.build("native", folded, Options(SIZE, 8, "int16", threads=1))
+    checked = parity.compare(engine(images), parity.reference(folded, images, "int16"))
+    assert checked.ok, checked
+    with pytest.raises(ValueError, match="the engine eager has no int16 on cpu: it has fp32, bf16, fp16"):
+        engines.build("eager", folded, Options(SIZE, 8, "int16"))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from repvgg.measure.costs import cost
 from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
-from repvgg.models.repvgg import Layer
+from repvgg.models.repvgg import Layer, Residual
 from repvgg.train.recipes import get_recipe
 
 SIZE = (3, 16, 16)
@@ -50,9 +50,12 @@ def silence_half(model: nn.Module, groups: int) -> None:
     are equally wide, as an identity between them wants it."""
     silent: dict[int, Tensor] = {}
     for layer in model.modules():
-        if not isinstance(layer, Layer):
+        if not isinstance(layer, (Layer, Residual)):
             continue
-        ends: list[Any] = [m for m in layer.block.modules() if isinstance(m, nn.BatchNorm2d)] or [layer.block]
+        parts = [layer.block, *(m for name, m in layer.named_children() if name == "shortcut" and not isinstance(m, nn.Identity))]
+        ends: list[Any] = []
+        for part in parts:
+            ends += [m for m in part.modules() if isinstance(m, nn.BatchNorm2d)] or [part]
         channels = len(ends[0].bias)
         if channels not in silent:
             order = torch.rand(groups, channels // groups).argsort(1)[:, : channels // groups // 2]
@@ -73,6 +76,8 @@ def images() -> Tensor:
     [
         ("repvgg_micro", 0.25, 1, "repvgg"),
         ("repvgg_b1g4", 0.125, 4, "repvgg"),
+        ("repvgg_b0_residual", 0.125, 1, "plain"),
+        ("repvgg_b0_residual", 0.125, 1, "repvgg"),
         *(
             ("repvgg_micro", 0.25, 1, b)
             for b in ("plain", "no_identity", "identity_no_bn", "post_bn", "acb", "mobileone", "qarepvgg")
@@ -87,7 +92,7 @@ def test_silent_channels_go_first_and_nothing_changes(
     silence_half(model, groups)
     small = pruned(model, images, 0.5)
     assert zoo.manifest_of(small).form == form
-    layers = [m for m in model.modules() if isinstance(m, Layer)]
+    layers = [m for m in model.modules() if isinstance(m, (Layer, Residual))]
     wide = [as_linear(layer.block).out_channels for layer in layers]
     assert (zoo.manifest_of(small).arch or {})["widths"] == [channels // 2 for channels in wide]
     allowed = rounding(model, images.double())
@@ -135,10 +140,10 @@ def test_a_pruned_net_is_a_file_of_its_own(form: str, images: Tensor, tmp_path: 
     assert cost(smaller, SIZE).macs < 0.5 * cost(again, SIZE).macs
 
 
-COMPILED = ("compile", "aotinductor")
+QUICK = ("eager", "native", "onnxruntime")  # a pruned net is a plain one, as test_engines.py runs in all of them
 
 
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=[pytest.mark.slow] if e in COMPILED else []) for e in engines.ENGINES])
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=[] if e in QUICK else pytest.mark.slow) for e in engines.ENGINES])
 def test_a_pruned_net_runs_in_every_engine(engine: str, images: Tensor, tmp_path: Path) -> None:
     if engine not in engines.installed("fp32", log=lambda line: None):
         pytest.skip(f"{engine} is not installed")
@@ -173,7 +178,7 @@ def source(model: nn.Module) -> Source:
     return Source("self-labelled", decoded, decoded, ["a", "b", "c"], P, recipe="demo")
 
 
-@pytest.mark.parametrize("form", ["training", "deploy"])
+@pytest.mark.parametrize("form", ["training", pytest.param("deploy", marks=pytest.mark.slow)])
 def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source, tmp_path: Path) -> None:
     start = reparameterize(model) if form == "deploy" else model
     said: list[str] = []
@@ -216,8 +221,8 @@ def test_what_is_refused(model: nn.Module, source: Source, images: Tensor, tmp_p
     for keep in (0, 1, -0.5, float("nan")):
         with pytest.raises(ValueError, match="the share of the channels that stay, above 0 and below 1"):
             pruned(model, images, keep)
-    with pytest.raises(ReparamError, match="only a RepVGG can be pruned, not repvgg_b0_residual"):
-        pruned(zoo.create_model("repvgg_b0_residual", width=0.1).eval(), images, 0.5)
+    with pytest.raises(ReparamError, match="only a RepVGG can be pruned, not resnet18"):
+        pruned(zoo.create_model("resnet18").eval(), images, 0.5)
     with pytest.raises(ReparamError, match="a network with squeeze-excite cannot be pruned"):
         pruned(zoo.create_model("repvgg_d2se", width=0.03).eval(), images, 0.5)
     with pytest.raises(ReparamError, match="is in train mode"):

@@ -137,7 +137,7 @@ def of_each(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @of_each
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(specs())
 def test_any_block_is_the_sum_of_its_formulas(s: Spec) -> None:
     """Kernel, stride, dilation, padding and its mode, groups, branches, conv bias, affine, eps and dtype at random.
@@ -147,7 +147,7 @@ def test_any_block_is_the_sum_of_its_formulas(s: Spec) -> None:
     """
     block, formulas = build(s)
     folded = reparameterize(block)
-    assert type(folded) is nn.Conv2d
+    assert type(folded) is nn.Conv2d  # type: ignore[comparison-overlap]
     assert folded.weight.dtype == folded.bias.dtype == s.dtype  # type: ignore[union-attr]
     side = s.dilation * (s.kernel - 1) + 1 + s.padding + s.stride
     x = torch.randn(2, s.into, side, side + 1, dtype=torch.float64)

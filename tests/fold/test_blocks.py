@@ -105,7 +105,7 @@ def geometries(draw: st.DrawFn) -> Geometry:
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name not in UNFOLDABLE])
-@settings(max_examples=60)
+@settings(max_examples=20)  # of each of a dozen blocks
 @given(geometry=geometries(), seed=st.integers(0, 1000))
 def test_every_block_folds_in_every_geometry(name: str, geometry: Geometry, seed: int) -> None:
     """At random statistics, borders included; and what comes out is one and the same convolution, to the letter."""

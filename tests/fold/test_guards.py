@@ -28,6 +28,39 @@ def test_trap_01_train_mode_is_refused(path: str) -> None:
             verify(a, b, (3, 32, 32))
 
 
+class Wrapper(nn.Module):
+    """As ultralytics' YOLO does: called with a picture's name, it predicts; the network is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small()
+
+    def __call__(self, source: str) -> str:
+        return source
+
+
+class Session:
+    """As a trainer of another library: no module at all."""
+
+    def __init__(self) -> None:
+        self.network = small()
+
+
+@pytest.mark.parametrize(
+    ("thing", "line"),
+    [
+        (Wrapper(), r"Wrapper is no network but holds one: pass that, as in reparameterize\(x\.model\.eval\(\)\)"),
+        (Session(), r"Session is no network but holds one: pass that, as in reparameterize\(x\.network\.eval\(\)\)"),
+        ("a0.safetensors", r"str is no network: reparameterize\(repvgg\.load\('a0\.safetensors'\)\) folds that of a file"),
+        ({"stem.weight": torch.zeros(1)}, r"dict is no network: load it into one first"),
+        (3, r"int is no network: pass a torch\.nn\.Module in eval mode"),
+    ],
+)
+def test_what_is_no_network_is_told_what_to_pass(thing: Any, line: str) -> None:
+    with pytest.raises(ReparamError, match=f"^{line}"):
+        reparameterize(thing)
+
+
 def test_trap_01_train_mode_is_refused_in_one_block() -> None:
     block = repvgg(4, 4).eval()
     block.get_submodule("conv_kxk.bn").train()

@@ -45,9 +45,9 @@ def deeplab_head() -> nn.Module:
     ("make", "shape", "replaced"),
     [
         (lambda: timm_model("resnet18"), (2, 3, 64, 64), 16),
-        (lambda: timm_model("resnet50"), (2, 3, 64, 64), 16),
+        pytest.param(lambda: timm_model("resnet50"), (2, 3, 64, 64), 16, marks=pytest.mark.slow),
         (lambda: timm_model("mobilenetv3_small_100"), (2, 3, 64, 64), 4),  # the stem and three depthwise ones
-        (deeplab_head, (2, 16, 24, 24), 4),  # three of them dilated by 12, 24 and 36
+        pytest.param(deeplab_head, (2, 16, 24, 24), 4, marks=pytest.mark.slow),  # three of them dilated by 12, 24 and 36
     ],
     ids=["resnet18", "resnet50", "mobilenetv3", "deeplab head"],
 )

@@ -253,8 +253,8 @@ def test_numbers_that_cancel_fold_as_far_as_their_digits_go() -> None:
     wanted = outputs(net, x)
     for scale, digits in ((1e6, 1e-8), (1e12, None)):
         far = copy.deepcopy(net)
-        far[0].bias.data += scale
-        far[1].running_mean += scale
+        for tensor in (far[0].bias, far[1].running_mean):
+            tensor.data.add_(scale)  # type: ignore[union-attr, operator]
         if digits:
             assert relative_error(outputs(reparameterize(far), x), wanted) <= digits
         else:

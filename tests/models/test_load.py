@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from foreign import FORMS
-from members import DTYPES, IMAGES, assert_round_trip, assert_same_tensors, logits, member, narrow
+from members import DTYPES, EVERY_MEMBER, IMAGES, assert_round_trip, assert_same_tensors, logits, member, narrow
 from rounding import rounding
 from torch import nn
 
@@ -24,7 +24,7 @@ from repvgg.models.repvgg import RepVGG
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY_MEMBER)
 def test_trap_3_a_deploy_form_loads_what_reparameterize_saved(name: str, form: str, tmp_path: Path) -> None:
     model = member(name, form)
     back = assert_round_trip(model, tmp_path / "model.safetensors")
@@ -34,7 +34,7 @@ def test_trap_3_a_deploy_form_loads_what_reparameterize_saved(name: str, form: s
     assert torch.equal(logits(built), logits(model))
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY_MEMBER)
 def test_the_layer_list_is_the_network(name: str, tmp_path: Path) -> None:
     model = member(name, "deploy")
     repvgg.save(model, tmp_path / "model.safetensors")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from foreign import CONTAINERS, FORMS, NARROW, state, timm_net
-from members import IMAGES, assert_refused, assert_same_tensors, logits, narrow
+from members import IMAGES, SORTS, assert_refused, assert_same_tensors, logits, narrow
 from rounding import rounding
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +30,7 @@ def their_logits(name: str, form: str) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        *((name, "timm") for name in NARROW),
+        *(pytest.param(name, "timm", marks=[] if name in SORTS else pytest.mark.slow) for name in NARROW),
         *((name, scheme) for name in ("repvgg_b1g4", "repvgg_d2se") for scheme in ("official", "mmpretrain")),
     ],
 )

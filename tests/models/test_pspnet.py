@@ -59,16 +59,27 @@ def test_which_layers_dilate(name: str) -> None:
     assert dilations(fast) == before + [1] * (four - 4) + [2] * 4 + [4]
 
 
-@pytest.mark.parametrize(("name", "middle", "last"), [("pspnet_repvgg_b1g2", 512, 2048), ("pspnet_resnet50", 1024, 2048)])
+@pytest.mark.parametrize(
+    ("name", "middle", "last"),
+    [("pspnet_repvgg_b1g2", 512, 2048), ("pspnet_repvgg_b2", 640, 2560), ("pspnet_resnet50", 1024, 2048)],
+)
 def test_the_originals_widths(name: str, middle: int, last: int) -> None:
-    """512 channels in the head and in each level for ResNet-50, 256 in the auxiliary head."""
+    """512 channels in the head, 256 in the auxiliary one, whatever the backbone; a quarter of its channels in each level."""
     with torch.device("meta"):
         model = repvgg.create_model(name, num_classes=19)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items() if key.endswith("weight") and t.dim() == 4}
     assert shapes["pyramid.levels.2.conv.weight"] == (last // 4, last, 1, 1)
-    assert shapes["head.conv.weight"] == (last // 4, 2 * last, 3, 3)
-    assert shapes["head.classifier.weight"] == (19, last // 4, 1, 1)
-    assert shapes["auxiliary.conv.weight"] == (middle // 4, middle, 3, 3)
+    assert shapes["head.conv.weight"] == (512, 2 * last, 3, 3)
+    assert shapes["head.classifier.weight"] == (19, 512, 1, 1)
+    assert shapes["auxiliary.conv.weight"] == (256, middle, 3, 3)
+
+
+def test_a_width_scales_the_heads_too() -> None:
+    with torch.device("meta"):
+        model = repvgg.create_model("pspnet_repvgg_a0_fast", num_classes=11, width=0.25)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert shapes["head.classifier.weight"][1] == 128
+    assert shapes["auxiliary.classifier.weight"][1] == 64
 
 
 def test_pyramid_by_hand() -> None:
@@ -112,7 +123,7 @@ def test_a_size_of_8n_plus_1_is_not_padded_and_any_other_is_its_corner() -> None
 
 
 @pytest.mark.parametrize("size", [(33, 33), (40, 25), (7, 50), (1, 1)])
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", [*NARROW[:2], pytest.param(NARROW[2], marks=pytest.mark.slow)])  # groups: test_repvgg.py
 def test_both_forms_agree_at_any_size(name: str, size: tuple[int, int]) -> None:
     model = narrow(name)
     deploy = reparameterize(model)

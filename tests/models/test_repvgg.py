@@ -1,18 +1,21 @@
 """models.py: the family against the paper's tables and timm, both forms of each member, and what the network can be asked for."""
 
 import re
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import error_of_deviation, randomize, relative_error
 from foreign import NARROW, NUM_CLASSES, timm_architecture
+from members import EVERY_MEMBER
 from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models.names import FAMILY
+from repvgg.models.names import FAMILY, Member
 from repvgg.models.repvgg import RepVGG, is_deploy_form
 
 PAPER = {name: member for name, member in FAMILY.items() if name != "repvgg_micro"}
@@ -208,9 +211,23 @@ def test_at_full_width_shapes_are_timms(name: str, deploy: bool) -> None:
     assert {key: t.shape for key, t in theirs.state_dict().items()} == {key: t.shape for key, t in ours.items()}
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EVERY_MEMBER)
 def test_every_member_folds_in_float64(name: str) -> None:
     """At a quarter of its width: all its layers, groups and squeeze-excites are there."""
     model = randomize(RepVGG(FAMILY[name], 10, width=0.25).double())
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     assert relative_error(outputs(reparameterize(model), x), outputs(model, x)) <= rounding(model, x)
+
+
+@pytest.mark.parametrize("kind", [{}, {"squeeze_excite": True}, {"residual": True}])
+def test_torch_jit_scripts_the_deploy_form(kind: Any, tmp_path: Path) -> None:
+    model = randomize(RepVGG(Member((2, 1, 1, 1), 0.125, 0.0625, **kind), num_classes=4), (8, 3, 32, 32))
+    deploy = reparameterize(model.eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript says that it is not developed further
+        scripted = torch.jit.script(deploy)
+        scripted.save(tmp_path / "scripted.pt")
+        opened = torch.jit.load(tmp_path / "scripted.pt")
+    assert list(scripted.state_dict()) == list(deploy.state_dict())
+    for x in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 64, 40)):
+        assert torch.equal(opened(x), deploy(x))

@@ -146,8 +146,39 @@ def test_with_the_papers_settings(quick: bool, tmp_path: Path, monkeypatch: pyte
         assert (grids[0].width, grids[0].limit, grids[0].recipe) == (0.125, 2000, replace(get_recipe("demo"), epochs=2))
     else:
         assert (grids[0].width, grids[0].limit, grids[0].recipe) == (1, None, get_recipe("light"))
-    with pytest.raises(NothingChosenError, match="it must be told on what: --data"):
-        table6.run(replace(settings, data=""))
+    if not quick:
+        with pytest.raises(NothingChosenError, match="it must be told on what: --data"):
+            table6.run(replace(settings, data=""))
+
+
+def test_without_data_it_shows_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cell(name: str, top1: float) -> None:
+        (tmp_path / "ablation" / name).mkdir(parents=True)
+        for file, facts in (("summary", {"last_top1": top1, "seconds": 1.0}), ("forms", {"equal": 9, "images": 9})):
+            (tmp_path / "ablation" / name / f"{file}.json").write_text(json.dumps(facts))
+
+    for name, top1 in (("plain-0", 0.5), ("plain-1", 0.6), ("repvgg-0", 0.75)):
+        cell(name, top1)
+    (tmp_path / "ablation" / "no_1x1-0").mkdir()  # begun
+    grid = Grid(tmp_path / "ablation", "digits", replace(get_recipe("demo"), epochs=3), width=0.25, seeds=3)
+    (tmp_path / "ablation" / "grid.json").write_text(json.dumps(grid.settings))
+    times = {"plain": Times([[1.0]]), "repvgg": Times([[2.0]])}
+    monkeypatch.setattr(ablation, "_time", lambda grid, settings: {name: times[name] for name in grid.variants})
+    result = table6.run(PaperSettings(out=tmp_path, log=lambda line: None))
+    rows = result.tables[0].rows
+    assert [(row[:2], row[3], row[4]) for row in rows] == [(("no", "no"), "55.00 ± 7.07", "2"), (("yes", "yes"), "75.00", "1")]
+    assert "repvgg_b0, width 0.25, on digits, 3 epochs" in result.how
+    assert table7.run(PaperSettings(out=tmp_path, log=lambda line: None)).data["variants"].keys() == {"repvgg"}
+
+    (tmp_path / "ablation").rename(tmp_path / "lr-0.1")
+    cell("lr-0.2/plain-0", 0.9)  # better, but of fewer seeds
+    cell("lr-0.2/repvgg-0", 0.8)
+    (tmp_path / "lr-0.1").rename(tmp_path / "ablation" / "lr-0.1")
+    other = replace(grid, recipe=replace(grid.recipe, lr=0.2))
+    (tmp_path / "ablation" / "lr-0.2" / "grid.json").write_text(json.dumps(other.settings))
+    result = table6.run(PaperSettings(out=tmp_path, log=lambda line: None))
+    assert [(row[3], row[4]) for row in result.tables[0].rows] == [("55.00 ± 7.07", "2"), ("80.00", "1")]
+    assert "learning rate plain 0.1, repvgg 0.2;" in result.how
 
 
 def test_the_command(tmp_path: Path, capsys: Any) -> None:

@@ -2,13 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from repvgg import create_model, load, save
 from repvgg.bench.models import Candidate
+from repvgg.data import Source, open_source
 from repvgg.deploy import engines
 from repvgg.measure.costs import cost
 from repvgg.models.baselines import create_baseline
@@ -117,6 +122,38 @@ def test_states_the_protocol_and_what_was_lowered(both: tuple[Result, Result]) -
         assert "at batch 128: medians and quartiles of 10 rounds" in result.how
     lowered = {"repvgg_a0": Speed("repvgg_a0", 4, (3, 224, 224), [1], "r", [1], 1, 1, 1, "")}
     assert "at batch 8 (where memory ran out: repvgg_a0 4)" in table4.protocol(lowered, PaperSettings(batch_size=8))
+
+
+def test_top1_of_models_that_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, said = open_source("digits"), list[str]()
+    torch.manual_seed(0)
+    for name in ("repvgg_a0", "repvgg_micro"):
+        model = create_model(name, num_classes=10, in_chans=1, small_input=True)
+        save(model.eval(), tmp_path / f"{name}.safetensors", preprocessing=source.preprocessing)
+    wanted = PaperSettings(
+        engine="eager",
+        models=("repvgg_a0",),
+        batch_size=128,
+        data="digits",
+        weights=(f"{tmp_path}/repvgg_a0.safetensors", f"{tmp_path}/repvgg_micro.safetensors"),
+        out=tmp_path,
+        log=said.append,
+    )
+    monkeypatch.setattr(speeds, "_time", on_the_papers_machine)
+    table = table4.run(wanted).tables[1]
+    a0 = load(tmp_path / "repvgg_a0.safetensors")
+    mean, std = source.preprocessing.mean[0], source.preprocessing.std[0]
+    with torch.no_grad():
+        right = [int(a0((image.float() / 255 - mean)[None] / std).argmax()) == label for image, label in whole(source)]
+    assert table.title == "Top-1 on digits, deploy form"
+    assert table.rows == [("RepVGG-A0", "72.41", f"{100 * sum(right) / 360:.2f}", f"{tmp_path}/repvgg_a0.safetensors", "360")]
+    assert [line for line in said if "repvgg_micro.safetensors: is a repvgg_micro" in line]
+    with pytest.raises(ValueError, match="--weights: name what to compute"):
+        table4.run(replace(wanted, data=""))
+
+
+def whole(source: Source) -> list[tuple[Tensor, int]]:
+    return [source.val[i] for i in range(len(source.val))]
 
 
 numbers = st.lists(st.integers(0, 5), min_size=3, max_size=12)

@@ -106,10 +106,15 @@ def test_the_curve_is_a_picture(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     for epoch in range(3):
         lines.append({"step": 20 * epoch + 10, "epoch": epoch, "loss": 2.0 - epoch / 2, "top1": epoch / 3})
-        lines.append({"step": 20 * (epoch + 1), "epoch": epoch, "val_loss": 2.1 - epoch / 2, "val_top1": epoch / 3})
-    draw_curve(lines, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert image.size[0] > 1000
-        assert len(image.convert("RGB").getcolors(100_000) or []) > 10
+        figures = {"train_loss": 2.0 - epoch / 2, "train_top1": epoch / 3, "val_loss": 2.1 - epoch / 2, "val_top1": epoch / 3}
+        lines.append({"step": 20 * (epoch + 1), "epoch": epoch, **figures})
+    for some in (lines, lines[:1]):  # and of a run that was stopped in its first epoch
+        draw_curve(some, tmp_path / "curve.png")
+        with Image.open(tmp_path / "curve.png") as image:
+            assert image.size[0] > 1000
+            assert len(image.convert("RGB").getcolors(100_000) or []) > 10
+    before = (tmp_path / "curve.png").read_bytes()
+    draw_curve([{**line, "loss": 9.0} for line in lines[1:2]], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes() != before
     draw_curve([], tmp_path / "empty.png")
     assert not (tmp_path / "empty.png").exists()

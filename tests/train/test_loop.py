@@ -20,6 +20,7 @@ from repvgg.models.manifest import Preprocessing
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import Run, new_model, train
 from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.trainer import Trainer
 
 DEMO = get_recipe("demo")
 QUICK = replace(DEMO, epochs=2, batch_size=32, warmup_epochs=0)
@@ -60,7 +61,8 @@ def test_it_learns(trained: tuple[Run, Path]) -> None:
 
 def test_the_run_folder(trained: tuple[Run, Path]) -> None:
     run, out = trained
-    files = {"best.safetensors", "last.safetensors", "recipe.json", "metrics.jsonl", "summary.json", "state", "curve.png"}
+    files = {"best.safetensors", "last.safetensors", "recipe.json", "settings.json", "metrics.jsonl"}
+    files |= {"summary.json", "state", "curve.png"}
     events = {path.name for path in out.glob("events.out.tfevents.*")}
     assert len(events) == 1
     assert {path.name for path in out.iterdir()} == files | events
@@ -83,6 +85,8 @@ def test_metrics_are_json_lines(trained: tuple[Run, Path]) -> None:
     assert epochs[-1] == {
         "step": 88,
         "epoch": 3,
+        "train_loss": epochs[-1]["train_loss"],
+        "train_top1": epochs[-1]["train_top1"],
         "val_loss": run.last.loss,
         "val_top1": run.last.top1,
         "val_top5": run.last.top5,
@@ -162,3 +166,25 @@ def test_a_new_model_fits_its_source() -> None:
     photos = zoo.manifest_of(new_model("repvgg_micro", large, log=said.append)).arch
     assert photos is not None
     assert photos["small_input"] is False
+
+
+def test_small_images_come_first_and_the_whole_ones_are_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_on, evaluated_on = list[int](), list[int]()
+
+    def step(self: Trainer, parts: Any, *more: Any) -> None:
+        trained_on.extend(x.shape[-1] for x, _ in parts)
+        real(self, parts, *more)
+
+    def predict(self: Trainer, x: Tensor) -> Tensor:
+        evaluated_on.append(x.shape[-1])
+        return forward(self, x)
+
+    real, forward = Trainer.step, Trainer.predict
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "predict", predict)
+    quick(tmp_path, replace(QUICK, small_first=0.5))
+    assert trained_on == [8] * 3 + [16] * 3
+    assert {*evaluated_on} == {16}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in lines if "val_top1" in line]
+    assert 0 < seconds[0] <= seconds[1]

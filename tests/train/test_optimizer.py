@@ -9,12 +9,13 @@ from repvgg.fold.as_linear import equivalent_kernel
 from repvgg.fold.blocks import no_identity, repvgg
 from repvgg.models import zoo
 from repvgg.train.optimizer import custom_l2, parameter_groups
+from repvgg.train.recipes import Recipe
 
 
 def test_weight_decay_is_on_kernels_alone() -> None:
     """Section 4.1. The list is written out by hand for the stem and a layer with three branches."""
     model = zoo.create_model("repvgg_micro", num_classes=10)
-    kernels, others = parameter_groups(model, 1e-4)
+    kernels, others = parameter_groups(model, Recipe())
     assert (kernels["weight_decay"], others["weight_decay"]) == (1e-4, 0)
     assert (kernels["lr_scale"], others["lr_scale"]) == (1, 1)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -40,9 +41,19 @@ def test_weight_decay_is_on_kernels_alone() -> None:
     assert len(decayed) == 2 * layers + 1
 
 
+def test_identity_branches_decay_where_asked_for() -> None:
+    """As the official README advises: folded, such a weight is a kernel's centre."""
+    model = zoo.create_model("repvgg_micro", num_classes=10)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, more = ({names[p] for p in parameter_groups(model, Recipe(decay_identity=on))[0]["params"]} for on in (False, True))
+    assert decayed < more
+    assert more - decayed == {name for name in names.values() if name.endswith("identity.weight")}
+    assert len(more - decayed) == 5  # micro has 2, 2, 4 and 1 layers, the first of each at stride 2
+
+
 def test_each_stage_has_its_share_of_the_learning_rate() -> None:
     model = zoo.create_model("repvgg_micro", num_classes=10)
-    groups = parameter_groups(model, 1e-4, layer_decay=0.5)
+    groups = parameter_groups(model, Recipe(layer_decay=0.5))
     names = {parameter: name for name, parameter in model.named_parameters()}
     scale = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
     assert len(scale) == len(names)
@@ -55,7 +66,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
     model = zoo.create_model("repvgg_micro", num_classes=10)
     model.requires_grad_(False)
     model.get_submodule("head").requires_grad_(True)
-    assert sum(len(group["params"]) for group in parameter_groups(model, 1e-4)) == 2
+    assert sum(len(group["params"]) for group in parameter_groups(model, Recipe())) == 2
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -99,7 +110,7 @@ def test_the_l2_term_decays_what_is_deployed() -> None:
 
 def test_the_l2_term_takes_the_place_of_weight_decay() -> None:
     model = zoo.create_model("repvgg_micro", num_classes=10)
-    kernels, _ = parameter_groups(model, 1e-4, custom_l2=True)
+    kernels, _ = parameter_groups(model, Recipe(custom_l2=True))
     assert [tuple(p.shape) for p in kernels["params"]] == [(10, 256)]  # the classifier's alone
 
 

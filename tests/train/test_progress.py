@@ -35,11 +35,12 @@ def test_figures_are_what_was_seen_last_and_speed_leaves_evaluation_out(monkeypa
             "data_wait": 0.2,
         }
         clock.now += 1000
-        p.evaluated(0, ACCURACY)
+        p.evaluated(0, ACCURACY, (17.25, 0.29))
         clock.now += 0.25
         p.step(1, 0.05, 0.05, 900.0)
         assert p.averages()["img_per_s"] == 256
-    assert lines == ["epoch 1/2: val top-1 90.00% (360 images), loss 34.500, 256 img/s (loader 900, data wait 20%), lr 0.1000"]
+    figures = "val top-1 90.00% (360 images); in training top-1 29.0%, loss 17.250"
+    assert lines == [f"epoch 1/2: {figures}, 256 img/s (loader 900, data wait 20%), lr 0.1000"]
 
 
 def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +52,9 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch)
             if step == 50:
                 p.seen(2.0, 0.5)
     assert lines == [
-        "epoch 1/3  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 41/300  3.2 min left",
-        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 82/300  2.7 min left",
+        "about 4 min for the 290 steps that are left, by the first 10; evaluations come on top",
+        "epoch 1/3  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 51/300  3.1 min left",
+        "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 92/300  2.6 min left",
     ]
 
 
@@ -65,9 +67,9 @@ def test_in_a_terminal_a_live_line_and_the_epochs(monkeypatch: pytest.MonkeyPatc
         p.step(0, 0.1)
         p.seen(1.5, 0.25)
         p.step(0, 0.1)
-        p.evaluated(0, ACCURACY)
+        p.evaluated(0, ACCURACY, (1.5, 0.25))
     shown = capsys.readouterr()
-    assert "epoch 1/1: val top-1 90.00% (360 images), loss 1.500" in shown.err
+    assert "epoch 1/1: val top-1 90.00% (360 images); in training top-1 25.0%, loss 1.500" in shown.err
     assert "top-1 25.0%" in shown.err
     assert "2/2" in shown.err
     assert "\x1b[?25h" in shown.err  # the cursor is back
@@ -78,11 +80,12 @@ def test_in_a_terminal_a_live_line_and_the_epochs(monkeypatch: pytest.MonkeyPatc
 def test_a_resumed_run_counts_from_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lines = Clock(monkeypatch), list[str]()
     with Progress(epochs=2, steps=100, batch_size=10, log=lines.append, before=150) as p:
-        p.evaluated(0, ACCURACY)  # of an epoch whose last step was an earlier process's
-        for _ in range(20):
+        p.evaluated(0, ACCURACY, (1.5, 0.25))  # of an epoch whose last step was an earlier process's
+        for _ in range(21):
             clock.now += 3
             p.step(1, 0.1)
     assert lines == [
-        "epoch 1/2: val top-1 90.00% (360 images)",
-        "epoch 2/2  3 img/s (loader 0, data wait 0%)  lr 0.1000  step 161/200  1.9 min left",
+        "epoch 1/2: val top-1 90.00% (360 images); in training top-1 25.0%, loss 1.500",
+        "about 2 min for the 40 steps that are left, by the first 10; evaluations come on top",
+        "epoch 2/2  3 img/s (loader 0, data wait 0%)  lr 0.1000  step 171/200  1.4 min left",
     ]

@@ -132,3 +132,11 @@ def test_the_learning_rate_is_scaled_only_when_asked() -> None:
     assert Recipe(lr=0.1, batch_size=64).lr_at(0) == 0.1
     assert Recipe(lr=0.1, batch_size=64, lr_per=256).lr_at(0) == pytest.approx(0.025)
     assert Recipe(lr=0.1, batch_size=2048, lr_per=256).lr_at(0.5) == pytest.approx(0.4)
+
+
+def test_small_images_come_first() -> None:
+    recipe = Recipe(small_first=0.5)
+    assert [recipe.side_at(side, 0.49) for side in (224, 32, 28, 16, 8, 4)] == [168, 24, 16, 8, 8, 4]
+    assert recipe.side_at(32, 0.5) == Recipe().side_at(32, 0) == 32
+    with pytest.raises(ValueError, match="small_first is 1: from 0 to below 1"):
+        Recipe(small_first=1)

@@ -295,12 +295,12 @@ def test_the_head_learns_faster_where_asked(source: Source) -> None:
 
     model = zoo.create_model("pspnet_repvgg_micro", num_classes=3, width=0.125)
     names = {p: name for name, p in model.named_parameters()}
-    groups = parameter_groups(model, 1e-4, head_lr=10)
+    groups = parameter_groups(model, Recipe(head_lr=10))
     scale = {names[p]: g["lr_scale"] for g in groups for p in g["params"]}
     assert {s for name, s in scale.items() if name.startswith("backbone.")} == {1}
     assert {s for name, s in scale.items() if not name.startswith("backbone.")} == {10}
     with pytest.raises(ValueError, match="--head-lr"):
-        parameter_groups(nn.Linear(2, 2), 1e-4, head_lr=10)
+        parameter_groups(nn.Linear(2, 2), Recipe(head_lr=10))
 
 
 SCRIPT = """
@@ -322,6 +322,7 @@ with joined("cpu") as world:
 """
 
 
+@pytest.mark.slow  # test_distributed.py: test_two_processes_equal_one proves the point on labels
 def test_one_and_two_processes_agree_exactly(roads: Path, source: Source, tmp_path: Path) -> None:
     """Three photos, which two processes do not divide."""
     from safetensors.torch import load_file

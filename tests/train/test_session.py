@@ -65,6 +65,25 @@ def test_a_diverging_run_stops_and_keeps_the_last_saved_model(tmp_path: Path) ->
     assert not list(tmp_path.glob(".*"))
 
 
+def test_it_ends_where_no_epoch_is_better_and_stays_ended(tmp_path: Path) -> None:
+    """With a learning rate that moves nothing the first epoch is the best."""
+    recipe = replace(QUICK, epochs=9, lr=1e-12, early_stop=2, freeze_bn=True)
+    run = quick(tmp_path, recipe)
+    assert len([line for line in run.history if "val_top1" in line]) == 3
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["epochs"], summary["best_epoch"], summary["finished"]) == (3, 1, True)
+    again = quick(tmp_path, recipe)
+    assert again.history == run.history
+    assert same(run, again)
+
+
+def test_early_evaluations_are_of_the_weights_as_they_are(tmp_path: Path) -> None:
+    """After two steps the running means are mostly what they began as: chance, and a loss of any size."""
+    run = quick(tmp_path, replace(QUICK, epochs=2, batch_size=48, lr=0.02))
+    first = next(line for line in run.history if "val_loss" in line)
+    assert first["val_loss"] < 2 * first["train_loss"]
+
+
 def test_a_huge_learning_rate_from_the_start_saves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="training diverged"):
         quick(tmp_path, replace(QUICK, lr=1e30, epochs=20))
@@ -72,7 +91,7 @@ def test_a_huge_learning_rate_from_the_start_saves_nothing(tmp_path: Path) -> No
 
 
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss may stay finite while a running variance overflows: the output is divided by it."""
+    """The loss may stay finite while a running variance is not: the output is divided by it."""
 
     def poisoned(*args: Any, **options: Any) -> nn.Module:
         model = new_model(*args, **options)
@@ -81,7 +100,7 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(loop, "new_model", poisoned)
     with pytest.raises(FloatingPointError, match=r"stages.0.0.block.conv_kxk.bn.running_var holds NaN or Inf: training diverged"):
-        quick(tmp_path)
+        quick(tmp_path, replace(QUICK, freeze_bn=True))
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -173,8 +173,9 @@ def test_mixup_mixes_images_and_targets(monkeypatch: pytest.MonkeyPatch) -> None
     assert distance(mixed, stepped(replace(EXACT, mixup=1.0, label_smoothing=0.1))) == 0
 
 
-def test_state_goes_on_to_the_last_bit() -> None:
-    recipe = replace(EXACT, ema=0.9, mixup=0.5, precision="fp16")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_state_goes_on_to_the_last_bit(optimizer: Any) -> None:
+    recipe = replace(EXACT, ema=0.9, mixup=0.5, cutmix=0.5, precision="fp16", optimizer=optimizer)
     first = stepped(recipe)
     second = Trainer(narrow(seed=5), recipe, 10)
     second.load(copy.deepcopy(first.tensors()), first.scaler.state_dict())
@@ -183,9 +184,57 @@ def test_state_goes_on_to_the_last_bit() -> None:
         trainer.step([batch(16, 9)], 0.03, 3)
     a, b = first.tensors(), second.tensors()
     assert a.keys() == b.keys()
-    assert {name.partition(".")[0] for name in a} == {"model", "momentum", "ema"}
+    remembered = {"momentum"} if optimizer == "sgd" else {"first", "second", "steps"}
+    assert {name.partition(".")[0] for name in a} == {"model", "ema", "figures", *remembered}
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert first.scaler.state_dict() == second.scaler.state_dict()
+
+
+def test_means_of_an_epoch_are_over_all_its_steps_whoever_asked_and_saved_between() -> None:
+    first, batches = Trainer(narrow(), EXACT, 10), [batch(16, seed) for seed in range(5)]
+    first.train()
+    losses = []
+    for number, data in enumerate(batches):
+        first.step([data], 0.0, number)
+        losses.append(first.means()[0] if number in (1, 3) else 0.0)
+        if number == 2:  # in the middle of a window
+            second = Trainer(narrow(seed=5), EXACT, 10)
+            second.load(copy.deepcopy(first.tensors()), {})
+            second.train()
+            first = second
+    alone = Trainer(narrow(), EXACT, 10)
+    alone.train()
+    each = []
+    for number, data in enumerate(batches):
+        alone.step([data], 0.0, number)
+        each.append(alone.means())
+    loss, share = first.epoch_means()
+    assert loss == pytest.approx(sum(x for x, _ in each) / 5, rel=1e-12)
+    assert share == pytest.approx(sum(x for _, x in each) / 5, rel=1e-12)
+    assert losses[1] == pytest.approx((each[0][0] + each[1][0]) / 2, rel=1e-12)
+    assert first.epoch == [0, 0, 0]
+
+
+def test_renewed_statistics_are_those_of_the_batches() -> None:
+    """Of the stem's 1x1 branch, by hand in float64; frozen batch norms keep theirs."""
+    trainer = Trainer(narrow(), replace(EXACT, precision="fp64"), 10)
+    batches = [batch(16, seed)[0] for seed in range(3)]
+    trainer.train()
+    trainer.renew_statistics(iter(batches))
+    branch = trainer.model.get_submodule("stem.block.conv_1x1")
+    with torch.no_grad():
+        maps = [branch.get_submodule("conv")(x.double()) for x in batches]
+    bn = branch.get_submodule("bn")
+    assert isinstance(bn, nn.BatchNorm2d)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    torch.testing.assert_close(bn.running_mean, torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0))
+    torch.testing.assert_close(bn.running_var, torch.stack([m.transpose(0, 1).flatten(1).var(1) for m in maps]).mean(0))
+    assert bn.momentum == 0.1
+    frozen = Trainer(narrow(), replace(EXACT, freeze_bn=True), 10)
+    before = copy.deepcopy(frozen.model.state_dict())
+    frozen.renew_statistics(iter(batches))
+    assert all(torch.equal(before[name], tensor) for name, tensor in frozen.model.state_dict().items())
 
 
 def test_a_loss_that_is_no_number_is_noticed_when_looked_at_and_before_saving() -> None:

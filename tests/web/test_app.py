@@ -1,6 +1,7 @@
 """app.py: the page's folder, its server, and the page itself in a real browser where there is one."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.web import app
 
 CLASSES = ["cat", "<b>dog</b>", "owl"]
+HAS_NATIVE = importlib.util.find_spec("repvgg_engine") is not None
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
@@ -84,6 +86,9 @@ def test_the_folder_holds_all_that_the_page_needs(page: Path) -> None:
     assert (told["name"], told["classes"], told["preprocessing"]["resize"]) == ("repvgg_micro", CLASSES, 40)
     assert all(form["error"] < REPORTED for form in told["forms"].values())
     named = {"index.html", "app.js", "style.css", "model.json", "example-00.png", "training.onnx", "deploy.onnx", *app.RUNTIME}
+    assert told["native"] == HAS_NATIVE
+    if HAS_NATIVE:
+        named |= {"repvgg_engine.mjs", "repvgg_engine.wasm", "model.safetensors", "plan.json"}
     assert {path.name for path in page.parent.iterdir()} == named
     with Image.open(page.parent / "example-00.png") as example:
         assert example.size == (26, 1024)
@@ -231,6 +236,10 @@ async def visit(folder: Path, images: list[Path], profile: Path, picture: Path |
                         await browser.drop(image)
                         await browser.until("done")
                         found.append({**await browser.value("self.answer"), "text": await browser.value("document.body.innerText")})
+                    shown = "[...document.querySelectorAll('#examples button')].map(button => button.ariaPressed)"
+                    found[-1]["pressed"] = [await browser.value(shown)]
+                    await browser.value("document.querySelector('#examples button').click()")
+                    found[-1]["pressed"].append(await browser.value(shown))
                     if picture:
                         import base64
 
@@ -271,8 +280,11 @@ def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str
         assert answer["difference"] < REPORTED
         assert answer["speedup"] > 0
         assert len(answer["times"]["deploy"]) == len(answer["times"]["training"]) >= 3
+        assert ("native" in answer["logits"]) == ("native" in answer["times"]) == HAS_NATIVE
+        assert ("times the speed, on one thread" in answer["text"]) == HAS_NATIVE
         for logits in answer["logits"].values():
             assert relative_error(torch.tensor([logits]), wanted) < bound  # so every pixel was prepared alike
-        assert "The same answer, and the deploy form has" in answer["text"]
-        assert CLASSES[int(wanted.argmax())] in answer["text"]  # as text, whatever it holds
+        name = CLASSES[int(wanted.argmax())]  # as text, whatever it holds
+        assert f"{name}, say both forms; the deploy form has" in answer["text"]
     assert "This is not an image that your browser can read" in refused["text"]
+    assert refused["pressed"] == [["false"], ["true"]]  # dropped, then chosen

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from repvgg.cli.flags import Settings, process, say
-from repvgg.cli.parse import UsageError, parse, suggestion
+from repvgg import terminal
+from repvgg.cli.flags import Settings, complain, process
+from repvgg.cli.parse import UsageError, flags, parse, suggestion
 from repvgg.disk import out_of_memory
-from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.recipes import FIELDS, resolve
 from repvgg.version import __version__
 
 DESCRIPTION = f"repvgg {__version__}: train a multi-branch RepVGG, fold it exactly into plain 3x3 convolutions, use it."
@@ -41,6 +42,7 @@ COMMANDS = {
     "paper": "measuring.Paper",
 }
 WITH_RECIPE = ("train", "prune", "ablate")
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "repvgg_engine": "./engine"}  # where the name is another than the module's
 EXPECTED = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
 
 
@@ -66,17 +68,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str]) -> None:
+    words = _loudness(words)
     if words in (["--version"], ["-V"]):
         print(f"repvgg {__version__}")
         return
     if not words or words[0] in ("-h", "--help"):
         _print_overview()
         return
+    if words[0] == "--print-completion":
+        from repvgg.cli.completion import script
+
+        print(script(words[1] if len(words) > 1 else "bash", {name: sorted(flags(_command(name))) for name in COMMANDS}))
+        return
     name, *rest = words
     if name not in COMMANDS:
         raise UsageError(f"no command {name!r}: {suggestion(name, COMMANDS) or 'see repvgg --help'}")
-    defaults = {"settings": Settings(**vars(_default_recipe(rest)))} if name in WITH_RECIPE else {}
+    defaults = {"settings": _settings(rest)} if name in WITH_RECIPE else {}
     parse(_command(name), name, rest, **defaults).run()
+
+
+def _loudness(words: list[str]) -> list[str]:
+    """Take -q and -v out of the words: no remarks but errors, or the libraries' remarks too, and where an error was."""
+    terminal.quiet = bool({"-q", "--quiet"} & set(words))
+    if {"-v", "--verbose"} & set(words):
+        import logging
+
+        logging.basicConfig(level=logging.INFO)
+        os.environ["REPVGG_DEBUG"] = "1"
+    return [word for word in words if word not in ("-q", "--quiet", "-v", "--verbose")]
 
 
 def _command(name: str) -> Any:
@@ -89,33 +108,29 @@ def _print_overview() -> None:
     print(f"{DESCRIPTION}\n\nusage: repvgg COMMAND ...        (repvgg COMMAND --help: its flags, and an example)\n")
     for name in COMMANDS:
         print(f"  {name:<10}{_command(name).__doc__.splitlines()[0]}")
+    print("\n  -q, -v    after any command: no remarks but errors; or more of them, and where an error was")
+    print("  --print-completion bash|zsh: completes commands and flags (docs/training.md says where to put it)")
     print("\nExample: repvgg demo --out demo")
 
 
-def _default_recipe(words: list[str]) -> Recipe:
-    """Return the recipe whose values the flags start from: the one named, or what suits the data."""
+def _settings(words: list[str]) -> Settings:
+    """Return the fields of a recipe that these words give, over the recipe that they name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--recipe", "--data", "--init"):
-        parser.add_argument(flag, default="")
+    parser.add_argument("--recipe", default="")
     try:
-        named, _ = parser.parse_known_args(words)
+        named = parser.parse_known_args(words)[0].recipe
     except argparse.ArgumentError:  # tyro will say it better
-        return Recipe()
-    if named.recipe or not named.data or "--help" in words or "-h" in words:
-        return get_recipe(named.recipe or ("finetune" if named.init else "light"))
-    from repvgg.data import open_source
-
-    source = open_source(named.data)
-    if named.init and not source.masks:
-        return get_recipe("finetune")
-    say(f"recipe: {source.recipe}")
-    return get_recipe(source.recipe)
+        named = ""
+    shown = resolve("light" if named in ("", "auto") else named)
+    flags = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
+    given = dict.fromkeys(name for flag in flags for name in (flag, flag.removeprefix("no_")) if name in FIELDS)
+    return Settings(**vars(shown), given=tuple(given))
 
 
 def _told(error: Exception) -> str:
     """Return what to say of an error: what went wrong and, where it is known, the remedy."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"this needs {error.name}: pip install 'repvgg[all]'"
+        return f"this needs {error.name}: pip install {PACKAGES.get(error.name, error.name)}"
     if out_of_memory(error):
         return "out of memory: take a smaller --batch-size or --workers 0, or free some memory, and start it again"
     if isinstance(error, EXPECTED):
@@ -124,5 +139,5 @@ def _told(error: Exception) -> str:
 
 
 def _fail(reason: str, code: int) -> NoReturn:
-    say(f"repvgg{f' (process {process()})' if process() else ''}: {' '.join(reason.split())[:2000]}")
+    complain(f"repvgg{f' (process {process()})' if process() else ''}: {' '.join(reason.split())[:2000]}")
     sys.exit(code)

@@ -49,16 +49,16 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A file of another runtime: folded, written, loaded back, and compared with PyTorch before it is kept.
+    """Files of other runtimes: folded, written, loaded back, and compared with PyTorch before they are kept.
 
     Example: repvgg export runs/photos/best.safetensors --to onnx --out exported
     """
 
     model: Model
-    to: Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor"]
-    """Kind of file; pt2 is torch.export's, aotinductor the same compiled for this kind of processor."""
+    to: tuple[Literal["onnx", "openvino", "ncnn", "mnn", "pt2", "aotinductor", "web"], ...]
+    """Kinds of files; pt2 is torch.export's, aotinductor that compiled for this kind of processor, web a folder with a page."""
     out: Path
-    """Folder for the file and its report (.json)."""
+    """Folder for the files, and for a report (.json) and an example (.py) of each."""
     batch_size: int = 0
     """Images a run; 0 for any number."""
     any_size: bool = False
@@ -73,13 +73,20 @@ class Export:
     """How many of them."""
 
     def run(self) -> None:
-        from repvgg.deploy.export import Shape, export, real_images
-        from repvgg.models.load import open_model
+        from repvgg.api.files import export
 
-        network = open_model(self.model)
-        shape = Shape(self.batch_size or None, self.any_size, self.pixels, self.image_size)
-        images = real_images(network, self.data, self.images, shape) if self.data else None
-        export(network, self.to, self.out, Path(self.model).stem, shape, images, say)
+        export(
+            self.model,
+            self.to,
+            self.out,
+            batch_size=self.batch_size,
+            any_size=self.any_size,
+            pixels=self.pixels,
+            image_size=self.image_size,
+            data=self.data,
+            images=self.images,
+            log=say,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

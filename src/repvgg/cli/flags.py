@@ -2,20 +2,20 @@
 
 import os
 import sys
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
-from repvgg.terminal import printable
+from repvgg import terminal
 from repvgg.train.recipes import Recipe
 
 if TYPE_CHECKING:
-    from repvgg.data import Source
     from repvgg.models.views import Views
 
 DATA = (
-    "digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS; with masks, for a "
+    "digits, a folder of class folders (or of train/ and val/ with class folders), a table.csv with path and label, "
+    "cifar10[:ROOT], hf:NAME_OR_PATH, hf-stream:NAME_OR_PATH, wds:SHARDS; with masks, for a "
     "PSPNet, camvid:ROOT, cityscapes:ROOT."
 )
 MODEL = "A model file, a run folder, hf:USER/NAME, or a name for its pretrained weights."
@@ -23,7 +23,7 @@ Data = Annotated[str, arg(help=DATA)]
 Model = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL)]
 Runnable = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL[:-1] + "; or an exported file or its folder.")]
 Images = Annotated[tuple[str, ...], Positional, arg(metavar="IMAGES", help="Files, folders and globs.")]
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "int16"]
 
 
 class Command(Protocol):
@@ -34,13 +34,18 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class Settings(Recipe):
-    """Fields of the recipe, shown with its values."""
+    """Fields of the recipe. What is not given here is as in the recipe; shown are the values of the one that is named, or of
+    light."""
+
+    given: Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Leave the values unchecked: tyro would make a box of what a recipe complains of in a line."""
 
-    def checked(self) -> Recipe:
-        return Recipe(**asdict(self))
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that were given."""
+        return {name: getattr(self, name) for name in self.given}
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,9 @@ class Where:
 
     def chosen(self) -> str:
         """Return the device of that name, by default the first one. Raises ValueError for one that this machine lacks."""
-        import torch
+        from repvgg.measure.machine import choose_device
 
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        devices = [*(["cuda", *gpus] if gpus else []), "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
-        if self.device and self.device not in devices:
-            raise ValueError(f"no device {self.device!r} here: {', '.join(devices)}")
-        return self.device or devices[0]
+        return choose_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,8 @@ class Draw:
     """At most this many images of each split, drawn with the seed."""
     seed: int = 0
     """Seed of the draw, and of weights, order and augmentation where it trains."""
-
-    def source(self, data: str) -> "Source":
-        """Open the data and draw from it."""
-        from repvgg.data import open_source
-
-        return open_source(data).limited(self.limit, self.seed)
+    val: float | None = None
+    """Share of each class's images that is held out, of data without splits of its own; by default a fifth, or as in training."""
 
 
 @dataclass(frozen=True)
@@ -161,5 +158,11 @@ def process() -> int:
 
 
 def say(line: str) -> None:
-    """Print a remark to stderr, so that stdout holds results alone."""
-    print("\n".join(map(printable, line.split("\n"))), file=sys.stderr, flush=True)
+    """Print a remark to stderr, so that stdout holds results alone; nothing with -q."""
+    if not terminal.quiet:
+        complain(line)
+
+
+def complain(line: str) -> None:
+    """Print what must be read to stderr."""
+    print("\n".join(map(terminal.printable, line.split("\n"))), file=sys.stderr, flush=True)

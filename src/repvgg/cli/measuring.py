@@ -32,7 +32,7 @@ class Bench:
     engines: str = "eager"
     """eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino, native; several with commas, or all that are installed."""
     precision: str = "fp32"
-    """fp32, tf32, bf16, fp16; several with commas."""
+    """fp32, tf32, bf16, fp16, int16 (native); several with commas."""
     batch_size: str = "32"
     """Images a batch, several with commas; halved, with a word, where memory runs out."""
     rounds: int = 5
@@ -146,8 +146,8 @@ class Paper:
         ),
     ]
     data: str = ""
-    """What tables 6 and 7 train on, as for train (without it, all leaves them out); or photos with masks for table 8 (without
-    them its models are only timed)."""
+    """What tables 6 and 7 train on, as for train (without it they show what repvgg ablate --out OUT/ablation has finished); or
+    photos with masks for table 8 (without them its models are only timed)."""
     quick: bool = False
     """Minutes instead of tens of minutes: small batches, few rounds, a handful of models; marked so."""
     models: str = ""
@@ -155,6 +155,9 @@ class Paper:
     engine: str = ""
     """An engine's name; best: for each model its fastest that computes what PyTorch does. By default best for tables 4 and 5 and
     figure 1 (eager with --quick), all that are installed for winograd, eager for the rest."""
+    weights: str = ""
+    """Trained classifiers, whose top-1 on the data tables 4 and 5 compute: model files or names (the paper's own weights), several
+    with commas."""
     init_backbone: str = ""
     """Classifiers that table 8 starts from, as the paper does from ImageNet's: model files or names, several with commas, each for
     the networks on its architecture."""
@@ -179,6 +182,7 @@ class Paper:
             workers=self.where.workers,
             models=listed(self.models),
             engine=self.engine,
+            weights=listed(self.weights),
             init_backbone=listed(self.init_backbone),
             precision=self.precision,
             batch_size=self.batch_size,

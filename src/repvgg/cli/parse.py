@@ -22,7 +22,7 @@ def parse(command: type[C], name: str, words: list[str], **defaults: Any) -> C:
     defaults: of fields of the command, in place of its own. Raises `UsageError`; --help prints the page and exits.
     """
     given = [word for word in words if word.startswith("--") and len(word) > 2]
-    known = sorted(_flags(command)) if given else []
+    known = sorted(flags(command)) if given else []
     for word in given:
         flag = word.partition("=")[0].replace("_", "-")
         if flag not in known and flag not in ("--help", "--tyro-print-completion", "--tyro-write-completion"):
@@ -48,13 +48,15 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def _flags(command: Any) -> set[str]:
+def flags(command: Any) -> set[str]:
     """Return the flags of a command, those of its groups too."""
     found: set[str] = set()
     for f in fields(command):
+        if f.name == "given":  # what is not shown
+            continue
         value = f.default_factory() if f.default_factory is not MISSING else f.default
         if is_dataclass(value):
-            found |= _flags(value)
+            found |= flags(value)
         else:
             flag = f.name.replace("_", "-")
             found |= {f"--{flag}", f"--no-{flag}"} if isinstance(value, bool) else {f"--{flag}"}

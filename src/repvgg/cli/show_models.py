@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg.models.header import Header, costs_of, read_header
 from repvgg.models.manifest import Manifest
-from repvgg.models.names import resolve_name
+from repvgg.models.names import EMBEDDED, embedded, resolve_name
 from repvgg.models.pretrained import RELEASED
 from repvgg.terminal import billions, millions, print_json, print_table, printable
 from repvgg.train.recipes import RECIPES, get_recipe
@@ -21,7 +21,7 @@ def show(name_or_file: str, as_json: bool) -> None:
     if not name_or_file:
         _show_family(as_json)
         return
-    path = Path(name_or_file)
+    path = embedded(name_or_file) or Path(name_or_file)
     if not as_json and (header := read_header(path)) and header.manifest.layers:  # at once, where PyTorch is not needed
         _show_listed(name_or_file, header)
         return
@@ -119,6 +119,7 @@ def _show_family(as_json: bool) -> None:
     print("Without a figure: none were released, repvgg train makes them.")
     print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
     print("Comparators: " + ", ".join(name for name in list_models() if name not in FAMILY and name not in PSPNETS))
+    print(f"Trained, in the package: {', '.join(EMBEDDED)}")
 
 
 def _show_listed(name: str, header: Header) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,10 @@ MOST_CROSSED = 20  # classes whose confusion is a table
 LONGEST_HEADER = 60  # letters
 
 
-def show_evaluation(evaluation: "Evaluation", classes: Sequence[str], as_json: bool) -> None:
+def show_evaluation(evaluation: "Evaluation", as_json: bool) -> None:
     """Show how good a network is: accuracies of labels, or overlap of masks."""
     shown: Any = show_accuracy if evaluation.measure == "top1" else show_overlap
-    shown(evaluation, classes, as_json)
+    shown(evaluation, evaluation.classes, as_json)
 
 
 def show_overlap(overlap: "Overlap", classes: Sequence[str], as_json: bool) -> None:
@@ -104,6 +105,14 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
         raise ValueError(f"{failed} of {count} images could not be read")
 
 
+def show_answers(answers: "Iterable[Prediction | MaskPrediction]", as_json: bool) -> None:
+    """Show labels or masks, whichever they are."""
+    found: Any = iter(answers)
+    first = next(found, None)
+    shown: Any = show_predictions if first is None or hasattr(first, "labels") else show_masks
+    shown(chain([] if first is None else [first], found), as_json)
+
+
 def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
     """Print the largest classes of each image, or JSON. Raises ValueError at the end if some could not be read."""
     rows, count, failed = [], 0, 0
@@ -149,9 +158,7 @@ def show_quantization(report: "QuantizationReport", as_json: bool) -> None:
     print("noise added: by how much the noise grows in this layer, as a share of its signal's power, against the layer before")
     hurting = " ".join(str(i) for i, layer in enumerate(report.layers) if layer.name in worst)
     print(f"hurts: the three that add most; --keep {hurting} leaves them in float, and --equalise may help without that")
-    before, after, (slow, fast) = report.before, report.after, report.speedup.images_per_second
-    print(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-report.drop * 100:+.2f} points), {after.images:,} images")
-    print(f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {report.speedup.ratio}")
+    print(report)
     print(report.path)
 
 
@@ -166,8 +173,7 @@ def show_pruning(report: "PruningReport", as_json: bool) -> None:
         for name, accuracy, c, speed in zip(("before", "after"), accuracies, (large, small), speeds, strict=True)
     ]
     print_table(("", "top-1", "params", "MACs", f"images/s, {report.engine}"), rows, title="Deploy form")
-    print(f"{report.keep:.0%} of the channels: top-1 {report.cut.top1:.2%} before training, then {report.after.top1:.2%}")
-    print(f"{large.macs / small.macs:.2f} times fewer MACs, {report.speedup.ratio} the speed")
+    print(report)
     print(report.path)
 
 

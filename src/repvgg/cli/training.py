@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import OmitArgPrefixes
 
@@ -38,12 +38,16 @@ class Train:
     arch: str = ""
     """A model's name (see repvgg info); not needed with --init."""
     init: str = ""
-    """A model file, or a name for its pretrained weights, to start from; the head is new if the classes are."""
+    """A model file, or a name for its pretrained weights, to start from; the head is new if the classes are. none: new weights,
+    even where --recipe auto would take trained ones."""
     data: Data
     out: Path
     """Run folder for models, recipe and metrics."""
     recipe: str = ""
-    """light, heavy, cifar, finetune, demo, pspnet or camvid; empty: what suits the data. Its fields are the flags below."""
+    """auto (chosen for these images and this machine; the default for photos), light, heavy, cifar, finetune, demo, pspnet, camvid;
+    or a file (.json). Its fields are the flags below."""
+    minutes: float = 10.0
+    """What --recipe auto plans for."""
     block: str = ""
     """The structure of each layer in training form; by default the model's own. (An unknown one lists them all.)"""
     report: bool = True
@@ -55,41 +59,24 @@ class Train:
     settings: WithRecipe = field(default_factory=Settings)
 
     def run(self) -> None:
-        from repvgg.train.distributed import local_device
-        from repvgg.train.loop import train
+        from repvgg.api.training import train
 
-        if not self.arch and not self.init:
-            raise ValueError(
-                "which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights"
-            )
-        options: dict[str, Any] = {"block": self.block} if self.block else {}
-        if self.shape.width != 1:
-            options["width"] = self.shape.width
-        if self.shape.small_input is not None:
-            options["small_input"] = self.shape.small_input
-        recipe, device = self.settings.checked(), local_device(self.where.chosen())
-        source = self.draw.source(self.data)
+        how = {**vars(self.shape), **vars(self.draw), **vars(self.where), **self.settings.changes}
         result = train(
             self.arch,
-            source,
-            recipe,
+            self.data,
             self.out,
+            recipe=self.recipe,
             init=self.init,
-            seed=self.draw.seed,
-            device=device,
-            workers=self.where.workers,
+            minutes=self.minutes,
+            block=self.block,
+            report=self.report,
             keeping=self.keeping,
             log=say,
-            **options,
+            **how,
         )
         if process() == 0:
-            best, last = (f"{x.score:.2%}" for x in (result.best, result.last))
-            name = {"top1": "top-1", "mean_iou": "mean IoU"}[result.best.measure]
-            print(f"best val {name} {best}, last {last}, in {result.seconds / 60:.1f} min: {self.out}")
-            if self.report:
-                from repvgg.web.report import report_at_the_end
-
-                report_at_the_end(self.out, source, device, say)
+            print(result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +95,7 @@ class Prune:
     keep: float = 0.5
     """Share of each layer's channels that stay."""
     recipe: str = ""
-    """As for train; empty: what suits the data. Its fields are the flags below."""
+    """As for train; empty: what suits the data, for photos finetune. Its fields are the flags below."""
     engine: str = "eager"
     """Engine that the speeds are measured with, as in repvgg bench."""
     draw: Drawn = field(default_factory=Draw)
@@ -118,23 +105,20 @@ class Prune:
     settings: WithRecipe = field(default_factory=Settings)
 
     def run(self) -> None:
+        from repvgg.api.files import prune
         from repvgg.cli.show_results import show_pruning
-        from repvgg.deploy.prune import prune
-        from repvgg.models.load import open_model
 
-        source = self.draw.source(self.data)
+        how = {**vars(self.draw), **vars(self.where), **self.settings.changes}
         report = prune(
-            open_model(self.model),
-            source,
+            self.model,
+            self.data,
             self.out,
             self.keep,
-            self.settings.checked(),
+            recipe=self.recipe,
             engine=self.engine,
-            seed=self.draw.seed,
-            device=self.where.chosen(),
-            workers=self.where.workers,
             keeping=self.keeping,
             log=say,
+            **how,
         )
         show_pruning(report, self.output.json)
 
@@ -173,13 +157,12 @@ class Quantize:
     output: Printed = field(default_factory=Output)
 
     def run(self) -> None:
+        from repvgg.api.files import quantize
         from repvgg.cli.show_results import show_quantization
-        from repvgg.deploy.quantize import Quantization, quantize
-        from repvgg.models.load import open_model
+        from repvgg.deploy.quantize import Quantization
 
         how = Quantization(self.images, self.bias_correction, self.equalise, self.keep, self.max_drop, self.qat_epochs, self.qat_lr)
-        source, device = self.draw.source(self.data), self.where.chosen()
-        report = quantize(open_model(self.model), source, self.to, self.out, Path(self.model).stem, how, device, say)
+        report = quantize(self.model, self.data, self.to, self.out, settings=how, log=say, **vars(self.draw), **vars(self.where))
         show_quantization(report, self.output.json)
 
 
@@ -203,7 +186,7 @@ class Ablate:
     seeds: int = 3
     """How many, from 0 on. More may follow later."""
     recipe: str = ""
-    """As for train; empty: what suits the data. Its fields are the flags below."""
+    """As for train; empty: what suits the data, for photos light. Its fields are the flags below."""
     limit: int | None = None
     """At most this many images of each split, the same for all variants."""
     ray: str = ""
@@ -214,16 +197,21 @@ class Ablate:
     settings: WithRecipe = field(default_factory=Settings)
 
     def run(self) -> None:
+        from repvgg.api.training import resolved
+        from repvgg.data import open_source
         from repvgg.paper.ablation import ablate
         from repvgg.paper.grid import Grid
         from repvgg.paper.report import keep, show
         from repvgg.paper.result import PaperSettings as How
+        from repvgg.train.recipes import resolve
 
+        changes = self.settings.changes
+        recipe = resolved(self.recipe, open_source(self.data), False, changes) or resolve("light", **changes)
         device = self.where.chosen()
         grid = Grid(
             out=self.out,
             data=self.data,
-            recipe=self.settings.checked(),
+            recipe=recipe,
             arch=self.arch,
             width=self.shape.width,
             small_input=self.shape.small_input,

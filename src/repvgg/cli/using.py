@@ -1,8 +1,7 @@
 """Commands that use a model: eval, predict."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -23,9 +22,6 @@ from repvgg.cli.flags import (
     say,
 )
 from repvgg.predict.where import Cluster
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +44,21 @@ class Eval:
     output: Printed = field(default_factory=Output)
 
     def run(self) -> None:
+        from repvgg.api.using import evaluate
         from repvgg.cli.show_results import show_evaluation
-        from repvgg.deploy.load import open_model
-        from repvgg.train.tasks import task_of
 
-        device, how = self.where.chosen(), self.engine
-        network = answering(open_model(self.model, how.engine, how.precision, self.batch_size, device, say), self.model)
-        source = self.draw.source(self.data)
-        evaluation = task_of(source).evaluate_model(
-            network,
-            source,
-            self.split,
+        evaluation = evaluate(
+            self.model,
+            self.data,
+            split=self.split,
             batch_size=self.batch_size,
-            workers=self.where.workers,
-            device=device,
             views=self.viewing.views(),
+            log=say,
+            **vars(self.draw),
+            **vars(self.engine),
+            **vars(self.where),
         )
-        show_evaluation(evaluation, source.classes, self.output.json)
+        show_evaluation(evaluation, self.output.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,51 +98,22 @@ class Predict:
             self._images()
 
     def _images(self) -> None:
-        if self._light():
-            return
-        from repvgg.cli.show_results import show_masks, show_predictions
-        from repvgg.deploy.load import open_model
-        from repvgg.models.views import WHOLE
-        from repvgg.models.zoo import manifest_of
-        from repvgg.predict.labels import expand, predict
-        from repvgg.predict.masks import class_names, predict_masks, write_masks
+        from repvgg.api.using import predictions
+        from repvgg.cli.show_results import show_answers
 
-        at_once = min(self.batch_size, len(expand(self.images))) if self.images else self.batch_size
-        device, views = self.where.chosen(), self.viewing.views()
-        if self.explain:
-            self._explain(device)
-            return
-        network = answering(open_model(self.model, self.engine.engine, self.engine.precision, at_once, device, say), self.model)
-        if manifest_of(network).task == "labels" and views == WHOLE and not self.out:
-            show_predictions(predict(network, self.images, self.batch_size, self.top, device), self.output.json)
-            return
-        answers = predict_masks(network, self.images, device, views)
-        show_masks(write_masks(answers, Path(self.out), class_names(network)) if self.out else answers, self.output.json)
-
-    def _explain(self, device: str) -> None:
-        from repvgg.cli.show_results import show_predictions
-        from repvgg.models.load import open_model
-        from repvgg.predict.explain import explain
-
-        if self.engine != Engine():
-            raise ValueError("--explain cam looks into the network: leave out --engine and --precision")
-        network = answering(open_model(self.model), self.model)
-        answers = explain(network, self.images, Path(self.out) if self.out else None, self.top, device)
-        show_predictions(answers, self.output.json)
-
-    def _light(self) -> bool:
-        """Answer without PyTorch where that can be; return whether it was."""
-        usual = self.viewing == Viewing() and self.engine.precision == "fp32" and self.batch_size > 0
-        plain = usual and not self.out and not self.explain
-        if not plain or self.where.device not in ("", "cpu"):
-            return False
-        from repvgg.cli.show_results import show_predictions
-        from repvgg.predict.light import predict_lightly
-
-        answers = predict_lightly(self.model, self.images, self.top, self.engine.engine)
-        if answers is not None:
-            show_predictions(answers, self.output.json)
-        return answers is not None
+        answers = predictions(
+            self.model,
+            self.images,
+            top=self.top,
+            out=self.out,
+            batch_size=self.batch_size,
+            views=self.viewing.views() if self.viewing != Viewing() else None,
+            explain=self.explain or "",
+            device=self.where.device,
+            log=say,
+            **vars(self.engine),
+        )
+        show_answers(answers, self.output.json)
 
     def _whole_set(self) -> None:
         if self.images or not self.out:
@@ -179,14 +144,3 @@ class Predict:
 
             summary = predict_data(job, say)
         show_predicted(summary, self.output.json)
-
-
-def answering(network: "nn.Module", name: str) -> "nn.Module":
-    """Return the network. Raises ValueError for a backbone, which gives maps and neither labels nor masks."""
-    from repvgg.models.zoo import manifest_of
-
-    manifest = manifest_of(network)
-    last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
-    if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
-        raise ValueError(f"{name}: a backbone, which gives no labels: train a head on it first (repvgg train --init {name} ...)")
-    return network

@@ -1,7 +1,8 @@
 """Sources of images. One string names one:
 
 digits                 1,797 scans of handwritten digits, embedded (see digits.py)
-FOLDER                 train/<class>/*, val/<class>/*
+FOLDER                 <class>/*, of which some are held out; or train/<class>/*, val/<class>/*
+TABLE.csv              columns path and label, and split (train, val, test) where the images are divided already
 cifar10[:ROOT]         from the hub, or a local copy: parquet shards, or torchvision's cifar-10-batches-py
 hf:NAME_OR_PATH        a Hugging Face data set: its hub name, or a local folder of parquet
 hf-stream:NAME_OR_PATH the same, read from front to back without a copy on the disk
@@ -49,6 +50,8 @@ class Source:
     """Two splits, the names of the classes, how images are prepared for a model, and the recipe that suits them.
 
     masks: a class for each pixel instead of each image. test: images that have no part in training, where the data has them.
+    splitting: the share that was held out for validation and the seed of that draw, where the data had no splits of its own; rows:
+    the path, class and split of every image then.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Source:
     recipe: str = "light"
     masks: bool = False
     test: Images | None = None
+    splitting: tuple[float, int] | None = None
+    rows: Callable[[], list[tuple[str, str, str]]] | None = None
 
     def limited(self, count: int | None, seed: int = 0) -> "Source":
         """Return the source with at most `count` images of each split, drawn with the seed."""
@@ -78,18 +83,21 @@ class Source:
 
 
 def drawn(images: Images, count: int, seed: int) -> Images:
-    """`count` images drawn with the seed; what is read from front to back knows how itself."""
+    """`count` images drawn with the seed without replacement, in their order, all if there are no more; what is read from front to
+    back knows how itself."""
     limited = getattr(images, "limited", None)
-    return limited(count, seed) if limited else Subset(images, count, seed)
+    if limited:
+        some: Images = limited(count, seed)
+        return some
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return Subset(images, sorted(order[:count].tolist()))
 
 
 class Subset:
-    """`count` images drawn without replacement; all of them, in their order, if there are no more."""
+    """Some of the images, by their numbers."""
 
-    def __init__(self, images: Images, count: int, seed: int) -> None:
-        self.images = images
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        self.indices: Sequence[int] = sorted(order[:count].tolist())
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -159,8 +167,18 @@ def _shared(*shape: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def open_source(spec: str) -> Source:
-    """Open the source that a string names. Raises `DataError` if it is not there or cannot be trained on."""
+def open_source(spec: str, val: float | None = None, seed: int = 0) -> Source:
+    """Open the source that a string names.
+
+    val: the share of the images that is held out for validation where the data has no splits of its own, by default a fifth; seed:
+    of that draw. Raises `DataError` if it is not there or cannot be trained on, and for `val` where it has splits.
+    """
+    if spec and (Path(spec).is_dir() or spec.endswith(".csv")):
+        from repvgg.data.folder import open_files
+
+        return open_files(Path(spec), val, seed)
+    if val is not None:
+        raise DataError(f"--val: {spec} has a validation split of its own")
     kind, _, rest = spec.partition(":")
     if spec == "digits":
         from repvgg.data.digits import open_digits
@@ -186,11 +204,8 @@ def open_source(spec: str) -> Source:
         from repvgg.data.masks import open_camvid, open_cityscapes
 
         return (open_camvid if kind == "camvid" else open_cityscapes)(Path(rest))
-    if spec and Path(spec).is_dir():
-        from repvgg.data.folder import open_folder
-
-        return open_folder(Path(spec))
     known = (
-        "digits, a folder with train/ and val/, cifar10[:ROOT], hf:NAME, hf-stream:NAME, wds:SHARDS, camvid:ROOT or cityscapes:ROOT"
+        "digits, a folder of class folders, a table (.csv), cifar10[:ROOT], hf:NAME, hf-stream:NAME, wds:SHARDS, camvid:ROOT or "
+        "cityscapes:ROOT"
     )
     raise DataError(f"no data {spec!r}: {known}")

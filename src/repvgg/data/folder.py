@@ -1,4 +1,5 @@
-"""A folder of images: train/<class>/*, val/<class>/*. One of many images is listed once, and again only when it changes."""
+"""A folder of images: <class>/*, or train/<class>/* and val/<class>/*. One of many is listed once, and again only when it
+changes."""
 
 import os
 from pathlib import Path
@@ -10,9 +11,11 @@ from torchvision.datasets import ImageFolder
 from repvgg.data import DataError, Source
 from repvgg.data.cache import Arrays, Names, kept
 from repvgg.data.images import SUFFIXES, decode, is_image
+from repvgg.data.listing import Splitting, divided, open_table
 from repvgg.disk import escaped
 from repvgg.models.manifest import Preprocessing
 
+VALIDATION = ("val", "valid", "validation")  # what a validation split is called
 MANY = 20_000  # images: fewer are listed in no time
 
 
@@ -21,7 +24,7 @@ class Folder:
 
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
         if not root.is_dir():
-            raise DataError(f"{root}: no such folder; a class folder has train/<class>/* and val/<class>/*")
+            raise DataError(f"{root}: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*")
         found = kept(["folder", str(root.resolve())], _unchanged, lambda: _listing(root))
         self.classes = list(Names(found["classes"], found["class_ends"]))
         if classes is not None and (extra := sorted(set(self.classes) - set(classes))):
@@ -42,10 +45,21 @@ class Folder:
         return decode(self.names[index]), int(self.labels[index])
 
 
+class _Visible(ImageFolder):
+    """Leaves out what programs leave behind: .cache, .ipynb_checkpoints, __MACOSX."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        names = [name for name in names if not name.startswith((".", "__"))]
+        if not names:
+            raise FileNotFoundError(directory)
+        return names, {name: i for i, name in enumerate(names)}
+
+
 def _listing(root: Path) -> Arrays:
     """Names of classes and images, labels; and for a folder of many, all its sub-folders with the times of their last change."""
     try:
-        folder = ImageFolder(str(root), is_valid_file=lambda p: is_image(Path(p)), allow_empty=True)
+        folder = _Visible(str(root), is_valid_file=lambda p: is_image(Path(p)), allow_empty=True)
     except FileNotFoundError:
         raise DataError(f"{root}: holds no class folders") from None
     names, classes = Names.of([path for path, _ in folder.samples]), Names.of(folder.classes)
@@ -76,7 +90,28 @@ def _changed(path: str) -> int:
         return -1
 
 
-def open_folder(root: Path) -> Source:
-    train = Folder(root / "train")
-    val = Folder(root / "val", train.classes)
-    return Source(str(root), train, val, [escaped(name) for name in train.classes], Preprocessing())
+def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
+    """Open a folder of class folders, or a table of paths and labels (see `open_source`)."""
+    how = None if val is None else Splitting(val, seed)
+    if path.suffix == ".csv" and not path.is_dir():
+        return open_table(path, how)
+    held = next((path / name for name in VALIDATION if (path / name).is_dir()), None)
+    if held is None:
+        root = path / "train" if _is_split(path / "train") else path
+        everything = Folder(root)
+        everything = Folder(root, sorted(everything.classes, key=escaped))  # in the order in which a table of them has them
+        names = [os.path.relpath(name, path) for name in everything.names]
+        classes = sorted(map(escaped, everything.classes))
+        return divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
+    if how is not None:
+        raise DataError(f"--val: {path} has a validation split of its own, {held.name}/")
+    train = Folder(path / "train")
+    test = Folder(path / "test", train.classes) if (path / "test").is_dir() else None
+    return Source(
+        str(path), train, Folder(held, train.classes), [escaped(name) for name in train.classes], Preprocessing(), test=test
+    )
+
+
+def _is_split(folder: Path) -> bool:
+    """Tell a split, which holds class folders, from a class of that name."""
+    return folder.is_dir() and any(inner.is_dir() for inner in folder.iterdir())

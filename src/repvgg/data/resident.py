@@ -22,12 +22,19 @@ _known: Any = weakref.WeakKeyDictionary()  # the one of each split, for as long 
 
 
 class Shifts:
-    """The shift and the mirroring of each image of a split in one epoch: a function of seed, epoch and image alone."""
+    """The shift and the mirroring of each image of a split in one epoch: a function of seed, epoch and image alone.
+
+    An image is mirrored in every other epoch, half of them in the first: of two epochs neither shows it twice the same way, as
+    chance would (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
+    """
 
     def __init__(self, count: int, most: int, flip: bool, seed: tuple[int, int]) -> None:
+        """Draw them. most: pixels that a shift is at most; seed: of the run, and the number of the epoch."""
+        run, epoch = seed
         random = torch.Generator().manual_seed(hash(seed) % 2**63)
         self.top, self.left = torch.randint(0, 2 * most + 1, (2, count), generator=random) - most
-        self.mirrored = (torch.rand(count, generator=random) < 0.5) & flip
+        at_first = torch.rand(count, generator=torch.Generator().manual_seed(run)) < 0.5
+        self.mirrored = (at_first ^ bool(epoch % 2)) & flip
 
     def to(self, device: str) -> "Shifts":
         """Move them to a device."""

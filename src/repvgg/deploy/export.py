@@ -3,7 +3,7 @@
     export("a0.safetensors", "onnx", "exported")          # exported/a0.onnx, and exported/a0.onnx.json
 
 The .json beside a file says what goes in, what comes out, how images are prepared, the classes' names, and how exact the file
-was found to be. Formats that can hold the same inside, do.
+was found to be; the .py beside it runs the file on a photo. Formats that can hold the same inside, do.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.data import open_source
-from repvgg.deploy import engines
+from repvgg.deploy import engines, example
 from repvgg.deploy.engines import Engine, Options, Runtime, Signature
 from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.deploy.parity import Parity, compare, folded, reference
@@ -156,7 +156,7 @@ def export(
         report = max(found, key=lambda parity: parity.error.relative)
         if bad := next((parity for parity in found if not parity.ok), None):
             raise ValueError(f"the {to} file computes something else, so it was not kept: {bad}")
-        write_report(path, to, signature, manifest, {"parity": asdict(report)})
+        write_report(path, to, signature, manifest, {"parity": asdict(report)}, resized=bool(shape.image_size))
     log(f"{Path(out) / path.name}: {report}")
     return Path(out) / path.name
 
@@ -187,12 +187,24 @@ def random_images(signature: Signature) -> Tensor:
     return torch.randn(count, *signature.size, generator=random)
 
 
-def write_report(path: Path, to: str, signature: Signature, manifest: Manifest, found: dict[str, Any]) -> None:
-    """Write the .json beside an exported file."""
+def write_report(
+    path: Path, to: str, signature: Signature, manifest: Manifest, found: dict[str, Any], resized: bool = False
+) -> None:
+    """Write the .json beside an exported file, and the .py that runs it. resized: the graph resizes what goes in."""
     sides = (None, None) if signature.any_size else signature.size[1:]
+    pixels = signature.dtype == torch.uint8
+    if code := example.program(path.name, to, manifest, signature.batch, pixels, resized):
+        path.with_name(f"{path.name}.py").write_text(code)
     told = {
         "format": to,
-        "input": {"dtype": str(signature.dtype).removeprefix("torch."), "shape": [signature.batch, signature.size[0], *sides]},
+        "input": {
+            "name": "images",
+            "dtype": str(signature.dtype).removeprefix("torch."),
+            "shape": [signature.batch, signature.size[0], *sides],
+            "preparation": example.preparation(manifest.preprocessing, pixels, resized),
+        },
+        "output": {"name": "logits", "dtype": "float32", "then": "softmax gives probabilities, in the order of labels"},
+        "labels": manifest.classes,
         "manifest": json.loads(manifest.to_json()),
         **found,
         "machine": this_machine(),

@@ -66,7 +66,7 @@ def create(name: str, checkpoint: str | os.PathLike[str] | None = None, log: Log
     try:
         import timm
     except ImportError:
-        raise ValueError(f"{PREFIX}{name} comes from timm: pip install 'repvgg[bench]'") from None
+        raise ValueError(f"{PREFIX}{name} comes from timm: pip install timm") from None
     tensors = {} if checkpoint is None else read(checkpoint)[0]
     try:
         model: nn.Module = timm.create_model(name).eval()

@@ -4,7 +4,7 @@
 
 Between two layers of a plain network there is nothing but channels: what makes one and what reads it go together, and no shortcut
 holds it in place (section 3.1 of the paper). In training form all branches of a block lose the same channels, and layers that an
-identity connects lose them alike.
+identity connects lose them alike; so do all residual blocks of a stage (`repvgg_b0_residual`).
 """
 
 import copy
@@ -25,7 +25,7 @@ from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import insert_bn
 from repvgg.disk import Log
 from repvgg.fold.algebra import LinearMap, ReparamError
-from repvgg.fold.as_linear import CONVOLUTIONS, as_linear
+from repvgg.fold.as_linear import CONVOLUTIONS, Branches, as_linear
 from repvgg.fold.guards import inside, refuse_train_mode
 from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import write_record
@@ -52,24 +52,20 @@ def pruned(model: nn.Module, images: Tensor, keep: float) -> nn.Module:
         raise ValueError(f"--keep {keep}: the share of the channels that stay, above 0 and below 1")
     refuse_train_mode(model)
     manifest = zoo.manifest_of(model)
-    if not isinstance(model, RepVGG) or any(isinstance(module, Residual) for module in model.modules()):
+    if not isinstance(model, RepVGG):
         raise ReparamError(f"only a RepVGG can be pruned, not {(manifest.arch or {}).get('name', type(model).__name__)}")
-    layers = _layers(model)
-    if any(list(layer.se.parameters()) for layer in layers.values()):
+    if any(list(layer.se.parameters()) for layer in model.modules() if isinstance(layer, Layer)):
         raise ReparamError("a network with squeeze-excite cannot be pruned: its gates tie the channels of a layer together")
-    maps = []
-    for path, layer in layers.items():
-        with inside(path):
-            maps.append(as_linear(layer.block))
-    kept = _kept(maps, _importance(model, maps, images), keep, tied=not is_deploy_form(model))
-    arch = {**(manifest.arch or {}), "widths": [len(channels) for channels in kept]}
+    convolutions, sets = _convolutions(model)
+    groups = max(c.map.groups for c in convolutions)
+    kept = [_best(score, keep, groups) for score in _importance(model, convolutions, sets, images)]
+    kept.insert(0, torch.arange(convolutions[0].map.in_channels))
+    arch = {**(manifest.arch or {}), "widths": [len(kept[sets[c.makes]]) for c in convolutions if not c.path.endswith(".shortcut")]}
     small = zoo.create_model(**arch, deploy=is_deploy_form(model)).to(next(model.parameters()).dtype)
-    tensors = {"head.weight": model.head.weight[:, kept[-1]], "head.bias": model.head.bias}
-    into = torch.arange(maps[0].in_channels)
-    for (path, layer), out in zip(layers.items(), kept, strict=True):
-        with inside(path):
-            tensors.update(_cut(layer, path, into, out))
-        into = out
+    tensors = {"head.weight": model.head.weight[:, kept[sets[convolutions[-1].makes]]], "head.bias": model.head.bias}
+    for c in convolutions:
+        with inside(c.path):
+            tensors.update(_cut(model.get_submodule(c.path), c.path, kept[sets[c.reads]], kept[sets[c.makes]]))
     try:
         small.load_state_dict(tensors)
     except RuntimeError:
@@ -78,44 +74,90 @@ def pruned(model: nn.Module, images: Tensor, keep: float) -> nn.Module:
     return small.eval()
 
 
-def _layers(model: RepVGG) -> dict[str, Layer]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
+@dataclass(frozen=True)
+class _Convolution:
+    """What folds to one convolution: a block, or the shortcut of a residual block.
+
+    reads, makes: paths of the modules whose output it reads ("" for the image) and makes, alone or by an addition.
+    """
+
+    path: str
+    map: LinearMap
+    reads: str
+    makes: str
 
 
-def _importance(model: RepVGG, maps: list[LinearMap], images: Tensor) -> list[Tensor]:
-    """Return how much every layer's channels matter, float64, the mean being 1."""
+def _convolutions(model: RepVGG) -> tuple[list[_Convolution], dict[str, int]]:
+    """Return a network's convolutions, and for each place between them the number of its set of channels, the image's being 0.
+
+    Places that have a set in common lose the same channels: an addition or an identity holds them together.
+    """
+    found: list[_Convolution] = []
+    sets = {"": 0}
+
+    def add(path: str, reads: str, makes: str) -> str:
+        block = model.get_submodule(path)
+        with inside(path):
+            m = as_linear(block)
+        found.append(_Convolution(path, m, reads, makes))
+        tied = reads and _may_hold_an_identity(block) and m.in_channels == m.out_channels and m.stride == (1, 1)
+        sets.setdefault(makes, sets[reads] if tied else max(sets.values()) + 1)
+        return makes
+
+    place = add("stem.block", "", "stem")
+    for path, module in model.stages.named_modules(prefix="stages"):
+        if isinstance(module, Residual):
+            if isinstance(module.shortcut, nn.Identity):
+                sets[path] = sets[place]
+            inner = add(f"{path}.layer.block", place, f"{path}.layer")
+            add(f"{path}.block", inner, path)
+            if not isinstance(module.shortcut, nn.Identity):
+                add(f"{path}.shortcut", place, path)
+            place = path
+        elif isinstance(module, Layer) and not path.endswith(".layer"):
+            place = add(f"{path}.block", place, path)
+    return found, sets
+
+
+def _may_hold_an_identity(block: nn.Module) -> bool:
+    if isinstance(block, Branches):
+        return any(isinstance(branch, nn.BatchNorm2d | nn.Identity) for branch in block.children())
+    return not isinstance(block, nn.Conv2d)
+
+
+def _importance(model: nn.Module, convolutions: list[_Convolution], sets: dict[str, int], images: Tensor) -> list[Tensor]:
+    """Return how much the channels of every set but the image's matter, float64; all places that have it count alike."""
     model = copy.deepcopy(model)  # which will have hooks
-    sizes: list[Tensor] = []
-    for layer in _layers(model).values():
-        layer.register_forward_hook(lambda module, inputs, output: sizes.append(output.double().square().mean((0, 2, 3)).sqrt()))
+    sizes: dict[str, Tensor] = {}
+
+    def measure(place: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        sizes[place] = output.double().square().mean((0, 2, 3)).sqrt()
+
+    read: dict[str, Tensor] = {convolutions[-1].makes: model.get_submodule("head").weight.double().square().sum(0)}  # type: ignore
+    for c in convolutions:
+        power = c.map.kernel.view(c.map.groups, -1, *c.map.kernel.shape[1:]).square().sum((1, 3, 4)).flatten()
+        read[c.reads] = read.get(c.reads, 0) + power
+    for place in dict.fromkeys(c.makes for c in convolutions):
+        model.get_submodule(place).register_forward_hook(partial(measure, place))
     model(images.to(next(model.parameters())))
-    readers = [m.kernel.view(m.groups, -1, *m.kernel.shape[1:]).square().sum((1, 3, 4)).flatten().sqrt() for m in maps[1:]]
-    readers.append(model.head.weight.double().norm(dim=0))
-    scores = [size * reader for size, reader in zip(sizes, readers, strict=True)]
-    return [score / score.mean().clamp(min=torch.finfo(score.dtype).tiny) for score in scores]
+    scores: dict[int, Tensor] = {}
+    for place, size in sizes.items():
+        score = size * read[place].sqrt()
+        score = score / score.mean().clamp(min=torch.finfo(score.dtype).tiny)
+        scores[sets[place]] = scores.get(sets[place], 0) + score
+    return [scores[number] for number in sorted(scores)]
 
 
-def _kept(maps: list[LinearMap], importance: list[Tensor], keep: float, tied: bool) -> list[Tensor]:
-    """Return the numbers of every layer's channels that stay, in order. tied: layers that keep the shape of what goes in decide
-    together with the layer before."""
-    groups = max(m.groups for m in maps)
-    together: list[list[int]] = []
-    for i, m in enumerate(maps):
-        if tied and i and m.in_channels == m.out_channels and m.stride == (1, 1):
-            together[-1].append(i)
-        else:
-            together.append([i])
-    kept = []
-    for some in together:
-        score = sum(importance[i] for i in some).view(groups, -1)  # type: ignore[union-attr]
-        best = score.topk(max(1, round(keep * score.shape[1]))).indices.sort().values
-        kept += [(best + torch.arange(groups, device=best.device)[:, None] * score.shape[1]).flatten()] * len(some)
-    return kept
+def _best(score: Tensor, keep: float, groups: int) -> Tensor:
+    """Return the numbers of the channels that stay, in order; of each group as many."""
+    each = score.view(groups, -1)
+    best = each.topk(max(1, round(keep * each.shape[1]))).indices.sort().values
+    return (best + torch.arange(groups, device=best.device)[:, None] * each.shape[1]).flatten()
 
 
-def _cut(layer: Layer, path: str, into: Tensor, out: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a layer whose input has lost all channels but `into`, and its output all but `out`."""
-    for name, module in layer.named_modules(prefix=path):
+def _cut(block: nn.Module, path: str, into: Tensor, out: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a block whose input has lost all channels but `into`, and its output all but `out`."""
+    for name, module in block.named_modules(prefix=path):
         if isinstance(module, nn.Conv2d) and type(module) not in CONVOLUTIONS:
             raise ReparamError("computes its kernel from other parameters, which cannot be cut: fold the model first", name)
         for part, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -146,6 +188,13 @@ class PruningReport:
     speedup: Speedup
     engine: str
     keep: float
+
+    def __str__(self) -> str:
+        large, small = self.costs
+        return (
+            f"{self.keep:.0%} of the channels: top-1 {self.before.top1:.2%} before, {self.cut.top1:.2%} at once after, then "
+            f"{self.after.top1:.2%}\n{large.macs / small.macs:.2f} times fewer MACs, {self.speedup.ratio} the speed"
+        )
 
     def to_json(self) -> dict[str, Any]:
         accuracies = (("before", self.before), ("cut", self.cut), ("after", self.after))

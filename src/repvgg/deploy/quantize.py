@@ -103,6 +103,14 @@ class QuantizationReport:
         """Loss of top-1, as a fraction."""
         return self.before.top1 - self.after.top1
 
+    def __str__(self) -> str:
+        before, after, (slow, fast) = self.before, self.after, self.speedup.images_per_second
+        return (
+            f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8 ({-self.drop * 100:+.2f} points), "
+            f"{after.images:,} images\n"
+            f"{slow:,.1f} images/s in float, {fast:,.1f} in INT8: {self.speedup.ratio}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "precision": "int8",
@@ -135,7 +143,7 @@ def quantize(
     kind = FORMATS[to]
     engines.check(kind.engine, "fp32")
     if find_spec("nncf") is None:
-        raise ValueError("quantising needs nncf: pip install 'repvgg[deploy]'")
+        raise ValueError("quantising needs nncf: pip install nncf")
     if source.masks:
         raise ValueError(f"{source.name} has masks, and what INT8 costs is measured on labels")
     CLASSIFICATION.check(model, source)

@@ -320,8 +320,8 @@ def check(stretch: Stretch) -> float:
         return error
     if bound > BLIND:
         raise ReparamError(
-            f"its numbers cancel: they are up to {cancels:.0e} times as large as what is left of them, so that no fold can be proved; "
-            "look at its biases and running means",
+            f"its numbers cancel: they are up to {cancels:.0e} times as large as what is left of them, so that no fold "
+            "can be proved; look at its biases and running means",
             stretch.target.name,
         )
     raise ReparamError(f"its folded form differs by {error:.1e} (bound {bound:.0e}); please report this", stretch.target.name)

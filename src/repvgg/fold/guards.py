@@ -1,6 +1,7 @@
 """Refuse what a fold would silently change: train mode, damaged tensors, hooks, modules that cannot be copied."""
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,23 @@ def inside(path: str) -> Iterator[None]:
         yield
     except ReparamError as error:
         raise error.inside(path) from None
+
+
+def refuse_wrapper(model: object) -> None:
+    """Raise `ReparamError` for what is no network, or keeps one inside and does something else when called; it says what to
+    pass."""
+    kind = type(model).__name__
+    if isinstance(model, nn.Module) and type(model).__call__.__module__.startswith("torch."):
+        return
+    inner = {**getattr(model, "__dict__", {}), **getattr(model, "_modules", {})}
+    names = [name for name, value in inner.items() if isinstance(value, nn.Module) and not name.startswith("_")]
+    if names:
+        raise ReparamError(f"{kind} is no network but holds one: pass that, as in reparameterize(x.{names[0]}.eval())")
+    if isinstance(model, (str, os.PathLike)):
+        raise ReparamError(f"{kind} is no network: reparameterize(repvgg.load({os.fspath(model)!r})) folds that of a file")
+    if isinstance(model, dict):
+        raise ReparamError(f"{kind} is no network: load it into one first (load_state_dict), or give its file to repvgg.load")
+    raise ReparamError(f"{kind} is no network: pass a torch.nn.Module in eval mode")
 
 
 def refuse_train_mode(model: nn.Module) -> None:

@@ -5,20 +5,26 @@ print(deploy.fold_report)                      # what was folded, what was left 
 print(verify(model, deploy, (3, 224, 224)))    # the whole model, against a float64 reference
 """
 
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
 from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, why_unknown
-from repvgg.fold.guards import copied, inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable
+from repvgg.fold.guards import copied, inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable, refuse_wrapper
 from repvgg.fold.proof import check_part
-from repvgg.fold.report import FoldReport
+from repvgg.fold.report import Folded, FoldReport
 from repvgg.fold.stretches import fold_stretches
 from repvgg.fold.trace import Traces, trace
 from repvgg.fold.whole import as_inputs, check_whole, example_of
 
+F = TypeVar("F", bound=Folded)
 
+
+@overload
+def reparameterize(model: F, example: Any = None) -> F: ...
+@overload
+def reparameterize(model: nn.Module, example: Any = None) -> Folded: ...
 @torch.no_grad()
 def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
     """Return a new module in deploy form: every foldable block and linear stretch of `model` is one convolution.
@@ -34,6 +40,7 @@ def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
     finite, a running variance is negative, a folded kernel does not fit the parameters' dtype, the model is compiled, or the
     folded model computes something else than the original.
     """
+    refuse_wrapper(model)
     refuse_train_mode(model)
     refuse_uncopyable(model)
     for name, parameter in model.named_parameters():

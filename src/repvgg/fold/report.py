@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from repvgg.fold.proof import Verification
 
 
@@ -35,3 +37,9 @@ class FoldReport:
             lines.append(f"the whole: {self.whole or 'not checked, only its parts; pass an example input'}")
         lines += [f"left {path}: {reason}" for path, reason in self.left.items()]
         return "\n".join(lines)
+
+
+class Folded(nn.Module):
+    """Declares, for type checkers and editors, what a module that `reparameterize` returns has; no object is made of it."""
+
+    fold_report: FoldReport

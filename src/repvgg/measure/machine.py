@@ -34,6 +34,17 @@ def this_machine() -> dict[str, Any]:
     }
 
 
+def choose_device(name: str = "") -> str:
+    """Return the device of that name, by default the first one. Raises ValueError for one that this machine lacks."""
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = [*(["cuda", *gpus] if gpus else []), "cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name and name not in devices:
+        raise ValueError(f"no device {name!r} here: {', '.join(devices)}")
+    return name or devices[0]
+
+
 def threads(count: int) -> str:
     """Write a number of threads in words."""
     return "1 thread" if count == 1 else f"{count} threads"

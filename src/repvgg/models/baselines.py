@@ -31,7 +31,7 @@ def create_baseline(name: str, num_classes: int = 1000, in_chans: int = 3, pretr
     try:
         import timm
     except ImportError:
-        raise ValueError(f"{name} comes from timm: pip install 'repvgg[bench]'") from None
+        raise ValueError(f"{name} comes from timm: pip install timm") from None
     try:
         model: nn.Module = timm.create_model(baseline.timm_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans)
     except (OSError, RuntimeError) as error:

@@ -62,7 +62,7 @@ def _client() -> Any:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError:
-        raise ValueError("the hub needs huggingface_hub: pip install 'repvgg[train]'") from None
+        raise ValueError("the hub needs huggingface_hub: pip install huggingface_hub") from None
     return huggingface_hub
 
 

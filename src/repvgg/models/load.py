@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repvgg.disk import FileError, describe, out_of_memory
 from repvgg.models import checkpoint, hub, keys, weights
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.names import FAMILY, NETWORKS, resolve_name, task_of
+from repvgg.models.names import FAMILY, NETWORKS, embedded, resolve_name, task_of
 from repvgg.models.plain import PlainNet, layer_list
 from repvgg.models.pretrained import imagenet_classes
 from repvgg.models.repvgg import RepVGG
@@ -109,7 +109,12 @@ def from_pretrained(repo_id: str, *, revision: str | None = None, token: str | N
 
 
 def open_model(name_or_path: str) -> nn.Module:
-    """Return the model of a file, of a hub repository (hf:USER/NAME), or a name's pretrained weights folded; in eval mode."""
+    """Return the model of a file, of a hub repository (hf:USER/NAME), of the package itself, or a name's pretrained weights folded.
+
+    It is in eval mode. One of the package is stored in float16, and computes in float32.
+    """
+    if file := embedded(name_or_path):
+        return load(file).float()
     if name_or_path.startswith(HUB):
         return from_pretrained(name_or_path.removeprefix(HUB))
     if is_file(name_or_path):
@@ -120,15 +125,15 @@ def open_model(name_or_path: str) -> nn.Module:
 
 
 def is_file(name_or_path: str) -> bool:
-    """Say whether a file or a hub repository is meant, not a model's name."""
-    path = Path(name_or_path)
-    return name_or_path.startswith(HUB) or path.exists() or path.suffix in {".safetensors", *checkpoint.PICKLE_SUFFIXES}
+    """Say whether a file, of the package too, or a hub repository is meant, not the name of a kind of model."""
+    path, known = Path(name_or_path), {".safetensors", *checkpoint.PICKLE_SUFFIXES}
+    return bool(embedded(name_or_path)) or name_or_path.startswith(HUB) or path.exists() or path.suffix in known
 
 
 def file_of(name_or_path: str) -> Path:
     """Return the path of the model file that is meant; of a hub repository, its local copy."""
     if not name_or_path.startswith(HUB):
-        return _in_run_folder(name_or_path)
+        return embedded(name_or_path) or _in_run_folder(name_or_path)
     repo, _, pinned = name_or_path.removeprefix(HUB).partition("@")
     return hub.fetch(repo, pinned or "main")
 

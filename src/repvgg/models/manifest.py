@@ -13,7 +13,7 @@ deploy form it also lists the layers one by one, so that an engine without PyTor
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from repvgg.disk import FileError, describe
@@ -41,6 +41,13 @@ class Preprocessing:
             raise ValueError("preprocessing: std is positive")
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ValueError(f"preprocessing: no interpolation {self.interpolation!r}: nearest, bilinear or bicubic")
+
+    def sized(self, size: int) -> "Preprocessing":
+        """Return the same for square inputs of `size` pixels. What is cropped away stays the same share; of up to 64 pixels
+        nothing."""
+        channels, *sides = self.input_size
+        resize = round(self.resize * size / min(sides)) if size > 64 else size
+        return replace(self, input_size=(channels, size, size), resize=resize)
 
 
 @dataclass(frozen=True)

@@ -37,5 +37,5 @@ def imagenet_classes() -> list[str]:
     try:
         from torchvision.models import ResNet18_Weights
     except ImportError:
-        raise ValueError("ImageNet's class names need torchvision: pip install 'repvgg[train]'") from None
+        raise ValueError("ImageNet's class names need torchvision: pip install torchvision") from None
     return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])

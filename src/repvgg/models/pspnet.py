@@ -24,6 +24,7 @@ BINS = (1, 2, 3, 6)
 STRIDE = 8
 FAST = 5  # layers: the last four of stage 4 and the only one of stage 5
 DROPOUT = 0.1
+HEAD, AUXILIARY = 512, 256  # channels
 
 
 def create_pspnet(
@@ -49,26 +50,29 @@ def create_pspnet(
         _, _, _, middle, last = member.widths(width)
     else:
         backbone, (middle, last) = _resnet(plan.backbone, in_chans, pretrained)
-    return PSPNet(backbone, middle, last, num_classes, deploy)
+    return PSPNet(backbone, middle, last, num_classes, deploy, width)
 
 
 class PSPNet(nn.Module):
     """Images [N, in_chans, H, W] -> logits [N, num_classes, H, W], any H and W.
 
     In train mode a pair: these, and those of an auxiliary head on the last stage but one, which the deploy form does not have.
-    Heads are a quarter as wide as the maps that they read (512 channels for ResNet-50).
+    The head has 512 channels and the auxiliary one 256, whatever the backbone, as in the original's code (times `width`); a level
+    of the pyramid has a quarter of the channels of the map that it reads.
     """
 
     training_only = ("auxiliary",)
 
-    def __init__(self, backbone: nn.Module, middle: int, last: int, num_classes: int, deploy: bool = False) -> None:
-        """Build the heads on a backbone. middle, last: channels of the backbone's last two stages."""
+    def __init__(
+        self, backbone: nn.Module, middle: int, last: int, num_classes: int, deploy: bool = False, width: float = 1.0
+    ) -> None:
+        """Build the heads on a backbone. middle, last: channels of the backbone's last two stages; width: scales the heads."""
         super().__init__()
-        width = max(1, last // 4)
+        level, head, auxiliary = max(1, last // len(BINS)), max(1, round(HEAD * width)), max(1, round(AUXILIARY * width))
         self.backbone = backbone
-        self.pyramid = Pyramid(last, width, deploy)
-        self.head = _head(last + len(BINS) * width, width, num_classes, deploy)
-        self.auxiliary = None if deploy else _head(middle, max(1, middle // 4), num_classes)
+        self.pyramid = Pyramid(last, level, deploy)
+        self.head = _head(last + len(BINS) * level, head, num_classes, deploy)
+        self.auxiliary = None if deploy else _head(middle, auxiliary, num_classes)
 
     @property
     def num_classes(self) -> int:
@@ -183,7 +187,7 @@ def _resnet(name: str, in_chans: int, pretrained: bool) -> tuple[nn.Module, list
     try:
         import timm
     except ImportError:
-        raise ValueError(f"pspnet_{name} has its backbone from timm: pip install 'repvgg[bench]'") from None
+        raise ValueError(f"pspnet_{name} has its backbone from timm: pip install timm") from None
     options = {"features_only": True, "output_stride": STRIDE, "out_indices": (3, 4)}
     try:
         backbone: Any = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)

@@ -54,6 +54,13 @@ class Residual(nn.Module):
         return self.act(self.block(self.layer(x)) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
+class _Mean(nn.Module):
+    """Take the mean over all places, as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 class RepVGG(nn.Module):
     """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
 
@@ -164,6 +171,13 @@ class RepVGG(nn.Module):
             return self._with_auxiliary(self.auxiliary, x)
         return self.forward_head(self.forward_features(x))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what torch.jit.script compiles in place of a deploy form: the same modules in a row, by the same names."""
+        parts: OrderedDict[str, nn.Module] = OrderedDict(stem=self.stem, stages=self.stages)
+        if self.global_pool:
+            parts["pool"] = _Mean()
+        return nn.Sequential(parts | OrderedDict(head=self.head)).train(self.training)
+
     def _with_auxiliary(self, heads: nn.ModuleDict, x: Tensor) -> tuple[Tensor, ...]:
         after = {number: heads[name] for name, (number, _) in self.taps.items()}
         outputs = []
@@ -246,7 +260,7 @@ def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
 
 def _in_pairs(layers: list[Layer], specs: list[LayerSpec], deploy: bool) -> list[Residual]:
     """Join each two layers to a residual block; where the first changes the shape, a 1x1 with batch norm is the shortcut."""
-    into, out, stride = specs[0].in_channels, specs[0].out_channels, specs[0].stride
+    into, out, stride = specs[0].in_channels, specs[1].out_channels, specs[0].stride
     joined: list[Residual] = []
     for first, second in zip(layers[::2], layers[1::2], strict=True):
         shortcut: nn.Module = nn.Identity()

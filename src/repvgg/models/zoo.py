@@ -6,7 +6,7 @@ manifest_of(model)                                # what a file of it would say
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.families import DEFAULTS, Request, family_of
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import resolve_name
+from repvgg.models.network import Network
 from repvgg.models.plain import PlainNet, layer_list
 from repvgg.models.repvgg import RepVGG, is_deploy_form
 
@@ -35,7 +36,7 @@ def create_model(
     drop_rate: float = 0.0,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
-) -> nn.Module:
+) -> Network:
     """Return a model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes], of a PSPNet [N, num_classes, H, W].
 
     block: the structure of each layer in training form, a name in `repvgg.fold.blocks.BLOCKS`; by default the network's own
@@ -61,10 +62,10 @@ def create_model(
     if deploy and (pretrained or not family.built_folded(name)):
         model = reparameterize(model.eval()).train()
     if not features_only:
-        return model
+        return cast(Network, model)
     if not isinstance(model, RepVGG):
         raise ValueError(f"{name} takes no features_only: take it from timm, timm.create_model({name!r}, features_only=True)")
-    return features_of(model, out_indices)
+    return cast(Network, features_of(model, out_indices))
 
 
 def features_of(model: RepVGG, out_indices: Sequence[int] | None = None) -> nn.Module:

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from repvgg.data import open_source
 from repvgg.deploy import engines
 from repvgg.disk import atomically
 from repvgg.measure.timing import Times, interleave, ratio, synchroniser
-from repvgg.paper.grid import RESNETS, TABLES, Grid, Outcome, run
+from repvgg.paper.grid import RESNETS, TABLES, Cell, Grid, Outcome, run
 from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
 from repvgg.paper.speeds import significant
 from repvgg.paper.table4 import spearman
 from repvgg.train.loop import new_model
-from repvgg.train.recipes import get_recipe
+from repvgg.train.recipes import Recipe, get_recipe
 from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 PLAIN, FULL = "plain", "repvgg"
@@ -48,13 +48,15 @@ QUICK_EPOCHS = 2
 class Findings:
     """Everything found in one grid.
 
-    outcomes: the finished cells of each variant; speeds: seconds a batch of `batch_size`, training form.
+    outcomes: the finished cells of each variant; speeds: seconds a batch of `batch_size`, training form; rates: the learning rate
+    of each variant, where that is not the grid's.
     """
 
     grid: Grid
     outcomes: dict[str, list[Outcome]]
     speeds: dict[str, Times]
     batch_size: int
+    rates: dict[str, float] = field(default_factory=dict)
 
     def top1(self, variant: str) -> list[float]:
         """Return the top-1 of each cell that did not diverge, in percent."""
@@ -69,14 +71,55 @@ def ablate(grid: Grid, settings: PaperSettings, ray: str = "") -> Result:
 def part(
     title: str, variants: Sequence[str], table: Callable[[Findings], list[Table]], name: str, settings: PaperSettings
 ) -> Result:
-    """Run one of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`."""
-    if not settings.data:
-        raise NothingChosenError("it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders)")
-    grid = Grid(settings.out / "ablation", settings.data, get_recipe("light"), device=settings.device, workers=settings.workers)
+    """Run one of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`.
+
+    Without data it trains nothing, and shows what `repvgg ablate` has finished in the same folder; a quick look takes the embedded
+    digits.
+    """
+    if not settings.data and not settings.quick:
+        return report(title, kept(settings.out / "ablation", variants, settings), settings, (table,), name)
+    data = settings.data or "digits"
+    grid = Grid(settings.out / "ablation", data, get_recipe("light"), device=settings.device, workers=settings.workers)
     if settings.quick:
-        recipe = replace(get_recipe(open_source(settings.data).recipe), epochs=QUICK_EPOCHS)
+        recipe = replace(get_recipe(open_source(data).recipe), epochs=QUICK_EPOCHS)
         grid = replace(grid, out=settings.out / "ablation-quick", recipe=recipe, **QUICK)
     return report(title, find(replace(grid, variants=tuple(variants)), settings), settings, (table,), name)
+
+
+def kept(folder: Path, variants: Sequence[str], settings: PaperSettings) -> Findings:
+    """Return what is finished of some variants in a grid's folder. Of several grids below it, as of several learning rates, each
+    variant is shown from that with most seeds, then from the best.
+
+    Raises NothingChosenError where there is nothing.
+    """
+    best: dict[str, tuple[Grid, list[Outcome]]] = {}
+    for path in sorted(folder.glob("**/grid.json")):
+        grid = _grid_in(path.parent, settings)
+        for name in variants:
+            outcomes = [o for seed in range(grid.seeds) if (o := Cell(grid, name, seed).outcome)]
+            if outcomes and (name not in best or _worth(outcomes) > _worth(best[name][1])):
+                best[name] = grid, outcomes
+    if not best:
+        raise NothingChosenError(
+            "it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders). Without, it shows what "
+            f"repvgg ablate --out {folder} has finished: nothing yet"
+        )
+    grid = replace(next(iter(best.values()))[0], variants=tuple(best))
+    speeds, outcomes_of = training_speeds(grid, settings), {name: outcomes for name, (_, outcomes) in best.items()}
+    rates = {name: grid.recipe.lr for name, (grid, _) in best.items()}
+    return Findings(grid, outcomes_of, speeds, settings.protocol.batch_size, rates)
+
+
+def _grid_in(folder: Path, settings: PaperSettings) -> Grid:
+    given = json.loads((folder / "grid.json").read_text())
+    recipe = Recipe(**{f.name: given.pop(f.name) for f in fields(Recipe) if f.name in given})
+    numbers = [run.name.rpartition("-")[2] for run in folder.glob("*-*") if run.is_dir()]
+    seeds = 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
+    return Grid(folder, recipe=recipe, seeds=seeds, device=settings.device, **given)
+
+
+def _worth(outcomes: Sequence[Outcome]) -> tuple[int, float]:
+    return len(outcomes), statistics.mean(outcome.top1 or 0.0 for outcome in outcomes)
 
 
 def find(grid: Grid, settings: PaperSettings, ray: str = "") -> Findings:
@@ -130,7 +173,7 @@ def report(
         [table for make in tables for table in make(found)],
         f"{_agreement(found)}The paper's figures are of B0 on ImageNet, 120 epochs, one run each. Which structure trains best may "
         "depend on depth, data and schedule, and differences as small as the deviation between seeds say nothing.",
-        _data(found),
+        record(found),
         {name: draw(found)},
         _how(found, settings),
     )
@@ -248,18 +291,22 @@ def _agreement(found: Findings) -> str:
 def _how(found: Findings, settings: PaperSettings) -> str:
     g = found.grid
     limit = f", {g.limit:,} images of each split at most" if g.limit else ""
+    own = ", ".join(f"{name} {lr:g}" for name, lr in found.rates.items()) if len({*found.rates.values()}) > 1 else ""
     return (
         f"Here: {g.arch}, width {g.width:g}, on {g.data}{limit}, {g.recipe.epochs} epochs of batch {g.recipe.batch_size}, learning "
-        f"rate {g.recipe.lr:g}; top-1 of the last epoch on the validation split, mean and standard deviation over n seeds. "
-        f"Speeds: batch {found.batch_size} on {settings.where}, eager, fp32, medians of {settings.protocol.rounds} rounds in which "
+        f"rate {own or f'{g.recipe.lr:g}'}; top-1 of the last epoch on the validation split, mean and standard deviation over n "
+        f"seeds. Speeds: batch {found.batch_size} on {settings.where}, eager, fp32, medians of "
+        f"{settings.protocol.rounds} rounds in which "
         "all took turns. Predictions are compared in fp32 on every validation image."
     )
 
 
-def _data(found: Findings) -> dict[str, Any]:
+def record(found: Findings) -> dict[str, Any]:
+    """Return all that was found, for JSON."""
     count, rank = correlation(found)
     return {
         "settings": found.grid.settings,
+        "rates": found.rates,
         "rank_correlation": {"variants": count, "spearman": None if math.isnan(rank) else rank},
         "variants": {
             name: {

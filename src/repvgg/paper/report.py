@@ -114,11 +114,10 @@ def show(part: str, result: Result, settings: PaperSettings, with_json: bool) ->
 
 def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     """Return all parts as one self-contained HTML document."""
-    sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings))) for result in results.values()]
+    told: dict[str, str] = {}  # a protocol that several parts share, by the first that tells it
+    sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings, told))) for result in results.values()]
     about = this_machine()
-    versions = ", ".join(f"{name} {version}" for name, version in about.pop("versions").items())
-    about = {name.replace("_gib", ", GiB"): value for name, value in about.items() if value is not None}
-    sections.append(("Measured on", page.table([*about.items(), ("versions", versions)], ("", ""))))
+    sections.append(("Measured on", page.machine(about)))
     lead = (
         f"{len(results)} of the {len(PARTS)} parts of “RepVGG: Making VGG-style ConvNets Great Again” that repvgg paper knows, "
         f"beside what was measured on {about.get('gpu') or about['processor']}."
@@ -130,8 +129,10 @@ def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     return page.page("The RepVGG paper, measured here", sections, lead)
 
 
-def _pieces(result: Result, settings: PaperSettings) -> Iterable[str]:
-    yield from (page.paragraph(text) for text in (result.how, result.why) if text)
+def _pieces(result: Result, settings: PaperSettings, told: dict[str, str]) -> Iterable[str]:
+    first = told.setdefault(result.how, result.title)
+    how = result.how if first == result.title else f"Measured as for {first.partition(':')[0]}."
+    yield from (page.paragraph(text) for text in (how, result.why) if text)
     for figure in result.figures.values():
         yield page.svg(figure)
     for t in result.tables:

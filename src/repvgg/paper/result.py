@@ -47,9 +47,9 @@ class PaperSettings:
 
     data, workers: what models are trained on, and how many processes load it. models: names as create_model takes them, none for
     all. engine: its name, "best" for each model's fastest that computes what PyTorch does, "" for each part's own choice.
-    batch_size, rounds: None for those of PROTOCOLS. input_size: pixels a side, None for each model's own. init_backbone: files or
-    names of classifiers that table 8 starts from. quick: minutes instead of tens of minutes, and marked so. out: the folder. log:
-    takes lines of progress.
+    batch_size, rounds: None for those of PROTOCOLS. input_size: pixels a side, None for each model's own. weights: files or names
+    of trained classifiers, whose top-1 on `data` tables 4 and 5 compute. init_backbone: those that table 8 starts from. quick:
+    minutes instead of tens of minutes, and marked so. out: the folder. log: takes lines of progress.
     """
 
     data: str = ""
@@ -59,6 +59,7 @@ class PaperSettings:
     precision: str = "fp32"
     batch_size: int | None = None
     input_size: int | None = None
+    weights: tuple[str, ...] = ()
     init_backbone: tuple[str, ...] = ()
     rounds: int | None = None
     threads: int | None = None

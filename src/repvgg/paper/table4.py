@@ -3,13 +3,18 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from repvgg.data import open_source
+from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.timing import Ratio
+from repvgg.models.load import open_model
+from repvgg.models.zoo import manifest_of
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, Headline, ModelSpeed
 from repvgg.paper.result import PaperSettings, Result, Table, interval
 from repvgg.paper.speeds import Speed, chosen, in_its_engine, measure, over, significant
+from repvgg.train.evaluate import evaluate_model
 
 REFERENCE = "resnet18"
 ENOUGH = 6  # models, for a correlation to mean something
@@ -33,10 +38,11 @@ def run(settings: PaperSettings) -> Result:
 def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: PaperSettings) -> Result:
     """Return the rows that were asked for, the headlines that compare two of them, and what speed goes with. Also of Table 5."""
     rows = chosen(printed, settings)
+    accuracies = trained_models(settings, {row.model for row in printed})
     speeds = measure_models([row.model for row in rows], settings)
     claims = _claims(speeds)
     correlations = _correlations(rows, speeds)
-    tables = [_speeds(rows, speeds), *_headlines(claims), *_correlation_table(correlations)]
+    tables = [_speeds(rows, speeds), *_accuracy_table(accuracies), *_headlines(claims), *_correlation_table(correlations)]
     return Result(
         title,
         tables,
@@ -45,6 +51,7 @@ def speed_tables(title: str, printed: Sequence[ModelSpeed], why: str, settings: 
             "speeds": [asdict(speed) for speed in speeds.values()],
             "headlines": [{**asdict(h), "measured": interval(here)} for h, here in claims],
             "rank_correlation": correlations,
+            "top1": [asdict(accuracy) for accuracy in accuracies],
         },
         how=protocol(speeds, settings),
     )
@@ -65,7 +72,7 @@ def protocol(speeds: dict[str, Speed], settings: PaperSettings) -> str:
         f"{_engines(speeds)} in {settings.precision} on {settings.where}, at batch {p.batch_size}"
         + (f" (where memory ran out: {', '.join(lowered)})" if lowered else "")
         + f": medians and quartiles of {p.rounds} rounds, in which each model took turns with ResNet-18. Every model was folded by "
-        "the same reparameterize. Top-1 is the paper's; here the weights are random."
+        "the same reparameterize. Top-1 beside the speeds is the paper's: what is timed has random weights."
     )
 
 
@@ -108,6 +115,46 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
             )
         )
     return Table("Accuracy, speed and cost", header, cells)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Top-1, in percent, of a trained model's deploy form on the validation split of some data."""
+
+    model: str
+    weights: str
+    data: str
+    images: int
+    top1: float
+
+
+def trained_models(settings: PaperSettings, known: set[str]) -> list[Trained]:
+    """Evaluate those of the trained models that were given whose names are `known`.
+
+    Raises ValueError without data to do so on, and where the two do not fit.
+    """
+    if not settings.weights:
+        return []
+    if not settings.data:
+        raise ValueError("--weights: name what to compute their top-1 on, --data (the paper's is ImageNet, in folders)")
+    source, found = open_source(settings.data), []
+    for word in settings.weights:
+        model = reparameterize(open_model(word))
+        name = str((manifest_of(model).arch or {}).get("name"))
+        if name not in known:
+            settings.log(f"{word}: is a {name}, which has no row here")
+            continue
+        settings.log(f"top-1 of {word} on {source.name} ...")
+        accuracy = evaluate_model(model, source, workers=settings.workers, device=settings.device)
+        found.append(Trained(name, word, source.name, accuracy.images, 100 * accuracy.top1))
+    return found
+
+
+def _accuracy_table(found: Sequence[Trained]) -> list[Table]:
+    rows = [(PRINTED[t.model].printed, f"{PRINTED[t.model].top1:.2f}", f"{t.top1:.2f}", t.weights, f"{t.images:,}") for t in found]
+    if not rows:
+        return []
+    return [Table(f"Top-1 on {found[0].data}, deploy form", ("model", "top-1, %, paper", "here", "weights", "images"), rows)]
 
 
 def _truncated(millions: float, row: ModelSpeed) -> str:

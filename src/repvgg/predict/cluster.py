@@ -8,6 +8,7 @@ a row. All machines keep 16 bytes of each of these: above some billion rows, pre
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -91,16 +92,18 @@ def _run(
     job: Job, cluster: Cluster, engine: str, decoder: Decoder, schema: pa.Schema, place: Place, count: int, before: Any
 ) -> None:
     """Run the pipeline. Raises ValueError with the reason of a task that failed."""
-    import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # once it is imported
     ray.data.DataContext.get_current().enable_progress_bars = os.isatty(2)
     processors = int(ray.cluster_resources().get("CPU", 1))
     least, most = cluster.actors(processors)
     # Tasks that read and write ask for no processor: actors may take them all, and these must not starve.
-    beside: dict[str, Any] = {"num_cpus": 0, "concurrency": max(1, processors // 2)}
+    beside = max(1, processors // 2)
     try:
         tasks = min(count, READ_TASKS)
-        images = ray.data.read_datasource(_source(job, count, ray.put(before)), override_num_blocks=tasks, **beside)
+        source = _source(job, count, ray.put(before))
+        images = ray.data.read_datasource(source, override_num_blocks=tasks, concurrency=beside, num_cpus=0)
         decoded = images.map_batches(partial(_decode, decoder), batch_size=job.batch_size, batch_format="pyarrow")
         rows = decoded.map_batches(
             Predictor,
@@ -111,7 +114,13 @@ def _run(
             num_gpus=cluster.gpus or None,
             num_cpus=None if cluster.gpus else min(1, processors / least),
         )
-        parts = rows.map_batches(partial(_write, place, schema), batch_size=job.part_size, batch_format="pyarrow", **beside)
+        parts = rows.map_batches(
+            partial(_write, place, schema),
+            batch_size=job.part_size,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=beside),
+            num_cpus=0,
+        )
         parts.materialize()
     except ray.exceptions.RayError as error:
         raise ValueError(f"the prediction stopped, the same command goes on ({reason_of(error)})") from None

@@ -1,6 +1,5 @@
 """Ray, as predictions of whole data sets and grids of trainings meet it: a cluster that is there, or one of this machine."""
 
-import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +23,6 @@ def connect(address: str, log: Log) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -34,7 +32,7 @@ def connect(address: str, log: Log) -> None:
         if address != "auto":
             reason = f"no cluster answers there ({describe(error).splitlines()[0]}); one with a token wants RAY_AUTH_MODE=token"
             raise ValueError(f"--ray {address}: {reason}") from None
-        ray.init(include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
+        ray.init(address="local", include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
     log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
 
 

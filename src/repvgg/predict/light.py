@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from repvgg.models.names import embedded
 from repvgg.predict.prediction import Prediction
 
 MOST_IMAGES = 32  # for more, the native engine is better opened by its algorithms' measured choice
@@ -28,7 +29,7 @@ def predict_lightly(model: str, images: Sequence[str], top: int = 5, engine: str
     if Path("/proc/driver/nvidia/version").exists():  # a GPU is the default device where there is one
         return None
     try:
-        run, preprocessing, classes, name = _opened(Path(model), engine)
+        run, preprocessing, classes, name = _opened(embedded(model) or Path(model), engine)
         import numpy as np
 
         logits = run(np.stack([_prepared(path, preprocessing) for path in paths])).astype("f8")

@@ -14,17 +14,28 @@ def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
     mode = InterpolationMode(preprocessing.interpolation)
     steps: list[nn.Module] = []
     if recipe.crop == "random_resized":
-        steps.append(v2.RandomResizedCrop((height, width), interpolation=mode, antialias=True))
+        steps.append(v2.RandomResizedCrop((height, width), (recipe.crop_area, 1.0), interpolation=mode, antialias=True))
     else:
         steps += [fit(preprocessing), v2.RandomCrop((height, width), padding=max(height, width) // 8, pad_if_needed=True)]
     if recipe.auto_augment:
         steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, interpolation=mode))
+    if recipe.rand_augment:
+        steps.append(v2.RandAugment(magnitude=recipe.rand_augment, interpolation=mode))
     if recipe.flip:
         steps.append(v2.RandomHorizontalFlip())
+    if recipe.erasing:
+        steps.append(v2.RandomErasing(recipe.erasing, value=[round(255 * x) for x in preprocessing.mean]))
     transform: nn.Module = v2.Compose(steps)
     return transform
 
 
 def mixing(recipe: Recipe, num_classes: int) -> nn.Module | None:
     """Return what mixes the images and labels of a batch as the recipe says; None where it does not."""
-    return v2.MixUp(alpha=recipe.mixup, num_classes=num_classes) if recipe.mixup else None
+    kinds = ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))
+    found = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    return v2.RandomChoice(found) if len(found) > 1 else found[0] if found else None
+
+
+def only_shifts(recipe: Recipe) -> bool:
+    """Tell whether images are shifted and mirrored and no more, which is quickly done on whole batches."""
+    return recipe.crop == "shift" and not (recipe.auto_augment or recipe.rand_augment or recipe.erasing)

@@ -11,6 +11,7 @@ from torch import Tensor
 from repvgg.data import Source
 from repvgg.data.resident import Resident, Shifts
 from repvgg.data.transforms import BadImages, Transformed, load, load_lanes
+from repvgg.train.augment import only_shifts
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import task_of
@@ -53,8 +54,7 @@ class Feed:
         self.part, self.accumulate = max(self.sizes), recipe.accumulate
         self.steps = self.count // self.batch_size
         self.images = Transformed(source.train, task_of(source).train_transform(recipe, source.preprocessing), seed, listing)
-        shifted = recipe.crop == "shift" and not recipe.auto_augment
-        self.resident = Resident.of(source.train, source.preprocessing, device) if shifted else None
+        self.resident = Resident.of(source.train, source.preprocessing, device) if only_shifts(recipe) else None
         self.spent, self.made = 0.0, 0
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,7 +22,8 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy on `images` images. confusion: [classes, classes], rows the true class, columns the predicted one."""
+    """Accuracy on `images` images. confusion: [classes, classes], rows the true class, columns the predicted one.
+    classes: their names, where they were asked for."""
 
     measure: ClassVar[str] = "top1"
 
@@ -31,6 +32,7 @@ class Accuracy:
     top1: float
     top5: float
     confusion: Tensor
+    classes: tuple[str, ...] = ()
 
     @property
     def per_class(self) -> list[float]:

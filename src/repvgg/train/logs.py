@@ -117,29 +117,52 @@ TITLES = {"loss": "loss", "top1": "top-1, %", "pixel_accuracy": "pixel accuracy,
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw the loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG.
+    """Draw the loss, and what else there is of `TITLES`, by epoch, in training and evaluation, as PNG; the best epoch is marked.
 
-    Nothing is drawn where matplotlib is not installed.
+    Points of training are means over an epoch; before the first one is over, what there is by step. Nothing is drawn where
+    matplotlib is not installed.
     """
     if not lines or not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
 
-    per_epoch = max((line["step"] / (line["epoch"] + 1) for line in lines if "val_loss" in line), default=1)
-    shown = [name for name in TITLES if name == "loss" or any(name in line or f"val_{name}" in line for line in lines)]
+    epochs = [line for line in lines if "val_loss" in line]
+    trained, rows, unit = ("train_", epochs, "epoch") if epochs else ("", lines, "step")
+    shown = [
+        name for name in TITLES if name == "loss" or any(f"{mark}{name}" in line for mark in (trained, "val_") for line in rows)
+    ]
+    measure = next((name for name in ("mean_iou", "top1") if epochs and f"val_{name}" in epochs[0]), None)
+    best = max(epochs, key=lambda line: line[f"val_{measure}"]) if measure else None
     figure = Figure(figsize=(4.5 * len(shown), 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        scale = 1 if name == "loss" else 100
-        for key, colour, what in ((name, "#8a99ad", "training"), (f"val_{name}", "#2b6cb0", "evaluation")):
-            points = [(line["step"] / per_epoch, scale * line[key]) for line in lines if key in line]
-            axes.plot(
-                *zip(*points, strict=True), color=colour, label=what, marker="." if len(points) < 30 else None
-            ) if points else None
-        axes.set_xlabel("epoch")
-        axes.set_title(TITLES[name], loc="left", fontsize=10)
+        scale, drawn = 1 if name == "loss" else 100, list[float]()
+        for key, colour, what in ((f"{trained}{name}", "#8a99ad", "training"), (f"val_{name}", "#2b6cb0", "evaluation")):
+            points = [(line["epoch"] + 1 if epochs else line["step"], scale * line[key]) for line in rows if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=what, marker="." if len(points) < 30 else None)
+                drawn += [y for _, y in points]
+        axes.set_title(TITLES[name] + (_without_outliers(axes, drawn) if name == "loss" else ""), loc="left", fontsize=10)
+        if best is not None:
+            axes.axvline(best["epoch"] + 1, color="#2f855a", linestyle=":", linewidth=1)
+            if name == measure:
+                at = (best["epoch"] + 1, scale * best[f"val_{name}"])
+                axes.plot(*at, "o", color="#2f855a", label=f"best: {at[1]:.1f} in epoch {at[0]}")
+        axes.set_xlabel(unit)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     atomically(path, lambda temporary: temporary.write_bytes(image.getvalue()))
+
+
+def _without_outliers(axes: Any, values: list[float]) -> str:
+    """Let few values that are far above the others leave the chart at its top; return what to say of it."""
+    if len(values) < 4:
+        return ""
+    most = 2 * sorted(values)[3 * len(values) // 4]
+    if (highest := max(values)) <= most:
+        return ""
+    axes.set_ylim(0, most)
+    return f"   (highest: {highest:.3g})"

@@ -3,8 +3,8 @@
     train("repvgg_a0", open_source("digits"), get_recipe("demo"), out="runs/digits")
 
 A run folder holds best.safetensors and last.safetensors (training form), recipe.json, metrics.jsonl (a line every `LOG_EVERY`
-steps and one for each evaluation), state/ (see state.py), TensorBoard's events; and in the end summary.json, with the
-machine and the time, and curve.png.
+steps and one for each evaluation), state/ (see state.py), split.csv where the data had no splits of its own, TensorBoard's
+events; and in the end, or when it is stopped, summary.json, with the machine and the time, and curve.png.
 """
 
 from dataclasses import asdict, replace
@@ -62,9 +62,13 @@ def train(
             if model_options:
                 raise ValueError(f"--init: the model is what the file says; it takes no {', '.join(model_options)}")
             model, source = started_from(init, arch, source, keeping.allow_deploy, log)
+            source = task.prepared(source, recipe)  # once more: it has the model's own preprocessing now
+            zoo.remember(model, replace(zoo.manifest_of(model), preprocessing=source.preprocessing))
         else:
             model = new_model(arch, source, log=log, **model_options)
         task.check(model, source)
+        if source.splitting:  # so that it is not evaluated on what it was trained on
+            zoo.remember(model, replace(zoo.manifest_of(model), training={"splitting": list(source.splitting)}))
         out = Path(out)
         bad = out / "bad_images.txt" if keeping.on_bad_image == "skip" else None
         feed = Feed(source, recipe, seed, workers, world, bad, device)

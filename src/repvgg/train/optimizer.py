@@ -1,4 +1,5 @@
-"""SGD as the paper uses it: which parameters decay, at what learning rate each layer moves; and the official code's own L2 term."""
+"""SGD as the paper uses it, or AdamW: which parameters decay, at what learning rate each layer moves; and the official code's own
+L2 term."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,35 +15,38 @@ STAGES = 5  # the stem is the first; the head comes after the last
 BACKBONE = ("stem.", "stages.", "backbone.")
 
 
-def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Return SGD on the parameters that are not frozen."""
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.custom_l2, recipe.head_lr)
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of the parameters that are not frozen."""
+    groups = parameter_groups(model, recipe)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, custom_l2: bool = False, head_lr: float = 1.0
-) -> list[dict[str, Any]]:
-    """Weight decay on kernels (more than one dimension) alone: not on biases, nor on batch norms' weights (section 4.1).
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return groups of parameters: weight decay on kernels (more than one dimension) alone, not on biases, nor on batch norms'
+    weights (section 4.1), but for those of identity branches with `decay_identity`.
 
-    layer_decay: each stage's share of the next one's learning rate, the head's being 1; `lr_scale` of each group holds it. head_lr:
-    a factor for all that comes after the backbone. With custom_l2 the kernels that it regularises are spared. Raises ValueError
-    where stages are not known (outside the family), or the backbone is not.
+    `lr_scale` of each group holds its learning rate as `layer_decay` and `head_lr` say. With custom_l2 the kernels that it
+    regularises are spared. Raises ValueError where stages are not known (outside the family), or the backbone is not.
     """
+    layer_decay, head_lr = recipe.layer_decay, recipe.head_lr
     if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
         raise ValueError(f"--head-lr: which part of {type(model).__name__} is its head is not known here")
     if layer_decay != 1 and not isinstance(model, RepVGG):
         raise ValueError(f"--layer-decay: the stages of {type(model).__name__} are not known here; it is for the RepVGG family")
-    spared = {p for block in _two_branches(model) for p in _kernels(block)} if custom_l2 else set()
+    spared = {p for block in _two_branches(model) for p in _kernels(block)} if recipe.custom_l2 else set()
+    decaying = set(_identities(model)) if recipe.decay_identity else set()
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (STAGES - _stage(name)) if layer_decay != 1 else 1.0
             if not name.startswith(BACKBONE):
                 scale *= head_lr
-            groups.setdefault((scale, parameter.dim() > 1 and parameter not in spared), []).append(parameter)
+            decays = parameter in decaying or (parameter.dim() > 1 and parameter not in spared)
+            groups.setdefault((scale, decays), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        {"params": parameters, "weight_decay": recipe.weight_decay if decays else 0.0, "lr_scale": scale}
         for (scale, decays), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
@@ -83,6 +87,13 @@ def custom_l2(model: nn.Module) -> Tensor:
         both = t3 * centre + t1 * k1
         total = total + k3.square().sum() - centre.square().sum() + (both.square() / (t3.square() + t1.square())).sum()
     return 0.5 * total
+
+
+def _identities(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights of batch norms that are a branch by themselves."""
+    for module in model.modules():
+        if isinstance(module, Branches):
+            yield from (b.weight for b in module.children() if isinstance(b, nn.BatchNorm2d) and b.weight is not None)
 
 
 def _two_branches(model: nn.Module) -> Iterator[nn.Module]:

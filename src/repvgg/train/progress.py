@@ -6,6 +6,7 @@ from typing import Any
 from repvgg import terminal
 from repvgg.train.tasks import Evaluation
 
+FIRST = 10  # steps, after which it is known how long all will take
 SPOKEN = {"top1": "top-1", "pixel_accuracy": "pixels"}
 
 
@@ -33,16 +34,30 @@ class Progress:
         """Count a training step. waited: seconds for its images; loader: images a second that could be had."""
         self.steps, self.waited, self.lr, self.loader = self.steps + 1, self.waited + waited, lr, loader
         self.line.add(1, lambda: f"epoch {epoch + 1}/{self.epochs}  {self._loss()}{self._speed()}  lr {lr:.4f}", "step")
+        if self.steps == FIRST:
+            self._foretell()
+
+    def _foretell(self) -> None:
+        """Say how long it will take, where that is long."""
+        left = self.line.total - self.line.done if self.line.total else 0
+        minutes = self.line.seconds / FIRST * left / 60
+        if minutes > 1:
+            self.line.say(
+                f"about {minutes:.0f} min for the {left} steps that are left, by the first {FIRST}; evaluations come on top"
+            )
 
     def seen(self, loss: float, right: float) -> None:
         """Take note of the means over some steps."""
         self.means = loss, right
 
-    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
-        """Say how good the model is after an epoch."""
-        line = f"epoch {epoch + 1}/{self.epochs}: val {evaluation}"
-        if self.steps and self.means:
-            line = f"{line}, loss {self.means[0]:.3f}, {self._speed()}, lr {self.lr:.4f}"
+    def evaluated(self, epoch: int, evaluation: Evaluation, trained: tuple[float, float]) -> None:
+        """Say how good the model is after an epoch. trained: the means over the epoch's training steps."""
+        loss, right = trained
+        line = f"epoch {epoch + 1}/{self.epochs}: val {evaluation}; in training {SPOKEN[self.share]} {right:.1%}, loss {loss:.3f}"
+        self.line.say(f"{line}, {self._speed()}, lr {self.lr:.4f}" if self.steps else line)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
         self.line.say(line)
 
     def averages(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Recipes: how to train, as plain data. Importable without PyTorch.
 
+auto            chosen for the images and the machine at hand (see auto.py)
 light, heavy    the paper's (section 4.1), for ImageNet
 cifar           small images, on a CPU or one GPU
 finetune        on from trained weights
@@ -9,14 +10,18 @@ demo            the embedded digits, in a minute
 """
 
 import difflib
+import json
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with momentum, weight decay on kernels alone, warm-up and then a decay of the learning rate to zero at the last step."""
+    """Settings of training: weight decay on kernels alone, warm-up and then a decay of the learning rate to zero at the last
+    step."""
 
     epochs: int = 120
     """Passes over the training images."""
@@ -24,18 +29,26 @@ class Recipe:
     """Images a step, of all processes and parts together."""
     accumulate: int = 1
     """Parts that a process takes its images of a step in, where memory is short."""
+    early_stop: int = 0
+    """End after this many epochs without a better one; 0: never before the last."""
+    image_size: int = 0
+    """Height and width that images are trained and tested at; 0: what suits the data, or the model that it starts from."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, as in the paper; or AdamW, whose learning rate is nearer 0.001."""
     lr: float = 0.1
     """Peak learning rate."""
     lr_per: int = 0
     """Images a step that `lr` is meant for: it is scaled by batch_size / lr_per. 0: never scaled."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Of SGD; AdamW's first beta."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 1e-4
     """On the kernels of convolutions and the classifier; never on biases or batch norms."""
     custom_l2: bool = False
     """Decay the kernels that blocks fold to, as the official code does, instead of those of their branches."""
+    decay_identity: bool = False
+    """Decay the weights of identity branches' batch norms too, which are kernels once folded, as the official README advises."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0: any."""
     head_lr: float = 1.0
@@ -56,6 +69,8 @@ class Recipe:
     """Share of each target spread over all classes."""
     crop: Literal["random_resized", "shift", "scale"] = "random_resized"
     """A crop of random size and shape; a shift by up to an eighth of the size; of masks, a scale from 0.5 to 2 and then a crop."""
+    crop_area: float = 0.08
+    """Smallest share of the image in a random_resized crop."""
     crop_size: int = 0
     """Side of the crop of masks, or that of the image if it is shorter; 0: the whole image."""
     resize: int = 0
@@ -66,10 +81,18 @@ class Recipe:
     """Weight of the loss of each auxiliary head, of a PSPNet or a RepVGGplus (whose authors took 0.1)."""
     flip: bool = True
     """Mirror half of the images."""
+    small_first: float = 0.0
+    """Share of the run, from its start, that sees images at three quarters of their size: there a step takes half of the time."""
     auto_augment: bool = False
     """AutoAugment's ImageNet policy (Cubuk et al. 2019)."""
+    rand_augment: int = 0
+    """Strength of RandAugment (Cubuk et al. 2020), up to 30, 9 being usual; 0 is off."""
+    erasing: float = 0.0
+    """Share of the images of which a rectangle is erased (Zhong et al. 2020)."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al. 2018); 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (Yun et al. 2019); 0 is off. With mixup, each step takes one of the two."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16, fp16: autocast; weights and optimizer stay in fp32. fp64: all of it."""
     channels_last: bool = True
@@ -85,18 +108,21 @@ class Recipe:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1")
-        for name in ("momentum", "label_smoothing", "ema"):
+        for name in ("momentum", "label_smoothing", "ema", "erasing", "small_first"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: from 0 to below 1")
-        never_negative = ("weight_decay", "warmup_epochs", "mixup", "clip_norm", "lr_per", "frozen_stages", "auxiliary")
-        for name in (*never_negative, "crop_size", "resize", "jitter"):
+        never_negative = ("weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_norm", "lr_per", "frozen_stages", "auxiliary")
+        for name in (*never_negative, "crop_size", "resize", "jitter", "early_stop", "image_size"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: not negative")
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: above 0")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay is {self.layer_decay}: above 0, at most 1")
+        if not 0 <= self.rand_augment <= 30:
+            raise ValueError(f"rand_augment is {self.rand_augment}: from 0 to 30")
+        for name in ("layer_decay", "crop_area"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: above 0, at most 1")
         for name, kind in get_type_hints(Recipe).items():
             if (choices := get_args(kind)) and getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: {' or '.join(choices)}")
@@ -105,6 +131,10 @@ class Recipe:
     def peak_lr(self) -> float:
         """`lr`, scaled to the batch size if asked for."""
         return self.lr * self.batch_size / self.lr_per if self.lr_per else self.lr
+
+    def side_at(self, side: int, progress: float) -> int:
+        """Return the pixels a side of training images after `progress` (0 to 1) of all steps: where fewer, a multiple of 8."""
+        return min(side, max(8, side * 3 // 32 * 8)) if progress < self.small_first else side
 
     def lr_at(self, progress: float) -> float:
         """Learning rate after `progress` (0 to 1) of all steps."""
@@ -141,14 +171,16 @@ RECIPES = {
     "light": Recipe(),
     "heavy": Recipe(epochs=200, warmup_epochs=5, label_smoothing=0.1, auto_augment=True, mixup=0.2),
     "cifar": Recipe(
-        epochs=20,
+        epochs=26,
         batch_size=128,
         lr=0.2,
         nesterov=True,
         weight_decay=5e-4,
-        warmup_epochs=4,
+        warmup_epochs=2,
         decay="linear",
         label_smoothing=0.1,
+        ema=0.995,
+        small_first=0.6,
         crop="shift",
         precision="bf16",
     ),
@@ -172,8 +204,48 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """Raises ValueError for an unknown name, listing those there are."""
+    """Return the recipe of that name. Raises ValueError for an unknown one, listing those there are."""
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         raise ValueError(f"no recipe {name!r}: " + (f"did you mean {close[0]}?" if close else ", ".join(RECIPES)))
     return RECIPES[name]
+
+
+def resolve(recipe: str | os.PathLike[str] | Recipe, **changes: Any) -> Recipe:
+    """Return a recipe, the one of that name or the one in that file (.json), with some of its fields changed.
+
+    Raises ValueError for an unknown name or field, a file that holds no recipe, and values that make none.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = _read(Path(recipe)) if Path(recipe).suffix == ".json" else get_recipe(os.fspath(recipe))
+    return replace(recipe, **_known(changes))
+
+
+def _read(path: Path) -> Recipe:
+    """Return the recipe in a file, such as a run folder's recipe.json; what it leaves out is as in `light`."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: no recipe can be read ({error.strerror})") from None
+    except ValueError:
+        raise ValueError(f"{path}: is no JSON") from None
+    try:
+        return Recipe(**_known(found))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: holds no recipe ({error})") from None
+
+
+def _known(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields as they are. Raises ValueError for one that a recipe does not have, or of another type."""
+    defaults = asdict(Recipe())
+    for name, value in changes.items():
+        if name not in defaults:
+            close = difflib.get_close_matches(name, defaults, n=1)
+            raise ValueError(f"a recipe has no {name}" + (f": did you mean {close[0]}?" if close else ""))
+        kind = type(defaults[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name} is {value!r}: {kind.__name__} is needed")
+    return changes
+
+
+FIELDS = tuple(f.name for f in fields(Recipe))

@@ -31,6 +31,7 @@ class Overlap:
     images: int
     loss: float
     confusion: Tensor
+    classes: tuple[str, ...] = ()
 
     @property
     def per_class(self) -> list[float]:
@@ -66,7 +67,7 @@ class Segmentation:
         """Give photos the size that the recipe says; a model's input is the crop."""
         if recipe.crop != "scale":
             raise ValueError(f"--crop {recipe.crop} is for labels, {source.name} has masks: --recipe pspnet or camvid")
-        for name in ("auto_augment", "mixup"):
+        for name in ("auto_augment", "rand_augment", "erasing", "mixup", "cutmix", "image_size", "small_first"):
             if getattr(recipe, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for labels, {source.name} has masks")
         p = source.preprocessing

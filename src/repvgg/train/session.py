@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from repvgg.data import Source
+from repvgg.data.listing import SPLIT, write_table
 from repvgg.data.transforms import BadImages, normalise
 from repvgg.disk import FileError, Log, atomically, hold, out_of_memory
 from repvgg.measure.machine import write_record
@@ -23,25 +25,34 @@ from repvgg.train.batches import Feed
 from repvgg.train.distributed import LostError
 from repvgg.train.logs import Logs, draw_curve, read_lines
 from repvgg.train.progress import Progress
-from repvgg.train.recipes import Keeping
+from repvgg.train.recipes import FIELDS, Keeping, Recipe
 from repvgg.train.signals import StoppedError, StopRequests
 from repvgg.train.state import State, Store, shared
 from repvgg.train.tasks import Evaluation, Task
 from repvgg.train.trainer import Trainer
 
 LOG_EVERY = 20  # steps; so late, at most, a loss that is no number is noticed; before anything is saved always
+EARLY = 100  # steps of the run, in which running statistics of batch norms lag behind the weights
+RENEWING = 10  # batches that they are then taken from anew, before an evaluation
 TROUBLE = 1000  # what processes agree on where one cannot read its images; no signal has this number
 
 
 @dataclass(frozen=True)
 class Run:
-    """The result of a run: the model in training form, eval mode; its last and its best evaluation; and the time it took."""
+    """The result of a run: the model in training form, eval mode; its last and its best evaluation, each an `Accuracy` or, of
+    masks, an `Overlap`; the time it took; the lines of metrics.jsonl."""
 
     model: nn.Module
     last: Any
     best: Any
     seconds: float
     history: list[dict[str, Any]]
+    out: Path
+
+    def __str__(self) -> str:
+        best, last = (f"{x.score:.2%}" for x in (self.best, self.last))
+        name = {"top1": "top-1", "mean_iou": "mean IoU"}[self.best.measure]
+        return f"best val {name} {best}, last {last}, in {self.seconds / 60:.1f} min: {self.out}"
 
 
 @dataclass
@@ -54,6 +65,8 @@ class Course:
     seconds: float = 0.0
     last: Evaluation | None = None
     best: Evaluation | None = None
+    best_epoch: int = 0
+    """Counted from 1."""
     saved: float = field(default_factory=time.perf_counter)
 
 
@@ -91,26 +104,42 @@ class Session:
     def _run(self) -> Run:
         course = self._take_up()
         self.started = time.perf_counter() - course.seconds
-        if course.epochs < self.recipe.epochs:
-            with StopRequests() as stop, self._logs(course) as logs, self._progress(course) as progress:
-                for epoch in range(course.epochs, self.recipe.epochs):
-                    self._train(epoch, course, stop, logs, progress)
-                    self._evaluate(epoch, course, logs, progress)
+        if not self._ended(course):
+            try:
+                self._go_on(course)
+            except (StoppedError, FloatingPointError):
+                with suppress(OSError, FileError):  # what stopped it is what must be told
+                    self._finish(course, read_lines(self.out / "metrics.jsonl"))
+                raise
         self.store.wait()
         lines = read_lines(self.out / "metrics.jsonl")
         self._finish(course, lines)
         assert course.last is not None
         assert course.best is not None
         self.trainer.model._compiled_call_impl = None
-        return Run(self.trainer.best_model.eval(), course.last, course.best, course.seconds, lines)
+        return Run(self.trainer.best_model.eval(), course.last, course.best, course.seconds, lines, self.out)
+
+    def _go_on(self, course: Course) -> None:
+        """Train epoch after epoch."""
+        with StopRequests() as stop, self._logs(course) as logs, self._progress(course) as progress:
+            while not self._ended(course):
+                epoch = course.epochs
+                self._train(epoch, course, stop, logs, progress)
+                self._evaluate(epoch, course, logs, progress)
+
+    def _ended(self, course: Course) -> bool:
+        """Tell whether all epochs are over, or as many without a better one as are waited for."""
+        patience = self.recipe.early_stop
+        return course.epochs >= self.recipe.epochs or bool(patience and course.epochs - course.best_epoch >= patience)
 
     def _train(self, epoch: int, course: Course, stop: StopRequests, logs: Logs, progress: Progress) -> None:
         """Take the steps of an epoch that are left."""
         steps = self.feed.steps
         self.trainer.train()
         for waited, parts in self._parts(epoch, course, stop):
-            lr = self.recipe.lr_at(course.step / (self.recipe.epochs * steps))
-            inputs = [(self._normalised(x), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
+            progress_made = course.step / (self.recipe.epochs * steps)
+            lr = self.recipe.lr_at(progress_made)
+            inputs = [(self._input(x, progress_made), y.to(self.trainer.device, non_blocking=True)) for x, y in parts]
             self.trainer.step(inputs, lr, course.step, self.feed.batch_size)
             course.step += 1
             progress.step(epoch, lr, waited, self.feed.images_per_second * self.world.size)
@@ -147,13 +176,19 @@ class Session:
                 return
             yield time.perf_counter() - started, parts
 
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
-        return normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+    def _input(self, x: torch.Tensor, progress: float) -> torch.Tensor:
+        """Return images on the device, normalised, of the size that they have after that share of the run."""
+        x = normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
+        height, width = x.shape[-2:]
+        size = self.recipe.side_at(height, progress), self.recipe.side_at(width, progress)
+        return x if size == (height, width) else interpolate(x, size, mode="bilinear", antialias=True)
 
     def _evaluate(self, epoch: int, course: Course, logs: Logs, progress: Progress) -> None:
         """Evaluate at the end of an epoch, and save the models and the state."""
-        if self.trainer.summed:
-            progress.seen(*self.trainer.means())
+        trained = self.trainer.epoch_means()
+        if course.step <= EARLY:
+            some = islice(self.feed.epoch(epoch), RENEWING * self.recipe.accumulate)
+            self.trainer.renew_statistics(self._input(x, 1) for x, _ in some)
         self.trainer.settle()
         world = self.world
         bad = BadImages(self.out / "bad_images.txt", replace=False) if self.keeping.on_bad_image == "skip" else None
@@ -164,19 +199,26 @@ class Session:
         course.epochs += 1
         better = course.best is None or course.last.score > course.best.score
         if better:
-            course.best = course.last
+            course.best, course.best_epoch = course.last, course.epochs
         if world.main:
             for name in ("best", "last") if better else ("last",):
                 self._save_model(name, course)
         last = course.last
-        progress.evaluated(epoch, last)
-        logs.write(step=course.step, epoch=epoch, **{f"val_{name}": value for name, value in last.figures.items()})
+        progress.evaluated(epoch, last, trained)
+        seconds = round(time.perf_counter() - self.started, 1)
+        means = dict(zip(("train_loss", f"train_{self.task.share}"), trained, strict=True))
+        figures = {f"val_{name}": value for name, value in last.figures.items()}
+        logs.write(step=course.step, epoch=epoch, seconds=seconds, **means, **figures)
+        if self._ended(course) and course.epochs < self.recipe.epochs:
+            progress.say(f"no better epoch than {course.best_epoch} in the last {self.recipe.early_stop}: it ends here")
         self._save(course)
 
     def _save_model(self, name: str, course: Course) -> None:
         assert course.last is not None
         score = {f"val_{course.last.measure}": course.last.score}
         training = {"data": self.source.name, "epoch": course.epochs, **score, "seed": self.settings["seed"]}
+        if self.source.splitting:
+            training["splitting"] = list(self.source.splitting)
         save(
             self.trainer.best_model,
             self.out / f"{name}.safetensors",
@@ -196,7 +238,7 @@ class Session:
         allowed = set(filter(None, self.keeping.allow_change.split(",")))
         if unknown := sorted(allowed - self.settings.keys()):
             raise ValueError(f"--allow-change {unknown[0]}: there are {', '.join(self.settings)}")
-        before = state.facts["settings"]
+        before = {**asdict(Recipe()), **state.facts["settings"]}  # with what was not asked for in an earlier version
         for name, value in self.settings.items():
             if before.get(name) != value and name not in allowed:
                 raise ValueError(
@@ -212,8 +254,8 @@ class Session:
             self.trainer.load(state.tensors, state.facts["scaler"])
         except (RuntimeError, KeyError):  # what was allowed to change has changed the network
             raise FileError(f"{self.out}: the state in it is of another network: another --out, or --resume never") from None
-        course = Course(state.step, state.facts["epochs"], state.facts["seconds"], last, best)
-        if course.epochs >= self.recipe.epochs:
+        course = Course(state.step, state.facts["epochs"], state.facts["seconds"], last, best, state.facts.get("best_epoch", 0))
+        if self._ended(course):
             self.log(f"{self.out}: has had its {course.epochs} epochs already")
         else:
             self.log(f"{self.out}: goes on after step {course.step} of {self.recipe.epochs * self.feed.steps}")
@@ -231,6 +273,10 @@ class Session:
             self.store.clear()
             text = json.dumps(asdict(self.recipe), indent=2) + "\n"
             atomically(self.out / "recipe.json", lambda path: path.write_text(text))
+            others = {name: value for name, value in self.settings.items() if name not in FIELDS}
+            atomically(self.out / "settings.json", lambda path: path.write_text(json.dumps(others, indent=2) + "\n"))
+            if (rows := self.source.rows) is not None:
+                atomically(self.out / SPLIT, lambda path: write_table(path, rows()))
             self.store.folder.mkdir(exist_ok=True)
         return Course()
 
@@ -240,6 +286,7 @@ class Session:
             return
         facts: dict[str, Any] = {
             "epochs": course.epochs,
+            "best_epoch": course.best_epoch,
             "steps": self.feed.steps,
             "seconds": course.seconds,
             "settings": self.settings,
@@ -248,7 +295,7 @@ class Session:
         for name, evaluation in (("last", course.last), ("best", course.best)):
             if evaluation is not None:
                 tensors[f"{name}.confusion"] = evaluation.confusion.clone()
-                facts[name] = {key: value for key, value in vars(evaluation).items() if key != "confusion"}
+                facts[name] = {key: value for key, value in vars(evaluation).items() if key not in ("confusion", "classes")}
         self.store.save_soon(State(course.step, tensors, {**facts, "scaler": self.trainer.scaler.state_dict()}))
 
     def _save_if_due(self, course: Course) -> None:
@@ -265,16 +312,16 @@ class Session:
     def _finish(self, course: Course, lines: list[dict[str, Any]]) -> None:
         if not self.world.main or (self.out / "summary.json").exists():
             return
-        assert course.last is not None
-        assert course.best is not None
         bad = BadImages(self.out / "bad_images.txt", replace=False).listed() if self.keeping.on_bad_image == "skip" else []
         if bad:
             self.log(f"{len(bad)} images could not be read: {self.out / 'bad_images.txt'}")
         summary = {
             "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "repvgg"), *sys.argv[1:]]),
             "seconds": course.seconds,
-            f"best_{course.best.measure}": course.best.score,
-            f"last_{course.last.measure}": course.last.score,
+            "epochs": course.epochs,
+            "best_epoch": course.best_epoch,
+            "finished": self._ended(course),
+            **{f"{name}_{e.measure}": e.score for name, e in (("best", course.best), ("last", course.last)) if e is not None},
             **{name: self.settings[name] for name in ("arch", "data", "seed")},
             "processes": self.world.size,
             "bad_images": len(bad),

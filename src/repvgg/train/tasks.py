@@ -33,6 +33,8 @@ class Evaluation(Protocol):
     @property
     def confusion(self) -> Tensor: ...
     @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
     def score(self) -> float: ...
     @property
     def figures(self) -> dict[str, float]: ...
@@ -121,6 +123,8 @@ class Classification:
                 raise ValueError(f"--{name.replace('_', '-')} is for masks, {source.name} has labels")
         if recipe.crop == "scale":
             raise ValueError(f"--crop scale is for masks, {source.name} has labels")
+        if recipe.image_size:
+            return replace(source, preprocessing=source.preprocessing.sized(recipe.image_size))
         return source
 
     def check(self, model: nn.Module, source: Source) -> None:

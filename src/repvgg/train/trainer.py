@@ -1,7 +1,7 @@
 """One process's part in the training of one model: what a step does, and all that must be kept to go on from it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from repvgg.numerics import full_float32, repeatable
+from repvgg.train.augment import mixing
 from repvgg.train.distributed import ALONE, World
-from repvgg.train.optimizer import custom_l2, freeze, keep_still, sgd
+from repvgg.train.optimizer import custom_l2, freeze, keep_still, make_optimizer
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import CLASSIFICATION, Task
 
+# What an optimizer remembers of a parameter, by the name that it is saved under.
+REMEMBERED = {"momentum": "momentum_buffer", "first": "exp_avg", "second": "exp_avg_sq", "steps": "step"}
+
 
 class Trainer:
-    """Steps of SGD on `model`, which is moved to the device and changed in place."""
+    """Steps of gradient descent on `model`, which is moved to the device and changed in place."""
 
     def __init__(
         self,
@@ -40,12 +44,14 @@ class Trainer:
         self.ema = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True) if recipe.ema else None
         )
-        self.optimizer = sgd(self.model, recipe)
+        self.optimizer = make_optimizer(self.model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")  # type: ignore[attr-defined]
         if recipe.compile:
             self.model.compile(dynamic=False)
         self.sums = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         self.summed = self.number = 0
+        self.epoch = [0.0, 0.0, 0.0]  # sums of loss and share, and the steps: of those steps of the epoch that `means` has told
+        self.mix = mixing(recipe, num_classes)
         self.network: Any = nn.parallel.DistributedDataParallel(self.model) if world.size > 1 else self.model
 
     def _placed(self, model: nn.Module) -> nn.Module:
@@ -78,13 +84,13 @@ class Trainer:
         keep_still(self.model, self.recipe.frozen_stages, self.recipe.freeze_bn)
 
     def step(self, parts: Sequence[tuple[Tensor, Tensor]], lr: float, number: int, images: int = 0) -> None:
-        """Take one step of SGD.
+        """Take one step.
 
         parts: this process's normalised images [N, C, H, W] and labels [N] or masks [N, H, W]; number: of the step in the run.
         images: how many all processes have together, by which parts of unequal size are weighted; 0 where all are equal.
         It does not wait for the device: what the loss was is asked of `means`.
         """
-        torch.manual_seed(hash((self.seed, number, self.world.rank)) % 2**63)  # of mixup and dropout: the same when resumed here
+        torch.manual_seed(hash((self.seed, number, self.world.rank)) % 2**63)  # of mixing and dropout: the same when resumed here
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
@@ -108,18 +114,25 @@ class Trainer:
         call; to be called by all processes alike. Raises FloatingPointError if the loss is no number.
         """
         loss, share = (self.world.total(self.sums) / (max(1, self.summed) * self.world.size)).tolist()
-        first, last, self.summed = self.number - self.summed + 2, self.number + 1, 0  # counted from 1, as in metrics.jsonl
+        first, last = self.number - self.summed + 2, self.number + 1  # counted from 1, as in metrics.jsonl
+        self.epoch = [a + self.summed * b for a, b in zip(self.epoch, (loss, share, 1.0), strict=True)]
+        self.summed = 0
         self.sums.zero_()
         if not math.isfinite(loss):
             raise diverged(f"steps {first} to {last}: the loss is {loss}")
         return loss, share
 
+    def epoch_means(self) -> tuple[float, float]:
+        """Return what `means` does, but over all steps of the epoch, those of an earlier process too; another epoch begins."""
+        if self.summed:
+            self.means()
+        (loss, share, steps), self.epoch = self.epoch, [0.0, 0.0, 0.0]
+        return loss / max(1.0, steps), share / max(1.0, steps)
+
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         target = y
-        if self.recipe.mixup:
-            from torchvision.transforms import v2
-
-            x, target = v2.MixUp(alpha=self.recipe.mixup, num_classes=self.num_classes)(x, y)
+        if self.mix is not None:
+            x, target = self.mix(x, y)
         outputs = self._forward(self.network, x)
         loss = self.task.loss(outputs, target, self.recipe)
         if self.recipe.custom_l2:
@@ -140,6 +153,29 @@ class Trainer:
     def predict(self, x: Tensor) -> Tensor:
         """Return the logits of `best_model`, which must be in eval mode."""
         return self._forward(self.best_model, x)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def renew_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Take the running statistics of all batch norms in training anew: those of these images, with the weights as they are.
+
+        Running means over a few steps, in which the weights have moved far, describe no network. batches: normalised images
+        [N, C, H, W].
+        """
+        models = list(dict.fromkeys((self.model, self.best_model)))
+        norms: list[tuple[nn.modules.batchnorm._BatchNorm, float | None]] = []
+        for model in models:
+            model.train()
+            keep_still(model, self.recipe.frozen_stages, self.recipe.freeze_bn)
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
+                    norms.append((module, module.momentum))
+                    module.reset_running_stats()
+                    module.momentum = None  # the mean over all that it sees
+        for x in batches:
+            for model in models:
+                self._forward(model, x)
+        for module, momentum in norms:
+            module.momentum = momentum
 
     def settle(self) -> None:
         """Prepare for evaluating and saving: eval mode, one process's statistics in all, and numbers that a file may hold.
@@ -162,27 +198,31 @@ class Trainer:
         """Return weights, statistics, momentum and the moving average. Raises FloatingPointError if one is not finite."""
         found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
-                found[f"momentum.{name}"] = momentum
+            remembered = self.optimizer.state[parameter]
+            found |= {f"{kind}.{name}": remembered[key] for kind, key in REMEMBERED.items() if remembered.get(key) is not None}
         if self.ema is not None:
             found |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
         refuse_infinite(found)
-        return found
+        return {**found, "figures": torch.tensor([*self.sums.tolist(), self.summed, *self.epoch], dtype=torch.float64)}
 
     def load(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
         """Go on from the `tensors()` and the `scaler.state_dict()` of an earlier trainer of the same model and recipe."""
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "ema": {}}
+        groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", "figures", *REMEMBERED)}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             groups[kind][rest] = tensor
         self.model.load_state_dict(groups["model"])
         for name, parameter in self.model.named_parameters():
-            if name in groups["momentum"]:
-                # A copy of the gradient's own layout: a sum of the same numbers in another order would round otherwise.
-                momentum = torch.empty_like(parameter).copy_(groups["momentum"][name])
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+            for kind, key in REMEMBERED.items():
+                if (saved := groups[kind].get(name)) is not None:
+                    # In the gradient's own layout: a sum of the same numbers in another order would round otherwise.
+                    like = parameter if saved.dim() else saved
+                    self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
         if self.ema is not None:
             self.ema.load_state_dict(groups["ema"])
+        for figures in groups["figures"].values():
+            loss, share, summed, *self.epoch = figures.tolist()
+            self.sums, self.summed = self.sums.new_tensor([loss, share]), int(summed)
         if scaler:
             self.scaler.load_state_dict(scaler)
 

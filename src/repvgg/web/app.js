@@ -1,4 +1,5 @@
 // Both forms of a network on the visitor's image: prepared as `repvgg predict` prepares it, timed in turns, compared.
+// The deploy form runs in the native engine too, where the page was made with it: a switch shows the one or the other.
 import * as ort from './ort.wasm.min.mjs';
 
 const TOP = 5, WARMUP = 3, ROUNDS = 9;
@@ -117,6 +118,15 @@ async function logitsOf(session, input) {
   return outputs.logits.data;
 }
 
+// The native engine as a session: the same input, the same output.
+async function nativeSession() {
+  const {load} = await import('./repvgg_engine.mjs');
+  const bytes = async name => (await fetch(name)).arrayBuffer();
+  const plan = await (await fetch('plan.json')).text();
+  const net = await load(await bytes('repvgg_engine.wasm'), await bytes('model.safetensors'), plan);
+  return {run: async ({images}) => ({logits: {data: net.run(images.data)}})};
+}
+
 async function turn(session, input, runs) {
   const started = performance.now();
   for (let i = 0; i < runs; i++) await session.run({images: input});
@@ -125,14 +135,13 @@ async function turn(session, input, runs) {
 
 // Milliseconds an image by form, one figure a round, the forms taking turns.
 async function time(sessions, input) {
-  const first = {};
-  for (const form of FORMS) first[form] = await turn(sessions[form], input, WARMUP);
+  const first = {}, forms = Object.keys(sessions), times = Object.fromEntries(forms.map(form => [form, []]));
+  for (const form of forms) first[form] = await turn(sessions[form], input, WARMUP);
   const slower = Math.max(...Object.values(first));
   const runs = Math.max(1, Math.ceil(TURN / slower));
   const rounds = Math.max(3, Math.min(ROUNDS, Math.floor(BUDGET / (2 * runs * slower))));
-  const times = {training: [], deploy: []};
   for (let round = 0; round < rounds; round++)
-    for (const form of round % 2 ? [...FORMS].reverse() : FORMS) times[form].push(await turn(sessions[form], input, runs));
+    for (const form of round % 2 ? [...forms].reverse() : forms) times[form].push(await turn(sessions[form], input, runs));
   return {times, runs, rounds};
 }
 
@@ -166,12 +175,20 @@ function showAnswers(form, logits, classes) {
 }
 
 function showTimes(times) {
-  const medians = Object.fromEntries(FORMS.map(form => [form, median(times[form])]));
+  const medians = Object.fromEntries(Object.entries(times).map(([form, of]) => [form, median(of)]));
   const slower = Math.max(...Object.values(medians));
-  for (const form of FORMS) {
-    $(`#${form} output`).textContent = milliseconds(medians[form]);
-    $(`#${form} .bar i`).style.width = `${100 * medians[form] / slower}%`;
-  }
+  const show = (form, ms) => {
+    $(`#${form} .time output`).textContent = milliseconds(ms);
+    $(`#${form} .bar i`).style.width = `${100 * ms / slower}%`;
+  };
+  const both = () => {
+    show('training', medians.training);
+    show('deploy', medians[$('#engine :checked').value]);
+  };
+  $('#engine').onchange = both;
+  both();
+  if (medians.native) $('#engine output').textContent = `${milliseconds(medians.deploy)} and ${milliseconds(medians.native)} ms: ` +
+    `${(medians.deploy / medians.native).toFixed(2)} times the speed, on one thread`;
   return medians.training / medians.deploy;
 }
 
@@ -185,18 +202,19 @@ async function read(blob, model, sessions) {
   say('Reading, in turns …');
   const input = prepare(bitmap, model.preprocessing);
   const logits = {};
-  for (const form of FORMS) {
+  for (const form of Object.keys(sessions)) {
     logits[form] = Array.from(await logitsOf(sessions[form], input));
-    showAnswers(form, logits[form], model.classes);
+    if (FORMS.includes(form)) showAnswers(form, logits[form], model.classes);
   }
   const apart = Math.max(...logits.training.map((x, i) => Math.abs(x - logits.deploy[i])));
   const difference = apart / Math.max(...logits.training.map(Math.abs));
   const label = form => logits[form].indexOf(Math.max(...logits[form]));
-  const same = label('training') === label('deploy');
+  const same = Object.keys(sessions).every(form => label(form) === label('training'));
   const {times, runs, rounds} = await time(sessions, input);
   const speedup = showTimes(times);
   $('#verdict').classList.toggle('wrong', !same);
-  say('', same ? 'The same answer' : 'Different answers', ', and the deploy form has ', `${speedup.toFixed(2)} times`,
+  const name = model.classes ? model.classes[label('deploy')] : `class ${label('deploy')}`;
+  say('', same ? name : 'Different answers', same ? ', say both forms; the deploy form has ' : '; the deploy form has ', `${speedup.toFixed(2)} times`,
     ` the speed. The logits differ by ${difference.toExponential(1)} of the largest: rounding in float32.`);
   $('#protocol').textContent = `Medians of ${rounds} rounds in which the forms took turns, ${runs} runs a turn, on ` +
     `${ort.env.wasm.numThreads} ${ort.env.wasm.numThreads === 1 ? 'thread' : 'threads'} of WebAssembly (onnxruntime-web ` +
@@ -214,6 +232,8 @@ async function main() {
     $(`#${form} .facts`).textContent = `${operators} operators, ${(parameters / 1e6).toFixed(2)} M parameters, ` +
       `${(bytes / 1e6).toFixed(1)} MB`;
   }
+  if (model.native) sessions.native = await nativeSession();
+  $('#engine').hidden = !model.native;
   document.title = `${model.name || 'RepVGG'} in the browser`;
 
   let busy = Promise.resolve();
@@ -229,18 +249,24 @@ async function main() {
   });
 
   const drop = $('#drop'), file = $('#file');
-  file.addEventListener('change', () => file.files[0] && show(file.files[0]));
+  const press = chosen => {
+    for (const button of $('#examples').children) button.ariaPressed = String(button === chosen);
+  };
+  file.addEventListener('change', () => file.files[0] && (press(), show(file.files[0])));
   for (const kind of ['dragover', 'dragleave', 'drop']) addEventListener(kind, event => {
     event.preventDefault();
     drop.classList.toggle('over', kind === 'dragover');
-    if (kind === 'drop' && event.dataTransfer.files[0]) show(event.dataTransfer.files[0]);
+    if (kind === 'drop' && event.dataTransfer.files[0]) press(), show(event.dataTransfer.files[0]);
   });
   for (const example of model.examples) {
-    const button = element('button', '', {type: 'button', title: example.name});
+    const button = element('button', '', {type: 'button', title: example.name, ariaPressed: 'false'});
     const image = element('img', '', {src: example.file, alt: example.name});
     image.addEventListener('load', () => image.classList.toggle('small', image.naturalWidth <= 64));
     button.append(image);
-    button.addEventListener('click', async () => show(await (await fetch(example.file)).blob()));
+    button.addEventListener('click', async () => {
+      press(button);
+      show(await (await fetch(example.file)).blob());
+    });
     $('#examples').append(button);
   }
   $('#examples').hidden = !model.examples.length;

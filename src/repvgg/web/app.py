@@ -30,6 +30,7 @@ from repvgg.deploy.export import random_images
 from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
 from repvgg.deploy.staged import staged
+from repvgg.deploy.web_folder import engine_files, write_model
 from repvgg.disk import Log, cache_folder
 from repvgg.models import zoo
 from repvgg.predict.labels import expand
@@ -74,6 +75,7 @@ def build(
             "forms": {name: _write(net, model, folder / f"{name}.onnx") for name, net in (("training", model), ("deploy", deploy))},
             "examples": [_example(path, channels, folder / f"example-{i:02}.png") for i, path in enumerate(pictures)],
         }
+        told["native"] = _native(model, folder, log)
         for file in (*parts, HERE / "index.html", HERE / "app.js"):
             shutil.copyfile(file, folder / file.name)
         (folder / "style.css").write_text(page.STYLE + (HERE / "style.css").read_text())
@@ -139,6 +141,20 @@ def _write(net: nn.Module, original: nn.Module, path: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in net.parameters()),
         "error": parity.error.relative,
     }
+
+
+def _native(model: nn.Module, folder: Path, log: Log) -> bool:
+    """Write what the page needs to run the deploy form in the native engine too; without the engine it does without, in words."""
+    try:
+        script, binary = (next(f for f in engine_files() if f.suffix == suffix) for suffix in (".mjs", ".wasm"))
+        parity = write_model(model, folder)
+    except ValueError as error:
+        log(f"the page runs onnxruntime-web alone: {error}")
+        return False
+    for file in (script, binary):
+        shutil.copyfile(file, folder / file.name)
+    log(f"native engine: {parity}")
+    return True
 
 
 def _example(source: str, channels: int, path: Path) -> dict[str, str]:

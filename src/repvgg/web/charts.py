@@ -14,7 +14,7 @@ from repvgg.web.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RU
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 420, 280  # pixels; on a telephone they are shown at four fifths
 TEXT = 13 * POINT
-LINES = (RULE, WIDEST[1], POINTWISE[1], IDENTITY[1], "#8a5a9c", "#a33b3b", INK, MUTED)
+LINES = (WIDEST[1], POINTWISE[1], IDENTITY[1], "#8a5a9c", "#a33b3b", INK, MUTED)
 MOST_NUMBERS, MOST_NAMES = 20, 60  # classes whose cells are numbered; whose names are written
 FAR = 2.0  # times the third quartile: what is above leaves the chart at its top
 SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#a9c6e6", WIDEST[1], "#173a61"])
@@ -26,9 +26,9 @@ def curves(title: str, lines: Mapping[str, Points], best: tuple[float, float] | 
     level: the axis begins at zero, and few values that are far above the others leave the chart, with a word. Lines without points
     are left out.
     """
-    figure, axes = _chart(title)
+    figure, axes = chart(title)
     shown = {name: points for name, points in lines.items() if points}
-    for (name, points), colour in zip(shown.items(), _colours(len(shown)), strict=True):
+    for (name, points), colour in zip(shown.items(), _colours(list(shown)), strict=True):
         axes.plot(*zip(*points, strict=True), color=colour, label=name, marker="." if len(points) < 30 else None, linewidth=1.6)
     if best is not None:
         axes.plot(*best, "o", color=IDENTITY[1], markersize=7, label=f"best: {best[1]:.4g} in epoch {best[0]:g}", zorder=4)
@@ -73,8 +73,9 @@ def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:
     return figure
 
 
-def _chart(title: str) -> tuple[Figure, Axes]:
-    figure, (axes,) = plot(WIDTH, HEIGHT)
+def chart(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """Return a small figure with one axes and its title."""
+    figure, (axes,) = plot(WIDTH, height)
     axes.set_title(title, fontsize=TEXT * 1.08, color=INK, loc="left")
     axes.tick_params(labelsize=TEXT)
     axes.grid(color=RULE, linewidth=0.4, axis="y")
@@ -82,11 +83,10 @@ def _chart(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _colours(count: int) -> Sequence[str]:
-    """Return grey for training and blue for evaluation where there are two lines; else colours that are easily told apart."""
-    if count <= 2:
-        return LINES[2 - count : 2] if count == 2 else LINES[1:2][:count]
-    return [LINES[1 + i % (len(LINES) - 1)] for i in range(count)]
+def _colours(names: list[str]) -> list[str]:
+    """Return grey for training, and colours that are easily told apart for all else."""
+    others = [name for name in names if name != "training"]
+    return [RULE if name == "training" else LINES[others.index(name) % len(LINES)] for name in names]
 
 
 def _level(axes: Axes, values: list[float]) -> None:

@@ -32,6 +32,7 @@ html { -webkit-text-size-adjust: 100% }
 body { margin: 0; background: var(--page); color: var(--ink) }
 body { font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 main { max-width: 78rem; margin: 0 auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 5rem }
+h1, h2, p, figcaption { overflow-wrap: break-word }
 h1 { margin: 0 0 .5rem; font-size: clamp(1.9rem, 5vw, 2.75rem); line-height: 1.15; letter-spacing: -.02em; text-wrap: balance }
 h3 { margin: 1.5rem 0 .5rem; font-size: 1.0625rem; line-height: 1.4 }
 h2 { margin: 0 0 .75rem; font-size: 1.4rem; line-height: 1.25; letter-spacing: -.01em }
@@ -60,8 +61,13 @@ table { border-collapse: collapse; font-size: .95rem; line-height: 1.4; font-var
 th, td { padding: .5rem clamp(.8rem, 2vw, 1.5rem) .5rem 0; text-align: left; vertical-align: baseline }
 td, thead th { border-bottom: 1px solid var(--rule) }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom }
+@media (max-width: 40rem) {
+  table { font-size: .85rem }
+  th, td { padding-right: .6rem }
+  .table { padding: .25rem .7rem }
+}
 .number { text-align: right }
-td.number { white-space: nowrap }
+td.number, td:first-child { white-space: nowrap }
 summary { margin-bottom: .75rem; color: var(--accent); cursor: pointer }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser too holds the page to it
@@ -150,7 +156,8 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
     body = "\n".join(
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>" for row in cells
     )
-    return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    head = f"<thead><tr>{head}</tr></thead>\n" if any(header) else ""
+    return f'<div class="table"><table>\n{head}<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def charts(pieces: Iterable[str]) -> str:

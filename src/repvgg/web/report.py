@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CURVES = {"loss": "loss", "top1": "top-1, %", "mean_iou": "mean IoU, %", "pixel_accuracy": "pixel accuracy, %"}
 HARDEST = 100  # classes in the table
+SHOWN = 100  # points of the learning rate
 
 
 def write_report(folder: Path, source: Source | None = None, data: str = "", device: str = "cpu", log: Log = print) -> Path:
@@ -48,8 +49,7 @@ def write_report(folder: Path, source: Source | None = None, data: str = "", dev
         source = run.as_trained(source)
         network = both.get("deploy form", both["training form"])
         sections.append(("Its worst mistakes", _mistakes(findings.mistakes(network, source, device), run, pieces)))
-        recipe = Recipe(**{f.name: run.settings[f.name] for f in fields(Recipe) if f.name in run.settings})
-        batch = findings.first_batch(source, recipe, int(run.settings.get("seed", 0)))
+        batch = findings.first_batch(source, run.recipe, int(run.settings.get("seed", 0)))
         sections.append(("What it saw", _first_batch(batch, pieces)))
     sections += [("What it costs", _costs(speeds)), ("How it was made", _settings(run))]
     target = folder / "run.html"
@@ -113,7 +113,9 @@ def _learning(run: RunFolder, pieces: Pieces) -> str:
         if run.best_line is not None and name == run.measure:
             best = (run.best_line["epoch"] + 1.0, scale * run.best_line[f"val_{name}"])
         drawn.append(pieces.chart(name, charts.curves(title, lines, best, level=name == "loss")))
-    drawn.append(pieces.chart("learning_rate", charts.curves("learning rate", {"": run.curve("lr")}, level=True)))
+    recipe = run.recipe
+    planned = [(recipe.epochs * i / SHOWN, recipe.lr_at(i / SHOWN)) for i in range(SHOWN + 1)]
+    drawn.append(pieces.chart("learning_rate", charts.curves("learning rate, as the recipe says", {"": planned}, level=True)))
     return page.charts(drawn)
 
 
@@ -162,7 +164,7 @@ def _mistakes(mistakes: Mistakes, run: RunFolder, pieces: Pieces) -> str:
     pictures = [mistake.picture for mistake in mistakes.worst]
     if run.task.kind == "labels":
         pieces.picture("mistakes", findings.mosaic(pictures), "the worst mistakes")
-        told = page.paragraph(f"{looked}, these are taken for something else with the least doubt; as the network saw them.")
+        told = page.paragraph(f"{looked}, these are the ones whose true class it gave the least chance; as the network saw them.")
         captions = [f"{m.true}, taken for {m.taken} ({m.surely:.0%})" for m in mistakes.worst]
         return told + page.grid(page.png(m.picture, m.true, words) for m, words in zip(mistakes.worst, captions, strict=True))
     told = page.paragraph(f"{looked}, in these the largest share of the pixels is wrong. Left what is true, right what was found.")

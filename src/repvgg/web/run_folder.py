@@ -1,15 +1,17 @@
 """A run folder, read: what was trained, how, how it went and how good it became. The images are not needed."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from repvgg.data import Source, open_source
+from repvgg.data.listing import SPLIT, reopened
 from repvgg.disk import FileError, Log
 from repvgg.models.header import read_header
 from repvgg.models.manifest import Manifest
 from repvgg.train.logs import read_lines
+from repvgg.train.recipes import Recipe
 from repvgg.train.state import Store
 from repvgg.train.tasks import Evaluation, Task, task_of_model
 
@@ -36,6 +38,10 @@ class RunFolder:
     @property
     def task(self) -> Task:
         return task_of_model(self.manifest)
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(**{f.name: self.settings[f.name] for f in fields(Recipe) if f.name in self.settings})
 
     @property
     def measure(self) -> str:
@@ -72,7 +78,7 @@ class RunFolder:
         """
         spec = data or str(self.settings.get("data", ""))
         try:
-            source = open_source(spec)
+            source = reopened(open_source(spec), self.path / SPLIT)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if data:
                 raise

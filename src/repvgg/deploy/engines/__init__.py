@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repvgg.disk import Log
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int16")
 
 
 class DeviceError(ValueError):
@@ -27,7 +27,8 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """Settings that an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA).
+    """Settings that an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA;
+    int16: fp32 with products of 14 to 16 bits, in the engine native, without calibration).
 
     threads: of the CPU, None for the engine's own choice. channels_last: memory format of the PyTorch engines.
     """
@@ -83,13 +84,18 @@ class Engine:
 
 @dataclass(frozen=True)
 class Known:
-    """An engine's file, what it needs beside PyTorch and how to get it, and its precisions on the CPU and on CUDA."""
+    """An engine's file, what it needs beside PyTorch, its precisions on the CPU and on CUDA, and how to get it if not by pip."""
 
     module: str
     packages: tuple[str, ...]
     on_cpu: tuple[str, ...]
     on_cuda: tuple[str, ...]
-    remedy: str = "pip install 'repvgg[deploy]'"
+    source: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """Return the line that installs it."""
+        return self.source or f"pip install {' '.join(self.packages)}"
 
 
 ENGINES = {
@@ -102,7 +108,7 @@ ENGINES = {
     "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),
     "mnn": Known("mnn", ("onnx", "onnxscript", "MNN"), ("fp32",), ()),
     "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),
-    "native": Known("native", ("repvgg_engine",), ("fp32", "bf16"), (), "pip install ./engine, with a C++ compiler"),
+    "native": Known("native", ("repvgg_engine",), ("fp32", "bf16", "int16"), (), "pip install ./engine, with a C++ compiler"),
 }
 
 

@@ -1,0 +1,68 @@
+/* The class of a photo, from C.
+ *
+ *   cc classify.c -lrepvgg_engine -o classify
+ *   ./classify a0.safetensors photo.ppm [a0.plan.json]
+ *
+ * PPM is the simplest of image files; ImageMagick, ffmpeg and GIMP write it.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "repvgg_engine.h"
+
+static int fail(const char *reason) {
+    fprintf(stderr, "classify: %s\n", reason);
+    return 2;
+}
+
+/* The pixels of a binary PPM, uint8 [height, width, 3]; NULL where it is none. */
+static uint8_t *read_ppm(const char *path, int *height, int *width) {
+    FILE *file = fopen(path, "rb");
+    uint8_t *pixels = NULL;
+    int most;
+    if (!file) return NULL;
+    if (fscanf(file, "P6 %d %d %d", width, height, &most) == 3 && most == 255 && fgetc(file) != EOF && *width > 0 &&
+        *height > 0 && *width <= 10000 && *height <= 10000) {
+        const size_t bytes = (size_t)*width * *height * 3;
+        pixels = malloc(bytes);
+        if (pixels && fread(pixels, 1, bytes, file) != bytes) {
+            free(pixels);
+            pixels = NULL;
+        }
+    }
+    fclose(file);
+    return pixels;
+}
+
+int main(int count, char **words) {
+    char error[500] = "there is not enough memory";
+    if (count < 3 || count > 4) return fail("usage: classify MODEL.safetensors PHOTO.ppm [PLAN.json]");
+
+    repvgg_open_options options = {.size = sizeof options, .plan = count > 3 ? words[3] : NULL};
+    repvgg_net *net = repvgg_open(words[1], &options, error, sizeof error);
+    if (!net) return fail(error);
+    repvgg_description about = {.size = sizeof about};
+    repvgg_describe(repvgg_net_model(net), &about);
+
+    int height, width;
+    uint8_t *pixels = read_ppm(words[2], &height, &width);
+    if (!pixels || about.channels != 3) return fail("no photo that can be read, or not a model of colours");
+    uint8_t *input = malloc((size_t)about.height * about.width * 3);
+    if (!input || repvgg_prepare(&about, pixels, height, width, input, error, sizeof error)) return fail(error);
+
+    int32_t shape[3];
+    repvgg_images images = {.data = input, .bytes = 1, .n = 1, .height = about.height, .width = about.width};
+    images.scale = about.scale, images.shift = about.shift;
+    if (repvgg_output_shape(net, about.height, about.width, shape, error, sizeof error)) return fail(error);
+    float *logits = malloc(sizeof *logits * shape[0] * shape[1] * shape[2]);
+    if (!logits || repvgg_run(net, &images, logits, error, sizeof error)) return fail(error);
+
+    int best = 0;
+    for (int i = 1; i < shape[0]; i++)
+        if (logits[i] > logits[best]) best = i;
+    if (best < about.class_count) printf("%s\n", about.classes[best]);
+    else printf("class %d\n", best);
+    free(logits), free(input), free(pixels);
+    repvgg_destroy(net);
+    return 0;
+}

@@ -1,0 +1,66 @@
+// The native engine in a browser, or in Node: RepVGG in deploy form, by Winograd's algorithms, on one thread of WebAssembly.
+//
+//   const net = await load(engine, model, plan);      // bytes of repvgg_engine.wasm and a .safetensors file; a plan's text, or null
+//   const [best] = net.classify(imageData);           // of a canvas: resized, cropped and normalised as the model says
+//   const logits = net.run(floats, n, height, width); // Float32Array [n, channels, height, width]
+
+export async function load(engine, model, plan = null) {
+  const {instance} = await WebAssembly.instantiate(engine, imports(() => wasm));
+  const wasm = instance.exports;
+  wasm._initialize();
+  const bytes = new Uint8Array(model), words = plan === null ? null : new TextEncoder().encode(`${plan}\0`);
+  const [from, by] = [put(wasm, bytes), words && put(wasm, words)];
+  const net = wasm.open(from, bytes.length, by ?? 0);
+  wasm.release(from);
+  if (by) wasm.release(by);
+  const [channels, height, width, outputs, names] = new Int32Array(wasm.memory.buffer, wasm.about(net), 5);
+  const classes = names ? Array.from(new Uint32Array(wasm.memory.buffer, names, outputs), at => text(wasm, at)) : null;
+  const logitsOf = (output, count) => {
+    const logits = new Float32Array(wasm.memory.buffer, output, count).slice();
+    wasm.release(output);
+    return logits;
+  };
+  return {
+    channels, height, width, classes,
+    run(images, n = 1, rows = height, columns = width) {
+      const data = new Uint8Array(images.buffer, images.byteOffset, images.byteLength), room = put(wasm, data);
+      const logits = logitsOf(wasm.run(net, room, n, rows, columns), n * outputs);
+      wasm.release(room);
+      return logits;
+    },
+    logits({data, height: rows, width: columns}) {
+      const room = put(wasm, data), logits = logitsOf(wasm.classify(net, room, rows, columns), outputs);
+      wasm.release(room);
+      return logits;
+    },
+    classify(image, top = 5) {
+      const logits = this.logits(image), largest = Math.max(...logits), powers = Array.from(logits, x => Math.exp(x - largest));
+      const sum = powers.reduce((a, b) => a + b, 0);
+      return powers.map((p, i) => ({label: classes ? classes[i] : String(i), probability: p / sum}))
+        .sort((a, b) => b.probability - a.probability).slice(0, top);
+    },
+    close: () => wasm.close(net),
+  };
+}
+
+// What the engine asks of its host: words for what it refuses, and a clock. It opens no files.
+function imports(wasm) {
+  const clock = (id, precision, at) => {
+    new DataView(wasm().memory.buffer).setBigInt64(at, BigInt(Math.round(1e6 * performance.now())), true);
+    return 0;
+  };
+  const system = new Proxy({clock_time_get: clock}, {get: (known, name) => known[name] ?? (() => { throw new Error('the engine failed: not enough memory?'); })});
+  return {env: {refuse: at => { throw new Error(text(wasm(), at)); }}, wasi_snapshot_preview1: system};
+}
+
+function put(wasm, bytes) {
+  const room = wasm.room(bytes.length);
+  if (!room) throw new Error('there is not enough memory');
+  new Uint8Array(wasm.memory.buffer, room, bytes.length).set(bytes);
+  return room;
+}
+
+function text(wasm, at) {
+  const bytes = new Uint8Array(wasm.memory.buffer, at);
+  return new TextDecoder().decode(bytes.subarray(0, bytes.indexOf(0)));
+}

@@ -1,0 +1,154 @@
+"""The example in C on a model file, beside Python on the same; and what strangers and careless programs may try."""
+
+import ctypes
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+pytest.importorskip("PIL")
+
+import repvgg_engine
+from nets import PREPROCESSING, model_file, plain_net
+from PIL import Image
+from repvgg_engine import EngineError, Plan, load
+from repvgg_engine.files import Preprocessing
+from repvgg_engine.images import prepare, read_image
+from repvgg_engine.library import LIBRARY, Message, OpenOptionsStruct
+
+EXAMPLE = Path(__file__).parent.parent / "examples/classify.c"
+CLASSES = [f"class number {i}" for i in range(10)]
+
+
+def photo(seed: int, height: int = 41, width: int = 57) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def classify(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    program, package = tmp_path_factory.mktemp("example") / "classify", Path(repvgg_engine.__file__).parent
+    where: list[str | Path] = ["-I", package, f"-L{package}", "-lrepvgg_engine", f"-Wl,-rpath,{package}"]
+    subprocess.run([compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", EXAMPLE, *where, "-o", program], check=True)
+    return program
+
+
+def said(classify: Path, *words: Path) -> tuple[int, str]:
+    done = subprocess.run([classify, *words], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_photos_in_c_and_in_python(classify: Path, tmp_path: Path) -> None:
+    model, file = model_file(tmp_path / "net.safetensors", plain_net(), classes=CLASSES), tmp_path / "photo.ppm"
+    net, found = load(model, accuracy="exact", threads=1), set()
+    plan = Plan(net.isa, "fp32", tuple(names[-1] if names else "" for names in net.known))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    for seed in range(6):
+        photo(seed).save(file)
+        assert net.preprocessing is not None
+        best = CLASSES[int(net(read_image(file, net.preprocessing)[None]).argmax())]
+        assert said(classify, model, file) == (0, f"{best}\n")
+        assert said(classify, model, file, tmp_path / "plan.json") == (0, f"{best}\n")
+        found.add(best)
+    assert len(found) > 1
+
+
+def test_what_the_example_refuses(classify: Path, tmp_path: Path) -> None:
+    model, file = model_file(tmp_path / "net.safetensors", plain_net()), tmp_path / "photo.ppm"
+    photo(0).save(file)
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "short.json").write_text(Plan("portable", "fp32", ("direct",)).to_json())
+    for words, reason in (
+        ((tmp_path / "none", file), "No such file"),
+        ((file, file), "is not a safetensors file"),
+        ((model, model), "no photo that can be read"),
+        ((model, file, tmp_path / "plan.json"), "plan.json: lacks 'repvgg_engine_plan'"),
+        ((model, file, tmp_path / "short.json"), "the plan is of 1 layers, the net has 8"),
+    ):
+        code, text = said(classify, *words)
+        assert code == 2
+        assert reason in text
+        assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32)])
+def test_an_image_is_resized_as_pillow_does_it(interpolation: str, size: tuple[int, int]) -> None:
+    """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction."""
+    image = photo(1, *size)
+    wanted = image.crop(_centre(image.size, (min(size[1], 32 * size[0]), min(size[0], 32 * size[1]))))
+    scale = 36 / min(wanted.size)
+    resized = wanted.resize([max(36, int(n * scale)) for n in wanted.size], Image.Resampling[interpolation.upper()])
+    wanted = resized.crop(_centre(resized.size, (44, 32)))
+    p = Preprocessing(32, 44, 36, interpolation, PREPROCESSING.mean, PREPROCESSING.std)
+    assert np.array_equal(prepare(np.asarray(image), p), np.asarray(wanted))
+
+
+def _centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    left, top = (round((n - w) / 2) for n, w in zip(size, wanted, strict=True))
+    return left, top, left + wanted[0], top + wanted[1]
+
+
+def test_images_that_cannot_be_prepared() -> None:
+    image = np.zeros((4, 4, 3), np.uint8)
+    for p in (
+        Preprocessing(32, 32, 32, "lanczos", (0.5,), (0.5,)),
+        Preprocessing(0, 32, 32, "bilinear", (0.5,), (0.5,)),
+        Preprocessing(32, 32, 2**30, "bilinear", (0.5,), (0.5,)),
+    ):
+        with pytest.raises(EngineError):
+            prepare(image, p)
+
+
+class LaterOptions(OpenOptionsStruct):
+    _fields_ = [("of_a_later_version", ctypes.c_int64)]
+
+
+def opened(path: Path | None, **options: object) -> int | None:
+    """Open a model by the C interface and close it; what it says if it refuses."""
+    message, given = Message(), LaterOptions(**{"size": ctypes.sizeof(LaterOptions), **options})  # type: ignore[arg-type]
+    net = LIBRARY.repvgg_open(str(path).encode() if path else None, given, *message.room)
+    message.check(net)
+    shape = (ctypes.c_int32 * 3)()
+    message.check(LIBRARY.repvgg_output_shape(net, 32, 32, shape, *message.room))
+    LIBRARY.repvgg_destroy(net)
+    return int(shape[0])
+
+
+def test_options_of_other_versions(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    assert opened(path) == 10
+    assert opened(path, threads=2, features=1) == 48
+    assert opened(path, size=OpenOptionsStruct.threads.offset, threads=-1) == 10  # an older program's, without threads
+    for options, reason in (
+        ({"of_a_later_version": 1}, "options that this version of the library does not know"),
+        ({"size": 0}, "options without their size"),
+        ({"threads": -1}, "threads is -1"),
+        ({"isa": b"none"}, "none"),
+        ({"plan": str(tmp_path).encode()}, "is a folder"),
+        ({"plan_text": b"[]"}, "lacks 'repvgg_engine_plan'"),
+        ({"plan_text": json.dumps({"repvgg_engine_plan": 2}).encode()}, "another version"),
+    ):
+        with pytest.raises(EngineError, match=reason):
+            opened(path, **options)
+    with pytest.raises(EngineError, match="no path"):
+        opened(None)
+
+
+def test_null_is_an_error() -> None:
+    message = Message()
+    LIBRARY.repvgg_free(None)
+    assert LIBRARY.repvgg_describe(None, None) == -1
+    for call in (
+        lambda: LIBRARY.repvgg_read(None, *message.room),
+        lambda: LIBRARY.repvgg_prepare(None, None, 1, 1, None, *message.room),
+    ):
+        with pytest.raises(EngineError, match="no "):
+            message.check(call())

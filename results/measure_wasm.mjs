@@ -1,0 +1,60 @@
+// The native engine as WebAssembly beside onnxruntime-web, one thread each, in turns; writes results/wasm.json.
+//
+//   npm install --prefix /tmp/ort onnxruntime-web
+//   repvgg export a0.safetensors --to web --out site && repvgg export a0.safetensors --to onnx --out site
+//   node results/measure_wasm.mjs site /tmp/ort [ROUNDS]
+import {createRequire} from 'node:module';
+import {readFileSync, readdirSync, writeFileSync} from 'node:fs';
+import {cpus, loadavg} from 'node:os';
+import {join, resolve} from 'node:path';
+import {pathToFileURL} from 'node:url';
+
+const [site, runtime, rounds = '15'] = process.argv.slice(2);
+const WARMUP = 3, WANTED = 2.3;
+const load_before = loadavg()[0];
+const here = name => readFileSync(join(site, name));
+const require = createRequire(join(resolve(runtime), 'node_modules', 'x.js'));
+const ort = await import(pathToFileURL(require.resolve('onnxruntime-web')));
+const version = JSON.parse(readFileSync(join(runtime, 'node_modules/onnxruntime-web/package.json'))).version;
+ort.env.wasm.numThreads = 1;
+
+const {load} = await import(pathToFileURL(resolve(site, 'repvgg_engine.mjs')));
+const native = await load(here('repvgg_engine.wasm'), here('model.safetensors'), here('plan.json').toString());
+const onnx = readdirSync(site).find(name => name.endsWith('.onnx'));
+const session = await ort.InferenceSession.create(here(onnx), {executionProviders: ['wasm']});
+
+const shape = [1, native.channels, native.height, native.width], images = new Float32Array(shape.reduce((a, b) => a * b));
+let seed = 1;
+for (let i = 0; i < images.length; i++) images[i] = ((seed = (seed * 1103515245 + 12345) % 2 ** 31) / 2 ** 31 - 0.5) * 3;
+const tensor = new ort.Tensor('float32', images, shape);
+const run = {
+  native: async () => native.run(images),
+  'onnxruntime-web': async () => Object.values(await session.run({[session.inputNames[0]]: tensor}))[0].data,
+};
+
+const logits = {}, times = {native: [], 'onnxruntime-web': []};
+for (const [name, call] of Object.entries(run)) for (let i = 0; i < WARMUP; i++) logits[name] = await call();
+for (let round = 0; round < Number(rounds); round++)
+  for (const name of round % 2 ? Object.keys(run).reverse() : Object.keys(run)) {
+    const started = performance.now();
+    await run[name]();
+    times[name].push(performance.now() - started);
+  }
+
+const sorted = numbers => [...numbers].sort((a, b) => a - b), median = numbers => sorted(numbers)[numbers.length >> 1];
+const best = values => values.indexOf(Math.max(...values));
+const largest = Math.max(...logits.native.map(Math.abs));
+const apart = Math.max(...logits.native.map((x, i) => Math.abs(x - logits['onnxruntime-web'][i]))) / largest;
+const ratios = sorted(times.native.map((ms, i) => times['onnxruntime-web'][i] / ms)), at = share => ratios[Math.floor(share * (ratios.length - 1))];
+const record = {
+  about: 'milliseconds an image, batch 1, one thread each, in turns; ratio: of onnxruntime-web over native, round by round',
+  target: WANTED, machine: {processor: cpus()[0].model, node: process.version, 'onnxruntime-web': version, load_before},
+  rounds: Number(rounds), median_ms: Object.fromEntries(Object.entries(times).map(([name, of]) => [name, median(of)])), times_ms: times,
+  ratio: {median: median(ratios), low: at(0.05), high: at(0.95)},
+  same_class: best(Array.from(logits.native)) === best(Array.from(logits['onnxruntime-web'])), largest_difference: apart,
+  bytes: here('repvgg_engine.wasm').length,
+};
+writeFileSync(new URL('wasm.json', import.meta.url), `${JSON.stringify(record, null, 1)}\n`);
+console.log(`native ${record.median_ms.native.toFixed(1)} ms, onnxruntime-web ${record.median_ms['onnxruntime-web'].toFixed(1)} ms: ` +
+  `${record.ratio.median.toFixed(2)} times (${record.ratio.low.toFixed(2)} to ${record.ratio.high.toFixed(2)}); ` +
+  `${record.same_class ? 'the same class' : 'ANOTHER CLASS'}, logits differ by ${apart.toExponential(1)} of the largest`);

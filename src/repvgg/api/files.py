@@ -1,0 +1,128 @@
+"""Turn a model into other files: exported, in INT8, with fewer channels."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repvgg.api.opening import open_data, opened, place
+from repvgg.api.training import resolved
+from repvgg.disk import Log
+from repvgg.train.recipes import Keeping, Recipe, resolve
+
+if TYPE_CHECKING:
+    from repvgg.api.opening import Data, Model
+    from repvgg.deploy.prune import PruningReport
+    from repvgg.deploy.quantize import Quantization, QuantizationReport
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file. format: as given to `export`; max_rel_err: of its outputs, against PyTorch in float64; report: all of the
+    .json beside it."""
+
+    path: Path
+    format: str
+    max_rel_err: float
+    report: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.format}, largest relative error {self.max_rel_err:.1e}"
+
+
+def export(
+    model: "Model",
+    to: str | Sequence[str] = "onnx",
+    out: str | os.PathLike[str] = "exported",
+    *,
+    name: str = "",
+    batch_size: int = 0,
+    any_size: bool = False,
+    pixels: bool = False,
+    image_size: tuple[int, int] | None = None,
+    data: str = "",
+    images: int = 8,
+    log: Log = print,
+) -> list[Exported]:
+    """Write a model as files of other runtimes, each compared with PyTorch before it is kept; return them.
+
+    to: onnx, openvino, ncnn, mnn, pt2, aotinductor, web (a folder with a page), or several of them. batch_size: images a run, 0 for
+    any number. pixels: take uint8 pixels; image_size: and resize them too. data, images: compare on so many images of its
+    validation split instead of random ones. Raises ValueError for a format that is unknown, missing or cannot hold such a graph,
+    `ReparamError` for what cannot be folded.
+    """
+    from repvgg.deploy.export import Shape, real_images
+    from repvgg.deploy.export import export as write
+    from repvgg.deploy.formats import report_of
+    from repvgg.deploy.web_folder import write_web
+
+    network = opened(model)
+    shape = Shape(batch_size or None, any_size, pixels, image_size)
+    compared = real_images(network, data, images, shape) if data else None
+    stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
+    found = []
+    for kind in [to] if isinstance(to, str) else to:
+        path = write_web(network, out, shape, log) if kind == "web" else write(network, kind, out, stem, shape, compared, log)
+        report = json.loads(report_of(path).read_text())
+        found.append(Exported(path, kind, float(report["parity"]["error"]["relative"]), report))
+    return found
+
+
+def quantize(
+    model: "Model",
+    data: "Data",
+    to: str = "openvino",
+    out: str | os.PathLike[str] = "int8",
+    *,
+    settings: "Quantization | None" = None,
+    name: str = "",
+    val: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "",
+    log: Log = print,
+) -> "QuantizationReport":
+    """Write a model in INT8 for OpenVINO or ONNX Runtime, calibrated on the training split; return the accuracy and speed of both.
+
+    Raises ValueError for data that do not fit or a loss of accuracy that `settings` do not allow.
+    """
+    from repvgg.deploy.quantize import Quantization
+    from repvgg.deploy.quantize import quantize as write
+
+    network, where = opened(model), place(device)
+    source = open_data(data, val, limit, seed, model=network)
+    stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
+    return write(network, source, to, out, stem, settings or Quantization(), where, log)
+
+
+def prune(
+    model: "Model",
+    data: "Data",
+    out: str | os.PathLike[str],
+    keep: float = 0.5,
+    *,
+    recipe: "str | os.PathLike[str] | Recipe" = "",
+    engine: str = "eager",
+    val: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "",
+    workers: int = 0,
+    keeping: Keeping = Keeping(),  # noqa: B008 - frozen
+    log: Log = print,
+    **changes: Any,
+) -> "PruningReport":
+    """Take channels out of a RepVGG, train what is left into the run folder `out`; return accuracy, cost and speed before and
+    after.
+
+    keep: the share of each layer's channels that stays. recipe, changes: as for `train`; photos get `finetune` by default.
+    """
+    from repvgg.deploy.prune import prune as work
+
+    network, where = opened(model), place(device, workers)
+    source = open_data(data, val, limit, seed, model=network)
+    plain = resolved(recipe, source, False, changes) or resolve("finetune", **changes)
+    how: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log}
+    return work(network, source, Path(out), keep, plain, engine=engine, **how)

@@ -1,0 +1,105 @@
+"""Train: on any data, by a recipe that is named, written in a file, or chosen."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repvgg.api.opening import open_data, place
+from repvgg.disk import Log
+from repvgg.train.recipes import Keeping, Recipe, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from repvgg.api.opening import Data
+    from repvgg.data import Source
+    from repvgg.train.session import Run
+
+
+def train(
+    arch: str,
+    data: "Data",
+    out: str | os.PathLike[str],
+    *,
+    recipe: "str | os.PathLike[str] | Recipe" = "",
+    init: "nn.Module | str" = "",
+    minutes: float = 10.0,
+    val: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "",
+    workers: int = 0,
+    block: str = "",
+    width: float = 1.0,
+    small_input: bool | None = None,
+    keeping: Keeping = Keeping(),  # noqa: B008 - frozen
+    report: bool = True,
+    log: Log = print,
+    **changes: Any,
+) -> "Run":
+    """Train a model on images into the folder `out`, or go on with the run that is there; return its last and best evaluation.
+
+    recipe: a name, a file (.json), a `Recipe`, or "auto" (see train/auto.py), which is the default for photos; changes: fields of
+    it to set, such as epochs=20 or image_size=160. init: a model to start from; "none" for new weights where auto would take
+    trained ones; `arch` may then be empty. minutes: what auto plans for. val: the share held out where the data has no splits of
+    its own.
+
+    Raises ValueError before any work if something does not fit, FloatingPointError if training diverges, `StoppedError` (a
+    KeyboardInterrupt) when a signal asked for the end and the state is saved.
+    """
+    from repvgg.train import loop
+    from repvgg.train.distributed import local_device
+
+    if not arch and not init:
+        raise ValueError("which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights")
+    source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
+    given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
+    options = {name: value for name, value in given.items() if value is not None}
+    where = local_device(place(device, workers))
+    plain, start = resolved(recipe, source, bool(init), changes), init
+    if plain is None:
+        how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
+        plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
+    if isinstance(start, str) and start == "none":
+        start = ""
+    settings: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log, **options}
+    run = loop.train(arch, source, plain, Path(out), init=start, **settings)
+    if report and os.environ.get("RANK", "0") == "0":
+        from repvgg.web.report import report_at_the_end
+
+        report_at_the_end(Path(out), source, where, log)
+    return run
+
+
+def resolved(recipe: "str | os.PathLike[str] | Recipe", source: "Source", trained: bool, changes: dict[str, Any]) -> Recipe | None:
+    """Return the recipe that is meant, by default what suits the source; None for the one that has to be chosen by `auto`."""
+    stream = hasattr(source.train, "order")
+    if recipe in ("", "auto"):
+        if not source.masks and not stream and (recipe == "auto" or source.recipe == "light"):
+            return None
+        if recipe == "auto":
+            raise ValueError(f"{source.name}: --recipe auto is for labelled images that can be looked at beforehand")
+        recipe = "finetune" if trained and not source.masks else source.recipe
+    return resolve(recipe, **changes)
+
+
+def _chosen(
+    arch: str, source: "Source", out: Path, init: "nn.Module | str", resume: bool, changes: dict[str, Any], how: dict[str, Any]
+) -> "tuple[Recipe, nn.Module | str]":
+    """Return the recipe `auto` and what to start from: those of the run that is in the folder, else chosen now."""
+    resolve("light", **changes)  # which refuses what is no field, before anything is measured
+    settings = out / "settings.json"
+    if resume and settings.exists():
+        how["log"](f"recipe: {out} has one already")
+        return resolve(out / "recipe.json", **changes), init or json.loads(settings.read_text())["init"]
+    if not isinstance(init, str):
+        return resolve("finetune", **changes), init
+    from repvgg.train.auto import choose
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    choice = choose(arch, source, init=init, image_size=changes.get("image_size", 0), alone=alone, **how)
+    given = ", ".join(f"{name} {value}" for name, value in changes.items() if getattr(choice.recipe, name) != value)
+    if given:
+        how["log"](f"auto: but as given, {given}")
+    return resolve(choice.recipe, **changes), choice.init

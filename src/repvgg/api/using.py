@@ -1,0 +1,127 @@
+"""Use a model: evaluate it on a data set, predict images."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repvgg.api.opening import open_data, place
+from repvgg.disk import Log
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from repvgg.api.opening import Data, Model
+    from repvgg.models.views import Views
+    from repvgg.predict.masks import MaskPrediction
+    from repvgg.predict.prediction import Prediction
+    from repvgg.train.tasks import Evaluation
+
+
+def evaluate(
+    model: "Model",
+    data: "Data",
+    *,
+    split: str = "val",
+    val: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    engine: str = "",
+    precision: str = "fp32",
+    views: "Views | None" = None,
+    device: str = "",
+    workers: int = 0,
+    log: Log = print,
+) -> "Evaluation":
+    """Return how good a model is on a split of the data: an `Accuracy` for labels, an `Overlap` for masks.
+
+    Of data without splits of its own, the images are those that were held out when the model was trained, or the share `val`.
+    engine: "auto" or a name; "" for PyTorch. Raises ValueError where model and data do not belong together.
+    """
+    from repvgg.models.views import WHOLE
+    from repvgg.train.tasks import task_of
+
+    where = place(device, workers)
+    network = _answering(model, engine, precision, batch_size, where, log)
+    source = open_data(data, val, limit, seed, model=network)
+    how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": where, "views": views or WHOLE}
+    found: Any = task_of(source).evaluate_model(network, source, split, **how)
+    return replace(found, classes=tuple(source.classes))  # type: ignore[no-any-return]
+
+
+def predict(
+    model: "Model", images: "str | os.PathLike[str] | Sequence[str]", **options: Any
+) -> "list[Prediction | MaskPrediction]":
+    """Return the likeliest classes of each image, or its mask: `list(predictions(...))`, which see for the options."""
+    return list(predictions(model, images, **options))
+
+
+def predictions(
+    model: "Model",
+    images: "str | os.PathLike[str] | Sequence[str]",
+    *,
+    top: int = 5,
+    out: str | os.PathLike[str] = "",
+    batch_size: int = 32,
+    engine: str = "",
+    precision: str = "fp32",
+    views: "Views | None" = None,
+    explain: str = "",
+    device: str = "",
+    log: Log = print,
+) -> "Iterator[Prediction | MaskPrediction]":
+    """Yield the likeliest classes of each image (`Prediction`), or its mask (`MaskPrediction`), in order.
+
+    images: files, folders (all images below them) and globs. out: a folder to write masks into. An image that cannot be read yields
+    an answer with an `error`. A deploy form is run by the native engine, without PyTorch, where that can be. Raises `ImageError`
+    where a pattern fits nothing.
+    """
+    patterns = [os.fspath(images)] if isinstance(images, (str, os.PathLike)) else list(images)
+    if explain:
+        if (engine, precision) != ("", "fp32"):
+            raise ValueError("--explain cam looks into the network: leave out --engine and --precision")
+        from repvgg.predict import explain as explaining
+
+        network = _answering(model, "", "fp32", batch_size, place(device), log)
+        yield from explaining.explain(network, patterns, Path(out) if out else None, top, place(device))
+        return
+    if isinstance(model, (str, os.PathLike)) and views is None and not out and precision == "fp32" and batch_size > 0:
+        from repvgg.predict.light import predict_lightly
+
+        answers = predict_lightly(os.fspath(model), patterns, top, engine) if device in ("", "cpu") else None
+        if answers is not None:
+            yield from answers
+            return
+    from repvgg.models.views import WHOLE
+    from repvgg.models.zoo import manifest_of
+    from repvgg.predict import labels, masks
+
+    at_once = min(batch_size, len(labels.expand(patterns))) if patterns else batch_size
+    where = place(device)
+    network = _answering(model, engine, precision, at_once, where, log)
+    if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:
+        yield from labels.predict(network, patterns, batch_size, top, where)
+        return
+    made = masks.predict_masks(network, patterns, where, views or WHOLE)
+    yield from masks.write_masks(made, Path(out), masks.class_names(network)) if out else made
+
+
+def _answering(model: "Model", engine: str, precision: str, batch_size: int, device: str, log: Log) -> "nn.Module":
+    """Return a model, or an engine of it. Raises ValueError for a backbone, which gives maps and neither labels nor masks."""
+    from torch import nn
+
+    from repvgg.deploy import load
+    from repvgg.models.zoo import manifest_of
+
+    if isinstance(model, nn.Module):
+        named, network = "this model", model if not engine else load.load_engine(model, engine, precision, batch_size=batch_size)
+    else:
+        named = os.fspath(model)
+        network = load.open_model(named, engine, precision, batch_size, device, log)
+    manifest = manifest_of(network)
+    last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
+    if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
+        raise ValueError(f"{named}: a backbone, which gives no labels: train a head on it first (repvgg train --init {named} ...)")
+    return network

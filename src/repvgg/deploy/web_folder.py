@@ -1,0 +1,78 @@
+"""A folder for anybody's page: the native engine as WebAssembly, a model, its plan, and a page of twenty lines that classifies.
+
+    write_web(repvgg.load("a0.safetensors"), "site")         # then, for instance: python -m http.server -d site
+
+The engine (some 200 kB) runs on one thread, in every browser with 128-bit vectors: those since 2023.
+"""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from repvgg.deploy import engines
+from repvgg.deploy.engines import Signature
+from repvgg.deploy.export import Shape, random_images, write_report
+from repvgg.deploy.parity import Parity, compare, folded, reference
+from repvgg.deploy.staged import staged
+from repvgg.disk import Log
+from repvgg.models import zoo
+from repvgg.models.load import save
+
+MODEL, PLAN, PAGE = "model.safetensors", "plan.json", "index.html"
+# Bytes of packed weights: a page that takes much more memory is reloaded by telephones.
+MEMORY_LIMIT = 128 << 20
+
+
+def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None = None, log: Log = print) -> Path:
+    """Fold a classifier of ours and write the folder. Returns the path of its page.
+
+    Raises ValueError for a PSPNet, a network that is no plain stack, a shape of images other than the model's own, or where the
+    engine is not installed; `ReparamError` for what cannot be folded; `FileError` where the folder cannot be written. No file is
+    left unless it computes the same.
+    """
+    if shape not in (None, Shape()):
+        raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
+    with staged(out) as folder:
+        parity = write_model(model, folder)
+        for file in engine_files():
+            shutil.copyfile(file, folder / file.name)
+        manifest = zoo.manifest_of(folded(model))
+        signature = Signature(manifest.preprocessing.input_size, batch=1)
+        write_report(folder / PAGE, "web", signature, manifest, {"parity": asdict(parity)})
+    log(f"{Path(out) / PAGE}: {parity}")
+    return Path(out) / PAGE
+
+
+def write_model(model: nn.Module, folder: Path) -> Parity:
+    """Write the deploy form and its plan, prove both by the kernels that the page runs, and return what was found."""
+    engines.check("native", "fp32")
+    import repvgg_engine
+
+    if zoo.manifest_of(model).task == "masks":
+        raise ValueError("a page classifies, and a PSPNet makes masks: export it --to onnx, for onnxruntime-web")
+    deploy = folded(model)
+    save(deploy, folder / MODEL)
+    plan = repvgg_engine.plan(folder / MODEL, isa="portable", threads=1, memory_limit=MEMORY_LIMIT)
+    (folder / PLAN).write_text(plan.to_json())
+    images = random_images(Signature(zoo.manifest_of(deploy).preprocessing.input_size))
+    net = repvgg_engine.load(folder / MODEL, plan=plan, threads=1)
+    parity = compare(torch.from_numpy(net(images.numpy())), reference(model, images))
+    if not parity.ok:
+        raise ValueError(f"the engine computes something else, so nothing was kept: {parity}")
+    return parity
+
+
+def engine_files() -> list[Path]:
+    """Return the engine's files for a page: WebAssembly, JavaScript and the page. Raises ValueError where they are not there."""
+    engines.check("native", "fp32")
+    import repvgg_engine
+
+    folder = Path(repvgg_engine.__file__).parent / "browser"
+    files = [folder / name for name in ("repvgg_engine.wasm", "repvgg_engine.mjs", PAGE)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"the native engine was installed without {missing[0]}: make wasm, then pip install ./engine")
+    return files

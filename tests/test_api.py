@@ -1,0 +1,172 @@
+"""api.py: the verbs in Python, on a folder of photos that is divided by itself."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import repvgg
+from repvgg.api import training, using
+from repvgg.data import open_source
+from repvgg.models.zoo import manifest_of
+from repvgg.train.recipes import Recipe
+
+ONE = Recipe(epochs=1, batch_size=8, lr=0.02, crop="shift")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten light and ten dark pictures of 40 pixels."""
+    root = tmp_path_factory.mktemp("photos")
+    random = torch.Generator().manual_seed(0)
+    for name, least in (("dark", 0), ("light", 150)):
+        (root / name).mkdir()
+        for i in range(20):
+            noise = torch.randint(least, least + 100, (40, 44, 3), generator=random, dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    said: list[str] = []
+    how: dict[str, Any] = {"val": 0.25, "seed": 3, "width": 0.25, "image_size": 32, "epochs": 3, "init": "none", "report": False}
+    how["log"] = said.append
+    run = repvgg.train("repvgg_micro", str(photos), out, **how)
+    return run, out, said, how
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_rooms_are_verbs_too() -> None:
+    for verb, function in ((repvgg.train, training.train), (repvgg.predict, using.predict)):
+        assert inspect.ismodule(verb)
+        assert inspect.signature(verb) == inspect.signature(function)
+    code = "import repvgg.predict.rows, repvgg; import repvgg.train.recipes as r; assert callable(repvgg.predict); "
+    subprocess.run([sys.executable, "-c", code + "assert callable(repvgg.train); assert repvgg.train.recipes is r"], check=True)
+
+
+def test_train_says_what_it_chose_and_why(trained: Any) -> None:
+    run, out, said, _ = trained
+    assert str(run).startswith("best val top-1 ")
+    assert str(run).endswith(f" min: {out}")
+    auto = [line for line in said if line.startswith("auto: ")]
+    assert (
+        auto[0] == "auto: 30 images to train on in 2 classes, their short sides about 40 pixels; new weights, as --init none says"
+    )
+    assert re.fullmatch(r"auto: a training step here takes so many images a second at 32 pixels: \d+ in fp32, \d+ in bf16", auto[1])
+    assert re.match(
+        r"auto: 200 epochs in batches of 32 at 32 pixels in (fp32|bf16), learning rate 0.05, random shifts: about", auto[2]
+    )
+    assert auto[3].startswith("auto: instead: --epochs 100: ")
+    assert auto[4] == "auto: but as given, epochs 3"
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["epochs"], recipe["image_size"], recipe["batch_size"]) == (3, 32, 32)
+    manifest = manifest_of(repvgg.load(out))
+    assert manifest.preprocessing.input_size == (3, 32, 32)
+    assert manifest.training["splitting"] == [0.25, 3]
+
+
+def test_the_same_call_finds_it_finished_whatever_became_of_the_folder(trained: Any, photos: Path) -> None:
+    run, out, said, how = trained
+    said.clear()
+    Image.new("RGB", (40, 40)).save(photos / "dark" / "new.png")
+    open_source.cache_clear()
+    try:
+        again = repvgg.train("repvgg_micro", str(photos), out, **how)
+    finally:
+        (photos / "dark" / "new.png").unlink()
+        open_source.cache_clear()
+    assert said[0] == f"recipe: {out} has one already"
+    assert said[-1] == f"{out}: has had its 3 epochs already"
+    assert again.best.confusion.tolist() == run.best.confusion.tolist()
+
+
+def test_evaluation_is_of_the_images_that_were_held_out(trained: Any, photos: Path, tmp_path: Path) -> None:
+    run, out, _, _ = trained
+    deploy = repvgg.reparameterize(run.model)
+    repvgg.save(deploy, tmp_path / "deploy.safetensors")
+    for model in (out, tmp_path / "deploy.safetensors", run.model):
+        accuracy: Any = repvgg.evaluate(model, str(photos))
+        assert accuracy.images == 10
+        assert accuracy.classes == ("dark", "light")
+        assert accuracy.confusion.tolist() == run.best.confusion.tolist() or model is not out
+    other: Any = repvgg.evaluate(run.model, str(photos), val=0.5)
+    assert other.images == 20
+
+
+def test_predict(trained: Any, photos: Path) -> None:
+    run, out, _, _ = trained
+    found = repvgg.predict(out, [str(photos / "light" / "0.png"), str(photos / "dark")], top=1)
+    assert len(found) == 21
+    assert {type(answer).__name__ for answer in found} == {"Prediction"}
+    again = repvgg.predict(run.model, photos / "light" / "0.png")
+    assert len(again[0].labels) == 2  # type: ignore[union-attr]
+
+
+def test_export(trained: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    _, out, _, _ = trained
+    exported = repvgg.export(out, ("onnx", "pt2"), tmp_path, log=lambda line: None)
+    assert [(e.path.name, e.format) for e in exported] == [(f"{out.name}.onnx", "onnx"), (f"{out.name}.pt2", "pt2")]
+    assert all(0 <= e.max_rel_err < 1e-3 and str(e).startswith(str(e.path)) for e in exported)
+    assert exported[0].report["labels"] == ["dark", "light"]
+
+
+def test_prune_and_quantize(trained: Any, photos: Path, tmp_path: Path) -> None:
+    _, out, _, _ = trained
+    silent: dict[str, Any] = {"log": lambda line: None}
+    pruned = repvgg.prune(out, str(photos), tmp_path / "pruned", 0.5, recipe=ONE, **silent)
+    assert pruned.costs[1].params < pruned.costs[0].params
+    assert "top-1" in str(pruned)
+    pytest.importorskip("nncf")
+    pytest.importorskip("onnxruntime")
+    rounded = repvgg.quantize(out, str(photos), "onnx", tmp_path / "int8", limit=8, **silent)
+    assert rounded.path.exists()
+    assert rounded.before.images == 8
+    assert "INT8" in str(rounded)
+
+
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        ({"arch": "", "init": ""}, "which model\\? --arch NAME"),
+        ({"epoch": 3}, "a recipe has no epoch: did you mean epochs\\?"),
+        ({"epochs": "3"}, "epochs is '3': int is needed"),
+        ({"recipe": "nowhere.json"}, "nowhere.json: no recipe can be read"),
+        ({"minutes": 0.0}, "--minutes 0: above 0"),
+        ({"device": "tpu"}, "no device 'tpu' here"),
+        ({"image_size": -1}, "image_size is -1: not negative"),
+        ({"val": 2.0}, "--val 2.0: a fraction"),
+    ],
+)
+def test_train_refuses(how: dict[str, Any], complaint: str, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        repvgg.train(**{"arch": "repvgg_micro", "data": str(photos), "out": tmp_path / "x", "log": lambda line: None, **how})
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_recipe_of_ones_own(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(
+        json.dumps({"epochs": 1, "batch_size": 16, "image_size": 32, "optimizer": "adamw", "lr": 1e-3})
+    )
+    silent: dict[str, Any] = {"width": 0.25, "report": False, "log": lambda line: None}
+    run = repvgg.train("repvgg_micro", str(photos), tmp_path / "a", recipe=tmp_path / "mine.json", limit=16, **silent)
+    recipe = json.loads((tmp_path / "a" / "recipe.json").read_text())
+    assert (recipe["optimizer"], recipe["epochs"], run.last.images) == ("adamw", 1, 8)
+    source = replace(open_source(str(photos)), recipe="demo")
+    other = repvgg.train("repvgg_micro", source, tmp_path / "b", limit=16, epochs=1, image_size=32, **silent)
+    assert json.loads((tmp_path / "b" / "recipe.json").read_text())["crop"] == "shift"
+    assert other.last.images == 8

@@ -1,0 +1,113 @@
+"""train/auto.py: what is chosen for which images, at speeds of our own making."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from repvgg.data import Decoded, Source
+from repvgg.disk import FileError
+from repvgg.models.manifest import Preprocessing
+from repvgg.train import auto
+from repvgg.train.auto import Choice, choose
+
+
+def photos(count: int, side: int = 300, classes: int = 6) -> Source:
+    """So many images of this size, all the same one."""
+    labels = [i % classes for i in range(count)]
+    images = Decoded(torch.zeros(1, 3, side, side + 20, dtype=torch.uint8).expand(count, -1, -1, -1), labels)
+    return Source("photos", images, images, [str(i) for i in range(classes)], Preprocessing())
+
+
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Choose with a speed: seconds that an image of 224 pixels takes in a step; loading takes nothing."""
+
+    def chosen(source: Source, seconds: float, released: bool = False, **how: Any) -> tuple[Choice, list[str]]:
+        def step(model: Any, source: Source, size: int, device: str, precision: str) -> float:
+            return seconds * (size / 224) ** 2 / (2 if precision == "bf16" else 1)
+
+        def weights(name: str) -> None:
+            if not released:
+                raise FileError("the hub is not here")
+
+        looked = auto._looked_at
+        monkeypatch.setattr(auto, "_seconds", step)
+        monkeypatch.setattr(auto, "_looked_at", lambda source: (looked(source)[0], 0.0))
+        monkeypatch.setattr(auto, "pretrained_file", weights)
+        said: list[str] = []
+        return choose("repvgg_micro", source, log=said.append, **how), said
+
+    return chosen
+
+
+def test_a_slow_machine_takes_smaller_images_and_fewer_epochs(paced: Any) -> None:
+    """900 and as many to validate on: an epoch is 900 + 900 / 3 images of a step's time."""
+    fast, _ = paced(photos(900), 0.001)
+    assert (fast.recipe.image_size, fast.recipe.epochs, fast.recipe.batch_size, fast.recipe.precision) == (224, 200, 32, "bf16")
+    slow, said = paced(photos(900), 0.08)
+    size, epochs = slow.recipe.image_size, slow.recipe.epochs
+    cost = epochs * 1200 * 0.04 * (size / 224) ** 2
+    assert size < 224
+    assert 30 <= epochs < 200
+    assert 0.85 * 600 < cost <= 600
+    larger = min(s for s in auto.SIZES if s > size)
+    assert 30 * 1200 * 0.04 * (larger / 224) ** 2 > 600
+    assert said[1] == f"auto: a training step here takes so many images a second at 224 pixels: {1 / 0.08:.0f} in fp32, 25 in bf16"
+    assert f"{epochs} epochs in batches of 32 at {size} pixels in bf16" in said[2]
+    assert f"--epochs {epochs // 2}: " in said[3]
+    hour, _ = paced(photos(900), 0.08, minutes=60)
+    assert hour.recipe.image_size == 224
+
+
+def test_a_size_that_is_given_stays(paced: Any) -> None:
+    choice, said = paced(photos(900), 0.08, image_size=160)
+    assert choice.recipe.image_size == 160
+    assert "--image-size" not in said[3]
+
+
+def test_trained_weights_are_gone_on_from_where_there_are_some(paced: Any) -> None:
+    tuned, said = paced(photos(900), 0.02, released=True)
+    assert tuned.init == "repvgg_micro"
+    assert tuned.recipe.layer_decay < 1
+    assert tuned.recipe.lr < 0.02
+    assert "on from repvgg_micro's ImageNet weights" in said[0]
+    new, said = paced(photos(900), 0.02)
+    assert (new.init, "new weights (the hub is not here)" in said[0]) == ("", True)
+    for how, why in (({"init": "none"}, "as --init none says"), ({"width": 0.5}, "with another width")):
+        choice, said = paced(photos(900), 0.02, released=True, **how)
+        assert choice.init == ""
+        assert why in said[0]
+    grey = replace(photos(60), preprocessing=Preprocessing((1, 32, 32), 32, mean=(0.5,), std=(0.5,)))
+    choice, _ = paced(replace(grey, train=Decoded(torch.zeros(60, 1, 32, 32, dtype=torch.uint8), [0, 1] * 30)), 0.02, released=True)
+    assert choice.init == ""
+
+
+def test_small_images_are_shifted_and_stay_small(paced: Any) -> None:
+    choice, _ = paced(photos(900, side=32), 0.02)
+    assert (choice.recipe.image_size, choice.recipe.crop) == (32, "shift")
+
+
+def test_a_large_set_gets_the_papers_recipe_and_processes_choose_alike(paced: Any) -> None:
+    choice, said = paced(photos(auto.LARGE), 0.02)
+    assert (choice.recipe.epochs, choice.recipe.batch_size, choice.recipe.lr, choice.recipe.image_size) == (120, 256, 0.1, 224)
+    assert "as many as the paper's recipe is for" in said[1]
+    shared, said = paced(photos(900), 99.0, alone=False)
+    assert shared.recipe.epochs == 200
+    assert "several processes: nothing is measured" in said[1]
+
+
+def test_a_step_is_timed_for_real() -> None:
+    source = photos(20, side=32, classes=2)
+    torch.manual_seed(5)
+    choice = choose("repvgg_micro", source, init="none", log=lambda line: None, width=0.25)
+    assert choice.recipe.image_size == 32
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0])
+def test_minutes_that_are_none(minutes: float) -> None:
+    with pytest.raises(ValueError, match=r"--minutes .*: above 0"):
+        choose("repvgg_micro", photos(8), minutes=minutes)
