@@ -278,7 +278,7 @@ class UNet(nn.Module):
         self.up, self.lateral = Part(), nn.LazyConv2d(3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        *_, last = self.backbone.forward_intermediates(x)
+        *_, last = self.backbone.forward_intermediates(x, intermediates_only=True)
         return self.up(x, skip=F.interpolate(self.lateral(last), x.shape[-2:]))  # type: ignore[no-any-return]
 
 

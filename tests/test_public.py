@@ -70,7 +70,9 @@ def test_the_names_of_models() -> None:
     for name in ("repvgg_a0", "repvgg_b3g4", "repvgg_d2se", "repvgg_b0_residual", "pspnet_repvgg_b1g2_fast", "resnet18", "vgg16"):
         assert name in names
     model = repvgg.create_model("RepVGG-A0", num_classes=2, width=0.0625).eval()
-    assert len(model.forward_intermediates(torch.zeros(1, 3, 32, 32))) == 5
+    last, features = model.forward_intermediates(torch.zeros(1, 3, 32, 32))
+    assert len(features) == 5
+    assert torch.equal(features[-1], last)
     assert model.forward_features(torch.zeros(1, 3, 32, 32)).ndim == 4
     assert "folded" in str(repvgg.reparameterize(model).fold_report)  # all of which mypy and an editor know
 

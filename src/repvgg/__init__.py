@@ -42,6 +42,7 @@ _HOME = {
     "from_pretrained": "models.load",
     "push_to_hub": "models.push",
     "list_models": "models.names",
+    "register_with_timm": "models.in_timm",
     "load_engine": "deploy.load",
     "load": "models.load",
     "save": "models.load",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from repvgg.fold.replace import replace_conv as replace_conv
     from repvgg.measure.costs import cost as cost
     from repvgg.measure.costs import num_paths as num_paths
+    from repvgg.models.in_timm import register_with_timm as register_with_timm
     from repvgg.models.load import from_pretrained as from_pretrained
     from repvgg.models.load import load as load
     from repvgg.models.load import save as save

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import randomize
+from official import DEPTHS, Official
 from onnx import TensorProto, helper, numpy_helper
 from rounding import REPORTED
 from torch import Tensor, nn
@@ -279,6 +280,19 @@ def test_a_wrong_fold_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ReparamError, match=r"differs by .* so it was not written"):
         fold_onnx(file, tmp_path / "b.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.onnx"]
+
+
+@pytest.mark.parametrize("kind", ["a0", "plus"])
+def test_the_official_networks_fold_to_one_convolution_a_layer(tmp_path: Path, kind: str) -> None:
+    """Their training form, exported by somebody; besides, the gates of RepVGGplus have two 1x1 each."""
+    layers = 1 + sum(DEPTHS[kind])
+    file, folded = exported(Official(kind, width=0.1), tmp_path / "a.onnx", (2, 3, 32, 32)), tmp_path / "b.onnx"
+    assert kinds(file)["BatchNormalization"] > 2 * layers
+    report = fold_onnx(file, folded)
+    assert kinds(folded)["BatchNormalization"] == 0
+    assert kinds(folded)["Conv"] == layers * (3 if kind == "plus" else 1)
+    assert not report.left
+    assert apart(folded, file, (2, 3, 32, 32)) < REPORTED
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_verify_compares_trees_of_tensors() -> None:
             self.model = model
 
         def forward(self, x: Tensor) -> dict[str, Any]:
-            features: list[Tensor] = self.model.forward_intermediates(x)  # type: ignore[operator]
+            features: list[Tensor] = self.model.forward_intermediates(x, intermediates_only=True)  # type: ignore[operator]
             return {"features": features, "classes": features[-1].mean((2, 3)).argmax(1)}
 
     model = small()

@@ -121,6 +121,17 @@ def test_a_folded_kernel_that_does_not_fit_its_dtype_is_refused_by_name() -> Non
             reparameterize(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("variance", [0.0, 1e-9])  # float16 knows no 1e-9
+def test_a_channel_that_never_varied_folds(variance: float, dtype: torch.dtype) -> None:
+    model = randomize(nn.Sequential(repvgg(4, 4), nn.ReLU(), with_bn(nn.Conv2d(4, 4, 3))), (8, 4, 8, 8))
+    for bn in model.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.running_var[1] = variance  # type: ignore[index]
+    model = model.to(dtype)
+    assert verify(model, reparameterize(model), (4, 8, 8)).ok
+
+
 def test_trap_14_the_tree_is_walked_by_type() -> None:
     """Names and depth play no part; all that was folded or left is reported."""
 

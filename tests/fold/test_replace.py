@@ -227,6 +227,35 @@ def test_a_convolution_reached_by_another_way_is_refused() -> None:
         replace_conv(nn.Sequential(OrderedDict(inner=Holder())))
 
 
+class CalledByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(input=x)).relu()  # type: ignore[no-any-return]
+
+
+class ReadsItsWeight(CalledByKeyword):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x.to(self.conv.weight.dtype))).relu()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("parent", "reason"),
+    [(CalledByKeyword, "calls it with more than its input"), (ReadsItsWeight, "is used in more than one place")],
+)
+def test_a_parent_that_needs_a_convolution_keeps_it(parent: type[nn.Module], reason: str) -> None:
+    model = randomize(nn.Sequential(parent(), nn.Conv2d(4, 4, 3, padding=1)), (8, 4, 8, 8))
+    replaced = replace_conv(model)
+    assert replaced.replace_report.replaced == ["1"]  # type: ignore[union-attr]
+    assert reason in replaced.replace_report.left["0.conv"]  # type: ignore[union-attr, index]
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        assert relative_error(replaced(x), model(x)) <= rounding(model, x)
+    replaced.train()(x).sum().backward()
+
+
 def test_frozen_batch_norm_stays_outside() -> None:
     ops = pytest.importorskip("torchvision.ops")
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), ops.FrozenBatchNorm2d(4)).double().eval()

@@ -260,3 +260,39 @@ def test_numbers_that_cancel_fold_as_far_as_their_digits_go() -> None:
         else:
             with pytest.raises(ReparamError, match=r"its numbers cancel: they are up to \de\+1\d times as large.*running means"):
                 reparameterize(far)
+
+
+class Flat(nn.Module):
+    """A batch norm and a linear layer on what `flatten` makes of a map."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.flatten = flatten
+        self.bn, self.drop, self.fc = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.drop(self.bn(self.flatten(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("flatten", "folds_it"),
+    [
+        (lambda x: x.mean((2, 3)), True),
+        (lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1), True),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), True),
+        (lambda x: x.flatten(2), False),  # [N, 4, 4], where the layer runs along another dimension than the batch norm
+        (lambda x: x.mean((2, 3), keepdim=True).squeeze(3).expand(-1, -1, 4), False),
+    ],
+)
+def test_a_batch_norm_before_a_linear_layer(flatten: Callable[[Tensor], Tensor], folds_it: bool) -> None:
+    torch.manual_seed(0)
+    model = Flat(flatten)
+    for name, t in model.bn.state_dict().items():
+        if t.is_floating_point():
+            t.uniform_(0.5, 1.5) if "var" in name else t.normal_()
+    model.eval()
+    x = torch.randn(2, 4, 2, 2)
+    folded = reparameterize(model.double(), x.double())
+    assert (type(folded.bn) is nn.Identity) == folds_it
+    assert type(folded.fc) is nn.Linear
+    assert relative_error(outputs(folded, x.double()), outputs(model, x.double())) < 1e-12

@@ -12,16 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from conftest import randomize
 from hub_server import WRITER, HubServer, hub_server
+from PIL import Image
 from rounding import REPORTED
 from torch import nn
 
 import repvgg
 from repvgg import cli
+from repvgg.data.transforms import eval_transform, normalise
 from repvgg.disk import FileError
-from repvgg.models import zoo
-from repvgg.models.push import MARK, model_card, push_to_hub
+from repvgg.models import keys, zoo
+from repvgg.models.in_timm import timm_config
+from repvgg.models.push import MARK, model_card, push_to_hub, write_model
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 TRAINING = {"data": "hf:/home/me/pets", "val_top1": 0.9117, "epoch": 18, "recipe": {"epochs": 18, "lr": 0.2, "mixup": 0.0}}
@@ -64,6 +68,82 @@ def test_there_and_back(server: HubServer, model: nn.Module) -> None:
     assert training.training
     assert same(repvgg.from_pretrained("me/trained"), model)
     assert (config["form"], config["classes"], config["arch"]["name"]) == ("training", ["cat", "dog", "owl"], "repvgg_micro")
+
+
+@pytest.fixture(scope="module")
+def shared() -> nn.Module:
+    """A network that timm has too, on images that are cropped by a share that is no binary fraction."""
+    torch.manual_seed(0)
+    net = randomize(repvgg.create_model("repvgg_a0", num_classes=3, width=0.5, drop_rate=0.1))
+    seen = replace(zoo.manifest_of(net).preprocessing, input_size=(3, 64, 64), resize=73, mean=(0.5, 0.4, 0.3))
+    return zoo.remember(net, replace(zoo.manifest_of(net), classes=["cat", "dog", "owl"], preprocessing=seen))
+
+
+def test_timm_opens_it_without_repvgg(server: HubServer, shared: nn.Module, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    push_to_hub(shared, "me/shared")
+    write_model(shared, tmp_path)
+    again = repvgg.from_pretrained("me/shared")
+    assert same(again, shared)
+    assert zoo.manifest_of(again) == zoo.manifest_of(shared)
+    x = torch.randn(2, 3, 64, 64)
+    for name in ("hf-hub:me/shared", f"local-dir:{tmp_path}"):
+        theirs = timm.create_model(name, pretrained=True).eval()
+        assert type(theirs).__module__.startswith("timm.")
+        with torch.no_grad():
+            assert torch.equal(theirs(x), shared(x))
+        config = timm.data.resolve_model_data_config(theirs)
+        assert (tuple(config["input_size"]), tuple(config["mean"])) == ((3, 64, 64), (0.5, 0.4, 0.3))
+        resize = timm.data.create_transform(**config).transforms[0]
+        assert resize.size == 73
+        assert theirs.drop_rate == 0.1
+    assert "timm.create_model" in server.revisions["me/shared"]["main"]["README.md"].decode()
+
+
+def test_transformers_open_it_without_repvgg(shared: nn.Module, tmp_path: Path) -> None:
+    """transformers is no dependency of ours: this is run where somebody has it."""
+    transformers = pytest.importorskip("transformers")
+    write_model(shared, tmp_path)
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(theirs(x).logits, shared(x))
+    image = Image.effect_noise((90, 80), 60).convert("RGB")
+    found = transformers.pipeline("image-classification", model=str(tmp_path))(image)
+    preprocessing = zoo.manifest_of(shared).preprocessing
+    with torch.no_grad():
+        seen = eval_transform(preprocessing)(torchvision.transforms.v2.functional.pil_to_tensor(image))
+        wanted = shared(normalise(seen[None], preprocessing)).softmax(1)[0]
+    assert {row["label"]: round(row["score"], 2) for row in found} == {
+        name: round(float(p), 2) for name, p in zip(["cat", "dog", "owl"], wanted, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "known"),
+    [
+        ("repvgg_a0", {}, True),
+        ("repvgg_a0", {"num_classes": 0, "global_pool": ""}, True),
+        ("repvgg_b1g4", {"in_chans": 1}, True),
+        ("repvgg_d2se", {}, True),
+        ("repvgg_b1", {"width": 0.25}, False),  # its stem would be narrower there
+        ("repvgg_a0", {"deploy": True}, False),
+        ("repvgg_a0", {"block": "acb"}, False),
+        ("repvgg_a0", {"small_input": True}, False),
+        ("repvgg_b1g2", {}, False),
+        ("repvgg_l2pse", {}, False),
+    ],
+)
+def test_what_timm_has_is_what_we_say(name: str, options: dict[str, Any], known: bool, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        net = repvgg.create_model(name, **options)
+        config = timm_config(zoo.manifest_of(net))
+        assert (config is not None) == known
+        if config is not None:
+            theirs = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+            ours = keys.to_foreign(net.state_dict(), "timm")
+            assert {k: t.shape for k, t in theirs.state_dict().items()} == {k: t.shape for k, t in ours.items()}
 
 
 def test_commands(server: HubServer, model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from repvgg.models.names import FAMILY, Member
 from repvgg.models.repvgg import RepVGG, is_deploy_form
 
 PAPER = {name: member for name, member in FAMILY.items() if name != "repvgg_micro"}
-IN_TIMM = set(PAPER) - {"repvgg_b1g2", "repvgg_b2g2", "repvgg_b3g2"}
+IN_TIMM = set(PAPER) - {"repvgg_b1g2", "repvgg_b2g2", "repvgg_b3g2", "repvgg_l2pse"}
 
 
 def on_meta(name: str, **arguments: Any) -> RepVGG:

@@ -50,7 +50,7 @@ def shapes(features: list[Tensor]) -> list[tuple[int, ...]]:
 def test_output_stride(output_stride: int, sides: list[int], deploy: bool) -> None:
     """Stages that keep their resolution dilate every 3x3 they have; the weights are those of output stride 32."""
     model = small(output_stride=output_stride, deploy=deploy)
-    features = model.forward_intermediates(torch.randn(1, 3, 64, 64))
+    features = model.forward_intermediates(torch.randn(1, 3, 64, 64), intermediates_only=True)
     assert [f.shape[2] for f in features] == [f.shape[3] for f in features] == sides
     model.load_state_dict(small(deploy=deploy).state_dict(), strict=True)
     for i, stage in enumerate(model.stages, 1):
@@ -75,10 +75,18 @@ def test_dilation_computes_the_same_features_more_densely(output_stride: int, st
         conv.dilation = conv.padding = (dilation // 2, dilation // 2)  # type: ignore[assignment]
     x = torch.randn(2, 3, 160, 96, dtype=torch.float64)
     with torch.no_grad():
-        for i, (a, b) in enumerate(zip(sparse.forward_intermediates(x), dense.forward_intermediates(x), strict=True)):
+        for i, (a, b) in enumerate(
+            zip(
+                sparse.forward_intermediates(x, intermediates_only=True),
+                dense.forward_intermediates(x, intermediates_only=True),
+                strict=True,
+            )
+        ):
             step = stages.get(i, 1)
             assert b.shape[2:] == (a.shape[2] * step, a.shape[3] * step)
-            assert relative_error(b[..., ::step, ::step], a) <= rounding(lambda x, i=i: sparse.forward_intermediates(x)[i], x)
+            assert relative_error(b[..., ::step, ::step], a) <= rounding(
+                lambda x, i=i: sparse.forward_intermediates(x, intermediates_only=True)[i], x
+            )
 
 
 @pytest.mark.parametrize("size", [(33, 47), (65, 31), (1, 1), (224, 7)])
@@ -99,7 +107,7 @@ def test_an_empty_batch(deploy: bool) -> None:
 
 def test_small_input() -> None:
     model = small(small_input=True)
-    assert shapes(model.forward_intermediates(torch.randn(1, 3, 32, 32))) == [
+    assert shapes(model.forward_intermediates(torch.randn(1, 3, 32, 32), intermediates_only=True)) == [
         (8, 32, 32),
         (8, 32, 32),
         (16, 16, 16),
@@ -150,12 +158,12 @@ def test_features() -> None:
         last.register_forward_hook(lambda _m, _args, out: seen.append(out))  # type: ignore[union-attr]
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        features = model.forward_intermediates(x)
+        features = model.forward_intermediates(x, intermediates_only=True)
         assert shapes(features) == [(8, 32, 32), (8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
         assert all(torch.equal(a, b) for a, b in zip(features, seen, strict=True))
         assert torch.equal(model.forward_features(x), features[-1])
-        for indices, wanted in ((2, [3, 4]), ([0, 3], [0, 3]), ((4,), [4]), ([-1, 1], [4, 1])):
-            chosen = model.forward_intermediates(x, indices)
+        for indices, wanted in ((2, [3, 4]), ([0, 3], [0, 3]), ((4,), [4]), ([-1, 1], [1, 4])):
+            chosen = model.forward_intermediates(x, indices, intermediates_only=True)
             assert all(torch.equal(f, features[i]) for f, i in zip(chosen, wanted, strict=True))
         head = model.head
         assert relative_error(model(x), features[-1].mean((2, 3)) @ head.weight.T + head.bias) <= rounding(
@@ -172,7 +180,7 @@ def test_torchvision_reaches_any_layer(deploy: bool) -> None:
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         found = extractor(x)
-        features = model.forward_intermediates(x)
+        features = model.forward_intermediates(x, intermediates_only=True)
         assert torch.equal(found["stem"], features[0])
         assert torch.equal(found["middle"], features[3])
         assert torch.equal(found["logits"], model(x))

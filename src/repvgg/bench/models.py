@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from repvgg.bench.memory import fitting, held, peak
-from repvgg.deploy import engines
+from repvgg.deploy import engines, from_timm
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
@@ -27,7 +27,7 @@ from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
 from repvgg.models import zoo
-from repvgg.models.names import resolve_name
+from repvgg.models.baselines import timm_preprocessing
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,14 @@ def bench(
         raise ValueError("at least one model, one image a batch, one batch a round and one round are needed")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no CUDA device here")
-    candidates = list(dict.fromkeys(replace(c, model=resolve_name(c.model)) for c in candidates))
+    candidates = list(dict.fromkeys(replace(c, model=from_timm.resolve(c.model)) for c in candidates))
     for c in candidates:
         engines.check(c.engine, c.precision, device)
     threads = threads or torch.get_num_threads()  # the same number for every engine
     torch.set_num_threads(threads)
     progress = progress or log
     options = Options(batch_size=batch_size, threads=threads, channels_last=channels_last, device=device)
-    sizes = {c: input_size or zoo.default_preprocessing({"name": c.model, "in_chans": 3}).input_size for c in candidates}
+    sizes = {c: input_size or _input_size(c.model) for c in candidates}
     ready, failed = {}, dict[Candidate, ValueError]()
     for c in candidates:
         progress(f"building {c.name}")
@@ -232,7 +232,13 @@ def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Modu
     """Return the candidate's network with random weights, in its form, eval mode; and how many of its batch norms are left."""
     torch.manual_seed(0)
     options: dict[str, Any] = {} if candidate.block == "repvgg" else {"block": candidate.block}
-    model = randomise_norms(zoo.create_model(candidate.model, **options))
+    if not candidate.model.startswith(from_timm.PREFIX):
+        model = randomise_norms(zoo.create_model(candidate.model, **options))
+    elif options:
+        raise ValueError(f"{candidate.model}: other blocks are for our own networks")
+    else:
+        model = from_timm.create(candidate.model.removeprefix(from_timm.PREFIX), log=str)
+        model = randomise_norms(model, (4, *timm_preprocessing(model).input_size))
     if candidate.form == "training":
         return model, 0
     folded = reparameterize(model)
@@ -240,6 +246,14 @@ def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Modu
     if left and not allow_unfolded:
         raise ValueError(f"{candidate.model}: {left} batch norms cannot be folded; --allow-unfolded times it so, and marks it")
     return space_to_batch(folded) if candidate.form == "space_to_batch" else folded, left
+
+
+def _input_size(model: str) -> tuple[int, int, int]:
+    """Return the size of images that a network is made for."""
+    if not model.startswith(from_timm.PREFIX):
+        return zoo.default_preprocessing({"name": model, "in_chans": 3}).input_size
+    with torch.device("meta"):
+        return timm_preprocessing(from_timm.create(model.removeprefix(from_timm.PREFIX), log=str)).input_size
 
 
 @torch.no_grad()

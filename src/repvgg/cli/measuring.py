@@ -28,7 +28,7 @@ class Bench:
     Example: repvgg bench repvgg_a0 resnet18 --engines eager,onnxruntime --batch-size 1,32
     """
 
-    models: Annotated[tuple[str, ...], Positional, arg(metavar="MODELS", help="Names, as in repvgg info.")]
+    models: Annotated[tuple[str, ...], Positional, arg(metavar="MODELS", help="Names, as in repvgg info; or of timm's networks.")]
     engines: str = "eager"
     """eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino, native; several with commas, or all that are installed."""
     precision: str = "fp32"

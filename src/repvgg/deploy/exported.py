@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from repvgg.deploy import engines
-from repvgg.deploy.engines import Options, Runtime
+from repvgg.deploy.engines import DeviceError, Options, Runtime
 from repvgg.deploy.formats import FORMATS, SUFFIXES, report_of
 from repvgg.deploy.runner import Runner
 from repvgg.disk import describe
@@ -20,7 +20,7 @@ def open_exported(path: Path, engine: str, options: Options) -> Runner:
     wanted = FORMATS[SUFFIXES[path.suffix]]
     if engine not in ("auto", wanted.engine):
         raise ValueError(f"{path}: is for {wanted.engine}, not for {engine}: leave out --engine")
-    engines.check(wanted.engine, options.precision)
+    engines.check(wanted.engine, options.precision, options.device)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     runtime = engines.runtime(wanted.module)
@@ -31,7 +31,7 @@ def open_exported(path: Path, engine: str, options: Options) -> Runner:
             options = replace(options, input_size=manifest.preprocessing.input_size)
             opened = runtime.open_file(path, options)
             return Runner(wanted.engine, replace(opened, batch_size=opened.batch_size or batch), options, manifest)
-    except MemoryError:
+    except (MemoryError, DeviceError):
         raise
     except Exception as error:  # of any runtime
         reason = describe(error).splitlines()[0]

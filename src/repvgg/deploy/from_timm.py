@@ -1,6 +1,7 @@
-"""Any network of timm, folded and written as ONNX: `repvgg convert timm:mobileone_s0 out.onnx`."""
+"""Any network of timm: folded and written as ONNX (`repvgg convert timm:mobileone_s0 out.onnx`), or timed (`repvgg bench`)."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.fold.rounding import distance
 from repvgg.models.baselines import timm_preprocessing
 from repvgg.models.checkpoint import read
+from repvgg.models.names import resolve_name
 
 PREFIX = "timm:"
 IMAGES = 2
@@ -30,7 +32,7 @@ def convert_timm(name: str, target: str | os.PathLike[str], checkpoint: str | os
     """
     if Path(target).suffix != ".onnx":
         raise ValueError(f"{target}: a network of timm is written as .onnx")
-    model = _create(name, checkpoint, log)
+    model = create(name, checkpoint, log)
     size = timm_preprocessing(model).input_size
     deploy = reparameterize(model)
     proof = verify(model, deploy, size)
@@ -44,7 +46,23 @@ def convert_timm(name: str, target: str | os.PathLike[str], checkpoint: str | os
     log(f"{target}: deploy form, {len(file) / 1e6:.1f} MB")
 
 
-def _create(name: str, checkpoint: str | os.PathLike[str] | None, log: Log) -> nn.Module:
+def resolve(name: str) -> str:
+    """Return a network's name as we spell it; that of one which timm alone has begins with timm:. Raises ValueError if unknown."""
+    if name.startswith(PREFIX):
+        return name
+    try:
+        return resolve_name(name)
+    except ValueError:
+        if find_spec("timm") is not None:
+            import timm
+
+            if timm.is_model(name):
+                return PREFIX + name
+        raise
+
+
+def create(name: str, checkpoint: str | os.PathLike[str] | None = None, log: Log = print) -> nn.Module:
+    """Return timm's network of this name, in eval mode. Raises ValueError for an unknown name, `FileError` for its `checkpoint`."""
     try:
         import timm
     except ImportError:

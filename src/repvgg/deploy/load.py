@@ -13,7 +13,7 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.exported import open_exported
 from repvgg.deploy.fastest import fastest
-from repvgg.deploy.formats import exported_file
+from repvgg.deploy.formats import FORMATS, SUFFIXES, exported_file
 from repvgg.deploy.runner import Runner
 from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
@@ -45,7 +45,7 @@ def load_engine(
     if engine != "auto":
         engines.check(engine, precision, device)
     if not isinstance(model, nn.Module) and (file := exported_file(model)) is not None:
-        return open_exported(file, engine, Options(batch_size=batch_size, precision=precision, threads=threads))
+        return open_exported(file, engine, Options(batch_size=batch_size, precision=precision, threads=threads, device=device))
     network = model if isinstance(model, nn.Module) else open_pytorch(os.fspath(model))
     manifest = zoo.manifest_of(network) if "manifest" in vars(network) else None
     size = input_size or (manifest.preprocessing.input_size if manifest else Options().input_size)
@@ -70,7 +70,9 @@ def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, 
         return model
     if isinstance(model, nn.Module) and zoo.manifest_of(model).task == "masks":
         raise ValueError(f"{name_or_path}: masks of images of any size are made by PyTorch: leave out --engine")
-    if engine in engines.ENGINES and not engines.precisions(engine, device):
+    runtime = FORMATS[SUFFIXES[exported.suffix]].engine if exported else engine
+    if runtime in engines.ENGINES and not engines.precisions(runtime, device):
+        log(f"the engine {runtime} knows no {device}: it runs on the CPU")
         device = "cpu"
     runner = load_engine(model, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
     if exported and runner.manifest and runner.manifest.task == "masks":

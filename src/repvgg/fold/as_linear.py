@@ -34,9 +34,17 @@ class Branches(nn.Module):
         outputs: Iterator[Tensor] = (branch(x) for _, branch in parts(self))  # one at a time: fewer are alive at once
         return reduce(torch.add, outputs)
 
+    def fuse(self) -> nn.Conv2d:
+        """Return the convolution that this block folds into; timm's own `reparameterize_model` asks for it by this name."""
+        return fused(self)
+
 
 class Chain(nn.Sequential):
     """Apply its children one after the other, as one block: it folds whole or is refused. A plain Sequential folds part by part."""
+
+    def fuse(self) -> nn.Conv2d:
+        """Return the convolution that this block folds into, as `Branches.fuse` does."""
+        return fused(self)
 
 
 class _AsLinear:
@@ -208,6 +216,8 @@ def resembles_batch_norm(module: nn.Module) -> bool:
 
 def split_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return the affine part of a batch norm, and what it does after that (timm's BatchNormAct2d has an activation inside)."""
+    if not parts(norm):
+        return norm, nn.Identity().eval()
     affine = copy.deepcopy(norm)
     for name, _ in parts(affine):
         affine._modules[name] = nn.Identity()
@@ -277,6 +287,12 @@ def as_conv(m: LinearMap, like: Tensor) -> nn.Conv2d:
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return conv.eval()
+
+
+@torch.no_grad()
+def fused(block: nn.Module) -> nn.Conv2d:
+    """Return a block in eval mode as one convolution. `reparameterize` proves what it folds besides."""
+    return as_conv(as_linear(block), like=main_tensor(block))
 
 
 def floats(module: nn.Module) -> list[Tensor]:

@@ -102,10 +102,10 @@ def deploy_conv(
 
 @register_convolution
 class Conv1x1(nn.Conv2d):
-    """A 1x1 convolution without padding or bias that drops the pixels its stride skips before it multiplies, not after.
+    """A 1x1 convolution without padding or bias that drops the pixels its stride skips before it multiplies, where it may train.
 
-    The same numbers as `nn.Conv2d`; but oneDNN's backward of a strided 1x1 corrupts the heap for 3 input channels in
-    channels_last (seen with PyTorch 2.13 and 2.15 on x86), which is the stem's 1x1 branch.
+    The same as `nn.Conv2d`; but oneDNN's backward of a strided 1x1 corrupts the heap for 3 input channels in channels_last (seen
+    with PyTorch 2.13 and 2.15 on x86), which is the stem's 1x1 branch. Without gradients it is `nn.Conv2d` to the last bit.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> None:
@@ -113,6 +113,8 @@ class Conv1x1(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = self.stride
+        if not torch.is_grad_enabled():
+            return F.conv2d(x, self.weight, stride=self.stride, groups=self.groups)
         return F.conv2d(x[..., ::rows, ::columns], self.weight, groups=self.groups)
 
 

@@ -37,7 +37,7 @@ def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
     ours needs none, it knows its input size.
 
     Raises `ReparamError` if a module is in train mode, a block contains something that is not linear, a parameter is not
-    finite, a running variance is not positive, a folded kernel does not fit the parameters' dtype, the model is compiled, or the
+    finite, a running variance is negative, a folded kernel does not fit the parameters' dtype, the model is compiled, or the
     folded model computes something else than the original.
     """
     refuse_wrapper(model)

@@ -63,8 +63,8 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
 
     fresh: blocks as they are initialised, for training from the start; the network then computes something else.
 
-    Raises ValueError for an unknown block, `ReparamError` for one that is not linear, a tensor that is not finite, a running
-    variance that is not positive, or a network that reaches its convolutions in other ways than calling them.
+    Raises ValueError for an unknown block, `ReparamError` for one that is not linear, a tensor that is not finite, a
+    negative running variance, or a network that reaches its convolutions in other ways than calling them.
     """
     make = find_block(block)
     refuse_uncopyable(model)

@@ -12,7 +12,7 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import resembles_batch_norm, split_activation
 from repvgg.fold.flow import Flow, Value
 from repvgg.fold.guards import altered
-from repvgg.fold.torch_operators import FUNCTIONS, Input, of_module
+from repvgg.fold.torch_operators import FUNCTIONS, Input, makes_flat, of_flat, of_module
 from repvgg.fold.trace import Traces
 
 MUTATED = "what it reads is changed in place"
@@ -42,6 +42,7 @@ class ModuleFlow:
         self.apart: list[str] = []  # modules that are a computation of their own
         self.norms: dict[str, str] = {}  # batch norms that are no operator here, and why
         self._aliases: dict[Value, Value] = {}
+        self._flat: set[Value] = set()  # those that are known to be [N, C]
         self._changed: list[tuple[Value, Value]] = []
         (graph,) = traces.graphs[root]
         inputs = [self._enter(Value(n.name, says="the input"), None, (root,)) for n in graph.nodes if n.op == "placeholder"]
@@ -92,6 +93,8 @@ class ModuleFlow:
         if isinstance(found, list):
             return [self._enter(Value(f"{node.name}.{i}", tuple(inputs), how, says), None, owners) for i, how in enumerate(found)]
         v = self._enter(Value(node.name, tuple(inputs), found, says, why), None, owners)
+        if makes_flat(name, *args[1:], **kwargs):
+            self._flat.add(v)
         if name in VIEWS or (found is not None and found.kind == "same"):
             self._aliases[v] = inputs[0]
         if _changes_its_input(name, kwargs):
@@ -106,7 +109,7 @@ class ModuleFlow:
         alone = self.traces.why_not_replaced(path)
         try:
             if len(args) == 1 and not kwargs and len(inputs) == 1:
-                found = of_module(module, path)
+                found = of_module(module, path) or (of_flat(module) if inputs[0] in self._flat else None)
             if found is not None and alone and found.kind != "same":
                 found, why = None, f"its {cls} {alone}"
         except ReparamError as error:
@@ -118,6 +121,8 @@ class ModuleFlow:
         if found is None and resembles_batch_norm(module):
             self.norms[path] = why
         v = self._enter(Value(path, tuple(inputs), found, says, why), path, owners)
+        if makes_flat(module) or (found is not None and inputs[0] in self._flat):
+            self._flat.add(v)
         if found is not None and found.kind == "same":
             self._aliases[v] = inputs[0]
         if any(getattr(m, "inplace", False) for m in module.modules()) and inputs and found is None:

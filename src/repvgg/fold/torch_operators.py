@@ -3,6 +3,7 @@
 import copy
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from repvgg.fold.as_linear import (
     split_activation,
     why_unknown,
 )
-from repvgg.fold.guards import altered, inside
+from repvgg.fold.guards import altered, inside, refuse_damage
 from repvgg.fold.operators import (
     Operator,
     concatenated,
@@ -74,6 +75,32 @@ def of_module(module: nn.Module, path: str) -> Operator | None:
     if altered(module) or as_linear.reader(module) is None or type(module) is nn.Sequential:
         return None
     return mapped("other", lambda channels: as_linear.child(path, module, channels), _run(module))
+
+
+def of_flat(module: nn.Module) -> Operator | None:
+    """Return the operator that a module is on values [N, C], seen as maps [N, C, 1, 1], if it is a batch norm or a linear layer."""
+    if type(module) not in FLAT or altered(module) or hasattr(module, "parametrizations"):
+        return None
+    refuse_damage(module)
+    if isinstance(module, nn.Linear):
+        found = _conv(None, module.weight[:, :, None, None], module.bias)
+        return replace(found, run=lambda x: copy.deepcopy(module).double()(x.movedim(1, -1)).movedim(-1, 1))
+    assert isinstance(module, nn.BatchNorm1d)
+    norm = _batch_norm(None, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps)
+    return replace(norm, run=lambda x: copy.deepcopy(module).double()(x.flatten(2)).view_as(x))
+
+
+FLAT = (nn.Linear, nn.BatchNorm1d)
+
+
+def makes_flat(what: Any, *arguments: Any, **named: Any) -> bool:
+    """Tell whether a module, or a function or method of this name, makes [N, C] of a feature map."""
+    if isinstance(what, nn.Module):
+        return type(what) is nn.Flatten and (what.start_dim, what.end_dim) == (1, -1)
+    if what == "flatten":
+        return [*arguments, *named.values()] in ([1], [1, -1])
+    dims = named.get("dim", arguments[0] if arguments else None)
+    return what == "mean" and dims in ((2, 3), [2, 3], (-2, -1), [-2, -1]) and not (named.get("keepdim") or arguments[1:])
 
 
 def _read(module: nn.Module, path: str) -> Callable[[], LinearMap]:

@@ -14,6 +14,7 @@ from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered, inside
 from repvgg.fold.torch_graph import ModuleFlow
+from repvgg.fold.torch_operators import FLAT
 from repvgg.fold.tracer import kept
 
 
@@ -31,7 +32,7 @@ def keep_plain(module: nn.Module, to: nn.Module) -> None:
     for name, value in vars(module).items():
         if not name.startswith("_") and name not in vars(to) and isinstance(value, (int, float, str, tuple, type(None))):
             setattr(to, name, value)
-    to.training = module.training
+    to.train(module.training)  # what holds the modules there as well, which fx makes
 
 
 class ModuleWriter:
@@ -43,11 +44,15 @@ class ModuleWriter:
 
     def refuse(self, stretch: Stretch) -> str | None:
         """Return why it cannot be written, if so."""
-        return (
-            None
-            if self._chain(stretch) or self._home(stretch) is not None
-            else "its parts lie in forwards that do not see both its ends"
-        )
+        if self._chain(stretch):
+            return None
+        if any(self._is_flat(v) for v in stretch.inside):
+            return "its linear layers are no chain"
+        return None if self._home(stretch) is not None else "its parts lie in forwards that do not see both its ends"
+
+    def _is_flat(self, v: Value) -> bool:
+        path = self._path(v)
+        return path is not None and type(self.model.get_submodule(path)) in FLAT
 
     def write(self, stretch: Stretch) -> str:
         """Returns the path of the convolution that takes its place."""
@@ -90,8 +95,10 @@ class ModuleWriter:
             if path != keeps and path not in self._parted():
                 after = split_activation(self.model.get_submodule(path))[1] if path in norms else nn.Identity().eval()
                 self.model.set_submodule(path, after)
+        kept = self.model.get_submodule(keeps)
         with inside(keeps):
-            self.model.set_submodule(keeps, as_conv(stretch.map, like=main_tensor(self.model.get_submodule(keeps))))
+            conv = as_conv(stretch.map, like=main_tensor(kept))
+        self.model.set_submodule(keeps, _as_layer(conv) if isinstance(kept, nn.Linear) else conv)
         return keeps
 
     def _parted(self) -> set[str]:
@@ -180,6 +187,13 @@ class ModuleWriter:
                         parent._modules[name] = new
             model = model if path else new
         return model
+
+
+def _as_layer(conv: nn.Conv2d) -> nn.Linear:
+    """Return a 1x1 convolution as what it is on [N, C]."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, conv.in_channels, conv.out_channels)
+    layer.weight, layer.bias = nn.Parameter(conv.weight.detach().flatten(1)), conv.bias  # type: ignore[assignment]
+    return layer.eval()
 
 
 def _name_inputs(graph: fx.Graph, module: nn.Module) -> None:

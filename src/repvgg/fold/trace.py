@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.as_linear import as_linear, is_batch_norm
+from repvgg.fold.as_linear import CONVOLUTIONS, as_linear, is_batch_norm
 from repvgg.fold.guards import copied, parts
-from repvgg.fold.tracer import ARGUMENTS, ONE_INPUT, Call, Seen, traced
+from repvgg.fold.tracer import ARGUMENTS, ONE_INPUT, TENSOR, AsksTypeError, Call, Seen, traced, watched_modules
 
 
 @dataclass
@@ -74,11 +74,12 @@ class _Walk:
         self.read: list[tuple[nn.Module, nn.Module, str]] = []  # who reads, of whom, what
         self.todo = [(m, Call.by_default(m)) for m in _entries(model)]
         done: set[tuple[nn.Module, str]] = set()
-        while self.todo:
-            module, call = self.todo.pop()
-            if (module, repr(call)) not in done and not _is_operator(module):
-                done.add((module, repr(call)))
-                self._visit(module, call)
+        with watched_modules():
+            while self.todo:
+                module, call = self.todo.pop()
+                if (module, repr(call)) not in done and not _is_operator(module):
+                    done.add((module, repr(call)))
+                    self._visit(module, call)
         self._distrust_readers_of_what_is_written()
         self._hide({*_entries(model), *(module for module, _ in done)})
         for counted in self.counted.values():
@@ -89,7 +90,7 @@ class _Walk:
         path = self.names[module]
         seen, graph = Seen(), None
         try:
-            graph = traced(module, call, seen)
+            graph = self._traced(module, call, seen)
         except Exception as error:  # whatever a stranger's forward may raise on a value that is not there
             self.traces.untraceable[path] = _first_line(error)
         for other, name in seen.reads:
@@ -120,6 +121,44 @@ class _Walk:
         self.counted[path] = self.counted.get(path, Counter()) | counted
         self.traces.graphs.setdefault(path, []).append(graph)
 
+    def _traced(self, module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
+        """Trace a forward; again where it asked of a value whether it is a tensor, and that could be found out."""
+        tensors: set[str] = set()
+        while True:
+            try:
+                return traced(module, call, seen, tensors)
+            except AsksTypeError as question:
+                if question.node.name in tensors or not self._is_tensor(module, question.node):
+                    raise
+                tensors.add(question.node.name)
+
+    def _is_tensor(self, module: nn.Module, node: fx.Node) -> bool:
+        """Tell whether the value of a node in the forward of `module` is known to be one tensor, and no list of them."""
+        if not node.meta.get(TENSOR):
+            node.meta[TENSOR] = self._makes_tensor(module, node)
+        return bool(node.meta[TENSOR])
+
+    def _makes_tensor(self, module: nn.Module, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return node.target in {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        if node.op == "call_module":
+            child = module.get_submodule(str(node.target))
+            if _is_operator(child) and type(child) is not nn.Identity:
+                return _gives_tensor(child)
+            if self._returns_tensor(child, Call.of(node)):
+                return True
+            inputs = [n for n in node.all_input_nodes if not n.meta.get(TENSOR)]  # may be what it returns
+            return bool(inputs) and all(self._is_tensor(module, n) for n in inputs) and self._returns_tensor(child, Call.of(node))
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return name in TENSOR_CALLS and any(self._is_tensor(module, n) for n in node.all_input_nodes)
+
+    def _returns_tensor(self, module: nn.Module, call: Call) -> bool:
+        try:
+            out = next(n for n in self._traced(module, call, Seen()).nodes if n.op == "output").args[0]
+        except Exception:  # as in `_visit`
+            return False
+        return isinstance(out, fx.Node) and self._is_tensor(module, out)
+
     def _expose(self, path: str, module: nn.Module, owners: list[str]) -> None:
         """Note that what lies between a module and what its forward uses is not called as a whole."""
         for i in range(len(owners)):
@@ -143,6 +182,47 @@ class _Walk:
         for module, path in self.names.items():
             if module not in reached and path not in called and not _has_no_forward(module):
                 self.traces.hidden.setdefault(path, "nothing that is traced calls it")
+
+
+# What gives one tensor: leaves by the file of torch.nn that they are of; functions, operators and methods of tensors by name.
+TENSOR_FILES = {
+    "conv",
+    "batchnorm",
+    "normalization",
+    "linear",
+    "activation",
+    "pooling",
+    "dropout",
+    "padding",
+    "upsampling",
+    "flatten",
+}
+ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "mean"}
+TENSOR_CALLS = {
+    *ARITHMETIC,
+    "relu",
+    "relu_",
+    "silu",
+    "gelu",
+    "sigmoid",
+    "softmax",
+    "cat",
+    "interpolate",
+    "pad",
+    "dropout",
+    "flatten",
+}
+TENSOR_CALLS |= {"reshape", "view", "permute", "contiguous"}
+
+
+def _gives_tensor(leaf: nn.Module) -> bool:
+    if isinstance(leaf, nn.MultiheadAttention) or getattr(leaf, "return_indices", False):
+        return False
+    return (
+        is_batch_norm(leaf)
+        or type(leaf) in CONVOLUTIONS
+        or type(leaf).__module__ in {f"torch.nn.modules.{f}" for f in TENSOR_FILES}
+    )
 
 
 def _entries(model: nn.Module) -> Iterator[nn.Module]:

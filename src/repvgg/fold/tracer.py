@@ -3,7 +3,7 @@
 import gc
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,13 +58,24 @@ class Seen:
     writes: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
-def traced(module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
-    """Trace the forward of `module` as it is called. What it reads and writes goes into `seen`; what it wrote is put back."""
-    tracer, held, homeless = _Tracer(call, seen), set(vars(module)), False
+class AsksTypeError(TypeError):
+    """A forward asks (`isinstance`) of what type the value of `node` is, and nobody has said."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__("it asks what type a value is")
+        self.node = node
+
+
+def traced(module: nn.Module, call: Call, seen: Seen, tensors: Collection[str] = ()) -> fx.Graph:
+    """Trace the forward of `module` as it is called. What it reads and writes goes into `seen`; what it wrote is put back.
+
+    tensors: the names of nodes that are known to be tensors. Raises `AsksTypeError` where a forward asks it of another.
+    """
+    tracer, held, homeless = _Tracer(call, seen, tensors), set(vars(module)), False
     try:
         graph = tracer.trace(module)
         if tracer.undo:  # it has a state: does it do the same the next time?
-            again = _Tracer(call, seen)
+            again = _Tracer(call, seen, tensors)
             try:
                 if str(again.trace(module)) != str(graph):
                     raise ValueError("it does something else each time")
@@ -88,12 +99,47 @@ ARGUMENTS = "a list or dictionary that it is given"
 MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
 
 
+_tracing: list["_Tracer"] = []  # the last one is at work
+
+
+@contextmanager
+def watched_modules() -> Iterator[None]:
+    """Let tracers see what forwards do to modules, as long as this lasts. (To change `nn.Module` takes long: once for many.)"""
+    plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
+
+    def get(module: nn.Module, name: str) -> Any:
+        tracer = _tracing[-1] if _tracing else None
+        if tracer is None or not tracer.watching or module is tracer.root or name in MACHINERY:
+            return plain_get(module, name)
+        tracer.seen.reads.append((module, name))  # before it: a parameter is found in another way than this
+        value = plain_get(module, name)
+        if isinstance(value, list | dict | set):  # which may be changed as well as read
+            tracer.seen.writes.append((module, name))
+        return value
+
+    def set_(module: nn.Module, name: str, value: Any) -> None:
+        tracer = _tracing[-1] if _tracing else None
+        if tracer is None:
+            plain_set(module, name, value)
+            return
+        if tracer.watching:
+            tracer.note_write(module, name)
+        tracer._quietly(lambda: plain_set(module, name, value))
+
+    nn.Module.__getattribute__, nn.Module.__setattr__ = get, set_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
+
+
 class _Tracer(fx.Tracer):
     """Trace one module's own forward for one call; every module that it calls is a leaf."""
 
-    def __init__(self, call: Call, seen: Seen) -> None:
+    def __init__(self, call: Call, seen: Seen, tensors: Collection[str]) -> None:
         super().__init__()
-        self.call, self.seen = call, seen
+        self.call, self.seen, self.tensors = call, seen, tensors
         self.given: Any = None  # the arguments, and how they looked before the forward
         self.as_given = ""
         self.undo: list[tuple[dict[str, Any], str, Any]] = []
@@ -138,32 +184,18 @@ class _Tracer(fx.Tracer):
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
-
-        def get(module: nn.Module, name: str) -> Any:
-            if not self.watching or module is self.root or name in MACHINERY:
-                return plain_get(module, name)
-            self.seen.reads.append((module, name))
-            value = plain_get(module, name)
-            if isinstance(value, list | dict | set):  # which may be changed as well as read
-                self.seen.writes.append((module, name))
-            return value
-
-        def set_(module: nn.Module, name: str, value: Any) -> None:
-            if self.watching:
-                self.seen.writes.append((module, name))
-                home = next((d for d in (module._buffers, module._parameters, module._modules) if name in d), vars(module))
-                self.undo.append((home, name, home.get(name, _MISSING)))
-            self._quietly(lambda: plain_set(module, name, value))
-
-        nn.Module.__getattribute__, nn.Module.__setattr__ = get, set_  # type: ignore[method-assign, assignment]
         self.watching = True
+        _tracing.append(self)
         try:
             yield
         finally:
+            _tracing.pop()
             self.watching = False
-            del nn.Module.__getattribute__
-            nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
+
+    def note_write(self, module: nn.Module, name: str) -> None:
+        self.seen.writes.append((module, name))
+        home = next((d for d in (module._buffers, module._parameters, module._modules) if name in d), vars(module))
+        self.undo.append((home, name, home.get(name, _MISSING)))
 
     def restore(self) -> None:
         """Put the attributes that the forward wrote back as they were."""
@@ -193,6 +225,8 @@ class _Tracer(fx.Tracer):
     # ---------------------------------------------------------------------------- values that outlive the forward
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.name in self.tensors:
+            node.meta[TENSOR] = True
         made = _Value(node, self)
         self.alive.append((node, weakref.ref(made)))
         return made
@@ -211,10 +245,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Value(fx.Proxy):
-    """Stand for a value in a trace.
-
-    But for an input of the whole, nobody can say what type it has, so a forward that asks (`isinstance`) cannot be traced.
-    """
+    """Stand for a value in a trace. A forward that asks (`isinstance`) what type it has is told of tensors alone."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override, misc]
@@ -222,7 +253,7 @@ class _Value(fx.Proxy):
             return _Value
         if self.node.meta.get(TENSOR):
             return Tensor
-        raise TypeError("it asks what type a value is")
+        raise AsksTypeError(self.node)
 
     def __len__(self) -> int:
         count = _parts_of(self.node)

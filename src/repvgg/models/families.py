@@ -18,7 +18,15 @@ from repvgg.models.pretrained import imagenet_classes
 from repvgg.models.pspnet import create_pspnet
 from repvgg.models.repvgg import RepVGG
 
-DEFAULTS: dict[str, Any] = {"output_stride": 32, "width": 1.0, "small_input": False, "block": None, "widths": None}
+DEFAULTS: dict[str, Any] = {
+    "output_stride": 32,
+    "width": 1.0,
+    "small_input": False,
+    "block": None,
+    "widths": None,
+    "global_pool": "avg",
+    "drop_rate": 0.0,
+}
 OWN_WEIGHTS = "has timm's default weights or none: pretrained=True takes no revision"
 Made = tuple[nn.Module, Manifest]
 
@@ -93,7 +101,7 @@ def _create_repvgg(r: Request) -> Made:
 def _repvgg_preprocessing(arch: Mapping[str, Any]) -> Preprocessing:
     if arch.get("small_input"):
         return _square(arch, 32, 32)
-    return _square(arch, 320, 320) if arch["name"] == "repvgg_d2se" else _square(arch, 224, 256)
+    return _square(arch, 320, 320) if NETWORKS[arch["name"]].squeeze_excite else _square(arch, 224, 256)
 
 
 REPVGG = Family(NETWORKS, _create_repvgg, _repvgg_preprocessing, lambda name: frozenset(DEFAULTS), lambda name: True)

@@ -1,4 +1,4 @@
-"""State-dict keys of other RepVGG implementations: the official code, timm and mmpretrain, in both forms.
+"""State-dict keys of other RepVGG implementations: the official code (and its RepVGGplus), timm and mmpretrain, in both forms.
 
 One list of substitutions a scheme, from our keys to theirs; the way back is the same list inverted, and a key counts as
 translated only if it comes back as it was, so that a round trip cannot lose anything.
@@ -13,23 +13,43 @@ from torch import Tensor
 
 from repvgg.models.names import FAMILY
 
+HALF = 12  # of the 24 layers in the third stage of RepVGGplus, which has a head in the middle and writes it as two
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """The spelling of our keys in another implementation, and what gives its checkpoints away."""
+    """The spelling of our keys in another implementation, and what gives its checkpoints away.
 
-    marker: str  # a regular expression that one of its keys matches, wherever the network lies in a larger one
+    marker: a regular expression that one of its keys matches, wherever the network lies in a larger one. stages: the prefix of each
+    of our four stages; one with two stands for two halves of a stage. parts: ours and theirs, of which the first that fits counts.
+    """
+
+    marker: str
     stem: str
-    stage: str  # of stage {n} (1 to 4)
+    stages: tuple[str | tuple[str, str], ...]
     parts: tuple[tuple[str, str], ...]
-    first_stage: int = 1  # how the scheme numbers our first stage
+
+    def layer(self, stage: int, index: int) -> str:
+        """Return their prefix of a layer: of our stage 0 to 3, and of its place in there."""
+        prefix = self.stages[stage]
+        if isinstance(prefix, tuple):
+            prefix, index = prefix[index >= HALF], index % HALF if index < 2 * HALF else index
+        return f"{prefix}{index}."
+
+    def place(self, key: str) -> tuple[str, str]:
+        """Return our prefix of the layer that one of their keys is of, and the rest of the key; "" and the key if there is none."""
+        for stage, prefixes in enumerate(self.stages):
+            for half, prefix in enumerate(prefixes if isinstance(prefixes, tuple) else (prefixes,)):
+                if m := re.match(rf"{re.escape(prefix)}(\d+)\.", key):
+                    return f"stages.{stage}.{int(m[1]) + half * HALF}.", key[m.end() :]
+        return "", key
 
 
 SCHEMES = {
     "official": Scheme(
-        marker=r"stage0\.rbr_",
+        marker=r"stage1\.0\.rbr_",
         stem="stage0",
-        stage="stage",
+        stages=("stage1.", "stage2.", "stage3.", "stage4."),
         parts=(
             ("block.conv_kxk.", "rbr_dense."),
             ("block.conv_1x1.", "rbr_1x1."),
@@ -40,11 +60,29 @@ SCHEMES = {
             ("head.", "linear."),
         ),
     ),
+    "repvggplus": Scheme(
+        marker=r"stage1\.blocks\.0\.rbr_",
+        stem="stage0",
+        stages=("stage1.blocks.", "stage2.blocks.", ("stage3_first.blocks.", "stage3_second.blocks."), "stage4.blocks."),
+        parts=(
+            ("block.conv_kxk.", "rbr_dense."),
+            ("block.conv_1x1.", "rbr_1x1."),
+            ("block.identity.", "rbr_identity."),
+            ("block.", "rbr_reparam."),
+            ("se.reduce.", "post_se.down."),
+            ("se.expand.", "post_se.up."),
+            *(
+                (f"auxiliary.{head}.{ours}.", f"{head}_aux.{theirs}.")
+                for head in ("stage1", "stage2", "stage3_first")
+                for ours, theirs in (("conv", "0.conv"), ("bn", "0.bn"), ("fc", "3"))
+            ),
+            ("head.", "linear."),
+        ),
+    ),
     "timm": Scheme(
         marker=r"stem\.(conv_kxk\.conv|reparam_conv)\.",
         stem="stem",
-        stage="stages.",
-        first_stage=0,
+        stages=("stages.0.", "stages.1.", "stages.2.", "stages.3."),
         parts=(
             ("block.conv_kxk.", "conv_kxk."),
             ("block.conv_1x1.", "conv_1x1."),
@@ -58,7 +96,7 @@ SCHEMES = {
     "mmpretrain": Scheme(
         marker=r"(backbone\.)?stem\.branch_",
         stem="backbone.stem",
-        stage="backbone.stage_",
+        stages=("backbone.stage_1.", "backbone.stage_2.", "backbone.stage_3.", "backbone.stage_4."),
         parts=(
             ("block.conv_kxk.conv.", "branch_3x3.conv."),
             ("block.conv_kxk.bn.", "branch_3x3.norm."),
@@ -95,12 +133,12 @@ def _foreign(key: str, s: Scheme) -> str:
     key = key.replace(ours, theirs, 1) if ours else key
     if key.startswith("stem."):
         return s.stem + key.removeprefix("stem")
-    return re.sub(r"^stages\.(\d)\.", lambda m: f"{s.stage}{int(m[1]) + s.first_stage}.", key)
+    return re.sub(r"^stages\.(\d)\.(\d+)\.", lambda m: s.layer(int(m[1]), int(m[2])), key)
 
 
 def _ours(key: str, s: Scheme) -> str:
     ours = re.sub(rf"^{re.escape(s.stem)}\.", "stem.", key)
-    ours = re.sub(rf"^{re.escape(s.stage)}(\d)\.", lambda m: f"stages.{int(m[1]) - s.first_stage}.", ours)
+    ours = "".join(s.place(ours))
     for part, theirs in s.parts:
         # A part follows the layer's index, or opens the key (the classifier).
         ours, found = re.subn(rf"(^|\.){re.escape(theirs)}", rf"\g<1>{part}", ours, count=1)
@@ -154,13 +192,14 @@ def infer_arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     if stem is None or stem.dim() != 4 or (head is not None and head.dim() != 2):
         return None
     depths = tuple(sum(1 for stage, _ in weights if stage == s) for s in range(4))
-    has_se = "stem.se.reduce.weight" in tensors
+    gate = tensors.get("stages.3.0.se.reduce.weight")
+    hidden = None if gate is None else gate.shape[0]
     widths = (stem.shape[0], *(weights[s, 0].shape[0] for s in range(4) if (s, 0) in weights))
     fitting = {
         name: width
         for name, member in FAMILY.items()
         if depths == member.depths
-        and has_se == member.squeeze_excite
+        and hidden == (max(1, widths[-1] // member.reduction) if member.squeeze_excite else None)
         and 0 < (width := widths[-1] / (512 * member.b)) <= 16
         and member.widths(width) == widths
         and _groups(weights, widths) == member.groups

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repvgg.disk import FileError, describe, out_of_memory
 from repvgg.models import checkpoint, hub, keys, weights
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.names import FAMILY, embedded, resolve_name, task_of
+from repvgg.models.names import FAMILY, NETWORKS, embedded, resolve_name, task_of
 from repvgg.models.plain import PlainNet, layer_list
 from repvgg.models.pretrained import imagenet_classes
 from repvgg.models.repvgg import RepVGG
@@ -38,27 +38,38 @@ def save(
     or channels that are not the model's.
     """
     manifest = manifest_of(model)
+    scheme = _scheme(model, manifest, to_keys)
     manifest = replace(
         manifest,
         classes=list(classes) if classes is not None else manifest.classes,
         preprocessing=preprocessing or manifest.preprocessing,
         training=training if training is not None else manifest.training,
-        keys=to_keys,
+        keys=scheme,
     )
     tensors = model.state_dict()
-    if to_keys != "repvgg":
-        if to_keys not in keys.SCHEMES:
-            raise ValueError(f"no key scheme {to_keys!r}: repvgg, {', '.join(keys.SCHEMES)}")
-        arch = manifest.arch or {}
-        if arch.get("name") not in FAMILY or not isinstance(model, RepVGG):
-            raise ValueError(f"{to_keys} keys exist for the RepVGG family only")
-        if "widths" in arch:
-            raise ValueError(f"{to_keys} has no pruned networks")
-        if manifest.form == "training" and arch["block"] != "repvgg":
-            raise ValueError(f"{to_keys} has no block {arch['block']!r}: fold the model first")
-        tensors = keys.to_foreign(tensors, to_keys)
+    if scheme != "repvgg":
+        tensors = keys.to_foreign(tensors, scheme)
         manifest = replace(manifest, layers=None)  # its tensor names would be wrong
     checkpoint.write(path, tensors, manifest)
+
+
+def _scheme(model: nn.Module, manifest: Manifest, to_keys: str) -> str:
+    """Return the scheme that spells this model in the keys asked for. Raises ValueError where there is none."""
+    if to_keys == "repvgg":
+        return to_keys
+    if to_keys not in keys.SCHEMES:
+        raise ValueError(f"no key scheme {to_keys!r}: repvgg, {', '.join(keys.SCHEMES)}")
+    arch = manifest.arch or {}
+    if arch.get("name") not in FAMILY or not isinstance(model, RepVGG):
+        raise ValueError(f"{to_keys} keys exist for the RepVGG family only")
+    if "widths" in arch:
+        raise ValueError(f"{to_keys} has no pruned networks")
+    if manifest.form == "training" and arch["block"] != "repvgg":
+        raise ValueError(f"{to_keys} has no block {arch['block']!r}: fold the model first")
+    plus = FAMILY[arch["name"]].plus
+    if to_keys not in (("official", "repvggplus") if plus else set(keys.SCHEMES) - {"repvggplus"}):
+        raise ValueError(f"{to_keys} has no {arch['name']}")
+    return "repvggplus" if plus else to_keys
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
@@ -165,6 +176,8 @@ def _build(manifest: Manifest, numbers: int) -> nn.Module:
     numbers: how many the file holds. Raises what torch raises for a manifest that is no network.
     """
     arch, deploy = manifest.arch, manifest.form == "deploy"
+    if arch and arch.get("num_classes") == 0 and arch.get("name") in NETWORKS:
+        arch = {"global_pool": "", **arch}  # what a network without a classifier did when files did not say
     with torch.device("meta"):
         if arch is None:
             if not manifest.layers:

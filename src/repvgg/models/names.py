@@ -1,6 +1,6 @@
 """Every network that has a name, as plain data. Importable without PyTorch.
 
-Sources: RepVGG (CVPR 2021), Tables 2, 3, 4, 5 and 8; D2se from the official code.
+Sources: RepVGG (CVPR 2021), Tables 2, 3, 4, 5 and 8; D2se and RepVGGplus-L2pse from the official code.
 """
 
 import difflib
@@ -20,8 +20,14 @@ class Member:
     b: float
     groups: int = 1
     squeeze_excite: bool = False
+    plus: bool = False  # a RepVGGplus: its squeeze-excite comes after the ReLU; auxiliary heads in training
     residual: bool = False  # two layers and a shortcut at a time, as in ResNet-18
     block: str = "repvgg"  # unless another is asked for
+
+    @property
+    def reduction(self) -> int:
+        """Return how many channels of a layer share one of its squeeze-excite's hidden ones."""
+        return 4 if self.plus else 16
 
     def widths(self, width: float = 1.0) -> tuple[int, ...]:
         """Return the channels of the five stages: min(64, 64a), 64a, 128a, 256a, 512b (Table 2), each a multiple of `groups`."""
@@ -67,6 +73,7 @@ FAMILY: dict[str, Member] = {
     "repvgg_b3g2": Member(B, 3, 5, groups=2),
     "repvgg_b3g4": Member(B, 3, 5, groups=4),
     "repvgg_d2se": Member((8, 14, 24, 1), 2.5, 5, squeeze_excite=True),
+    "repvgg_l2pse": Member((8, 14, 24, 1), 2.5, 5, squeeze_excite=True, plus=True),
     # Beyond the paper: small enough to train on a CPU in minutes.
     "repvgg_micro": Member((2, 2, 4, 1), 0.5, 0.5),
     "repvgg_mini": Member((1, 2, 3, 1), 0.75, 0.5),  # shallower and wider: small images in the same time, more accurately

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repvgg.fold.blocks import SqueezeExcite
-from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
+from repvgg.models.repvgg import Layer, PlusLayer, RepVGG, Residual, is_deploy_form
 
 
 class PlainNet(nn.Module):
@@ -21,7 +21,7 @@ class PlainNet(nn.Module):
                 geometry = (spec["kernel_size"], spec["stride"], spec["padding"], spec["dilation"], spec["groups"])
                 self._place(path, nn.Conv2d(spec["in_channels"], spec["out_channels"], *geometry))
             elif spec["op"] == "squeeze_excite":
-                self._place(path, SqueezeExcite(spec["channels"]))
+                self._place(path, SqueezeExcite(spec["channels"], spec.get("reduction", 16)))
             elif spec["op"] == "linear":
                 self._place(path, nn.Linear(spec["in_features"], spec["out_features"]))
             elif spec["op"] != "global_avg_pool":
@@ -67,20 +67,21 @@ def layer_list(model: nn.Module) -> list[dict[str, Any]] | None:
             continue
         conv = layer.block
         assert isinstance(conv, nn.Conv2d)
-        has_se = isinstance(layer.se, SqueezeExcite)
+        has_se, plus = isinstance(layer.se, SqueezeExcite), isinstance(layer, PlusLayer)
         layers.append(
             {
                 "op": "conv2d",
                 **{name: getattr(conv, name) for name in ("in_channels", "out_channels", "groups")},
                 **{name: list(getattr(conv, name)) for name in ("kernel_size", "stride", "padding", "dilation")},
-                "activation": None if has_se else "relu",
+                "activation": None if has_se and not plus else "relu",
                 "weight": f"{path}.block.weight",
                 "bias": f"{path}.block.bias",
             }
         )
         if has_se:
-            layers.append({"op": "squeeze_excite", "activation": "relu", "path": f"{path}.se", "channels": conv.out_channels})
+            se = {"op": "squeeze_excite", "path": f"{path}.se", "channels": conv.out_channels}
+            layers.append({**se, "activation": None, "reduction": 4} if plus else {**se, "activation": "relu"})
     if not isinstance(model.head, nn.Linear):  # a backbone
-        return layers
+        return [*layers, {"op": "global_avg_pool"}] if model.global_pool else layers
     head = {"in_features": model.head.in_features, "out_features": model.head.out_features}
     return [*layers, {"op": "global_avg_pool"}, {"op": "linear", **head, "weight": "head.weight", "bias": "head.bias"}]

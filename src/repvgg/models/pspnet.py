@@ -46,8 +46,7 @@ def create_pspnet(
     if plan.backbone in FAMILY:
         member = FAMILY[plan.backbone]
         layers = FAST if plan.fast else None
-        backbone: nn.Module = RepVGG(member, 1, in_chans, deploy, STRIDE, width, block=block, dilated_layers=layers)
-        backbone.head = nn.Identity()
+        backbone: nn.Module = RepVGG(member, 0, in_chans, deploy, STRIDE, width, block=block, dilated_layers=layers)
         _, _, _, middle, last = member.widths(width)
     else:
         backbone, (middle, last) = _resnet(plan.backbone, in_chans, pretrained)
@@ -94,7 +93,7 @@ class PSPNet(nn.Module):
     def _features(self, x: Tensor) -> list[Tensor]:
         """Return the feature maps of the last two stages."""
         if isinstance(self.backbone, RepVGG):
-            return self.backbone.forward_intermediates(x, 2)
+            return self.backbone.forward_intermediates(x, 2, intermediates_only=True)  # type: ignore[no-any-return]
         return self.backbone(x)  # type: ignore[no-any-return]
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -4,7 +4,8 @@
     model = repvgg.from_pretrained("me/cats")
 
 What is uploaded: model.safetensors (see checkpoint.py), config.json (its manifest, for people and other programs), and the card,
-README.md.
+README.md. Where timm has the network too, the tensors have timm's names and config.json says what timm and transformers ask: these
+open the repository without repvgg.
 """
 
 import copy
@@ -19,11 +20,12 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.disk import FileError
+from repvgg.disk import FileError, atomically
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import hub
+from repvgg.models.in_timm import timm_config
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.zoo import manifest_of
@@ -59,11 +61,19 @@ def push_to_hub(
         model = copy.deepcopy(model).eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save(model, folder / hub.MODEL_FILE)
-        (folder / "config.json").write_text(json.dumps(asdict(manifest_of(model)), indent=2) + "\n")
+        write_model(model, folder)
         if _may_write_card(repo_id, token):
             (folder / "README.md").write_text(model_card(model, repo_id, license, summary))
         return hub.upload(folder, repo_id, message or f"Upload by repvgg {__version__}", private, token)
+
+
+def write_model(model: nn.Module, folder: Path) -> None:
+    """Write model.safetensors and config.json into a folder. Where timm has the network, it and transformers open that."""
+    manifest = manifest_of(model)
+    theirs = timm_config(manifest)
+    save(model, folder / hub.MODEL_FILE, to_keys="timm" if theirs else "repvgg")
+    config = json.dumps({**asdict(manifest), **(theirs or {})}, indent=2) + "\n"
+    atomically(folder / "config.json", lambda temporary: temporary.write_text(config))
 
 
 def _may_write_card(repo_id: str, token: str | None) -> bool:
@@ -99,13 +109,25 @@ deploy = repvgg.reparameterize(model)  # 3x3 convolutions and ReLU
 ```
 
 `repvgg predict hf:{repo_id} photo.jpg` does the same from the command line.
-
+{_elsewhere(manifest, repo_id)}
 | | |
 | --- | --- |
 {table}
 
 {_input(manifest.preprocessing)}
 {_listed(manifest.classes)}"""
+
+
+def _elsewhere(manifest: Manifest, repo_id: str) -> str:
+    """Return how to open it without repvgg, where that can be."""
+    if timm_config(manifest) is None:
+        return ""
+    return f"""
+```python
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True)  # without repvgg; or, in transformers:
+model = transformers.AutoModelForImageClassification.from_pretrained("{repo_id}")
+```
+"""
 
 
 def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
@@ -123,7 +145,7 @@ def _metadata(manifest: Manifest, repo_id: str, license: str) -> str:
     card = ModelCardData(
         library_name="repvgg",
         pipeline_tag=task,
-        tags=["repvgg", "structural-reparameterization", "pytorch", *([arch] if arch else [])],
+        tags=["repvgg", "structural-reparameterization", "pytorch", *["timm"] * bool(timm_config(manifest)), *[arch] * bool(arch)],
         license=license or None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,

@@ -8,74 +8,16 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repvgg.fold.as_linear import Branches
 from repvgg.fold.blocks import UNFOLDABLE, Conv1x1, SqueezeExcite, deploy_conv, find_block, with_bn
 from repvgg.models.names import Member
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One 3x3 layer as numbers. stage: 0 for the stem, then 1 to 4."""
-
-    stage: int
-    in_channels: int
-    out_channels: int
-    stride: int
-    dilation: int
-    groups: int
-
-
-def layer_plan(
-    member: Member,
-    in_chans: int = 3,
-    output_stride: int = 32,
-    width: float = 1.0,
-    small_input: bool = False,
-    dilated_layers: int | None = None,
-    widths: Sequence[int] | None = None,
-) -> list[LayerSpec]:
-    """Return every 3x3 layer of a network in order, the stem first; arguments as `RepVGG` takes them."""
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride is {output_stride}: choose 8, 16 or 32")
-    if in_chans < 1 or not 0 < width <= 16:
-        raise ValueError("in_chans is at least 1, width is above 0 and at most 16")
-    count = 1 + sum(member.depths)
-    channels = [in_chans, *(widths or member.layer_widths(width))]
-    if len(channels) != 1 + count or min(channels) < 1:
-        raise ValueError(f"widths are the channels of {count} layers, at least 1 each")
-    strides, dilations = _strides_and_dilations(output_stride, small_input)
-    undilated = 0 if dilated_layers is None else count - dilated_layers  # so many layers at the start
-    plan: list[LayerSpec] = []
-    for stage, depth in enumerate((1, *member.depths)):
-        for first in (True, *(False,) * (depth - 1)):
-            number = len(plan) + 1  # the stem is the 1st; the 3rd, 5th, ... layers are the grouped ones
-            plan.append(
-                LayerSpec(
-                    stage,
-                    in_channels=channels[number - 1],
-                    out_channels=channels[number],
-                    stride=strides[stage] if first else 1,
-                    dilation=dilations[stage] if number > undilated else 1,
-                    groups=member.groups if number % 2 and number > 1 else 1,
-                )
-            )
-    return plan
-
-
-def _strides_and_dilations(output_stride: int, small_input: bool) -> tuple[list[int], list[int]]:
-    """Return both for the five stages. A stage that loses its stride doubles the dilation of every 3x3 from its first layer on."""
-    strides = [1, 1, 2, 2, 2] if small_input else [2, 2, 2, 2, 2]
-    dilations = [1, 1, 1, 1, 1]
-    for stage in range(5)[{32: 5, 16: 4, 8: 3}[output_stride] :]:
-        strides[stage] = 1
-        dilations[stage] = dilations[stage - 1] * 2
-    return strides, dilations
+from repvgg.models.plan import LayerSpec, feature_info, layer_plan, taps
 
 
 class Layer(nn.Module):
@@ -89,6 +31,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.se(self.block(x)))  # type: ignore[no-any-return]
+
+
+class PlusLayer(Layer):
+    """`se(act(block(x)))`, as in RepVGGplus."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.act(self.block(x)))  # type: ignore[no-any-return]
 
 
 class Residual(nn.Module):
@@ -115,13 +64,18 @@ class _Mean(nn.Module):
 class RepVGG(nn.Module):
     """A RepVGG classifier: images [N, in_chans, H, W] -> logits [N, num_classes], any H and W.
 
-    num_classes 0 makes a backbone, which returns its last feature map.
+    Methods and attributes are those of timm's networks. num_classes 0: the pooled features [N, num_features]. global_pool: "avg";
+    with num_classes 0 also "", for the feature map itself. drop_rate: of a dropout before the classifier, in training.
+
+    A RepVGGplus returns a tuple in train mode: the logits, and those of its auxiliary heads, which its deploy form does not have.
 
     output_stride: 32, or 16 or 8, where the last one or two stages keep their resolution and dilate every 3x3 instead; of all the
     network's layers only the last `dilated_layers`, if given.
     small_input: stem and first stage at stride 1, for images of some 32 pixels. block: a name in `BLOCKS`; None for the member's.
     widths: channels of each layer, the stem's first, where a network was pruned; None for the member's.
     """
+
+    training_only = ("auxiliary",)
 
     def __init__(
         self,
@@ -135,6 +89,8 @@ class RepVGG(nn.Module):
         block: str | None = None,
         dilated_layers: int | None = None,
         widths: Sequence[int] | None = None,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         block = block or member.block
@@ -143,12 +99,14 @@ class RepVGG(nn.Module):
             raise ValueError(f"the block {block} has no deploy form: it cannot be folded")
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}: at least 1, or 0 for a backbone")
+        _refuse_pool(global_pool, num_classes)
         plan = layer_plan(member, in_chans, output_stride, width, small_input, dilated_layers, widths)
         make = deploy_conv if deploy else make
 
         def layer(spec: LayerSpec) -> Layer:
             block = make(spec.in_channels, spec.out_channels, spec.stride, spec.dilation, spec.groups)
-            return Layer(block, SqueezeExcite(spec.out_channels) if member.squeeze_excite else nn.Identity())
+            se = SqueezeExcite(spec.out_channels, member.reduction) if member.squeeze_excite else nn.Identity()
+            return (PlusLayer if member.plus else Layer)(block, se)
 
         def stage(specs: list[LayerSpec]) -> nn.Sequential:
             layers = [layer(spec) for spec in specs]
@@ -157,8 +115,12 @@ class RepVGG(nn.Module):
         stem, *stages = ([spec for spec in plan if spec.stage == number] for number in range(5))
         self.stem = layer(stem[0])
         self.stages = nn.Sequential(*(stage(specs) for specs in stages))
-        self.num_features = plan[-1].out_channels
+        self.num_features = self.head_hidden_size = plan[-1].out_channels
+        self.feature_info = feature_info(plan)
+        self.global_pool, self.drop_rate = global_pool, drop_rate
         self.head: Any = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.taps = taps(plan) if member.plus else {}
+        self.auxiliary = self._auxiliary_heads(0 if deploy else num_classes)
         self.checkpointing = False
 
     @property
@@ -167,48 +129,133 @@ class RepVGG(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map, [N, num_features, H / output_stride, W / output_stride] (rounded up)."""
-        return self.forward_intermediates(x)[-1]
+        for stage in (self.stem, *self.stages):
+            x = self._run_stage(stage, x)
+        return x
 
-    def forward_intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
-        """Return the feature maps of the five stages of Table 2 (the stem's first); or of `indices` alone, or of the last n."""
-        x = self._run(self.stem, x)
-        features = [x]
-        for stage in self.stages:
-            for layer in stage:  # type: ignore[attr-defined]
-                x = self._run(layer, x)
-            features.append(x)
-        if indices is None:
-            return features
-        return features[len(features) - indices :] if isinstance(indices, int) else [features[i] for i in indices]
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last feature map and a list of those of the five stages of Table 2 (the stem's first), as timm's networks do.
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        return self.head(features.mean((2, 3))) if self.num_classes else features  # type: ignore[no-any-return]
+        indices: some of the stages, or the last n; the list is in the network's order. stop_early: nothing after the last of these
+        is run, and its map takes the last one's place. intermediates_only: the list alone. norm: nothing is left to normalise here.
+        Raises ValueError for a stage that is not there, or another order of dimensions than NCHW.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}: a convolutional network's is NCHW")
+        stages = (self.stem, *self.stages)
+        wanted = _chosen(indices, len(stages))
+        features = []
+        for number, stage in enumerate(stages[: max(wanted) + 1] if stop_early else stages):
+            x = self._run_stage(stage, x)
+            if number in wanted:
+                features.append(x)
+        return features if intermediates_only else (x, features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits of a last feature map; pre_logits: what the classifier would see."""
+        x = features.mean((2, 3)) if self.global_pool else features
+        if self.drop_rate:
+            x = F.dropout(x, self.drop_rate, self.training)
+        return x if pre_logits else self.head(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Any:
+        if self.auxiliary is not None and self.training:
+            return self._with_auxiliary(self.auxiliary, x)
         return self.forward_head(self.forward_features(x))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Return what torch.jit.script compiles in place of a deploy form: the same modules in a row, by the same names."""
         parts: OrderedDict[str, nn.Module] = OrderedDict(stem=self.stem, stages=self.stages)
-        if self.num_classes:
-            parts |= OrderedDict(pool=_Mean(), head=self.head)
-        return nn.Sequential(parts).train(self.training)
+        if self.global_pool:
+            parts["pool"] = _Mean()
+        return nn.Sequential(parts | OrderedDict(head=self.head)).train(self.training)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Put a new, untrained classifier of `num_classes` outputs in place of the old one; 0 leaves a backbone."""
-        like, size = next(self.parameters()), (self.num_features, num_classes)
-        self.head = nn.Linear(*size, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
-        self.head.train(self.training)
+    def _with_auxiliary(self, heads: nn.ModuleDict, x: Tensor) -> tuple[Tensor, ...]:
+        after = {number: heads[name] for name, (number, _) in self.taps.items()}
+        outputs = []
+        for number, layer in enumerate((self.stem, *(layer for stage in self.stages for layer in stage))):  # type: ignore[attr-defined]
+            x = self._run(layer, x)
+            if number in after:
+                outputs.append(after[number](x))
+        return (self.forward_head(x), *outputs)
+
+    def _auxiliary_heads(self, num_classes: int) -> nn.ModuleDict | None:
+        if not self.taps or not num_classes:
+            return None
+        return nn.ModuleDict({name: _auxiliary_head(channels, num_classes) for name, (_, channels) in self.taps.items()})
+
+    def get_classifier(self) -> nn.Module:
+        return self.head  # type: ignore[no-any-return]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new, untrained classifier of `num_classes` outputs in place of the old one; 0 leaves a backbone.
+
+        global_pool: as the constructor takes it; None keeps what there is, but for what a classifier needs.
+        """
+        pool = ("avg" if num_classes else self.global_pool) if global_pool is None else global_pool
+        _refuse_pool(pool, num_classes)
+        like = next(self.parameters())
+        place = {"device": like.device, "dtype": like.dtype}
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.auxiliary = self._auxiliary_heads(0 if is_deploy_form(self) else num_classes)
+        self.global_pool = pool
+        for part in filter(None, (self.head, self.auxiliary)):
+            part.to(**place).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each layer's input in training and compute the rest again in the backward pass."""
         self.checkpointing = enable
+
+    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        for layer in stage if isinstance(stage, nn.Sequential) else (stage,):
+            x = self._run(layer, x)
+        return x
 
     def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and self.training:
             out: Tensor = checkpoint(layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _restored_buffers(layer)))
             return out
         return layer(x)  # type: ignore[no-any-return]
+
+
+def _refuse_pool(global_pool: str, num_classes: int) -> None:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool is {global_pool!r}: 'avg', or '' for the feature map as it is")
+    if num_classes and not global_pool:
+        raise ValueError("global_pool is '', which goes with num_classes=0: a classifier reads the mean of the feature map")
+
+
+def _chosen(indices: int | Sequence[int] | None, count: int) -> set[int]:
+    """Return which of so many stages are meant: None all, n the last n; a negative index counts from the end."""
+    if indices is None or isinstance(indices, int):
+        last = count if indices is None else indices
+        if not 0 < last <= count:
+            raise ValueError(f"the last {indices} of {count} stages: at least 1, at most {count}")
+        return set(range(count - last, count))
+    if not indices or not all(-count <= i < count for i in indices):
+        raise ValueError(f"indices {list(indices)}: there are stages 0 to {count - 1}")
+    return {i % count for i in indices}
+
+
+def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+            bn=nn.BatchNorm2d(channels),
+            act=nn.ReLU(inplace=True),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flat=nn.Flatten(),
+            fc=nn.Linear(channels, num_classes),
+        )
+    )
 
 
 def _in_pairs(layers: list[Layer], specs: list[LayerSpec], deploy: bool) -> list[Residual]:

@@ -32,12 +32,19 @@ def create_model(
     small_input: bool = False,
     block: str | None = None,
     widths: Sequence[int] | None = None,
+    global_pool: str = "avg",
+    drop_rate: float = 0.0,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
 ) -> Network:
     """Return a model in train mode: images [N, in_chans, H, W] -> logits [N, num_classes], of a PSPNet [N, num_classes, H, W].
 
     block: the structure of each layer in training form, a name in `repvgg.fold.blocks.BLOCKS`; by default the network's own
     ("repvgg", in the residual one "plain"). In a comparator it takes the place of each 3x3 convolution (see `replace_conv`).
     widths: channels of each layer of a pruned network of the family, the stem's first, in place of the name's own.
+    num_classes, global_pool and drop_rate are timm's: num_classes 0 gives the pooled features [N, num_features], and with
+    global_pool "" the last feature map; drop_rate is of a dropout before the classifier. features_only gives timm's extractor of a
+    list of feature maps, those of the stages `out_indices` (all five by default).
 
     pretrained: the paper's ImageNet weights from the hub; a string pins the hub repository's revision. With another number of
     classes the classifier starts anew; in a PSPNet they are the backbone's, and the heads are new. Raises ValueError for an unknown
@@ -46,6 +53,7 @@ def create_model(
     name = resolve_name(name)
     family = family_of(name)
     given = {"output_stride": output_stride, "width": width, "small_input": small_input, "block": block, "widths": widths}
+    given |= {"global_pool": global_pool, "drop_rate": drop_rate}
     options = {option: value for option, value in given.items() if value != DEFAULTS[option]}
     if wrong := [option for option in options if option not in family.takes(name)]:
         raise ValueError(f"{name} takes no {', '.join(wrong)}: these belong to the RepVGG family")
@@ -53,7 +61,22 @@ def create_model(
     remember(model, manifest)
     if deploy and (pretrained or not family.built_folded(name)):
         model = reparameterize(model.eval()).train()
-    return cast(Network, model)
+    if not features_only:
+        return cast(Network, model)
+    if not isinstance(model, RepVGG):
+        raise ValueError(f"{name} takes no features_only: take it from timm, timm.create_model({name!r}, features_only=True)")
+    return cast(Network, features_of(model, out_indices))
+
+
+def features_of(model: RepVGG, out_indices: Sequence[int] | None = None) -> nn.Module:
+    """Return timm's extractor of feature maps: images -> a list of them, with `feature_info` beside it."""
+    try:
+        from timm.models import FeatureListNet
+    except ImportError:
+        raise ValueError("features_only is timm's: pip install 'repvgg[bench]'") from None
+    wanted = (0, 1, 2, 3, 4) if out_indices is None else tuple(out_indices)
+    extractor: nn.Module = FeatureListNet(model, wanted, flatten_sequential=True)
+    return extractor
 
 
 def takes(name: str, option: str) -> bool:
@@ -80,6 +103,8 @@ def manifest_of(model: nn.Module) -> Manifest:
         raise ValueError(f"{type(model).__name__} was not made by repvgg.create_model: save its state dict with safetensors")
     num_classes = _num_classes(model)
     arch = manifest.arch and {**manifest.arch, "num_classes": num_classes}
+    if arch and isinstance(model, RepVGG):
+        arch |= {"global_pool": model.global_pool, "drop_rate": model.drop_rate}
     names = manifest.classes if manifest.classes and len(manifest.classes) == num_classes else None  # else of an older classifier
     form = "deploy" if _is_folded(model) else "training"
     return replace(manifest, arch=arch, form=form, classes=names, layers=layer_list(model), keys="repvgg")

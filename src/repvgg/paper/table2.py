@@ -34,7 +34,10 @@ def stages() -> tuple[Stage, ...]:
     """Read Table 2 off our networks."""
     with torch.device("meta"):
         a, b = (RepVGG(FAMILY[name], deploy=True).eval() for name in ("repvgg_a0", "repvgg_b0"))
-        sizes = [[feature.shape[-1] for feature in model.forward_intermediates(torch.empty(1, 3, 224, 224))] for model in (a, b)]
+        sizes = [
+            [feature.shape[-1] for feature in model.forward_intermediates(torch.empty(1, 3, 224, 224), intermediates_only=True)]
+            for model in (a, b)
+        ]
     assert sizes[0] == sizes[1]
     depths = [[1, *(len(stage) for stage in model.stages)] for model in (a, b)]  # type: ignore[arg-type]
     return tuple(Stage(size, la, lb, _channels(i)) for i, (size, la, lb) in enumerate(zip(sizes[0], *depths, strict=True)))

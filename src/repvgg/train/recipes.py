@@ -78,7 +78,7 @@ class Recipe:
     jitter: float = 0.0
     """Strength of random changes of brightness, contrast and saturation, in photos with masks."""
     auxiliary: float = 0.4
-    """Weight of the loss of a PSPNet's auxiliary head."""
+    """Weight of the loss of each auxiliary head, of a PSPNet or a RepVGGplus (whose authors took 0.1)."""
     flip: bool = True
     """Mirror half of the images."""
     small_first: float = 0.0

@@ -138,10 +138,13 @@ class Classification:
             raise ValueError("this model gives labels, not masks: --slide, --scales and --flip are for a PSPNet")
 
     def loss(self, outputs: Any, target: Tensor, recipe: Recipe) -> Tensor:
-        return F.cross_entropy(outputs, target, label_smoothing=recipe.label_smoothing)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = F.cross_entropy(logits, target, label_smoothing=recipe.label_smoothing)
+        return sum((recipe.auxiliary * self.loss(head, target, recipe) for head in auxiliary), loss)
 
     def right(self, outputs: Any, target: Tensor) -> Tensor:
-        return (outputs.argmax(1) == target).float().mean()  # type: ignore[no-any-return]
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        return (logits.argmax(1) == target).float().mean()  # type: ignore[no-any-return]
 
     def restored(self, confusion: Tensor, **facts: Any) -> Evaluation:
         return evaluate.Accuracy(**facts, confusion=confusion)

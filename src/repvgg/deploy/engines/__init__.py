@@ -21,6 +21,10 @@ from repvgg.disk import Log
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int16")
 
 
+class DeviceError(ValueError):
+    """The device that is asked for cannot be used; nothing else is used in its place."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Settings that an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA;
@@ -100,7 +104,7 @@ ENGINES = {
     "compile-max": Known("compiled_max", (), (), ("fp32", "tf32", "bf16", "fp16")),
     "cudagraphs": Known("cudagraphs", (), (), ("fp32", "tf32", "bf16", "fp16")),
     "aotinductor": Known("aotinductor", (), ("fp32", "bf16"), ()),
-    "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ()),
+    "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ("fp32", "tf32", "fp16")),
     "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),
     "mnn": Known("mnn", ("onnx", "onnxscript", "MNN"), ("fp32",), ()),
     "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),

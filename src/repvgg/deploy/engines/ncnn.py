@@ -71,9 +71,9 @@ class _File:
         elif spec["op"] == "global_avg_pool":
             self._line("Pooling", top, {0: 1, 4: 1})
         else:
-            self._squeeze_excite(spec["path"], spec["channels"], top)
+            self._squeeze_excite(spec["path"], spec["channels"], top, bool(spec.get("activation")))
 
-    def _squeeze_excite(self, path: str, channels: int, top: str) -> None:
+    def _squeeze_excite(self, path: str, channels: int, top: str, relu: bool) -> None:
         trunk, gate = f"{top}_trunk", f"{top}_gate"
         self.lines.append(f"Split {top}_split 1 2 {self.last} {trunk} {gate}")
         self.blobs += 2
@@ -84,10 +84,12 @@ class _File:
             outputs = len(self.state[f"{path}.{part}.bias"])
             self._line("InnerProduct", f"{gate}_{part}", {0: outputs, 1: 1, 2: size, 9: activation})
         self._line("Reshape", f"{gate}_map", {0: 1, 1: 1, 2: channels})
-        self.lines.append(f"BinaryOp {top}_scaled 2 1 {trunk} {gate}_map {top}_scaled 0=2")
+        scaled = f"{top}_scaled" if relu else top
+        self.lines.append(f"BinaryOp {scaled} 2 1 {trunk} {gate}_map {scaled} 0=2")
         self.blobs += 1
-        self.last = f"{top}_scaled"
-        self._line("ReLU", top, {})
+        self.last = scaled
+        if relu:
+            self._line("ReLU", top, {})
 
     def _line(self, kind: str, top: str, parameters: dict[int, int]) -> None:
         words = " ".join(f"{key}={value}" for key, value in parameters.items())
