@@ -57,13 +57,13 @@ def _entry(ours: str, name: str) -> Callable[..., nn.Module]:
 
 
 def _tagged(ours: str, name: str) -> str:
-    return f"{ours}.rvgg_in1k" if name.removeprefix("repvgg_") in RELEASED else ours
+    return f"{ours}.rvgg_in1k" if name in RELEASED else ours
 
 
 def _config(name: str) -> dict[str, Any]:
     """Return what timm wants to know of one of our networks and its weights."""
     return {
-        "hf_hub_id": REPO.format(name=name) if name.removeprefix("repvgg_") in RELEASED else None,
+        "hf_hub_id": REPO.format(name=name) if name in RELEASED else None,
         "num_classes": 1000,
         **_input(zoo.default_preprocessing({"name": name, "in_chans": 3})),
         "first_conv": ("stem.block.conv_kxk.conv", "stem.block.conv_1x1.conv"),
@@ -80,7 +80,7 @@ def timm_config(manifest: Manifest) -> dict[str, Any] | None:
     arch = manifest.arch or {}
     name, width = str(arch.get("name")), arch.get("width", 1.0)
     usual = {"block": "repvgg", "output_stride": 32, "small_input": False}
-    if manifest.form != "training" or name.removeprefix("repvgg_") not in RELEASED or not usual.items() <= arch.items():
+    if manifest.form != "training" or name not in RELEASED or not usual.items() <= arch.items():
         return None
     if "widths" in arch or [round(c * width) for c in NETWORKS[name].widths()] != list(NETWORKS[name].widths(width)):
         return None
