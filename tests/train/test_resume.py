@@ -199,8 +199,9 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(
 ) -> None:
     from repvgg.train.trainer import Trainer
 
-    def poisoned(self: Trainer, parts: Any, lr: float, number: int) -> None:
-        step(self, [(x * float("nan"), y) for x, y in parts] if number == 10 else parts, lr, number)
+    def poisoned(self: Trainer, parts: Any, *rest: Any) -> None:
+        number = rest[1]
+        step(self, [(x * float("nan"), y) for x, y in parts] if number == 10 else parts, *rest)
 
     step = Trainer.step
     with monkeypatch.context() as patch:

@@ -123,6 +123,6 @@ def prune(
 
     network, where = opened(model), place(device, workers)
     source = open_data(data, val, limit, seed, model=network)
-    plain = resolved(recipe, source, False, changes) or resolve("finetune", **changes)
+    plain = resolved(recipe, source, False, changes, log) or resolve("finetune", **changes)
     how: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log}
     return work(network, source, Path(out), keep, plain, engine=engine, **how)

@@ -57,7 +57,7 @@ def train(
     given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
     options = {name: value for name, value in given.items() if value is not None}
     where = local_device(place(device, workers))
-    plain, start = resolved(recipe, source, bool(init), changes), init
+    plain, start = resolved(recipe, source, bool(init), changes, log), init
     if plain is None:
         how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
         plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
@@ -72,8 +72,10 @@ def train(
     return run
 
 
-def resolved(recipe: "str | os.PathLike[str] | Recipe", source: "Source", trained: bool, changes: dict[str, Any]) -> Recipe | None:
-    """Return the recipe that is meant, by default what suits the source; None for the one that has to be chosen by `auto`."""
+def resolved(
+    recipe: "str | os.PathLike[str] | Recipe", source: "Source", trained: bool, changes: dict[str, Any], log: Log
+) -> Recipe | None:
+    """Return the recipe that is meant, by default what suits the source, in words; None for the one that `auto` has to choose."""
     stream = hasattr(source.train, "order")
     if recipe in ("", "auto"):
         if not source.masks and not stream and (recipe == "auto" or source.recipe == "light"):
@@ -81,6 +83,7 @@ def resolved(recipe: "str | os.PathLike[str] | Recipe", source: "Source", traine
         if recipe == "auto":
             raise ValueError(f"{source.name}: --recipe auto is for labelled images that can be looked at beforehand")
         recipe = "finetune" if trained and not source.masks else source.recipe
+        log(f"recipe: {recipe}")
     return resolve(recipe, **changes)
 
 

@@ -206,7 +206,7 @@ class Ablate:
         from repvgg.train.recipes import resolve
 
         changes = self.settings.changes
-        recipe = resolved(self.recipe, open_source(self.data), False, changes) or resolve("light", **changes)
+        recipe = resolved(self.recipe, open_source(self.data), False, changes, say) or resolve("light", **changes)
         device = self.where.chosen()
         grid = Grid(
             out=self.out,

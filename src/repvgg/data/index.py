@@ -1,4 +1,4 @@
-"""How many images of which class each shard of a stream holds: found by one pass over all of it, and written down.
+"""Count the images of each class in each shard of a stream, by one pass over all of it, and write that down.
 
     repvgg index wds:photos                     # writes photos/_index.json, which all machines that see the folder use
 

@@ -76,7 +76,7 @@ def pruned(model: nn.Module, images: Tensor, keep: float) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Convolution:
-    """What folds to one convolution: a block, or the shortcut of a residual block.
+    """Name what folds to one convolution: a block, or the shortcut of a residual block.
 
     reads, makes: paths of the modules whose output it reads ("" for the image) and makes, alone or by an addition.
     """

@@ -38,7 +38,7 @@ class Place:
 
     @property
     def local(self) -> bool:
-        """Whether it is on a disk, which has locks, and can lose half a file."""
+        """Say whether it is on a disk, which has locks, and can lose half a file."""
         return isinstance(self.store, pyarrow.fs.LocalFileSystem)
 
     def names(self) -> list[str]:

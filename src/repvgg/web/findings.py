@@ -1,4 +1,4 @@
-"""What a run's best model and its images show when they are looked at: the worst mistakes, the first batch, costs and speeds."""
+"""Look at a run's best model and its images: the worst mistakes, the first batch, costs and speeds."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ NAMES = {"top1": "top-1", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accur
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has left behind.
+    """Hold what a run has left behind.
 
     settings: all that it was started with, the recipe's fields too. lines: of metrics.jsonl. best, last: evaluations, None where
     their state is gone. seconds, machine: None of a run that has not come to its end.
