@@ -11,9 +11,22 @@ from pathlib import Path
 import pytest
 from forks import Forks
 
+from repvgg.cli.entry import understood
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+# What is on the other pages takes minutes; that its commands are understood is tested always.
+QUICK = [page if page.name in ("README.md", "training.md") else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line for block in blocks(page, "console") for line in block.splitlines()]
+    for line in lines:
+        assert line.startswith("$ "), f"{page.name}: a console block holds commands alone, each after a $: {line!r}"
+    return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -35,21 +48,24 @@ def run(command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_of_the_page_are_understood(page: Path) -> None:
+    for words in commands(page):
+        if words[0] == "repvgg":
+            understood(words[1:])
+
+
+@pytest.mark.parametrize("page", QUICK, ids=lambda p: p.name)
 def test_commands_of_the_page_run(page: Path, desk: Path, forks: Forks) -> None:
     """In forks of a process that has PyTorch loaded. A command typed into a shell: tests/cli/test_entry.py."""
-    for block in blocks(page, "console"):
-        for line in block.splitlines():
-            assert line.startswith("$ "), f"{page.name}: a console block holds commands alone, each after a $: {line!r}"
-            command = line.removeprefix("$ ")
-            first, *words = shlex.split(command, comments=True)
-            if first != "repvgg":
-                run(command, desk)
-            else:
-                ended = forks(words, desk)
-                assert ended.code == 0, f"{command}\n{ended.err[-2000:]}"
+    for first, *words in commands(page):
+        if first != "repvgg":
+            run(shlex.join([first, *words]), desk)
+        else:
+            ended = forks(words, desk)
+            assert ended.code == 0, f"{shlex.join(words)}\n{ended.err[-2000:]}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", QUICK, ids=lambda p: p.name)
 def test_python_of_the_page_runs(page: Path, desk: Path, forks: Forks) -> None:
     for block in blocks(page, "python"):
         ended = forks.python(block, desk)

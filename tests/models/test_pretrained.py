@@ -83,6 +83,7 @@ except repvgg.FileError as error:
 """
 
 
+@pytest.mark.slow  # test_hub.py fetches from such a server always, test_weights.py reads what timm released
 def test_pretrained_weights_come_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     Image.effect_noise((300, 260), 90).convert("RGB").save(image)

@@ -90,6 +90,7 @@ def test_headlines(both: tuple[Result, Result]) -> None:
     assert "1 of 1 hold" in both[1].why
 
 
+@pytest.mark.slow  # test_fastest.py proves the choice
 def test_each_model_in_its_own_fastest_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Really chosen and timed, of two engines: native has plain networks alone, so the ResNet stays in eager."""
     pytest.importorskip("timm")

@@ -80,11 +80,16 @@ def _run(words: list[str]) -> None:
 
         print(script(words[1] if len(words) > 1 else "bash", {name: sorted(flags(_command(name))) for name in COMMANDS}))
         return
+    understood(words).run()
+
+
+def understood(words: list[str]) -> Any:
+    """Return the command that these words describe, ready to run. Raises `UsageError`."""
     name, *rest = words
     if name not in COMMANDS:
         raise UsageError(f"no command {name!r}: {suggestion(name, COMMANDS) or 'see repvgg --help'}")
     defaults = {"settings": _settings(rest)} if name in WITH_RECIPE else {}
-    parse(_command(name), name, rest, **defaults).run()
+    return parse(_command(name), name, rest, **defaults)
 
 
 def _loudness(words: list[str]) -> list[str]:
