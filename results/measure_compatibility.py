@@ -28,7 +28,7 @@ PACKAGES = {"transformers": "transformers", "smp": "segmentation-models-pytorch"
 
 TIMM = """
 repvgg_a0 repvgg_a1 repvgg_a2 repvgg_b0 repvgg_b1 repvgg_b1g4 repvgg_d2se mobileone_s0 mobileone_s1 mobileone_s2
-mobileone_s3 mobileone_s4 fastvit_t8 fastvit_sa12 mobileclip_b repvit_m0_9 repvit_m1 repvit_m1_5 ghostnetv3_050
+mobileone_s3 mobileone_s4 fastvit_t8 fastvit_sa12 fastvit_mci0 repvit_m0_9 repvit_m1 repvit_m1_5 ghostnetv3_050
 ghostnetv3_100 ghostnetv2_100 ghostnet_100 repghostnet_050 repghostnet_100 mixnet_s mixnet_m tf_mixnet_s
 inception_next_atto visformer_tiny nextvit_small coatnet_nano_rw_224 maxvit_nano_rw_256 efficientformer_l1
 efficientformerv2_s0 starnet_s1 resnet18 resnet50 resnet50d resnetrs50 resnext50_32x4d wide_resnet50_2 resnetv2_50

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import randomize, relative_error
-from folding import EXACT, SMALL, outputs, report_of
+from folding import EXACT, SMALL, Siblings, outputs, report_of
 from forwards import ODD, Keeps, KeptOnItself, RawArgument, UNet, Untraceable, Whole
 from torch import Tensor, nn
 
@@ -126,3 +126,17 @@ def test_the_report_says_whether_the_whole_was_checked() -> None:
     pair = randomize(with_bn(nn.Conv2d(3, 4, 3)), SMALL)
     assert "\nthe whole: not checked, only its parts; pass an example input" in str(report_of(reparameterize(pair)))
     assert "\nthe whole: equal in float32: relative error" in str(report_of(reparameterize(pair, torch.randn(SMALL))))
+
+
+class MakesAModule(Siblings):
+    """Its forward puts its parts into a module that it makes as it runs, and reads of that: no module of the tree."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = nn.Sequential(self.conv, self.bn)
+        out: Tensor = row(x) if len(row) == 2 and not row.training else x
+        return out
+
+
+def test_a_module_that_a_forward_makes_is_no_part_of_the_tree() -> None:
+    net, x = built(MakesAModule), torch.randn(SMALL).double()
+    assert relative_error(outputs(reparameterize(net), x), outputs(net, x)) <= EXACT

@@ -93,10 +93,11 @@ class _Walk:
             graph = self._traced(module, call, seen)
         except Exception as error:  # whatever a stranger's forward may raise on a value that is not there
             self.traces.untraceable[path] = _first_line(error)
-        for other, name in seen.reads:
+        reads, writes = ([(m, name) for m, name in pairs if m in self.names] for pairs in (seen.reads, seen.writes))
+        for other, name in reads:  # of the tree: a module that a forward makes as it runs (layers[1:]) is not
             self.read.append((module, other, name))
             self.traces.exposed.setdefault(self.names[other], f"{_called(path, module)} uses its `{name}`")
-        for other, name in seen.writes:
+        for other, name in writes:
             self.written.setdefault(other, set()).add(name)
             if other is not module:
                 why = f"{_called(path, module)} sets its `{name}` while it runs"
