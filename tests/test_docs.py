@@ -19,7 +19,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 # What is on the other pages takes minutes; that its commands are understood is tested always.
-QUICK = [page if page.name in ("README.md", "training.md") else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
+QUICK = [page if page.name == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
 
 
 def commands(page: Path) -> list[list[str]]:

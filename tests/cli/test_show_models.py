@@ -97,7 +97,7 @@ def test_recipes(capsys: Captured) -> None:
     info.show_recipes(as_json=False)
     table = capsys.readouterr().out
     assert all(name in table for name in RECIPES)
-    assert re.search(r"^ *warmup-epochs +0.0 +5 +4 +1", table, re.MULTILINE)
+    assert re.search(r"^ *warmup-epochs +0.0 +5 +2 +1", table, re.MULTILINE)
     info.show_recipe("cifar", as_json=True)
     assert json.loads(capsys.readouterr().out)["crop"] == "shift"
     info.show_recipe("cifar", as_json=False)

@@ -214,7 +214,7 @@ def starve(forks: Forks, name: str, models: Path, tmp_path: Path, limits: tuple[
         assert_whole(place / "out", {})
 
 
-@pytest.mark.parametrize("name", ["convert", "train", "predict"])
+@pytest.mark.parametrize("name", ["convert", "train", pytest.param("predict", marks=pytest.mark.slow)])  # ends as convert does
 def test_little_memory_is_one_line_or_success(name: str, faulty: Forks, models: Path, tmp_path: Path) -> None:
     starve(faulty, name, models, tmp_path, (8, 64, 1024))
 

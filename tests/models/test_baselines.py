@@ -122,7 +122,7 @@ def test_unknown_name() -> None:
 
 def test_timm_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"pip install 'repvgg\[bench\]'"):
+    with pytest.raises(ValueError, match=r"pip install timm"):
         create_baseline("resnet18")
 
 

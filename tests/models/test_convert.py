@@ -147,6 +147,6 @@ def test_keys_in_and_out_through_the_command(form: str, scheme: str, tmp_path: P
 
 
 def test_a_key_scheme_that_is_none(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no key scheme 'keras': repvgg, official, timm, mmpretrain"):
+    with pytest.raises(ValueError, match="no key scheme 'keras': repvgg, official, repvggplus, timm, mmpretrain"):
         convert(trained, tmp_path / "out.safetensors", to_keys="keras")
     assert not (tmp_path / "out.safetensors").exists()

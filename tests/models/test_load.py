@@ -87,7 +87,7 @@ def test_options_survive(options: dict[str, Any], form: str, suffix: str, tmp_pa
     back = assert_round_trip(model, tmp_path / f"model{suffix}")
     arch = zoo.manifest_of(back).arch
     assert arch is not None
-    defaults = {"output_stride": 32, "small_input": False, "in_chans": 3, "block": "repvgg"}
+    defaults = {"output_stride": 32, "small_input": False, "in_chans": 3, "block": "repvgg", "global_pool": "avg", "drop_rate": 0.0}
     wanted = {"name": "repvgg_micro", "num_classes": 7, "width": 1 / 8, **defaults}
     assert arch == {**wanted, **options}
 

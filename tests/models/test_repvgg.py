@@ -18,7 +18,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.names import FAMILY, Member
 from repvgg.models.repvgg import RepVGG, is_deploy_form
 
-PAPER = {name: member for name, member in FAMILY.items() if name != "repvgg_micro"}
+PAPER = {name: member for name, member in FAMILY.items() if name not in ("repvgg_micro", "repvgg_mini")}
 IN_TIMM = set(PAPER) - {"repvgg_b1g2", "repvgg_b2g2", "repvgg_b3g2", "repvgg_l2pse"}
 
 

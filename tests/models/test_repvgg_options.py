@@ -16,7 +16,7 @@ from repvgg.models.names import FAMILY, NETWORKS
 from repvgg.models.plain import layer_list
 from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
 
-PAPER = {name: member for name, member in FAMILY.items() if name != "repvgg_micro"}
+PAPER = {name: member for name, member in FAMILY.items() if name not in ("repvgg_micro", "repvgg_mini")}
 IN_TIMM = set(PAPER) - {"repvgg_b1g2", "repvgg_b2g2", "repvgg_b3g2"}
 
 
@@ -183,7 +183,7 @@ def test_torchvision_reaches_any_layer(deploy: bool) -> None:
         features = model.forward_intermediates(x, intermediates_only=True)
         assert torch.equal(found["stem"], features[0])
         assert torch.equal(found["middle"], features[3])
-        assert torch.equal(found["logits"], model(x))
+        assert relative_error(found["logits"], model(x)) <= rounding(model, x)  # traced, a strided 1x1 is written otherwise
 
 
 def test_reset_classifier() -> None:

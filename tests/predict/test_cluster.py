@@ -68,7 +68,7 @@ def test_what_is_refused_before_ray_is_asked(files: Path, photos: Path, tmp_path
     with pytest.raises(FileError, match="was begun with the runner None, not ray: give another --out"):
         cluster.predict_on_ray(job, ALONE, str)
     monkeypatch.setattr(connect, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--ray needs ray, pandas: pip install 'repvgg\[scale\]'"):
+    with pytest.raises(ValueError, match=r"--ray needs ray, pandas: pip install 'ray\[data\]' pyarrow"):
         cluster.predict_on_ray(job, ALONE, str)
 
 

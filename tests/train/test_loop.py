@@ -85,6 +85,7 @@ def test_metrics_are_json_lines(trained: tuple[Run, Path]) -> None:
     assert epochs[-1] == {
         "step": 88,
         "epoch": 3,
+        "seconds": epochs[-1]["seconds"],
         "train_loss": epochs[-1]["train_loss"],
         "train_top1": epochs[-1]["train_top1"],
         "val_loss": run.last.loss,

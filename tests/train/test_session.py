@@ -237,7 +237,7 @@ def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, 
         finally:
             process.kill()
     assert process.returncode == code
-    remarks = [line for line in rest.splitlines() if not line.startswith("epoch ")]
+    remarks = [line for line in rest.splitlines() if line.startswith("repvgg: ")]
     assert len(remarks) == 1
     assert (found := re.fullmatch(r"repvgg: stopped after step (\d+), and saved: the same command goes on", remarks[0]))
     assert (tmp_path / f"state/{int(found[1]):09d}.safetensors").exists()

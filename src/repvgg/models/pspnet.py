@@ -46,7 +46,7 @@ def create_pspnet(
     if plan.backbone in FAMILY:
         member = FAMILY[plan.backbone]
         layers = FAST if plan.fast else None
-        backbone: nn.Module = RepVGG(member, 0, in_chans, deploy, STRIDE, width, block=block, dilated_layers=layers)
+        backbone: nn.Module = RepVGG(member, 0, in_chans, deploy, STRIDE, width, block=block, dilated_layers=layers, global_pool="")
         _, _, _, middle, last = member.widths(width)
     else:
         backbone, (middle, last) = _resnet(plan.backbone, in_chans, pretrained)

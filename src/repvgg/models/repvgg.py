@@ -100,6 +100,8 @@ class RepVGG(nn.Module):
         if num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}: at least 1, or 0 for a backbone")
         _refuse_pool(global_pool, num_classes)
+        if not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate is {drop_rate!r}: from 0 to below 1")
         plan = layer_plan(member, in_chans, output_stride, width, small_input, dilated_layers, widths)
         make = deploy_conv if deploy else make
 
