@@ -1,6 +1,7 @@
 """trace.py: whatever forwards do with their parts, a network that is folded or given blocks computes the same."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,3 +141,30 @@ class MakesAModule(Siblings):
 def test_a_module_that_a_forward_makes_is_no_part_of_the_tree() -> None:
     net, x = built(MakesAModule), torch.randn(SMALL).double()
     assert relative_error(outputs(reparameterize(net), x), outputs(net, x)) <= EXACT
+
+
+class Routed(nn.Module):
+    """Layers that say in lists where their inputs come from, as YOLO's do; `grows`: and a forward that changes them."""
+
+    def __init__(self, grows: bool = False) -> None:
+        super().__init__()
+        self.layers, self.grows = nn.ModuleList(Siblings(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2)), grows
+        for layer in self.layers:
+            layer.inputs = [-1]  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for layer in self.layers:
+            inputs: Any = layer.inputs
+            if self.grows:
+                inputs.append(0)
+            seen.append(layer(sum(seen[i] for i in inputs)))
+        return seen[-1]
+
+
+def test_a_list_that_is_read_is_not_one_that_is_changed() -> None:
+    net, x = randomize(Routed(), SMALL).double(), torch.randn(SMALL).double()
+    folded = reparameterize(net)
+    assert len(report_of(folded).pairs) == 2
+    assert relative_error(outputs(folded, x), outputs(net, x)) <= EXACT
+    assert len(report_of(reparameterize(randomize(Routed(grows=True), SMALL))).pairs) == 0

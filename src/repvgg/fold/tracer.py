@@ -82,6 +82,7 @@ def traced(module: nn.Module, call: Call, seen: Seen, tensors: Collection[str] =
             finally:
                 again.restore()
     finally:
+        seen.writes += [(holder, name) for holder, name, value, before in tracer.held if _contents(value) != before]
         tracer.restore()
         for name in vars(module).keys() - held:  # constants, which fx has put there
             del vars(module)[name]
@@ -93,6 +94,15 @@ def traced(module: nn.Module, call: Call, seen: Seen, tensors: Collection[str] =
     tracer.given = None
     tracer.mark_kept(graph)
     return graph
+
+
+def _contents(value: Any) -> Any:
+    """Return what is in a list, dictionary or set, and in those inside it, in a form that tells whether it has changed."""
+    if isinstance(value, dict):
+        return [(key, _contents(inner)) for key, inner in value.items()]
+    if isinstance(value, list | tuple):
+        return [type(value), *map(_contents, value)]
+    return sorted(map(id, value)) if isinstance(value, set) else id(value)
 
 
 ARGUMENTS = "a list or dictionary that it is given"
@@ -114,7 +124,7 @@ def watched_modules() -> Iterator[None]:
         tracer.seen.reads.append((module, name))  # before it: a parameter is found in another way than this
         value = plain_get(module, name)
         if isinstance(value, list | dict | set):  # which may be changed as well as read
-            tracer.seen.writes.append((module, name))
+            tracer.held.append((module, name, value, _contents(value)))
         return value
 
     def set_(module: nn.Module, name: str, value: Any) -> None:
@@ -142,6 +152,7 @@ class _Tracer(fx.Tracer):
         self.call, self.seen, self.tensors = call, seen, tensors
         self.given: Any = None  # the arguments, and how they looked before the forward
         self.as_given = ""
+        self.held: list[tuple[nn.Module, str, Any, Any]] = []  # lists and the like that modules hold, and what was in them
         self.undo: list[tuple[dict[str, Any], str, Any]] = []
         self.watching = False
         self.alive: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
