@@ -140,7 +140,7 @@ import sys, threading
 sys.path[:0] = {folders}
 from nets import images, plain_net
 from repvgg_engine import Net
-net, x, started = Net(plain_net(), threads=2), images(8, size=(256, 256)), threading.Event()
+net, x, started = Net(plain_net(), threads=2), images(2, size=(128, 128)), threading.Event()
 def serve():
     while True:
         net(x)
