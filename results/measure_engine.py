@@ -41,17 +41,7 @@ RIVALS = ("openvino", "onnxruntime", "ncnn", "mnn")
 CALIBRATION_IMAGES = 32  # of INT8
 OUT = Path(__file__).with_name("engine.json")
 BUDGET = 18 * 60  # seconds after which nothing more is begun, unless it was asked for by name
-MEMBERS = (
-    "repvgg_a2",
-    "repvgg_b0",
-    "repvgg_b1",
-    "repvgg_b1g4",
-    "repvgg_a1",
-    "repvgg_b1g2",
-    "repvgg_b2",
-    "repvgg_b3",
-    "repvgg_d2se",
-)
+MEMBERS = tuple(f"repvgg_{name}" for name in ("a2", "b0", "b1", "b1g4", "a1", "b1g2", "b2", "b3", "d2se"))
 WINOGRAD = ("direct", "F2", "F4", "F5", "F6", "F7")
 
 
@@ -193,8 +183,8 @@ def against_resnets(folder: Path) -> dict[str, Any]:
         calls: dict[str, Callable[[], Any]] = {}
         for engine in ("openvino", "onnxruntime"):
             built = engines.build(engine, model, Options(batch_size=32, threads=THREADS))
-            calls[engine] = _run(built.run, built.prepare(images))
-        calls["native"] = _run(load(model_file(ours, folder), threads=THREADS), images.numpy())
+            calls[engine] = partial(built.run, built.prepare(images))
+        calls["native"] = partial(load(model_file(ours, folder), threads=THREADS), images.numpy())
         times = interleave(calls, rounds=ROUNDS, batches=1, warmup=2)
         best = min(("openvino", "onnxruntime"), key=lambda name: times[name].median)
         value = ratio_of_times(times[best], times["native"])
@@ -272,7 +262,7 @@ def algorithms(folder: Path) -> dict[str, Any]:
     images, batch = tune.calibration_images(one), torch.randn(32, 3, 224, 224).numpy()
     kinds = {"smooth": images[: len(images) // 2], "noise": images[len(images) // 2 :]}
     wanted = {kind: reference.run(one.layers, x) for kind, x in kinds.items()}
-    times = interleave({" ".join(key): _run(net.run, batch) for key, net in nets.items()}, rounds=ROUNDS, batches=1, warmup=1)
+    times = interleave({" ".join(key): partial(net.run, batch) for key, net in nets.items()}, rounds=ROUNDS, batches=1, warmup=1)
     figures = {}
     for key, net in nets.items():
         name, errors = " ".join(key), {kind: reference.error(net.run(x), wanted[kind]) for kind, x in kinds.items()}
@@ -342,10 +332,6 @@ def draw(figures: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     plt.tight_layout()
     plt.savefig(Path(__file__).with_name("engine.png"), dpi=130)
-
-
-def _run(function: Callable[[Any], Any], images: Any) -> Callable[[], Any]:
-    return lambda: function(images)
 
 
 def say(line: str) -> None:

@@ -101,7 +101,7 @@ def cifar10(r: Record) -> str:
         rows.append([f"`{run['arch']}`", *facts, *shares, f"{same:,} of {r['images']:,}"])
         commands.append(f"`{run['command']}`")
         notes += [run["note"]] if run["note"] else []
-    text = f"{table(header, rows)}\n\nMade by {', '.join(dict.fromkeys(commands))}. {' '.join(dict.fromkeys(notes))}"
+    text = f"{table(header, rows)}\n\nMade by {', '.join(dict.fromkeys(commands))}{''.join(dict.fromkeys(notes))}."
     if e := r["embedded"]:
         text += (
             f"\n\nThe model `cifar10` that comes with the package is the deploy form of `{e['arch']}` after {e['epochs']} epochs, "

@@ -3,14 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace repvgg {
+#include "refuse.h"
 
-/// Bad input: one line that says what.
-[[noreturn]] inline void refuse(const std::string &reason) { throw std::invalid_argument(reason); }
+namespace repvgg {
 
 class Json {
   public:

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
 #include "isa.h"
+#include "refuse.h"
 
 namespace repvgg {
 
@@ -16,8 +16,6 @@ constexpr int MOST_IMAGES = 32;
 /// Plans that are kept for sizes of input that may come again.
 constexpr size_t MOST_IDLE = 4;
 constexpr int MOST_SIDE = 1 << 16, MOST_THREADS = 1024, MOST_LAYERS = 1 << 16;
-
-[[noreturn]] void refuse(const std::string &reason) { throw std::invalid_argument(reason); }
 
 }  // namespace
 

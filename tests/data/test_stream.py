@@ -22,13 +22,8 @@ from repvgg.train.distributed import World
 from repvgg.train.loop import train
 from repvgg.train.recipes import Keeping, Recipe
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 RECIPE = Recipe(epochs=2, batch_size=6, crop="shift", flip=False)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    open_source.cache_clear()
 
 
 @pytest.fixture
