@@ -1,4 +1,4 @@
-"""How many actors of a cluster predict a whole data set. Imports nothing, so that the command line can show it."""
+"""The actors of a cluster that predict a whole data set. Imports nothing, so that the command line can show it."""
 
 from dataclasses import dataclass
 
