@@ -13,7 +13,7 @@ setup: $(VENV)/all.stamp $(VENV)/engine.stamp
 # The documentation as a site, in build/site; a broken link is an error.
 docs: $(VENV)/docs.stamp
 	$(BIN)/python docs/pages.py
-	$(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
