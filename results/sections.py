@@ -19,6 +19,17 @@ def predictions(r: Record) -> str:
     )
 
 
+def wasm(r: Record) -> str:
+    ours, theirs = (r["median_ms"][name] for name in ("native", "onnxruntime-web"))
+    low, high = (f"{r['ratio'][end]:.2f}" for end in ("low", "high"))
+    return (
+        f"RepVGG-A0, one image of 224 pixels at a time, one thread each, {many(r['rounds'], 'round')} in turns, in Node: "
+        f"{ours:.0f} ms, and {theirs:.0f} ms in onnxruntime-web {r['machine']['onnxruntime-web']}: "
+        f"**{r['ratio']['median']:.2f} times** as fast (90% of rounds between {low} and {high}). "
+        f"The engine is one file of {r['bytes'] // 1000} kB."
+    )
+
+
 def speed(r: Record) -> str:
     """A row for each pair, a column for each engine."""
     engines = list(dict.fromkeys((p["fast"]["engine"], p["fast"]["precision"]) for p in r["pairs"]))
