@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,7 @@ class Session:
         others = {name: value for name, value in self.settings.items() if name not in FIELDS}
         for name, facts in (("recipe.json", asdict(self.recipe)), ("settings.json", others)):
             text = json.dumps(facts, indent=2) + "\n"
-            atomically(self.out / name, lambda path, text=text: path.write_text(text))
+            atomically(self.out / name, partial(Path.write_text, data=text))
 
     def _save(self, course: Course) -> None:
         course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started
