@@ -34,6 +34,7 @@ from repvgg.deploy.engines.graph import to_onnx
 from repvgg.measure.machine import write_record
 from repvgg.measure.timing import Times, interleave
 from repvgg.measure.timing import ratio as ratio_of_times
+from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 THREADS, ROUNDS, ROUNDS_OF_MEMBERS = 2, 9, 3
 TURN = 0.4  # seconds that an engine runs in each round, at least one call
@@ -282,28 +283,21 @@ def main() -> None:
 
 
 def draw(figures: dict[str, Any]) -> None:
-    """Error against speed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _, axes = plt.subplots(figsize=(7, 4))
-    for precision, marker in (("fp32", "o"), ("bf16", "s")):
+    """Draw error against speed, as engine.png."""
+    figure, panels = plot(900, 400, 2)
+    for axes, precision, (_, colour) in zip(panels, ("fp32", "bf16"), (WIDEST, POINTWISE), strict=True):
         points = {n.split()[1]: f for n, f in figures.items() if n.startswith(precision)}
         speeds = [f["images_per_second"] for f in points.values()]
         errors = [f["rms_error"]["smooth"] for f in points.values()]
-        axes.plot(errors, speeds, marker=marker, label=precision)
+        axes.plot(errors, speeds, marker="o", color=colour)
         for name, x, y in zip(points, errors, speeds, strict=True):
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("root mean square error of the logits against float64, relative to their deviation across images")
-    axes.xaxis.label.set_fontsize(8)
-    axes.set_ylabel("RepVGG-A0, images a second, batch 32")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.tight_layout()
-    plt.savefig(Path(__file__).with_name("engine.png"), dpi=130)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, -9), fontsize=9, color=INK)
+        axes.set(xscale="log", ylim=(0, 1.08 * max(f["images_per_second"] for f in figures.values())))
+        axes.margins(x=0.15)
+        axes.grid(color=RULE, linewidth=0.4, axis="y")
+        axes.set_title(f"{precision}: A0, images a second, batch 32", fontsize=11, color=INK, loc="left")
+        axes.set_xlabel("error of the logits, relative to their deviation", fontsize=9, color=MUTED)
+    figure.savefig(Path(__file__).with_name("engine.png"), dpi=200)
 
 
 def say(line: str) -> None:
