@@ -23,6 +23,7 @@ START, END = "<!-- measured -->\n", "<!-- /measured -->"
 # Of docs/results.md, in its order: the record, its heading, its words, the script that measures it.
 SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("engine", "The native engine beside the others", rivals.engine, "measure_engine.py"),
+    ("wasm", "The native engine in the browser", sections.wasm, "measure_wasm.mjs"),
     ("predictions", "Predictions of the native engine", sections.predictions, "measure_predictions.py"),
     ("speed", "The paper's ratios of speed in other engines", sections.speed, "measure_speed.py"),
     ("cifar10", "CIFAR-10", sections.cifar10, "measure_cifar10.py"),
@@ -70,14 +71,14 @@ def headline() -> str:
         kept = {name.split()[0]: f for name, f in predictions["engines"].items() if name.endswith("high")}
         images = next(iter(kept.values()))["images"]
         model, differ = predictions["model"]["name"], ", ".join(f"{f['differ']} in {name}" for name, f in kept.items())
-        rows.append([f"predictions unlike float64's, of {images:,} on CIFAR-10 (`{model}`)", differ, "", ""])
+        rows.append([f"predictions unlike float64's, of {images:,} on CIFAR-10 (`{model}`)", differ, "", "", ""])
     if cifar10 is not None:
         run = max(cifar10["runs"], key=lambda run: run["top1"]["deploy form"])
         forms = ", ".join(f"{run['top1'][form]:.2%}" for form in ("training form", "deploy form"))
         what = f"CIFAR-10 top-1 of `{run['arch']}`, training form and deploy form, after {run['minutes']:.0f} minutes"
-        rows.append([what, forms, "", ""])
+        rows.append([what, forms, "", "", ""])
     first = f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}"
-    return table([first, "our engine", "fastest of the others", "ours over it"], rows) + "\n"
+    return table([first, "our engine", "fastest of the others", "ours over it", "errors: ours, theirs"], rows) + "\n"
 
 
 def measured() -> str:
