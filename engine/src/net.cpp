@@ -11,8 +11,8 @@ namespace repvgg {
 
 namespace {
 
-/// More images than this are taken in parts: they would gain nothing, and take memory.
-constexpr int MOST_IMAGES = 32;
+/// More images than this, or than so many for each thread, are taken in parts: they would gain little, and take memory.
+constexpr int FEW_IMAGES = 16, IMAGES_OF_A_THREAD = 4;
 /// Plans that are kept for sizes of input that may come again.
 constexpr size_t MOST_IDLE = 4;
 constexpr int MOST_SIDE = 1 << 16, MOST_THREADS = 1024, MOST_LAYERS = 1 << 16;
@@ -132,7 +132,8 @@ void Net::run(const repvgg_images &images, float *output) {
     int shape[3];
     output_shape(images.height, images.width, shape);
     if (images.n < 1) refuse("no images");
-    const int size[2] = {images.height, images.width}, parts = static_cast<int>(ceil_div(images.n, MOST_IMAGES));
+    const int size[2] = {images.height, images.width}, most = std::max(FEW_IMAGES, IMAGES_OF_A_THREAD * threads_),
+              parts = static_cast<int>(ceil_div(images.n, most));
     const int64_t pixel_bytes = layers_[0]->spec.in_channels * static_cast<int64_t>(images.bytes ? 1 : sizeof(float));
     const int64_t floats = static_cast<int64_t>(shape[0]) * shape[1] * shape[2];
     Runtime &shared = runtime();

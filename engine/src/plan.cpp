@@ -223,6 +223,17 @@ void Plan::run_item(const Step &step, int item, int slot, int image) {
         step.algorithm->run(step.conv, piece);
     } else if (layer.spec.op == REPVGG_POOL) {
         kernels_.pool(inside(in, slot, image + item), in.map, in.channels, in.size, inside(out, slot, image + item));
+    } else if (layer.spec.op == REPVGG_MAX_POOL) {
+        const repvgg_layer &s = layer.spec;
+        const MaxPool pool{in.channels,
+                           {s.kernel[0], s.kernel[1]},
+                           {s.stride[0], s.stride[1]},
+                           {s.padding[0], s.padding[1]},
+                           {in.size[0], in.size[1]},
+                           {out.size[0], out.size[1]},
+                           in.map,
+                           out.map};
+        kernels_.max_pool(pool, inside(in, slot, image + item), inside(out, slot, image + item));
     } else {
         const repvgg_layer &s = layer.spec;
         const Excite excite{s.in_channels, s.out_channels, s.relu != 0, s.weight, s.bias, s.weight2, s.bias2};
