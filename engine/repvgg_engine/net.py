@@ -131,7 +131,7 @@ class Net:
         return int(LIBRARY.repvgg_weight_bytes(self._net, layer, algorithm.encode()))
 
     def profile(self) -> list[float]:
-        """Seconds that threads have spent in each layer since the last call of this function."""
+        """Seconds that threads have computed in each layer since the last call of this function; none before the first."""
         seconds = (ctypes.c_double * len(self.layers))()
         LIBRARY.repvgg_profile(self._net, seconds)
         return list(seconds)

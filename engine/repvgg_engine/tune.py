@@ -53,8 +53,8 @@ WATCHED, MOST_WATCHED_BYTES = ("F5", "F4", "F2"), 64 << 20
 # Of each kind of calibration images. They have at most so many MACs in all, where that leaves the least side; or they are half as
 # many.
 CALIBRATION_IMAGES, MOST_CALIBRATION_MACS = 4, 3e9
-# For watching errors, and for checking choices again; the reference and one check come on top.
-SECONDS = 0.6
+# For watching errors; the reference and the checks come on top.
+SECONDS, MOST_CHECKS = 0.6, 4
 
 Squares = NDArray[np.float64]  # of errors, for each kind of images
 
@@ -77,22 +77,19 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
     """
     say("the reference in float64")
     errors = _Errors(net, calibration_images(net), accuracy)
-    clock = Clock(SECONDS, net.threads)
-    added = errors.added(seconds, clock, say)
+    added = errors.added(seconds, Clock(SECONDS, net.threads), say)
     options = [
         [Option(name, of_layer[name], added[i][name], net.weight_bytes(i, name)) for name in of_layer]
         for i, of_layer in enumerate(seconds)
     ]
     left = 1 - errors.of_exact
-    for attempt in range(8):
+    for attempt in range(MOST_CHECKS):
         say(f"checking the whole net, {attempt + 1}")
         names = choose(options, left, memory_limit)
         worst = errors.of(names).max()
         if worst <= 1:
             return names
         left *= min(0.9, 0.95 / worst)
-        if not clock.has():
-            break
     # Those that cannot leave the budget, whatever the layer adds.
     most = TIMES_DIRECT[net.precision, accuracy]
     safe = [[o for o in of_layer if GROWTH.get(o.algorithm.removesuffix(errors.ending), 1.0) <= most] for of_layer in options]

@@ -28,34 +28,28 @@ constexpr float TINY = 1e-30f;
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
 typedef int16_t Pairs __attribute__((vector_size(WIDTH * sizeof(int32_t))));
 
-/// Of two vectors: in the lanes without bit S the larger of a's lane and of that S behind it, in the others b's, and of
-/// that S before it.
-template <int S, int... I>
-REPVGG_INLINE Ints larger_of_lanes(Ints a, Ints b, std::integer_sequence<int, I...>) {
-    const Ints here = __builtin_shufflevector(a, b, (I & S ? WIDTH + I : I)...),
-               there = __builtin_shufflevector(a, b, (I & S ? WIDTH + I - S : I + S)...);
-    return here > there ? here : there;
+/// Lanes exchanged with those `step` before and behind.
+template <int STEP, int... I>
+REPVGG_INLINE Ints rotated(Ints v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I + STEP) % WIDTH...);
 }
 
-/// The largest lane of v[i] in lane i, of 2 * S vectors that hold WIDTH / (2 * S) lanes of each. At first S is
-/// WIDTH / 2.
-template <int S>
-REPVGG_INLINE Ints largest_of_each(Ints *v) {
-    for (int i = 0; i < S; i++) v[i] = larger_of_lanes<S>(v[i], v[i + S], std::make_integer_sequence<int, WIDTH>{});
-    if constexpr (S == 1) return v[0];
-    else return largest_of_each<S / 2>(v);
+template <int STEP>
+REPVGG_INLINE Ints largest_of_lanes(Ints v) {
+    const Ints other = rotated<STEP>(v, std::make_integer_sequence<int, WIDTH>{});
+    const Ints larger = v > other ? v : other;
+    if constexpr (STEP == 1) return larger;
+    else return largest_of_lanes<STEP / 2>(larger);
 }
 
-/// The largest sizes of the numbers of WIDTH products, or of as many as there are; 0 for others. As bits: so that a NaN
-/// is larger than all numbers.
-inline Vec largest_sizes(const float *numbers, int64_t product, int products, int vectors) {
-    Ints most[WIDTH] = {};
-    for (int p = 0; p < WIDTH && p < products; p++)
-        for (int v = 0; v < vectors; v++) {
-            const Ints size = (Ints)load(numbers + p * product + v * WIDTH) & 0x7fffffff;
-            most[p] = size > most[p] ? size : most[p];
-        }
-    return (Vec)largest_of_each<WIDTH / 2>(most);
+/// The largest size of a product's numbers. As bits: so that a NaN is larger than all numbers.
+REPVGG_INLINE float largest_size(const float *numbers, int vectors) {
+    Ints most{};
+    for (int v = 0; v < vectors; v++) {
+        const Ints size = (Ints)load(numbers + v * WIDTH) & 0x7fffffff;
+        most = size > most ? size : most;
+    }
+    return ((Vec)largest_of_lanes<WIDTH / 2>(most))[0];
 }
 
 /// The lower halves of both, side by side.
@@ -117,21 +111,18 @@ struct Integer16 {
         const int vectors = static_cast<int>(ceil_div(depth, WIDTH));
         // At 1.5 * 2^23 a float's last bit is worth 1: an addition rounds, and leaves the integer in the lowest bits.
         const Vec round = splat(12582912.0f);
-        for (int first = 0; first < products; first += WIDTH) {
-            const Vec largest = largest_sizes(from, from_product, products - first, vectors);
-            const Ints usable = (largest > TINY) & (largest < INFINITY);
+        for (int p = 0; p < products; p++, from += from_product, to += to_product, scales += tiles) {
+            const float largest = largest_size(from, vectors);
+            const bool usable = largest > TINY && largest < INFINITY;
             // Infinities and NaNs make NaNs of the tile's outputs.
-            const Vec scale = usable ? largest * (1.0f / LARGEST_INPUT) : largest <= TINY ? Vec{} : splat(NAN);
-            const Vec inverse = usable ? LARGEST_INPUT / largest : Vec{};
-            for (int p = 0; p < WIDTH && first + p < products; p++, from += from_product, to += to_product) {
-                scales[(first + p) * tiles] = scale[p];
-                float *block = to;
-                for (int v = 0; v < vectors; v += 2, block += to_block) {
-                    const Vec a = load(from + v * WIDTH), b = v + 1 < vectors ? load(from + (v + 1) * WIDTH) : Vec{};
-                    store(block, (Vec)lower_halves((Bits)(a * splat(inverse[p]) + round),
-                                                   (Bits)(b * splat(inverse[p]) + round),
-                                                   std::make_integer_sequence<int, 2 * WIDTH>{}));
-                }
+            *scales = usable ? largest * (1.0f / LARGEST_INPUT) : largest <= TINY ? 0 : NAN;
+            const Vec inverse = splat(usable ? LARGEST_INPUT / largest : 0);
+            float *block = to;
+            for (int v = 0; v < vectors; v += 2, block += to_block) {
+                const Vec first = load(from + v * WIDTH),
+                          second = v + 1 < vectors ? load(from + (v + 1) * WIDTH) : Vec{};
+                store(block, (Vec)lower_halves((Bits)(first * inverse + round), (Bits)(second * inverse + round),
+                                               std::make_integer_sequence<int, 2 * WIDTH>{}));
             }
         }
     }

@@ -135,7 +135,7 @@ REPVGG_API const char *repvgg_isa(const repvgg_net *net);
 REPVGG_API const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i);
 REPVGG_API int64_t repvgg_weight_bytes(const repvgg_net *net, int32_t layer, const char *algorithm);
 
-/* Seconds that threads have spent in each layer since the last call of this function. */
+/* Seconds that threads have computed in each layer since the last call of this function; none before the first. */
 REPVGG_API void repvgg_profile(repvgg_net *net, double *seconds);
 
 /* Instruction sets that this processor has, best first, separated by spaces; "bf16" among them where it multiplies
