@@ -116,7 +116,7 @@ void max_pool(const MaxPool &p, const float *map, float *out) {
                 for (int64_t i = first[0]; i < last[0]; i++)
                     for (int64_t j = first[1]; j < last[1]; j++) {
                         const Vec v = load(map + i * p.in.row + j * p.in.pixel + c);
-                        most = (v > most) | (v != v) ? v : most;  // NaN stays NaN
+                        most = ((v > most) | (v != v)) ? v : most;  // NaN stays NaN
                     }
                 store(out + y * p.out.row + x * p.out.pixel + c, most);
             }
