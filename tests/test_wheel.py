@@ -50,7 +50,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "wheel",
         "-q",
         "--no-deps",
-        "--no-build-isolation",
         "--wheel-dir",
         str(folder),
         str(ROOT),
