@@ -53,8 +53,8 @@ WATCHED, MOST_WATCHED_BYTES = ("F5", "F4", "F2"), 64 << 20
 # Of each kind of calibration images. They have at most so many MACs in all, where that leaves the least side; or they are half as
 # many.
 CALIBRATION_IMAGES, MOST_CALIBRATION_MACS = 4, 3e9
-# For watching errors; the reference and the checks come on top.
-SECONDS, MOST_CHECKS = 0.6, 4
+# For the reference and for watching errors, of which there may be none; the checks come on top.
+SECONDS, MOST_CHECKS = 0.9, 8
 
 Squares = NDArray[np.float64]  # of errors, for each kind of images
 
@@ -75,9 +75,10 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
 
     seconds: of `speed.measure_speed`. say: is told what is at hand.
     """
+    clock = Clock(SECONDS, net.threads)
     say("the reference in float64")
     errors = _Errors(net, calibration_images(net), accuracy)
-    added = errors.added(seconds, Clock(SECONDS, net.threads), say)
+    added = errors.added(seconds, clock, say)
     options = [
         [Option(name, of_layer[name], added[i][name], net.weight_bytes(i, name)) for name in of_layer]
         for i, of_layer in enumerate(seconds)
@@ -90,9 +91,12 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
         if worst <= 1:
             return names
         left *= min(0.9, 0.95 / worst)
-    # Those that cannot leave the budget, whatever the layer adds.
-    most = TIMES_DIRECT[net.precision, accuracy]
-    safe = [[o for o in of_layer if GROWTH.get(o.algorithm.removesuffix(errors.ending), 1.0) <= most] for of_layer in options]
+    # Those that cannot leave the budget, whatever the layer adds: of few tiles' growth, or of float32 beside another precision.
+    most, own = TIMES_DIRECT[net.precision, accuracy], errors.ending
+    safe = [
+        [o for o in of_layer if not o.algorithm.endswith(own) or GROWTH.get(o.algorithm.removesuffix(own), 1.0) <= most]
+        for of_layer in options
+    ]
     names = choose(safe, np.full_like(left, np.inf), memory_limit)
     net.choose_all(names)
     return names

@@ -85,7 +85,7 @@ def _one_net(choose: random.Random, odds: float) -> bool:
     structs = (LayerStruct * choose.randint(1, 4))()
     channels = number(*SMALL)
     for struct in structs:
-        struct.op, struct.in_channels, struct.out_channels = number(0, 0, 0, 0, 1, 2), number(channels), number(*SMALL)
+        struct.op, struct.in_channels, struct.out_channels = number(0, 0, 0, 0, 1, 2, 3), number(channels), number(*SMALL)
         struct.groups, struct.relu = number(1, 1, 1, channels), number(0, 1)
         struct.kernel[:], struct.stride[:] = [number(1, 3, 3, 3)] * 2, [number(1, 1, 2)] * 2
         struct.padding[:], struct.dilation[:] = [number(0, 1, 1)] * 2, [number(1, 1, 2)] * 2
