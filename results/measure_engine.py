@@ -76,20 +76,27 @@ def rival(engine: Engine, batch: Tensor) -> Runner:
     return Runner(lambda: engine.run(prepared), lambda some: engine.in_turns(some, len(batch)).numpy())
 
 
-def int8(name: str, batch: Tensor, folder: Path) -> Runner:
-    """OpenVINO's INT8, calibrated by NNCF on the kind of images that are timed."""
+def int8_files(name: str, folder: Path) -> tuple[Path, Path]:
+    """INT8 for OpenVINO and for us, of one calibration by NNCF on the kind of images that are timed."""
     import nncf
 
+    from repvgg.deploy import native_int8
     from repvgg.deploy.engines import openvino
 
-    plain, path = folder / f"{name}.xml", folder / f"{name}.int8.xml"
-    options = Options(batch_size=len(batch), threads=THREADS)
+    plain, path, ours = folder / f"{name}.xml", folder / f"{name}.int8.xml", folder / f"{name}.int8.safetensors"
     if not path.exists():
-        images = torch.randn(CALIBRATION_IMAGES, 1, 3, 224, 224).numpy()
-        openvino.write(deploy_form(name), Signature((3, 224, 224)), plain)
+        images, deploy = torch.randn(CALIBRATION_IMAGES, 1, 3, 224, 224).numpy(), deploy_form(name)
+        openvino.write(deploy, Signature((3, 224, 224)), plain)
         net = nncf.quantize(openvino.read(plain), nncf.Dataset(list(images)), subset_size=CALIBRATION_IMAGES)
         openvino.save(net, path, "")
-    return rival(openvino.open_file(path, options), batch)
+        native_int8.write(deploy, net, ours)
+    return path, ours
+
+
+def openvino_int8(name: str, batch: Tensor, folder: Path) -> Runner:
+    from repvgg.deploy.engines import openvino
+
+    return rival(openvino.open_file(int8_files(name, folder)[0], Options(batch_size=len(batch), threads=THREADS)), batch)
 
 
 def compare(
@@ -109,12 +116,15 @@ def compare(
     path, images = model_file(name, folder), torch.randn(max(batch_size, 4), 3, 224, 224)
     batch, judged, options = images[:batch_size], images[:4], Options((3, 224, 224), batch_size, precision, THREADS)
     words = {a: (a if " " in a else f"{precision} {a}").split() for a in accuracies}
-    nets = {a: load(path, precision=own, accuracy=accuracy, threads=THREADS) for a, (own, accuracy) in words.items()}
+    files = {"int8": int8_files(name, folder)[1]} if any(own == "int8" for own, _ in words.values()) else {}
+    nets = {
+        a: load(files.get(own, path), precision=own, accuracy=accuracy, threads=THREADS) for a, (own, accuracy) in words.items()
+    }
     runners = {f"native {a}": native(net, batch) for a, net in nets.items()}
     model = deploy_form(name)
     for engine in rivals:
         runners[engine] = (
-            int8(name, batch, folder) if engine == "openvino int8" else rival(engines.build(engine, model, options), batch)
+            openvino_int8(name, batch, folder) if engine == "openvino int8" else rival(engines.build(engine, model, options), batch)
         )
     wanted = reference.run(next(iter(nets.values())).layers, judged.numpy())
     errors = {key: reference.error(runner.answer(judged), wanted) for key, runner in runners.items()}
@@ -162,9 +172,18 @@ def has_bf16() -> bool:
 
 def int16(folder: Path) -> dict[str, Any]:
     """Integer products beside our other precisions and OpenVINO's INT8."""
-    natives = ("high", "fast", *(["bf16 high"] if has_bf16() else []), "int16 high", "int16 fast")
+    natives = ("high", "fast", *(["bf16 high"] if has_bf16() else []), "int16 high", "int16 fast", "int8 high")
     return {
         f"{name}, batch {n}": compare(name, folder, n, "fp32", natives, ("openvino", "openvino int8"))
+        for name in ("repvgg_a0", "repvgg_a2")
+        for n in (32, 1)
+    }
+
+
+def int8(folder: Path) -> dict[str, Any]:
+    """8-bit integers beside OpenVINO's, of the same calibration."""
+    return {
+        f"{name}, batch {n}": compare(name, folder, n, "fp32", ("int16 high", "int8 high"), ("openvino int8",))
         for name in ("repvgg_a0", "repvgg_a2")
         for n in (32, 1)
     }
@@ -197,7 +216,7 @@ def against_resnets(folder: Path) -> dict[str, Any]:
 def avx2(folder: Path) -> dict[str, Any]:
     """In a process of its own, because oneDNN reads its limit when it is loaded."""
     call = (
-        "compare('repvgg_a0', Path(sys.argv[1]), 32, 'fp32', ('high', 'fast', 'int16 high', 'int16 fast'),"
+        "compare('repvgg_a0', Path(sys.argv[1]), 32, 'fp32', ('high', 'fast', 'int16 high', 'int16 fast', 'int8 high'),"
         " (*RIVALS, 'openvino int8'))"
     )
     script = f"import json; from measure_engine import *; print(json.dumps({call}))"
@@ -285,6 +304,7 @@ def _by(name: str, precision: str, path: Path) -> Net:
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "a0": a0,
     "int16": int16,
+    "int8": int8,
     "avx2": avx2,
     "start": start,
     "against_resnets": against_resnets,

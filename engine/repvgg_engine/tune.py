@@ -39,6 +39,8 @@ TIMES_DIRECT = {
     ("bf16", "fast"): 1.5,
     ("int16", "high"): 4.4,
     ("int16", "fast"): 8.8,
+    ("int8", "high"): 1.0,
+    ("int8", "fast"): 1.25,
 }
 FAST = 2e-4
 # The error that an algorithm adds in a layer, as a multiple of the direct one's: a property of its matrices, the same within 5% in
@@ -117,7 +119,7 @@ def worth_timing(net: Net, index: int, size: Size, memory_limit: int) -> list[st
     kept: list[str] = []
     best = {1: float("inf"), MANY: float("inf")}
     for name in known:
-        if name == "direct" or name == known[0]:  # the precision's own first, then float32's as a start of its own
+        if name.split()[0] == "direct":  # each precision as a start of its own
             best = dict.fromkeys(best, float("inf"))
         costs = {n: estimated_cost(layer, size, name, n, net.isa) for n in best}
         fits = net.weight_bytes(index, name) <= memory_limit / 2
@@ -152,12 +154,18 @@ class _Errors:
         alike: dict[Any, list[int]] = {}
         for i, layer in enumerate(self.net.layers):
             if isinstance(layer, Conv):
-                alike.setdefault(_geometry(layer), []).append(i)
+                eight = tuple(name for name in contenders[i] if name.endswith(" int8"))
+                alike.setdefault((_geometry(layer), eight), []).append(i)
         added: list[dict[str, Squares]] = [{} for _ in contenders]
         for kind, layers in enumerate(alike.values()):
             say(f"errors, {kind + 1} of {len(alike)} kinds of layers")
             watched = layers[len(layers) // 2]
-            for ending in {name[len(name.split()[0]) :] for name in contenders[watched]}:  # "", and perhaps " bf16" or " int16"
+            for ending in {name[len(name.split()[0]) :] for name in contenders[watched]}:  # "", and perhaps " bf16", ...
+                if ending == " int8":  # each of them rounds in a way of its own
+                    own = {name: self._watched(watched, name, base) for name in contenders[watched] if name.endswith(ending)}
+                    for i in layers:
+                        added[i] |= own
+                    continue
                 unit = self._unit(watched, ending, base)
                 for i in layers:
                     for name in contenders[i]:
@@ -171,9 +179,12 @@ class _Errors:
         if ending == "" and self.net.precision != "fp32":
             return np.zeros_like(base)  # nothing beside the other precision's
         name = next((n for n in WATCHED if n + ending in self.net.known[layer]), "direct") + ending
-        names = [*self.exact[:layer], name, *self.exact[layer + 1 :]]
         grown = GROWTH[name.removesuffix(ending)] ** 2 - (ending == "")
-        return np.maximum(self.of(names) - base, 0) / grown if grown else np.zeros_like(base)
+        return self._watched(layer, name, base) / grown if grown else np.zeros_like(base)
+
+    def _watched(self, layer: int, name: str, base: Squares) -> Squares:
+        """Return what one layer by that algorithm adds."""
+        return np.maximum(self.of([*self.exact[:layer], name, *self.exact[layer + 1 :]]) - base, 0)
 
 
 def calibration_images(net: Net) -> Array:
@@ -235,13 +246,18 @@ def one_of_each(net: Net, contenders: Sequence[Sequence[str]]) -> tuple[list[Lay
     for layer, size, names in zip(net.layers, _sizes(net, _input_size(net)), contenders, strict=True):
         key = (size, tuple(names), *_geometry(layer)) if isinstance(layer, Conv) else None
         same = isinstance(layer, Conv) and layer.in_channels == layer.out_channels and output_size(layer, size) == size
-        if not same or key not in seen:
+        if not same or key not in seen or not _writes_bytes(kept[-1]) >= _writes_bytes(layer):
             seen[key] = len(kept)
             kept.append(layer)
             kind.append(len(kept) - 1)
         else:
             kind.append(seen[key])
     return kept, kind
+
+
+def _writes_bytes(layer: Layer) -> bool:
+    """Say whether what comes after a layer may read bytes of it, in int8."""
+    return isinstance(layer, Conv) and layer.relu and layer.groups == 1
 
 
 def _geometry(layer: Conv) -> tuple[Any, ...]:

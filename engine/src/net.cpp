@@ -29,13 +29,17 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
         for (int i = 0; i < kernels.count; i++) algorithms_.push_back(kernels.algorithms + i);
     };
     take(*kernels_);
-    if (options.precision != REPVGG_FP32)
-        take(*find_kernels(options.isa, REPVGG_FP32));  // as wide; a layer may be faster by them, and is more accurate
+    // As wide; a layer may be faster by them, or more accurate.
+    if (options.precision == REPVGG_INT8) take(*find_kernels(options.isa, REPVGG_INT16));
+    if (options.precision != REPVGG_FP32) take(*find_kernels(options.isa, REPVGG_FP32));
     for (int i = 0; i < count; i++) {
         layers_.push_back(make_layer(layers[i], i, i > 0 ? layers_.back().get() : nullptr, *kernels_));
         const Algorithm *first = fitting(i, 0);
         weights_.push_back(first ? std::make_shared<Weights>(first) : nullptr);
     }
+    if (options.precision == REPVGG_INT8 &&
+        std::none_of(layers, layers + count, [](const repvgg_layer &layer) { return layer.largest_input > 0; }))
+        refuse("precision int8 needs a calibrated model: repvgg quantize MODEL --data DATA --to native --out FOLDER");
 }
 
 Net::~Net() {

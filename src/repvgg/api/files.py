@@ -84,7 +84,7 @@ def quantize(
     device: str = "",
     log: Log = print,
 ) -> "QuantizationReport":
-    """Write a model in INT8 for OpenVINO or ONNX Runtime, calibrated on the training split; return the accuracy and speed of both.
+    """Write a model in INT8 for OpenVINO, ONNX Runtime or the native engine, calibrated on the training split; return the accuracy and speed of both.
 
     Raises ValueError for data that do not fit or a loss of accuracy that `settings` do not allow.
     """
