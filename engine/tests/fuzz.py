@@ -54,7 +54,9 @@ def fuzz_files(cases: int, seed: int, folder: Path) -> int:
     for _ in range(cases):
         path.write_bytes(_damaged(whole, choose))
         with suppress(EngineError):
-            load(path, precision=choose.choice(("fp32", "int8")), accuracy="exact", threads=2)(images(1, size=(choose.choice((8, 32)), 16)))
+            load(path, precision=choose.choice(("fp32", "int8")), accuracy="exact", threads=2)(
+                images(1, size=(choose.choice((8, 32)), 16))
+            )
             opened += 1
     return opened
 

@@ -87,9 +87,7 @@ def test_bytes_from_layer_to_layer(isa: str, widths: tuple[int, ...]) -> None:
     x = random.integers(0, 256, (3, widths[0], 13, 11)).astype(np.float32)
     first, *others = (whole(random, a, b, 3, LARGEST_BYTE, padding=(1, 1)) for a, b in zip(widths, widths[1:], strict=False))
     steps = (2.0**14, 2.0**23)  # about as large as the numbers are
-    others = [
-        replace(layer, largest_input=LARGEST_BYTE * s, bias=layer.bias * 0) for layer, s in zip(others, steps, strict=True)
-    ]
+    others = [replace(layer, largest_input=LARGEST_BYTE * s, bias=layer.bias * 0) for layer, s in zip(others, steps, strict=True)]
     layers = [read(widths[0]), first, *others]
     wanted = in_integers([first, *others], x)
     got = by(layers, ["direct"] + ["direct int8"] * 3, x, isa)

@@ -28,13 +28,13 @@ from repvgg.data.shards import Item, Shards
 from repvgg.disk import Log
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
+from repvgg.predict.actors import Cluster
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.predict.datasets import engine_name, maker, opened
 from repvgg.predict.job import Job, Summary
 from repvgg.predict.loading import Batch, Decoder, Loaded
-from repvgg.predict.place import Place, missing, name_of
 from repvgg.predict.remote import open_data
-from repvgg.predict.where import Cluster
+from repvgg.predict.store import Store, missing, name_of
 
 DONE = "_done.json"
 BLOCK_ROWS, BLOCK_BYTES = 256, 16 * 2**20  # of what a read task gives at once, at most
@@ -69,27 +69,27 @@ def predict_on_ray(job: Job, cluster: Cluster, log: Log = print) -> Summary:
     refuse_without_ray()
     cluster.actors(1)
     job = replace(job, model=absolute(job.model), data=absolute(job.data))
-    place, shards = Place.of(job.out), open_data(job.data, job.split, job.part_size)
-    with folder.held(Path(place.root)) if place.local else nullcontext():
-        if not place.local:
-            folder.refuse_foreign(job.out, {name.split("/")[0] for name in place.names()})
-        engine, decoder, schema = _agreed(job, shards, place, log)
-        if done := place.read(DONE):
+    store, shards = Store.of(job.out), open_data(job.data, job.split, job.part_size)
+    with folder.held(Path(store.root)) if store.local else nullcontext():
+        if not store.local:
+            folder.refuse_foreign(job.out, {name.split("/")[0] for name in store.names()})
+        engine, decoder, schema = _agreed(job, shards, store, log)
+        if done := store.read(DONE):
             return Summary(job.out, **json.loads(done), here=0, seconds=0.0)
-        before = place.done()
+        before = store.done()
         if len(before):
             log(f"{len(before):,} images are done: going on")
         connect(cluster.ray, log)
         started = time.perf_counter()
-        _run(job, cluster, engine, decoder, schema, place, shards.count, before)
-        parts, images, errors = place.counts()
+        _run(job, cluster, engine, decoder, schema, store, shards.count, before)
+        parts, images, errors = store.counts()
         counts = {"parts": parts, "images": images, "errors": errors}
-        place.write(DONE, json.dumps(counts).encode())
+        store.write(DONE, json.dumps(counts).encode())
         return Summary(job.out, **counts, here=images - len(before), seconds=time.perf_counter() - started)
 
 
 def _run(
-    job: Job, cluster: Cluster, engine: str, decoder: Decoder, schema: pa.Schema, place: Place, count: int, before: Any
+    job: Job, cluster: Cluster, engine: str, decoder: Decoder, schema: pa.Schema, store: Store, count: int, before: Any
 ) -> None:
     """Run the pipeline. Raises ValueError with the reason of a task that failed."""
     import ray.data
@@ -107,7 +107,7 @@ def _run(
         decoded = images.map_batches(partial(_decode, decoder), batch_size=job.batch_size, batch_format="pyarrow")
         rows = decoded.map_batches(
             Predictor,
-            fn_constructor_args=[job, engine, place],
+            fn_constructor_args=[job, engine, store],
             batch_size=job.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
@@ -115,7 +115,7 @@ def _run(
             num_cpus=None if cluster.gpus else min(1, processors / least),
         )
         parts = rows.map_batches(
-            partial(_write, place, schema),
+            partial(_write, store, schema),
             batch_size=job.part_size,
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=beside),
@@ -213,10 +213,10 @@ def _decode(decoder: Decoder, images: pa.Table) -> pa.Table:
 class Predictor:
     """A model, opened once by each actor; called with tables of `PIXELS`, it returns rows of predictions."""
 
-    def __init__(self, job: Job, engine: str, place: Place) -> None:
+    def __init__(self, job: Job, engine: str, store: Store) -> None:
         network = opened(job, engine, str)
         self.one_by_one = manifest_of(network).task == "masks"
-        self.made = maker(network, job, place.write)
+        self.made = maker(network, job, store.write)
 
     def __call__(self, images: pa.Table) -> pa.Table:
         rows = images.to_pylist()
@@ -233,26 +233,26 @@ def _loaded(rows: list[dict[str, Any]]) -> Loaded:
     return Loaded(batch, [row["error"] for row in rows], sizes, torch.stack(pixels) if pixels else None)
 
 
-def _write(place: Place, schema: pa.Schema, rows: pa.Table) -> pa.Table:
+def _write(store: Store, schema: pa.Schema, rows: pa.Table) -> pa.Table:
     """Write rows as a part, and return its name."""
     name, data = name_of(rows["key"].to_pylist()), pa.BufferOutputStream()
     pq.write_table(rows.cast(schema), data)
-    place.write(name, data.getvalue().to_pybytes())
+    store.write(name, data.getvalue().to_pybytes())
     return pa.table({"part": [name]})
 
 
-def _agreed(job: Job, shards: Shards, place: Place, log: Log) -> tuple[str, Decoder, pa.Schema]:
+def _agreed(job: Job, shards: Shards, store: Store, log: Log) -> tuple[str, Decoder, pa.Schema]:
     """Return the engine, the decoder and the columns of this folder; write down what it is for where nothing is.
 
     Raises `FileError` for a folder that is for something else.
     """
-    found = place.read(folder.SETTINGS)
-    there = None if found is None else folder.parsed(found.decode(errors="replace"), f"{place.root}/{folder.SETTINGS}")
+    found = store.read(folder.SETTINGS)
+    there = None if found is None else folder.parsed(found.decode(errors="replace"), f"{store.root}/{folder.SETTINGS}")
     network = opened(job, folder.engine_of(job, there), log)
     made = maker(network, job, lambda *_: None)
     here = {**folder.settings(job, shards, engine_name(network), manifest_of(network).task == "masks"), "runner": "ray"}
     if there is None:
-        place.write(folder.SETTINGS, (json.dumps(here, indent=2) + "\n").encode())
+        store.write(folder.SETTINGS, (json.dumps(here, indent=2) + "\n").encode())
     else:
         folder.refuse_another(job.out, there, here)
     return engine_name(network).removeprefix("pytorch"), made.decoder, made.schema

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,7 @@ class Session:
         else:
             self.log(f"{self.out}: goes on after step {course.step} of {self.recipe.epochs * self.feed.steps}")
             if self.world.main:
+                self._describe()  # with what was allowed to change
                 (self.out / "summary.json").unlink(missing_ok=True)  # of a shorter run
         return course
 
@@ -271,14 +273,18 @@ class Session:
                 raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
             (self.out / "summary.json").unlink(missing_ok=True)  # of the run before
             self.store.clear()
-            text = json.dumps(asdict(self.recipe), indent=2) + "\n"
-            atomically(self.out / "recipe.json", lambda path: path.write_text(text))
-            others = {name: value for name, value in self.settings.items() if name not in FIELDS}
-            atomically(self.out / "settings.json", lambda path: path.write_text(json.dumps(others, indent=2) + "\n"))
+            self._describe()
             if (rows := self.source.rows) is not None:
                 atomically(self.out / SPLIT, lambda path: write_table(path, rows()))
             self.store.folder.mkdir(exist_ok=True)
         return Course()
+
+    def _describe(self) -> None:
+        """Write what the run was asked for: recipe.json and settings.json."""
+        others = {name: value for name, value in self.settings.items() if name not in FIELDS}
+        for name, facts in (("recipe.json", asdict(self.recipe)), ("settings.json", others)):
+            text = json.dumps(facts, indent=2) + "\n"
+            atomically(self.out / name, partial(Path.write_text, data=text))
 
     def _save(self, course: Course) -> None:
         course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started

@@ -109,7 +109,9 @@ ENGINES = {
     "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),
     "mnn": Known("mnn", ("onnx", "onnxscript", "MNN"), ("fp32",), ()),
     "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),
-    "native": Known("native", ("repvgg_engine",), ("fp32", "bf16", "int16", "int8"), (), "pip install ./engine, with a C++ compiler"),
+    "native": Known(
+        "native", ("repvgg_engine",), ("fp32", "bf16", "int16", "int8"), (), "pip install ./engine, with a C++ compiler"
+    ),
 }
 
 
