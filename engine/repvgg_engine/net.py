@@ -107,7 +107,8 @@ class Net:
 
     def algorithms(self, layer: int) -> list[str]:
         """Those that fit a layer: "direct", and Winograd's with m x m outputs a tile, "F2", "F4", ...; in bf16 first "direct bf16",
-        "F2 bf16", ..., in int16 "direct int16", ..., in int8 "direct int8", ...; [] for no convolution. The first is the layer's until another is chosen."""
+        "F2 bf16", ..., in int16 "direct int16", ..., in int8 "direct int8", ...; [] for no convolution. The first is the layer's
+        until another is chosen."""
         names: list[str] = []
         while name := LIBRARY.repvgg_algorithm(self._net, layer, len(names)):
             names.append(name.decode())

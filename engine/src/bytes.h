@@ -2,13 +2,13 @@
 //
 // A number x of a map becomes round(x / s), at most 255, where s is the largest number that the map held when the model
 // was calibrated over 255: `repvgg quantize --to native` writes it into the model file. Maps are what a ReLU leaves, so
-// bytes have no sign. A layer that reads bytes has whoever comes before it write them, when the bias is added and the ReLU
-// applied; float32 is not written. Weights have a scale for each output channel. With sums of a pixel's bytes the bits
-// are the same on every instruction set, alone and in any batch. Larger numbers than the calibration met become 255, and
-// what is no number becomes one: a map of bytes cannot hold it.
+// bytes have no sign. A layer that reads bytes has whoever comes before it write them, when the bias is added and the
+// ReLU applied; float32 is not written. Weights have a scale for each output channel. With sums of a pixel's bytes the
+// bits are the same on every instruction set, alone and in any batch. Larger numbers than the calibration met become
+// 255, and what is no number becomes one: a map of bytes cannot hold it.
 //
-// No sum overflows: sum_k |x_k w_k| <= 255 * sum_k |w_k|, and the scale of the weights is chosen such that sum_k |w_k| <=
-// WEIGHTS_SUM_8. For fewer than 66,000 numbers |w_k| <= 127 says that already.
+// No sum overflows: sum_k |x_k w_k| <= 255 * sum_k |w_k|, and the scale of the weights is chosen such that sum_k |w_k|
+// <= WEIGHTS_SUM_8. For fewer than 66,000 numbers |w_k| <= 127 says that already.
 #pragma once
 
 #include "integer.h"

@@ -37,8 +37,8 @@ struct Floating {
 };
 
 /// What 32 bits of the transformed inputs and weights hold: one float, or two neighbouring channels in bfloat16 (or two
-/// or four as integers: integer.h, bytes.h). `scaled`: inputs get scales at run time, and sums are floats when they leave
-/// the registers; `scale_rows`: that follow a chunk's weights.
+/// or four as integers: integer.h, bytes.h). `scaled`: inputs get scales at run time, and sums are floats when they
+/// leave the registers; `scale_rows`: that follow a chunk's weights.
 struct Float32 : Floating<Float32> {
     static constexpr int pack = 1;
     static REPVGG_INLINE void put(float *at, int, Vec v) { store(at, v); }

@@ -1,16 +1,16 @@
-// Products of integers of 16 or 8 bits with sums in 32 bits: twice or four times float32's numbers in a register, and on
-// processors with VNNI as many times its multiplications. (Direct convolutions of maps of bytes: bytes.h.)
+// Products of integers of 16 or 8 bits with sums in 32 bits: twice or four times float32's numbers in a register, and
+// on processors with VNNI as many times its multiplications. (Direct convolutions of maps of bytes: bytes.h.)
 //
 // A number x of a transformed tile becomes round(x / s), where s is the tile's largest number in that product over
-// the largest input there is: one scale for each tile and product, found at run time. So nothing has to be calibrated, no number is
-// cut off, the scales of a smooth image's products may be far apart, and an image's numbers depend on that image alone,
-// in whatever batch it comes. Weights have a scale for each product, output channel and chunk of the sum, found when
-// they are packed. Sums are multiplied by both scales when they leave the registers, so that everything after the
-// matrix product is in float32, as ever.
+// the largest input there is: one scale for each tile and product, found at run time. So nothing has to be calibrated,
+// no number is cut off, the scales of a smooth image's products may be far apart, and an image's numbers depend on that
+// image alone, in whatever batch it comes. Weights have a scale for each product, output channel and chunk of the sum,
+// found when they are packed. Sums are multiplied by both scales when they leave the registers, so that everything
+// after the matrix product is in float32, as ever.
 //
-// No sum overflows. Of a chunk, sum_k |v_k w_k| <= largest input * sum_k |w_k|, whatever the image, and the scale of the
-// weights is chosen such that sum_k |w_k| <= WEIGHTS_SUM and |w_k| <= the largest weight. For 16-bit weights of equal
-// size this leaves 13 to 15 bits, about what the inputs have: both halves round about as much.
+// No sum overflows. Of a chunk, sum_k |v_k w_k| <= largest input * sum_k |w_k|, whatever the image, and the scale of
+// the weights is chosen such that sum_k |w_k| <= WEIGHTS_SUM and |w_k| <= the largest weight. For 16-bit weights of
+// equal size this leaves 13 to 15 bits, about what the inputs have: both halves round about as much.
 #pragma once
 
 #include <math.h>
@@ -115,9 +115,9 @@ template <class Element>
 struct Integers {
     static constexpr bool scaled = true, bytes = false;
 
-    /// What sums are worth: to floats, without what the offset brought in (the second row of scales), times the scales of
-    /// their rows and of their weights. A function of its own, so that it takes no registers from the sums while they are
-    /// made.
+    /// What sums are worth: to floats, without what the offset brought in (the second row of scales), times the scales
+    /// of their rows and of their weights. A function of its own, so that it takes no registers from the sums while
+    /// they are made.
     static __attribute__((noinline)) void finish(const float *sums, int rows, int vectors, const float *of_rows,
                                                  const float *of_weights, bool add, float *to) {
         for (int r = 0; r < rows; r++)

@@ -34,8 +34,8 @@ int64_t scratch(const Conv &c, int64_t tiles) {
 
 template <class A, class E = Element>
 constexpr Algorithm algorithm(const char *name, bool ranged = false) {
-    return {name,     A::outputs, A::samples, A::frequencies, A::stride,    ranged,
-            E::bytes, run<A, E>,  packed_rows<E>, pack<A, E>, scratch<A, E>};
+    return {name,     A::outputs, A::samples,     A::frequencies, A::stride,    ranged,
+            E::bytes, run<A, E>,  packed_rows<E>, pack<A, E>,     scratch<A, E>};
 }
 
 constexpr Algorithm algorithms[] = {

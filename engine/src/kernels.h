@@ -27,8 +27,8 @@ constexpr int BYTES = 4, LARGEST_BYTE = 255;
 /// A sum of bytes is of no more numbers than this, so that it fits 32 bits (bytes.h).
 constexpr int MOST_BYTES = 1 << 22;
 
-/// Where the numbers of a feature map lie: NHWC, distances in floats. The channels of a pixel are contiguous; in a map of
-/// bytes a float's place holds four of them.
+/// Where the numbers of a feature map lie: NHWC, distances in floats. The channels of a pixel are contiguous; in a map
+/// of bytes a float's place holds four of them.
 struct Map {
     int64_t pixel, row, image;
 };

@@ -75,6 +75,12 @@ std::vector<float> padded_bias(const repvgg_layer &spec, const ConvShape &c, int
     return bias;
 }
 
+/// Whether its input can be a map of bytes: without a sign, and so few to a sum that it does not overflow.
+bool fits_bytes(const Layer &layer) {
+    const int64_t taps = static_cast<int64_t>(layer.spec.kernel[0]) * layer.spec.kernel[1];
+    return layer.after_relu && layer.spec.groups == 1 && taps * layer.spec.in_channels <= MOST_BYTES;
+}
+
 }  // namespace
 
 std::unique_ptr<Layer> make_layer(const repvgg_layer &spec, int index, const Layer *before, const Kernels &kernels) {
@@ -92,12 +98,6 @@ std::unique_ptr<Layer> make_layer(const repvgg_layer &spec, int index, const Lay
         layer->after_relu = before && before->is_conv() && before->shape.relu && before->shape.groups == 1;
     }
     return layer;
-}
-
-/// Whether its input can be a map of bytes: without a sign, and so few to a sum that it does not overflow.
-static bool fits_bytes(const Layer &layer) {
-    const int64_t taps = static_cast<int64_t>(layer.spec.kernel[0]) * layer.spec.kernel[1];
-    return layer.after_relu && layer.spec.groups == 1 && taps * layer.spec.in_channels <= MOST_BYTES;
 }
 
 bool fits(const Layer &layer, const Algorithm &algorithm) {

@@ -124,8 +124,9 @@ REPVGG_API int repvgg_run(repvgg_net *net, const repvgg_images *images, float *o
 /* How a convolution is computed, for any number of images: "direct", or by Winograd's algorithm with tiles of m x m
  * outputs, "F2", "F4",
  * ...; where products may be of another precision also "direct bf16" or "direct int16", which is then the default,
- * "F2 bf16", ...; of int8 "direct int8" and "F2 int8" for layers whose largest input is known, and those of int16. An algorithm that does not fit the layer is an error. By the same algorithms an image gives the same
- * bits in any batch, on any number of threads, and on any machine with the instruction set. */
+ * "F2 bf16", ...; of int8 "direct int8" and "F2 int8" for layers whose largest input is known, and those of int16. An
+ * algorithm that does not fit the layer is an error. By the same algorithms an image gives the same bits in any batch,
+ * on any number of threads, and on any machine with the instruction set. */
 REPVGG_API int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size);
 
 /* The instruction set that the net runs on, as in repvgg_options. */

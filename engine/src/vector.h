@@ -57,7 +57,7 @@ REPVGG_INLINE void store(float *p, Vec v, int n) {
 /// The lowest byte of each lane, side by side.
 REPVGG_INLINE void store_bytes(void *to, Ints v) {
 #if defined(__AVX512F__)
-    _mm_storeu_si128(static_cast<__m128i *>(to), _mm512_cvtepi32_epi8((__m512i)v));
+    _mm_storeu_si128(static_cast<__m128i *>(to), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
 #elif defined(__SSE2__)
     v &= 0xff;
 #if defined(__AVX2__)

@@ -1,7 +1,8 @@
-"""Products of 8-bit integers: direct ones exact to the bit against integers of NumPy, on every instruction set, and never an overflow."""
+"""Products of 8-bit integers: direct ones exact to the bit against whole numbers of NumPy on every instruction set; no overflow."""
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_bytes_from_layer_to_layer(isa: str, widths: tuple[int, ...]) -> None:
     """Whatever writes them: direct in 8 bits, or by Winograd's algorithms in float32 and in 16 bits."""
     random = np.random.default_rng(0)
     x = random.integers(0, 256, (3, widths[0], 13, 11)).astype(np.float32)
-    first, *others = (whole(random, a, b, 3, LARGEST_BYTE, padding=(1, 1)) for a, b in zip(widths, widths[1:], strict=False))
+    first, *others = (whole(random, a, b, 3, LARGEST_BYTE, padding=(1, 1)) for a, b in pairwise(widths))
     steps = (2.0**14, 2.0**23)  # about as large as the numbers are
     others = [replace(layer, largest_input=LARGEST_BYTE * s, bias=layer.bias * 0) for layer, s in zip(others, steps, strict=True)]
     layers = [read(widths[0]), first, *others]
@@ -100,7 +101,7 @@ def test_bytes_from_layer_to_layer(isa: str, widths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("isa", ALL_SETS)
 @pytest.mark.parametrize("channels", [1, 3, 64, 257, 7400])
 def test_no_sum_overflows(isa: str, channels: int) -> None:
-    """The worst there is: every product as large as it can be, and all of one sign. Of 7400 channels, 0.999 of what 32 bits hold."""
+    """The worst there is: every product as large as it can be, all of one sign. Of 7400 channels, 0.999 of what 32 bits hold."""
     x = np.ones((1, channels, 3, 3), np.float32)
     for sign in (1, -1):
         layer = Conv(np.full((3, channels, 3, 3), sign, np.float32), np.zeros(3, np.float32), padding=(1, 1), largest_input=1)
@@ -159,6 +160,7 @@ def test_which_layers_can() -> None:
     assert isinstance(layers[1], Conv)
     layers[1] = replace(layers[1], largest_input=0.0)  # a sensitive one
     assert Net(layers, precision="int8").known[1][0] == "direct int16"
+    assert all(names[0].startswith("direct") for names in known if names)
     assert all("int8" not in name for of in Net(calibrated(plain_net()), precision="int16").known for name in of)
 
 

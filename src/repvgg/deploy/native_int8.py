@@ -1,7 +1,7 @@
 """INT8 for the native engine: a model file whose convolutions know the largest number of their input.
 
-Those numbers are the ranges that NNCF finds for OpenVINO (see quantize.py), read from the graph that it makes. A convolution that is
-left in float there has none, and is computed by the engine's 16-bit integers, or in float32.
+Those numbers are the ranges that NNCF finds for OpenVINO (see quantize.py), read from the graph that it makes. A convolution
+that is left in float there has none, and is computed by the engine's 16-bit integers, or in float32.
 """
 
 from dataclasses import replace

@@ -135,9 +135,9 @@ def quantize(
 ) -> QuantizationReport:
     """Fold a model of ours, quantise it with images of a source, measure what that does, and write it into the folder `out`.
 
-    to: "openvino", "onnx", or "native" for a model file with ranges, without bias correction. device: to train on, if that is asked for; all else is the processor's. Raises ValueError for another
-    format, packages that are missing, data that do not fit the model, or a drop that cannot be kept; `ReparamError` for what cannot
-    be folded; `FileError` where it cannot be written.
+    to: "openvino", "onnx", or "native" for a model file with ranges, without bias correction. device: to train on, if that is asked
+    for; all else is the processor's. Raises ValueError for another format, packages that are missing, data that do not fit the
+    model, or a drop that cannot be kept; `ReparamError` for what cannot be folded; `FileError` where it cannot be written.
     """
     if to not in INT8:
         raise ValueError(f"no INT8 for {to!r}: there are {', '.join(INT8)}")

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from repvgg.fold.blocks import SqueezeExcite
 from repvgg.models.repvgg import Layer, PlusLayer, RepVGG, Residual, is_deploy_form
 
-
 LARGEST_INPUT = "largest_input"  # of a convolution, where calibration found it
 
 

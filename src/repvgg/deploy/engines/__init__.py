@@ -28,8 +28,8 @@ class DeviceError(ValueError):
 @dataclass(frozen=True)
 class Options:
     """Settings that an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA;
-    int16: fp32 with products of 14 to 16 bits, in the engine native, without calibration; int8: in the engine native, of a model that
-    `repvgg quantize --to native` calibrated).
+    int16: fp32 with products of 14 to 16 bits, in the engine native, without calibration; int8: in the engine native,
+    of a model that `repvgg quantize --to native` calibrated).
 
     threads: of the CPU, None for the engine's own choice. channels_last: memory format of the PyTorch engines.
     """
