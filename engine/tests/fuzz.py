@@ -91,7 +91,7 @@ def _one_net(choose: random.Random, odds: float) -> bool:
         struct.op, struct.in_channels, struct.out_channels = number(0, 0, 0, 0, 1, 2), number(channels), number(*SMALL)
         struct.groups, struct.relu = number(1, 1, 1, channels), number(0, 1)
         struct.kernel[:], struct.stride[:] = [number(1, 3, 3, 3)] * 2, [number(1, 1, 2)] * 2
-        struct.largest_input = choose.choice(ODD_RANGES if choose.random() < odds else (0.0, 1.0, 1.0, 2.5))
+        struct.largest_input = choose.choice(ODD_RANGES if choose.random() < odds / 4 else (0.0, 1.0, 1.0, 2.5))
         struct.padding[:], struct.dilation[:] = [number(0, 1, 1)] * 2, [number(1, 1, 2)] * 2
         for name in ("weight", "bias", "weight2", "bias2"):
             setattr(struct, name, None if choose.random() < odds / 8 else NUMBERS.ctypes.data)

@@ -1,6 +1,7 @@
 """Products of 8-bit integers: direct ones exact to the bit against whole numbers of NumPy on every instruction set; no overflow."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +46,7 @@ def in_integers(layers: list[Conv], x: Array) -> np.ndarray:
     return y
 
 
-def by(layers: list[Layer], names: list[str], x: Array, isa: str, threads: int = 1) -> Array:
+def by(layers: Sequence[Layer], names: list[str], x: Array, isa: str, threads: int = 1) -> Array:
     net = Net(layers, precision="int8", isa=isa, threads=threads)
     net.choose_all(names)
     return net(x)
@@ -138,7 +139,8 @@ def test_the_same_bits_with_vnni_and_without() -> None:
     random = np.random.default_rng(0)
     layer, x = replace(conv(random, 40, 70, padding=(1, 1), relu=True), largest_input=3.3), images(3, channels=40, size=(19, 23))
     for name in ("direct int8", "F2 int8", "F4 int8"):
-        assert np.array_equal(*(by([read(40), layer], ["direct", name], x, isa) for isa in ("avx512", "avx512bw"))), name
+        vnni, without = (by([read(40), layer], ["direct", name], x, isa) for isa in ("avx512", "avx512bw"))
+        assert np.array_equal(vnni, without), name
 
 
 @pytest.mark.parametrize("isa", SETS)
