@@ -92,6 +92,7 @@ def measured() -> str:
     if (figure := record("paper/figure1")) is not None:
         engines = dict.fromkeys(point.get("engine", "eager") for point in figure["data"]["points"])
         told = "each network's fastest engine of " + ", ".join(engines) if len(engines) > 1 else next(iter(engines))
+        told = told.replace("eager", "PyTorch alone")
         found.append(PAPER.format(engines=told).replace("(paper/", "(../results/paper/"))
     if record("gpu/speed") is None:
         found.append(NO_GPU)

@@ -54,6 +54,7 @@ def train(
     if not arch and not init:
         raise ValueError("which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights")
     source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
+    loop.refuse(source, Path(out))
     given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
     options = {name: value for name, value in given.items() if value is not None}
     where = local_device(device_named(device, workers))
