@@ -1,5 +1,4 @@
-"""The engine built for systems that are not here, by zig's cross compilers: whole for macOS and aarch64, and compiled where `long`
-has 32 bits. None of it is run."""
+"""The engine built for systems that are not here, by zig's cross compilers. None of it is run."""
 
 import shutil
 import stat
@@ -11,9 +10,6 @@ from pathlib import Path
 import pytest
 
 ENGINE = Path(__file__).parent.parent
-# Files that ask the system for more than Windows has by the same names.
-NOT_ON_WINDOWS = ("source.cpp", "alone.cpp")
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("ziglang") is None, reason="needs pip install ziglang"),
@@ -52,12 +48,3 @@ def test_the_library_builds(compiler: Path, tmp_path: Path, system: str, process
     sh("cmake", "-S", ENGINE, "-B", tmp_path / "build", *cross)
     sh("cmake", "--build", tmp_path / "build", "--parallel", "2")
     assert (tmp_path / "build" / library).read_bytes().startswith(magic)
-
-
-@pytest.mark.parametrize("compiler", ["x86_64-windows-gnu"], indirect=True)
-def test_a_long_of_32_bits(compiler: Path, tmp_path: Path) -> None:
-    """No size is lost in one; WebAssembly, where pointers have 32 bits too, is built and run by test_engine_wasm.py."""
-    sources = [path for path in (ENGINE / "src").glob("*.cpp") if path.name not in NOT_ON_WINDOWS]
-    words = ["-std=gnu++17", "-fsyntax-only", "-DREPVGG_ISA=portable", "-DREPVGG_SET=portable", "-Wno-psabi"]
-    for path in sources:
-        sh(compiler, *words, "-Wall", "-Wextra", "-Wshorten-64-to-32", "-Werror", path)
