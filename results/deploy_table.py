@@ -83,8 +83,8 @@ def sizing(r: dict[str, Any], data: dict[str, Any] | None) -> str:
             days = f"{1e9 / (DAY * max(speeds)):,.0f}"
             rows.append([f"`{name}`", *(f"{speed * DAY / 1e6:.1f}" if speed else "" for speed in speeds), days])
     decoding = ""
-    if data is not None:
-        speed = data["loading"]["photos, folder"]["decode"]
+    if data is not None and "photos" in data:
+        speed = data["photos"]["stages"]["folder"]["now"]["decode"]
         decoding = (
             f"Decoding comes on top: {speed:,.0f} JPEGs of 500 x 375 a second and core, {speed * DAY / 1e6:.0f} million a day.\n"
         )

@@ -22,7 +22,7 @@ from repvgg.disk import FileError, hold
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.paper import grid as grids
-from repvgg.paper.grid import RESNETS, TABLES, VARIANTS, Board, Cell, Grid, Outcome, compare_forms, run
+from repvgg.paper.grid import RESNETS, TABLES, VARIANTS, Cell, Grid, Outcome, compare_forms, run
 from repvgg.train.loop import new_model, train
 from repvgg.train.recipes import get_recipe
 
@@ -239,12 +239,10 @@ def test_the_board_shows_all_cells(tmp_path: Path) -> None:
     (tmp_path / "repvgg-0").mkdir()
     (tmp_path / "repvgg-0" / "summary.json").write_text('{"last_top1": 0.875, "seconds": 7}')
     (tmp_path / "repvgg-0" / "forms.json").write_text('{"images": 1, "equal": 1}')
-    board = Board(grid, quiet)
-    board.mine = Cell(grid, "plain", 0)
     console = Console(file=io.StringIO(), width=200)
-    console.print(board._table())
+    console.print(grids._table(grid))
     shown = [line.split("  ") for line in console.file.getvalue().splitlines() if line.strip()]  # type: ignore[attr-defined]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in shown]
-    assert ["plain", "> epoch 3: 50.0%", "begun"] in cells
+    assert ["plain", "epoch 3: 50.0%", "begun"] in cells
     assert ["repvgg", "87.50%"] in cells
     assert any("1 of 4 cells done, 7 s each" in line[0] for line in cells)

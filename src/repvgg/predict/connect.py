@@ -8,6 +8,8 @@ from typing import Any
 
 from repvgg.disk import Log, describe
 
+STORE = 250_000_000  # bytes a processor, of a cluster of this machine alone; Ray would take a third of the memory
+
 
 def refuse_without_ray() -> None:
     """Raise ValueError where Ray, or what its data sets need, is not installed."""
@@ -35,7 +37,8 @@ def connect(address: str, log: Log) -> None:
         if address != "auto":
             reason = f"no cluster answers there ({describe(error).splitlines()[0]}); one with a token wants RAY_AUTH_MODE=token"
             raise ValueError(f"--ray {address}: {reason}") from None
-        ray.init(address="local", include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
+        processors = max(2, os.cpu_count() or 1)
+        ray.init(address="local", include_dashboard=False, num_cpus=processors, object_store_memory=STORE * processors, **quiet)
     log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
 
 

@@ -17,9 +17,9 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from repvgg.data import DataError
+from repvgg.data.stores import filesystem, is_url
 from repvgg.disk import FileError, atomically, describe
 from repvgg.predict import folder
-from repvgg.predict.remote import filesystem, is_url
 
 DIGEST = 16  # bytes of a key: of a billion keys, two are alike once in 10^20 folders
 

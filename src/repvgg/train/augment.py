@@ -1,11 +1,15 @@
 """Augmentation of training images as a recipe says, by torchvision v2."""
 
+import math
+
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data.transforms import fit
 from repvgg.models.manifest import Preprocessing
 from repvgg.train.recipes import Recipe
+
+RATIOS = (3 / 4, 4 / 3)  # of a random crop, width over height
 
 
 def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
@@ -14,7 +18,7 @@ def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
     mode = InterpolationMode(preprocessing.interpolation)
     steps: list[nn.Module] = []
     if recipe.crop == "random_resized":
-        steps.append(v2.RandomResizedCrop((height, width), (recipe.crop_area, 1.0), interpolation=mode, antialias=True))
+        steps.append(v2.RandomResizedCrop((height, width), (recipe.crop_area, 1.0), RATIOS, mode, antialias=True))
     else:
         steps += [fit(preprocessing), v2.RandomCrop((height, width), padding=max(height, width) // 8, pad_if_needed=True)]
     if recipe.auto_augment:
@@ -27,6 +31,13 @@ def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
         steps.append(v2.RandomErasing(recipe.erasing, value=[round(255 * x) for x in preprocessing.mean]))
     transform: nn.Module = v2.Compose(steps)
     return transform
+
+
+def side_of(recipe: Recipe, preprocessing: Preprocessing) -> int:
+    """Return how long an image's sides must be for the smallest crop to have the input's pixels; 0 where images are not cropped."""
+    if recipe.crop != "random_resized":
+        return 0
+    return math.ceil(max(preprocessing.input_size[1:]) / math.sqrt(recipe.crop_area * min(RATIOS)))
 
 
 def mixing(recipe: Recipe, num_classes: int) -> nn.Module | None:

@@ -24,6 +24,7 @@ from repvgg.models.load import save
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import LostError
 from repvgg.train.logs import Logs, draw_curve, read_lines
+from repvgg.train.mirror import Mirror
 from repvgg.train.progress import Progress
 from repvgg.train.recipes import FIELDS, Keeping, Recipe
 from repvgg.train.signals import StoppedError, StopRequests
@@ -79,7 +80,8 @@ class Session:
         self.trainer, self.feed, self.source, self.out, self.keeping, self.log = trainer, feed, source, out, keeping, log
         self.recipe, self.task, self.world = trainer.recipe, trainer.task, trainer.world
         self.settings = settings
-        self.store = Store(out / "state", log)
+        self.mirror = Mirror(keeping.mirror if self.world.main else "", out, log)
+        self.store = Store(out / "state", log, self.mirror.send)
         if self.recipe.lr_per:
             r = self.recipe
             log(f"learning rate {r.lr:g} per {r.lr_per} images, {r.peak_lr:g} for {r.batch_size}")
@@ -231,7 +233,10 @@ class Session:
 
     def _take_up(self) -> Course:
         """Find where the run in the folder is; its beginning if there is none. Raises ValueError if it is another run."""
-        found = self.store.latest() if self.world.main and self.keeping.resume != "never" else None
+        found = None
+        if self.world.main and self.keeping.resume != "never":
+            self.mirror.fetch()
+            found = self.store.latest()
         state = shared(self.world, found)
         if state is None:
             return self._begin()
@@ -328,6 +333,7 @@ class Session:
         }
         draw_curve(lines, self.out / "curve.png")
         write_record(self.out / "summary.json", summary)
+        self.mirror.send()
 
 
 def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:
@@ -336,6 +342,8 @@ def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:
 
 
 def _make_folder(out: Path) -> None:
+    if out.parts and len(out.parts[0]) > 2 and out.parts[0].endswith(":"):
+        raise ValueError(f"--out {out}: a run is in a folder, which --mirror copies to an object store")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,7 +9,7 @@ Each holds a SHA-256 of all that is in it, and is renamed into place once it is 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,10 @@ class State:
 
 
 class Store:
-    """The states of one run."""
+    """The states of one run. then: what is done, beside the training too, when one is written."""
 
-    def __init__(self, folder: Path, log: Log = print) -> None:
-        self.folder, self.log = folder, log
+    def __init__(self, folder: Path, log: Log = print, then: Callable[[], object] = int) -> None:
+        self.folder, self.log, self.then = folder, log, then
         self.writer = ThreadPoolExecutor(1, "repvgg state")
         self.writing: Future[None] | None = None
 
@@ -68,6 +68,7 @@ class Store:
         atomically(self.folder / f"{state.step:09d}.safetensors", lambda path: _write(tensors, path, metadata))
         for old in self._files()[KEEP:]:
             old.unlink(missing_ok=True)
+        self.then()
 
     def latest(self) -> State | None:
         """Return the last state that is whole, with a word on those that are not.
@@ -129,13 +130,6 @@ def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
 
 def shared(world: World, state: State | None) -> State | None:
     """Return the first process's state in all of them: the others need not see its folder."""
-    shapes = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.tensors.items()} if state else {}
-    found = json.loads(world.told(json.dumps([state.step, state.facts, shapes] if state else None)))
-    if world.size == 1 or found is None:
-        return state
-    step, facts, shapes = found
-    tensors = {
-        name: world.given(state.tensors[name] if state else torch.empty(shape, dtype=getattr(torch, dtype)))
-        for name, (dtype, shape) in shapes.items()
-    }
-    return State(step, tensors, facts)
+    mine = ([state.step, state.facts], state.tensors) if state else (None, {})
+    found, tensors = world.shared(*mine)
+    return State(found[0], tensors, found[1]) if found else None
