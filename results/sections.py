@@ -212,7 +212,7 @@ def _photos(r: Record) -> str:
     said = ", ".join(f"{ratio:.2f} times as many in the {name}" for name, ratio in ratios.items())
     return (
         f"Photos by the recipe light: JPEGs of 500 x 375 pixels and {r['bytes'] / 1000:.0f} kB, and of 4000 x 3000 and "
-        f"{r['bytes of 12 megapixels'] / 1e6:.1f} MB. Images a second by stage, one process each; \"batches\" is what "
+        f'{r["bytes of 12 megapixels"] / 1e6:.1f} MB. Images a second by stage, one process each; "batches" is what '
         f"{many(r['workers'], 'worker')} give together; medians of {many(r['rounds'], 'round')}, of those of 12 megapixels one. "
         "Earlier: all pixels by Pillow, one colour after the other in memory. Now: by torchvision's decoder, colours side by "
         "side, and those so large that the smallest crop has pixels to spare at a half, a quarter or an eighth. "
@@ -240,8 +240,8 @@ def _predicted(r: Record) -> str:
 
 def _bounded(r: Record) -> str:
     return (
-        f"`repvgg predict --ray auto` of {r['images']:,} rows of 5,000 bytes that are no images: {r['gigabytes']:.1f} GB at most in all "
-        "processes together."
+        f"`repvgg predict --ray auto` of {r['images']:,} rows of 5,000 bytes, no images: {r['gigabytes']:.1f} GB at most in "
+        "all processes together."
     )
 
 

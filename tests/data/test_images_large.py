@@ -94,7 +94,9 @@ def test_what_the_faster_reader_does_not_read_the_other_does(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize(("least", "shown"), [(0, (640, 900)), (400, (640, 900)), (300, (320, 450)), (160, (160, 225)), (20, (80, 113))])
+@pytest.mark.parametrize(
+    ("least", "shown"), [(0, (640, 900)), (400, (640, 900)), (300, (320, 450)), (160, (160, 225)), (20, (80, 113))]
+)
 def test_what_is_far_larger_than_enough_is_decoded_smaller(least: int, shown: tuple[int, int], progressive: bool) -> None:
     """Beside means over the squares of pixels that each one stands for."""
     source = encoded(photo((900, 640)), "JPEG", quality=95, progressive=progressive)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tars import png, write_shards
 
-from repvgg.data import DataError, Source, open_source
 from repvgg.api.training import resolved
+from repvgg.data import DataError, Source, open_source
 from repvgg.data import stream as stream_module
 from repvgg.data.images import ImageError
 from repvgg.data.stream import Plan, Stream, expanded, open_wds

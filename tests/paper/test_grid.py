@@ -22,7 +22,7 @@ from repvgg.disk import FileError, hold
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.paper import grid as grids
-from repvgg.paper.grid import RESNETS, TABLES, VARIANTS, Cell, Grid, Outcome, compare_forms, run
+from repvgg.paper.grid import RESNETS, TABLES, VARIANTS, Grid, Outcome, compare_forms, run
 from repvgg.train.loop import new_model, train
 from repvgg.train.recipes import get_recipe
 
@@ -129,9 +129,9 @@ def test_cells_on_ray(tmp_path: Path) -> None:
         workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "_work_far_away" in "".join(p.cmdline()[:1])]
         assert workers
         workers[0].kill()
-        _, said = process.communicate(timeout=400)
+        _, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
-    subprocess.run([sys.executable, "-m", *words.split(), str(tmp_path / "alone")], check=True, env=environment, timeout=400)
+    subprocess.run([sys.executable, "-m", *words.split(), str(tmp_path / "alone")], check=True, env=environment, timeout=900)
     for name in ("plain-0", "repvgg-0"):
         found, wanted = (load(tmp_path / out / name / "last.safetensors").state_dict() for out in ("ray", "alone"))
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)

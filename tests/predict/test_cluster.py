@@ -33,7 +33,7 @@ def by_key(out: str | Path) -> dict[str, dict[str, Any]]:
 def on_ray(job: Job, *more: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the command as a user does, in a process with a cluster of its own."""
     words = [*command(job), "--ray", "auto", "--concurrency", "1,1", "--json", *more]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    return subprocess.run(words, capture_output=True, text=True, timeout=900, env={**os.environ, **environment})
 
 
 # ---------------------------------------------------------------------------------------------------- what needs no cluster

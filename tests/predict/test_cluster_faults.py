@@ -22,7 +22,7 @@ from repvgg.data import open_source
 from repvgg.predict.job import Job
 
 pytest.importorskip("ray")
-ENV = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # nobody's token is read
+ENV = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}  # nobody's token is read, and no worker starved
 pytestmark = pytest.mark.slow
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
@@ -62,7 +62,7 @@ def on(address: str, job: Job, *more: str) -> list[str]:
 
 
 def finished(words: list[str]) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=400, env=ENV)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=ENV)
     assert done.returncode == 0, done.stderr
 
 
@@ -151,7 +151,7 @@ def test_two_nodes_of_which_one_loses_an_actor(files: Path, tmp_path: Path) -> N
         victims = actors()
         assert len(victims) >= 1
         victims[-1].kill()
-        assert process.wait(400) == 0
+        assert process.wait(900) == 0
     equal(job.out, str(tmp_path / "alone"))
 
 

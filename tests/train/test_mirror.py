@@ -29,9 +29,10 @@ def test_a_run_goes_on_where_there_is_only_its_copy(tmp_path: Path, monkeypatch:
         send(mirror)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Mirror, "send", lost)
-        run(tmp_path / "lost", url, said)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "lost", url, said)
     shutil.rmtree(tmp_path / "lost")
     run(tmp_path / "new", url, said)
     assert f"{tmp_path / 'new'}: goes on from {url}" in said
@@ -43,6 +44,22 @@ def test_a_run_goes_on_where_there_is_only_its_copy(tmp_path: Path, monkeypatch:
         for root in (tmp_path / "new", tmp_path / "store/run")
     )
     assert here == there  # states that are no more are not there either
+
+
+@pytest.mark.slow  # the test above proves the point on a disk
+def test_an_object_store(bucket: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    run(tmp_path / "run", f"{bucket}/run", said)
+    Mirror(f"{bucket}/run", tmp_path / "new", said.append).fetch()
+    here, there = (
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name[0] != "."}
+        for root in (tmp_path / "new", tmp_path / "run")
+    )
+    assert here == there
+    assert sorted(name for name in here if name.startswith("state/")) == [
+        "state/000000002.safetensors",
+        "state/000000004.safetensors",
+    ]
 
 
 def test_a_store_that_fails_is_told_of(tmp_path: Path) -> None:

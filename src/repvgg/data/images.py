@@ -44,9 +44,9 @@ def is_image(path: Path) -> bool:
 
 @contextmanager
 def enough(side: int) -> Iterator[None]:
-    """Decode JPEGs whose sides are several times as long at a half, a quarter or an eighth, with no side below this; 0: at their size.
+    """Decode JPEGs whose sides are several times this long at a half, a quarter or an eighth of their size, with no side shorter.
 
-    Libjpeg then computes as much less of them.
+    Their decoder then computes as many pixels less. 0: all at their size.
     """
     before = _enough.set(side)
     try:
@@ -58,7 +58,8 @@ def enough(side: int) -> Iterator[None]:
 def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str | None = None) -> Tensor:
     """Return an image of a file or of encoded bytes as a viewer would show it, uint8 [channels, H, W] (1: grey, 3: RGB).
 
-    A pixel's channels lie side by side, as decoders write and resizing reads them. Raises `ImageError` for all that is no image, and ValueError for other numbers of channels.
+    A pixel's channels lie side by side, as decoders write and resizing reads them. Raises `ImageError` for all that is no image,
+    and ValueError for other numbers of channels.
     """
     if channels not in (1, 3):
         raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {channels}")

@@ -73,9 +73,7 @@ class Transformed:
     """Images through a transform, masks with their photos. Its randomness is a function of seed, epoch and index alone, whatever
     process runs it."""
 
-    def __init__(
-        self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None, side: int = 0
-    ) -> None:
+    def __init__(self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None, side: int = 0) -> None:
         """Take images and a transform.
 
         bad: what to do about an image that cannot be read; without it `ImageError` is raised. side: as many pixels are enough (see
@@ -155,7 +153,7 @@ def load(
 
 
 def collated(pairs: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-    """Return images [C, H, W] as a batch [N, C, H, W] in channels-last, as they lie in memory already, and labels as PyTorch does."""
+    """Return images [C, H, W] as a batch [N, C, H, W] in channels-last, as each lies in memory already; labels as PyTorch does."""
     images, labels = torch.utils.data.default_collate([(image.permute(1, 2, 0), label) for image, label in pairs])
     return images.permute(0, 3, 1, 2), labels
 

@@ -211,7 +211,9 @@ def _work_on_ray(cells: Sequence[Cell], address: str, progress: Progress) -> Non
     grid = replace(grid, out=grid.out.resolve(), data=absolute(grid.data))
     needs = {"CPU": 1 + grid.workers, "GPU": int(grid.device.startswith("cuda"))}
     if not any(all(node["Resources"].get(what, 0) >= count for what, count in needs.items()) for node in ray.nodes()):
-        progress.say(f"no machine of the cluster has {needs['CPU']} processors and {needs['GPU']} GPUs for a cell: it is waited for")
+        progress.say(
+            f"no machine of the cluster has {needs['CPU']} processors and {needs['GPU']} GPUs for a cell: it is waited for"
+        )
     task: Any = ray.remote(_work_far_away).options(max_retries=RETRIES, num_cpus=needs["CPU"], num_gpus=needs["GPU"])
     under_way = {task.remote(replace(cell, grid=grid)): cell for cell in cells}
     while under_way:

@@ -24,6 +24,7 @@ def connect(address: str, log: Log) -> None:
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before it is imported; what goes wrong is said in one line
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: Ray's 15 starves beside any other work
     import ray
 
     if ray.is_initialized():

@@ -1,8 +1,8 @@
 """A copy of a run folder in an object store, from which another machine goes on.
 
-    mirror = Mirror("s3://bucket/run", Path("runs/digits"))
-    mirror.fetch()             # what is there and not here
-    mirror.send()              # what has changed here
+mirror = Mirror("s3://bucket/run", Path("runs/digits"))
+mirror.fetch()             # what is there and not here
+mirror.send()              # what has changed here
 """
 
 import shutil
