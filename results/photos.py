@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 
-IMAGENET, PHONE, QUALITY = (500, 375), (4000, 3000), 92
+IMAGENET, PHONE, QUALITY, SHARE, BLUR = (500, 375), (4000, 3000), 92, 0.5, 0.6
 
 
 def photo(random: np.random.Generator, size: tuple[int, int]) -> bytes:
     """Return an encoded photo: smooth shapes under a little noise."""
     small = Image.fromarray(random.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    noise = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
+    noise = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)).filter(ImageFilter.GaussianBlur(BLUR))
     file = io.BytesIO()
-    Image.blend(small, noise, 0.35).save(file, "JPEG", quality=QUALITY)
+    Image.blend(small, noise, SHARE).save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
 
 

@@ -56,7 +56,7 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
         assert got.pop("probabilities") == pytest.approx(wanted.pop("probabilities"), abs=REPORTED)
         assert got == wanted
     assert not found
-    cluster._write(place, schema, tables[0])
+    cluster._write(place, tables[0].cast(schema))
     assert place.counts() == (1, tables[0].num_rows, sum(row["error"] is not None for row in tables[0].to_pylist()))
     left = [key for table in cluster._blocks(job, [0, 1, 2], place.done()) for key in table["key"].to_pylist()]
     assert sorted(left + tables[0]["key"].to_pylist()) == sorted(by_key(job.out))

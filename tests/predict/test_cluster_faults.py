@@ -110,7 +110,7 @@ def write(folder: Path, files: int, each: int, images: Any) -> str:
 
 @pytest.mark.parametrize("concurrency", ["1,1", "2,2"])
 def test_a_driver_that_is_killed_goes_on(job: Job, tmp_path: Path, concurrency: str) -> None:
-    """With as many actors as processors, too: what reads and writes does not starve."""
+    """With as many actors as processors, too: what reads does not starve."""
     job = replace(job, part_size=30, batch_size=10)
     run(replace(job, out=str(tmp_path / "alone")))
     with cluster(2) as address:
@@ -156,7 +156,10 @@ def test_two_nodes_of_which_one_loses_an_actor(files: Path, tmp_path: Path) -> N
 
 
 def test_memory_is_bounded(files: Path, tmp_path: Path) -> None:
-    """200,000 rows with 1 GB of objects that are no images, so that they pass quickly: less than 3 GB in all processes together."""
+    """200,000 rows with 1 GB of objects that are no images, so that they pass quickly: less than 3 GB in all processes together.
+
+    Most of it is PyTorch's, in the driver, in a task that reads and in two actors.
+    """
     random = np.random.default_rng(0)
     data = write(tmp_path / "set", 40, 5000, lambda i: (random.bytes(5000), 0))
     job = Job(str(files / "grey.safetensors"), data, str(tmp_path / "out"), part_size=4096)

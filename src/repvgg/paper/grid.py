@@ -306,12 +306,13 @@ def _summary(grid: Grid) -> str:
 def _table(grid: Grid) -> Any:
     """Return how far every cell is, as a table for a terminal."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
 
     seeds = range(grid.seeds)
-    table = Table(title=f"{grid.out}: {_summary(grid)}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("", *(f"seed {seed}" for seed in seeds)):
         table.add_column(header)
     for variant in dict.fromkeys(grid.variants):
         table.add_row(variant, *(Cell(grid, variant, seed).state for seed in seeds))
-    return table
+    return Group(f"{grid.out}: {_summary(grid)}", table)

@@ -2,9 +2,10 @@
 
     predict_on_ray(Job("best.safetensors", "s3://bucket/photos", "s3://bucket/preds"), Cluster("auto"))
 
-Tasks read shards, a pool of actors that grows and shrinks decodes images and runs the model, tasks write parts; rows are those of
-the plain loop. A part is whole or not there, so that the parts say what is done: the same command leaves out the images that have
-a row. All machines keep 16 bytes of each of these: above some billion rows, predict the data in pieces, with a folder each.
+Tasks read shards, a pool of actors that grows and shrinks decodes images and runs the model, and the process that started them
+writes parts; rows are those of the plain loop. A part is whole or not there, so that the parts say what is done: the same command
+leaves out the images that have a row. All machines keep 16 bytes of each of these: above some billion rows, predict the data in
+pieces, with a folder each.
 """
 
 import json
@@ -35,6 +36,7 @@ from repvgg.predict.loading import Batch, Decoder, Loaded
 from repvgg.predict.place import Place, missing, name_of
 from repvgg.predict.remote import open_data
 from repvgg.predict.where import Cluster
+from repvgg.terminal import Progress
 
 DONE = "_done.json"
 BLOCK_ROWS, BLOCK_BYTES = 256, 16 * 2**20  # of what a read task gives at once, at most
@@ -81,25 +83,26 @@ def predict_on_ray(job: Job, cluster: Cluster, log: Log = print) -> Summary:
             log(f"{len(before):,} images are done: going on")
         connect(cluster.ray, log)
         started = time.perf_counter()
-        _run(job, cluster, engine, decoder, schema, place, shards.count, before)
+        left = None if shards.images is None else shards.images - len(before)
+        with Progress(left, log) as progress:
+            for part in _parts(job, cluster, engine, decoder, place, shards.count, before):
+                _write(place, part.cast(schema))
+                progress.add(len(part), lambda: f"{progress.done / max(progress.seconds, 1e-9):,.0f} img/s", "images")
         parts, images, errors = place.counts()
         counts = {"parts": parts, "images": images, "errors": errors}
         place.write(DONE, json.dumps(counts).encode())
         return Summary(job.out, **counts, here=images - len(before), seconds=time.perf_counter() - started)
 
 
-def _run(
-    job: Job, cluster: Cluster, engine: str, decoder: Decoder, schema: pa.Schema, place: Place, count: int, before: Any
-) -> None:
-    """Run the pipeline. Raises ValueError with the reason of a task that failed."""
+def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, place: Place, count: int, before: Any) -> Iterator[pa.Table]:
+    """Run the pipeline, and yield the rows of a part each. Raises ValueError with the reason of a task that failed."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # once it is imported
-    ray.data.DataContext.get_current().enable_progress_bars = os.isatty(2)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     processors = int(ray.cluster_resources().get("CPU", 1))
     least, most = cluster.actors(processors)
-    # Tasks that read and write ask for no processor: actors may take them all, and these must not starve.
-    beside = max(1, processors // 2)
+    beside = max(1, processors // 2)  # tasks that read ask for no processor: actors may take them all, and these must not starve
     try:
         tasks = min(count, READ_TASKS)
         source = _source(job, count, ray.put(before))
@@ -114,14 +117,7 @@ def _run(
             num_gpus=cluster.gpus or None,
             num_cpus=None if cluster.gpus else min(1, processors / least),
         )
-        parts = rows.map_batches(
-            partial(_write, place, schema),
-            batch_size=job.part_size,
-            batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=beside),
-            num_cpus=0,
-        )
-        parts.materialize()
+        yield from rows.iter_batches(batch_size=job.part_size, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
         raise ValueError(f"the prediction stopped, the same command goes on ({reason_of(error)})") from None
 
@@ -233,12 +229,11 @@ def _loaded(rows: list[dict[str, Any]]) -> Loaded:
     return Loaded(batch, [row["error"] for row in rows], sizes, torch.stack(pixels) if pixels else None)
 
 
-def _write(place: Place, schema: pa.Schema, rows: pa.Table) -> pa.Table:
-    """Write rows as a part, and return its name."""
-    name, data = name_of(rows["key"].to_pylist()), pa.BufferOutputStream()
-    pq.write_table(rows.cast(schema), data)
-    place.write(name, data.getvalue().to_pybytes())
-    return pa.table({"part": [name]})
+def _write(place: Place, rows: pa.Table) -> None:
+    """Write rows as a part."""
+    data = pa.BufferOutputStream()
+    pq.write_table(rows, data)
+    place.write(name_of(rows["key"].to_pylist()), data.getvalue().to_pybytes())
 
 
 def _agreed(job: Job, shards: Shards, place: Place, log: Log) -> tuple[str, Decoder, pa.Schema]:

@@ -102,7 +102,7 @@ def missing(done: Any, keys: Sequence[str]) -> Any:
 
 
 def name_of(keys: Iterable[str]) -> str:
-    """Return the name of the part that holds these keys, in this order: a task that is run again writes the same file."""
+    """Return the name of the part that holds these keys, in this order."""
     digest = hashlib.blake2b(digest_size=DIGEST)
     for key in keys:
         digest.update(key.encode() + b"\0")

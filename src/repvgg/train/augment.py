@@ -2,8 +2,9 @@
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import resize
 
 from repvgg.data.transforms import fit
 from repvgg.models.manifest import Preprocessing
@@ -18,7 +19,7 @@ def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
     mode = InterpolationMode(preprocessing.interpolation)
     steps: list[nn.Module] = []
     if recipe.crop == "random_resized":
-        steps.append(v2.RandomResizedCrop((height, width), (recipe.crop_area, 1.0), RATIOS, mode, antialias=True))
+        steps.append(Crop((height, width), (recipe.crop_area, 1.0), RATIOS, mode, antialias=True))
     else:
         steps += [fit(preprocessing), v2.RandomCrop((height, width), padding=max(height, width) // 8, pad_if_needed=True)]
     if recipe.auto_augment:
@@ -31,6 +32,18 @@ def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
         steps.append(v2.RandomErasing(recipe.erasing, value=[round(255 * x) for x in preprocessing.mean]))
     transform: nn.Module = v2.Compose(steps)
     return transform
+
+
+class Crop(v2.RandomResizedCrop):
+    """A random crop, resized; it leaves a pixel's channels side by side in memory, where resizing is fastest."""
+
+    def transform(self, inpt: Tensor, params: dict[str, int]) -> Tensor:
+        """Cut out what was drawn, and resize it."""
+        top, left = params["top"], params["left"]
+        rows = inpt.permute(1, 2, 0)[top : top + params["height"], left : left + params["width"]]
+        crop = rows.contiguous().permute(2, 0, 1)
+        resized: Tensor = resize(crop, self.size, self.interpolation, antialias=self.antialias)
+        return resized
 
 
 def side_of(recipe: Recipe, preprocessing: Preprocessing) -> int:
