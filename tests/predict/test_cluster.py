@@ -14,7 +14,7 @@ from roads import make_camvid
 from rounding import REPORTED
 
 from repvgg.disk import FileError
-from repvgg.predict import cluster, connect
+from repvgg.predict import cluster, connect, reading
 from repvgg.predict.job import Job
 from repvgg.predict.place import Place
 from repvgg.predict.remote import open_data
@@ -49,7 +49,7 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
     place = Place.of(str(tmp_path / "ray"))
     _, decoder, schema = cluster._agreed(job, shards, place, str)
     actor = cluster.Predictor(job, "", place)
-    tables = [actor(cluster._decode(decoder, table)) for table in cluster._blocks(job, [0, 1, 2], place.done())]
+    tables = [actor(cluster._decode(decoder, table)) for table in reading._blocks(job, [0, 1, 2], place.done())]
     found = {row["key"]: row for table in tables for row in table.to_pylist()}
     for key, wanted in by_key(job.out).items():
         got = found.pop(key)
@@ -58,7 +58,7 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
     assert not found
     cluster._write(place, tables[0].cast(schema))
     assert place.counts() == (1, tables[0].num_rows, sum(row["error"] is not None for row in tables[0].to_pylist()))
-    left = [key for table in cluster._blocks(job, [0, 1, 2], place.done()) for key in table["key"].to_pylist()]
+    left = [key for table in reading._blocks(job, [0, 1, 2], place.done()) for key in table["key"].to_pylist()]
     assert sorted(left + tables[0]["key"].to_pylist()) == sorted(by_key(job.out))
 
 

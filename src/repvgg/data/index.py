@@ -21,7 +21,7 @@ import numpy as np
 
 from repvgg.data import DataError
 from repvgg.data.cache import Arrays, once
-from repvgg.data.transforms import leave_signals_to_the_main_process
+from repvgg.data.workers import leave_signals_to_the_main_process
 from repvgg.disk import FileError, Log, atomically, cache_folder
 
 FILE = "_index.json"

@@ -1,7 +1,6 @@
 """Transforms: torchvision v2 on uint8 images, one by one; normalisation on whole batches, where it is cheap."""
 
 import atexit
-import signal
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data import DataError, Images
 from repvgg.data.images import LONGEST, ImageError, enough
+from repvgg.data.workers import leave_signals_to_the_main_process
 from repvgg.models.manifest import Preprocessing
 
 MAX_WORKERS = 256
@@ -238,10 +238,3 @@ def _finish() -> None:
     """Close what is half read, before the interpreter takes workers and names away from it."""
     for batches in list(_unfinished):
         batches.close()
-
-
-def leave_signals_to_the_main_process(_: int) -> None:
-    """Ignore what reaches all processes of a terminal: the main one still wants the batches that are under way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

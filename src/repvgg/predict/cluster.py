@@ -15,46 +15,31 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from repvgg.data.shards import Item, Shards
 from repvgg.disk import Log
 from repvgg.models.zoo import manifest_of
-from repvgg.predict import folder
+from repvgg.predict import folder, reading
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.predict.datasets import engine_name, maker, opened
 from repvgg.predict.job import Job, Summary
 from repvgg.predict.loading import Batch, Decoder, Loaded
-from repvgg.predict.place import Place, missing, name_of
+from repvgg.predict.place import Place, name_of
 from repvgg.predict.remote import open_data
 from repvgg.predict.where import Cluster
 from repvgg.terminal import Progress
 
 DONE = "_done.json"
-BLOCK_ROWS, BLOCK_BYTES = 256, 16 * 2**20  # of what a read task gives at once, at most
-READ_TASKS = 2000  # at most: each reads several shards where there are more
-READ = pa.schema(
-    {
-        "key": pa.string(),
-        "label": pa.string(),
-        "number": pa.int64(),  # of a label that the data only numbers
-        "shard": pa.int64(),
-        "start": pa.int64(),
-        "image": pa.large_binary(),
-        "path": pa.binary(),  # of an image that is a file
-    }
-)
 PIXELS = pa.schema(
     [
-        *(field for field in READ if field.name not in ("image", "path")),
+        *(field for field in reading.ROWS if field.name not in ("image", "path")),
         pa.field("error", pa.string()),
         pa.field("pixels", pa.large_binary()),
         pa.field("shape", pa.list_(pa.int32())),
@@ -104,8 +89,8 @@ def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, place: Pla
     least, most = cluster.actors(processors)
     beside = max(1, processors // 2)  # tasks that read ask for no processor: actors may take them all, and these must not starve
     try:
-        tasks = min(count, READ_TASKS)
-        source = _source(job, count, ray.put(before))
+        tasks = min(count, reading.READ_TASKS)
+        source = reading.source(job, count, ray.put(before))
         images = ray.data.read_datasource(source, override_num_blocks=tasks, concurrency=beside, num_cpus=0)
         decoded = images.map_batches(partial(_decode, decoder), batch_size=job.batch_size, batch_format="pyarrow")
         rows = decoded.map_batches(
@@ -123,71 +108,6 @@ def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, place: Pla
 
 
 # -------------------------------------------------------------------------------------------------------------- the pipeline
-
-
-def _source(job: Job, count: int, before: Any) -> Any:
-    """Return what Ray Data reads: rows of `READ`, some shards a task. before: reference to what is done."""
-    import ray
-    from ray.data import Datasource, ReadTask
-    from ray.data.block import BlockMetadata
-
-    def blocks(wanted: list[int]) -> Iterator[pa.Table]:
-        return _blocks(job, wanted, ray.get(before))
-
-    class Source(Datasource):
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
-            pieces = np.array_split(np.arange(count), min(count, parallelism))
-            about = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None)
-            return [ReadTask(partial(blocks, [int(n) for n in piece]), about, schema=READ) for piece in pieces]
-
-        def estimate_inmemory_data_size(self) -> None:
-            return None
-
-    return Source()
-
-
-_opened_here = lru_cache(1)(open_data)  # by a process that reads, once
-
-
-def _blocks(job: Job, wanted: list[int], before: Any) -> Iterator[pa.Table]:
-    """Yield the images of shards that are not done, as tables of `READ`, each of a bounded size."""
-    shards = _opened_here(job.data, job.split, job.part_size)
-    rows: list[dict[str, Any]] = []
-    held = 0
-    for shard in wanted:
-        for number, item in enumerate(shards.read(shard)):
-            row = _row(item, shard, number)
-            rows.append(row)
-            held += len(row["image"] or b"")
-            if len(rows) == BLOCK_ROWS or held > BLOCK_BYTES:
-                yield _left(rows, before)
-                rows, held = [], 0
-    yield _left(rows, before)
-
-
-def _left(rows: list[dict[str, Any]], before: Any) -> pa.Table:
-    left = missing(before, [row["key"] for row in rows])
-    return pa.Table.from_pylist([row for row, wanted in zip(rows, left, strict=True) if wanted], schema=READ)
-
-
-def _row(item: Item, shard: int, start: int) -> dict[str, Any]:
-    image = item.image
-    return {
-        "key": item.key,
-        "label": item.label if isinstance(item.label, str) else None,
-        "number": item.label if isinstance(item.label, int) else None,
-        "shard": shard,
-        "start": start,
-        "image": _png(image) if isinstance(image, Tensor) else image if isinstance(image, bytes) else None,
-        "path": os.fsencode(image) if isinstance(image, str) else None,
-    }
-
-
-def _png(pixels: Tensor) -> bytes:
-    """Return pixels, uint8 [C, H, W], as an image file that loses nothing."""
-    from torchvision.io import encode_png
-
-    return bytes(encode_png(pixels.contiguous()).numpy().tobytes())
 
 
 def _decode(decoder: Decoder, images: pa.Table) -> pa.Table:

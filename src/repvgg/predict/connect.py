@@ -38,6 +38,8 @@ def connect(address: str, log: Log) -> None:
         if address != "auto":
             reason = f"no cluster answers there ({describe(error).splitlines()[0]}); one with a token wants RAY_AUTH_MODE=token"
             raise ValueError(f"--ray {address}: {reason}") from None
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # threads of workers keep no heaps of their own
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # and what Arrow frees is free
         processors = max(2, os.cpu_count() or 1)
         ray.init(address="local", include_dashboard=False, num_cpus=processors, object_store_memory=STORE * processors, **quiet)
     log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
