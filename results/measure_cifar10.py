@@ -11,6 +11,7 @@ such as what ran beside.
 import argparse
 import json
 import tempfile
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from repvgg.measure.machine import write_record
 from repvgg.models.names import EMBEDDED
 from repvgg.models.zoo import manifest_of
 from repvgg.train.evaluate import batches
+from repvgg.web.drawing import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 OUT = Path(__file__).with_name("cifar10.json")
 BATCH = 250
@@ -85,19 +87,16 @@ def embed(run: Path, source: Source, labels: Tensor) -> dict[str, Any]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the accuracy of each run against the images that it has seen, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for run in runs:
+    figure, (axes,) = plot(700, 400)
+    for run, (_, colour) in zip(runs, cycle((WIDEST, POINTWISE, IDENTITY)), strict=False):
         x, y = zip(*((point["images"] / 1e6, 100 * point["top1"]) for point in run["curve"]), strict=True)
-        axes.plot(x, y, marker=".", label=f"{run['arch']}, {run['recipe']['epochs']} epochs, seed {run['seed']}")
-    axes.set_xlabel("million images seen")
-    axes.set_title("top-1 on CIFAR-10's test images, %", loc="left", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+        label = f"{run['arch']}, {run['recipe']['epochs']} epochs, seed {run['seed']}"
+        axes.plot(x, y, marker=".", color=colour, label=label)
+    axes.set_title("top-1 on CIFAR-10's test images, %", fontsize=11, color=INK, loc="left")
+    axes.set_xlabel("million images seen", fontsize=9, color=MUTED)
+    axes.grid(color=RULE, linewidth=0.4)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=200)
 
 
 def _count(network: torch.nn.Module) -> int:

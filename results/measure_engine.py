@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,13 @@ from repvgg.deploy.engines.graph import to_onnx
 from repvgg.measure.machine import write_record
 from repvgg.measure.timing import Times, interleave
 from repvgg.measure.timing import ratio as ratio_of_times
+from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 THREADS, ROUNDS, ROUNDS_OF_MEMBERS = 2, 9, 3
 TURN = 0.4  # seconds that an engine runs in each round, at least one call
 RIVALS = ("openvino", "onnxruntime", "ncnn", "mnn")
 CALIBRATION_IMAGES = 32  # of INT8
+Run = dict[str, dict[str, Any]]  # of an engine: images_per_second, by_round, rms_error
 OUT = Path(__file__).with_name("engine.json")
 BUDGET = 18 * 60  # seconds after which nothing more is begun, unless it was asked for by name
 MEMBERS = tuple(f"repvgg_{name}" for name in ("a2", "b0", "b1", "b1g4", "a1", "b1g2", "b2", "b3", "d2se"))
@@ -92,39 +94,27 @@ def int8(name: str, batch: Tensor, folder: Path) -> Runner:
     return rival(openvino.open_file(path, options), batch)
 
 
-def compare(
-    name: str,
-    folder: Path,
-    batch_size: int,
-    precision: str,
-    accuracies: tuple[str, ...],
-    rivals: tuple[str, ...] = RIVALS,
-    rounds: int = ROUNDS,
-) -> dict[str, Any]:
-    """Return the figures of one row: our nets and the rivals that are named, all taking turns.
+def compare(name: str, folder: Path, batch_size: int, natives: Sequence[str], rivals: Sequence[str], rounds: int = ROUNDS) -> Run:
+    """Return the figures of one run: our nets and the rivals that are named, all taking turns.
 
-    accuracies: of our nets, after a precision of their own ("int16 high") where it is not the row's.
+    natives: precision and accuracy, such as "int16 high". rivals: an engine, and its precision where it is not float32.
     """
     torch.manual_seed(0)
     path, images = model_file(name, folder), torch.randn(max(batch_size, 4), 3, 224, 224)
-    batch, judged, options = images[:batch_size], images[:4], Options((3, 224, 224), batch_size, precision, THREADS)
-    words = {a: (a if " " in a else f"{precision} {a}").split() for a in accuracies}
-    nets = {a: load(path, precision=own, accuracy=accuracy, threads=THREADS) for a, (own, accuracy) in words.items()}
-    runners = {f"native {a}": native(net, batch) for a, net in nets.items()}
-    model = deploy_form(name)
-    for engine in rivals:
-        runners[engine] = (
-            int8(name, batch, folder) if engine == "openvino int8" else rival(engines.build(engine, model, options), batch)
-        )
-    wanted = reference.run(next(iter(nets.values())).layers, judged.numpy())
+    batch, judged, model = images[:batch_size], images[:4], deploy_form(name)
+    nets = [load(path, precision=own, accuracy=accuracy, threads=THREADS) for own, accuracy in map(str.split, natives)]
+    runners = {f"native {words}": native(net, batch) for words, net in zip(natives, nets, strict=True)}
+    for words in rivals:
+        engine, _, precision = words.partition(" ")
+        options = Options((3, 224, 224), batch_size, precision or "fp32", THREADS)
+        runners[words] = int8(name, batch, folder) if precision == "int8" else rival(engines.build(engine, model, options), batch)
+    wanted = reference.run(nets[0].layers, judged.numpy())
     errors = {key: reference.error(runner.answer(judged), wanted) for key, runner in runners.items()}
     slowest = max(once(runner.run) for runner in runners.values())
     calls = {key: runner.run for key, runner in runners.items()}
     times = interleave(calls, rounds=rounds, batches=max(1, int(TURN / slowest)), warmup=2)
-    best = min(rivals, key=lambda key: times[key].median)
     for key, t in times.items():
-        over = "" if key in rivals else f", {ratio_of_times(times[best], t)} over the best rival, {best}"
-        say(f"{name} {precision} batch {batch_size}: {key} {batch_size / t.median:.1f} img/s, error {errors[key]:.1e}{over}")
+        say(f"{name}, batch {batch_size}: {key} {batch_size / t.median:.1f} img/s, error {errors[key]:.1e}")
     return {key: described(t, batch_size, errors[key]) for key, t in times.items()}
 
 
@@ -140,18 +130,12 @@ def described(times: Times, batch_size: int, error: float) -> dict[str, Any]:
     return {"images_per_second": statistics.median(speeds), "by_round": speeds, "rms_error": error}
 
 
-def a0(folder: Path) -> dict[str, Any]:
-    row = partial(compare, "repvgg_a0", folder)
-    rows = {
-        "fp32, batch 32": row(32, "fp32", ("high", "fast", "exact")),
-        "fp32, batch 1": row(1, "fp32", ("high", "exact")),
-        "int8, batch 32": row(32, "fp32", ("high", "fast"), ("openvino int8",)),
-        "int8, batch 1": row(1, "fp32", ("high",), ("openvino int8",)),
-    }
+def all_engines(name: str, folder: Path) -> dict[str, Run]:
+    """Return a run at batch 32 and one at batch 1, of every engine in every precision."""
+    natives, rivals = ["fp32 high", "fp32 fast", "fp32 exact", "int16 high", "int16 fast"], [*RIVALS, "openvino int8"]
     if has_bf16():
-        rows["bf16, batch 32"] = row(32, "bf16", ("high",), ("openvino",))
-        rows["bf16, batch 1"] = row(1, "bf16", ("high",), ("openvino",))
-    return rows
+        natives, rivals = [*natives, "bf16 high"], [*rivals, "openvino bf16"]
+    return {f"batch {n}": compare(name, folder, n, natives, rivals) for n in (32, 1)}
 
 
 def has_bf16() -> bool:
@@ -160,18 +144,8 @@ def has_bf16() -> bool:
     return "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
 
 
-def int16(folder: Path) -> dict[str, Any]:
-    """Integer products beside our other precisions and OpenVINO's INT8."""
-    natives = ("high", "fast", *(["bf16 high"] if has_bf16() else []), "int16 high", "int16 fast")
-    return {
-        f"{name}, batch {n}": compare(name, folder, n, "fp32", natives, ("openvino", "openvino int8"))
-        for name in ("repvgg_a0", "repvgg_a2")
-        for n in (32, 1)
-    }
-
-
-def member(name: str, folder: Path) -> dict[str, Any]:
-    return {name: compare(name, folder, 8, "fp32", ("high",), rounds=ROUNDS_OF_MEMBERS)}
+def member(name: str, folder: Path) -> dict[str, Run]:
+    return {name: compare(name, folder, 8, ("fp32 high", "int16 high"), RIVALS, ROUNDS_OF_MEMBERS)}
 
 
 def against_resnets(folder: Path) -> dict[str, Any]:
@@ -194,17 +168,14 @@ def against_resnets(folder: Path) -> dict[str, Any]:
     return figures
 
 
-def avx2(folder: Path) -> dict[str, Any]:
+def avx2(folder: Path) -> dict[str, Run]:
     """In a process of its own, because oneDNN reads its limit when it is loaded."""
-    call = (
-        "compare('repvgg_a0', Path(sys.argv[1]), 32, 'fp32', ('high', 'fast', 'int16 high', 'int16 fast'),"
-        " (*RIVALS, 'openvino int8'))"
-    )
+    call = "all_engines('repvgg_a0', Path(sys.argv[1]))"
     script = f"import json; from measure_engine import *; print(json.dumps({call}))"
     environment = {**os.environ, "REPVGG_ENGINE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-c", script, str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parent)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    figures: dict[str, Run] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 
@@ -222,35 +193,35 @@ r = c.compile_model(m, "CPU", {"INFERENCE_NUM_THREADS": "2", "INFERENCE_PRECISIO
 r.infer({0: np.zeros((n, 3, 224, 224), np.float32)})
 """,
 }
-MEMORY = """
-status = open("/proc/self/status").read()
-print(status.split("VmHWM:")[1].split()[0], status.split("VmRSS:")[1].split()[0])
+PEAK = """
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
+LARGE = ("repvgg_a2", "repvgg_b1", "repvgg_b3")  # as the first call of a process without a plan
 
 
 def start(folder: Path) -> dict[str, Any]:
     """Return seconds from a process's start to its exit with one prediction, and its memory, without a plan (cold) and with one."""
-    path, onnx, found = model_file("repvgg_a0", folder), folder / "a0.onnx", {}
+    a0, onnx, found = model_file("repvgg_a0", folder), folder / "a0.onnx", {}
     onnx.write_bytes(to_onnx(deploy_form("repvgg_a0"), Signature((3, 224, 224))))
-    for name, file, cold in (("native cold", path, True), ("native", path, False), ("openvino", onnx, False)):
-        for batch_size in (1, 32):
-            runs = [first(name.split()[0], file, batch_size, folder, cold) for _ in range(5)]
-            row = {"seconds": statistics.median(r[0] for r in runs), "spread": [min(runs)[0], max(runs)[0]]}
-            row |= {"peak_kib": runs[-1][1], "resident_kib": runs[-1][2]}
-            found[f"{name}, batch {batch_size}"] = row
-            say(f"{name}, batch {batch_size}: first answer after {row['seconds']:.2f} s, peak {runs[-1][1] / 1024:.0f} MiB")
+    engines_of_a0 = {"native": a0, "native cold": a0, "openvino": onnx}
+    cases = [(f"{name}, batch {n}", file, n) for n in (1, 32) for name, file in engines_of_a0.items()]
+    cases += [(f"native cold, {name}, batch 1", model_file(name, folder), 1) for name in LARGE]
+    for words, file, batch_size in cases:
+        runs = [first(words.replace(",", "").split()[0], file, batch_size, folder, "cold" in words) for _ in range(5)]
+        seconds, peak = statistics.median(r[0] for r in runs), statistics.median(r[1] for r in runs)
+        found[words] = {"seconds": seconds, "spread": [min(runs)[0], max(runs)[0]], "peak_kib": peak}
+        say(f"{words}: first answer after {seconds:.2f} s, peak {peak / 1024:.0f} MiB")
     return found
 
 
-def first(name: str, file: Path, batch_size: int, folder: Path, cold: bool) -> tuple[float, int, int]:
-    """Return seconds, and peak and last resident memory in KiB, of a process that answers once."""
+def first(name: str, file: Path, batch_size: int, folder: Path, cold: bool) -> tuple[float, int]:
+    """Return seconds, and peak memory in KiB, of a process that answers once."""
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, "REPVGG_ENGINE_CACHE": empty if cold else str(folder / "plans")}
         began = time.perf_counter()
-        command = [sys.executable, "-c", FIRST[name] + MEMORY, str(file), str(batch_size)]
+        command = [sys.executable, "-c", FIRST[name] + PEAK, str(file), str(batch_size)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        peak, resident = map(int, done.stdout.split()[-2:])
-        return time.perf_counter() - began, peak, resident
+        return time.perf_counter() - began, int(done.stdout.split()[-1])
 
 
 def algorithms(folder: Path) -> dict[str, Any]:
@@ -283,8 +254,8 @@ def _by(name: str, precision: str, path: Path) -> Net:
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "a0": a0,
-    "int16": int16,
+    "a0": partial(all_engines, "repvgg_a0"),
+    "a2": partial(all_engines, "repvgg_a2"),
     "avx2": avx2,
     "start": start,
     "against_resnets": against_resnets,
@@ -302,7 +273,9 @@ def main() -> None:
                 say(f"{word}: left out, for want of time; python results/measure_engine.py {word}")
                 continue
             part, measure = (word, PARTS[word]) if word in PARTS else ("members", partial(member, word))
-            figures[part] = {**figures.get(part, {}), **measure(Path(folder)), "load_before": os.getloadavg()[0]}
+            load_before = os.getloadavg()[0]
+            others = figures.get(part, {}) if part == "members" else {}
+            figures[part] = {**others, **measure(Path(folder)), "load_before": load_before}
             protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "about": __doc__}
             write_record(OUT, {**figures, "protocol": protocol})
     if "algorithms" in figures:
@@ -310,28 +283,22 @@ def main() -> None:
 
 
 def draw(figures: dict[str, Any]) -> None:
-    """Error against speed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _, axes = plt.subplots(figsize=(7, 4))
-    for precision, marker in (("fp32", "o"), ("bf16", "s")):
+    """Draw error against speed, as engine.png."""
+    figure, panels = plot(900, 400, 2)
+    top = max(f["images_per_second"] for name, f in figures.items() if name.startswith(("fp32", "bf16")))
+    for axes, precision, (_, colour) in zip(panels, ("fp32", "bf16"), (WIDEST, POINTWISE), strict=True):
         points = {n.split()[1]: f for n, f in figures.items() if n.startswith(precision)}
         speeds = [f["images_per_second"] for f in points.values()]
         errors = [f["rms_error"]["smooth"] for f in points.values()]
-        axes.plot(errors, speeds, marker=marker, label=precision)
+        axes.plot(errors, speeds, marker="o", color=colour)
         for name, x, y in zip(points, errors, speeds, strict=True):
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("root mean square error of the logits against float64, relative to their deviation across images")
-    axes.xaxis.label.set_fontsize(8)
-    axes.set_ylabel("RepVGG-A0, images a second, batch 32")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.tight_layout()
-    plt.savefig(Path(__file__).with_name("engine.png"), dpi=130)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, -9), fontsize=9, color=INK)
+        axes.set(xscale="log", ylim=(0, 1.08 * top))
+        axes.margins(x=0.15)
+        axes.grid(color=RULE, linewidth=0.4, axis="y")
+        axes.set_title(f"{precision}: A0, images a second, batch 32", fontsize=11, color=INK, loc="left")
+        axes.set_xlabel("error of the logits, relative to their deviation", fontsize=9, color=MUTED)
+    figure.savefig(Path(__file__).with_name("engine.png"), dpi=200)
 
 
 def say(line: str) -> None:

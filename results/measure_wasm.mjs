@@ -2,7 +2,7 @@
 //
 //   npm install --prefix /tmp/ort onnxruntime-web
 //   repvgg export a0.safetensors --to web --out site && repvgg export a0.safetensors --to onnx --out site
-//   node results/measure_wasm.mjs site /tmp/ort [ROUNDS]
+//   node results/measure_wasm.mjs site /tmp/ort [ROUNDS]      # Node 20 has relaxed SIMD with --experimental-wasm-relaxed-simd
 import {createRequire} from 'node:module';
 import {readFileSync, readdirSync, writeFileSync} from 'node:fs';
 import {cpus, loadavg} from 'node:os';
@@ -18,8 +18,9 @@ const ort = await import(pathToFileURL(require.resolve('onnxruntime-web')));
 const version = JSON.parse(readFileSync(join(runtime, 'node_modules/onnxruntime-web/package.json'))).version;
 ort.env.wasm.numThreads = 1;
 
-const {load} = await import(pathToFileURL(resolve(site, 'repvgg_engine.mjs')));
-const native = await load(here('repvgg_engine.wasm'), here('model.safetensors'), here('plan.json').toString());
+const {ENGINE, load} = await import(pathToFileURL(resolve(site, 'repvgg_engine.mjs')));
+const engine = async name => load(here(name), here('model.safetensors'), here('plan.json').toString());
+const native = await engine(ENGINE), plain = await engine('repvgg_engine.wasm');
 const onnx = readdirSync(site).find(name => name.endsWith('.onnx'));
 const session = await ort.InferenceSession.create(here(onnx), {executionProviders: ['wasm']});
 
@@ -29,10 +30,11 @@ for (let i = 0; i < images.length; i++) images[i] = ((seed = (seed * 1103515245 
 const tensor = new ort.Tensor('float32', images, shape);
 const run = {
   native: async () => native.run(images),
+  'native, no relaxed SIMD': async () => plain.run(images),
   'onnxruntime-web': async () => Object.values(await session.run({[session.inputNames[0]]: tensor}))[0].data,
 };
 
-const logits = {}, times = {native: [], 'onnxruntime-web': []};
+const logits = {}, times = Object.fromEntries(Object.keys(run).map(name => [name, []]));
 for (const [name, call] of Object.entries(run)) for (let i = 0; i < WARMUP; i++) logits[name] = await call();
 for (let round = 0; round < Number(rounds); round++)
   for (const name of round % 2 ? Object.keys(run).reverse() : Object.keys(run)) {
@@ -45,14 +47,17 @@ const sorted = numbers => [...numbers].sort((a, b) => a - b), median = numbers =
 const best = values => values.indexOf(Math.max(...values));
 const largest = Math.max(...logits.native.map(Math.abs));
 const apart = Math.max(...logits.native.map((x, i) => Math.abs(x - logits['onnxruntime-web'][i]))) / largest;
-const ratios = sorted(times.native.map((ms, i) => times['onnxruntime-web'][i] / ms)), at = share => ratios[Math.floor(share * (ratios.length - 1))];
+const over = name => {
+  const ratios = sorted(times[name].map((ms, i) => times['onnxruntime-web'][i] / ms)), at = share => ratios[Math.floor(share * (ratios.length - 1))];
+  return {median: median(ratios), low: at(0.05), high: at(0.95)};
+};
 const record = {
   about: 'milliseconds an image, batch 1, one thread each, in turns; ratio: of onnxruntime-web over native, round by round',
   target: WANTED, machine: {processor: cpus()[0].model, node: process.version, 'onnxruntime-web': version, load_before},
   rounds: Number(rounds), median_ms: Object.fromEntries(Object.entries(times).map(([name, of]) => [name, median(of)])), times_ms: times,
-  ratio: {median: median(ratios), low: at(0.05), high: at(0.95)},
+  engine: ENGINE, ratio: over('native'), ratio_without_relaxed_simd: over('native, no relaxed SIMD'),
   same_class: best(Array.from(logits.native)) === best(Array.from(logits['onnxruntime-web'])), largest_difference: apart,
-  bytes: here('repvgg_engine.wasm').length,
+  bytes: here(ENGINE).length,
 };
 writeFileSync(new URL('wasm.json', import.meta.url), `${JSON.stringify(record, null, 1)}\n`);
 console.log(`native ${record.median_ms.native.toFixed(1)} ms, onnxruntime-web ${record.median_ms['onnxruntime-web'].toFixed(1)} ms: ` +

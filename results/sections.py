@@ -19,6 +19,17 @@ def predictions(r: Record) -> str:
     )
 
 
+def wasm(r: Record) -> str:
+    ours, theirs = (r["median_ms"][name] for name in ("native", "onnxruntime-web"))
+    low, high = (f"{r['ratio'][end]:.2f}" for end in ("low", "high"))
+    return (
+        f"RepVGG-A0, one image of 224 pixels at a time, one thread each, {many(r['rounds'], 'round')} in turns, in Node: "
+        f"{ours:.0f} ms with relaxed SIMD, and {theirs:.0f} ms in onnxruntime-web {r['machine']['onnxruntime-web']}: "
+        f"**{r['ratio']['median']:.2f} times** as fast (90% of rounds between {low} and {high}); without relaxed SIMD "
+        f"{r['ratio_without_relaxed_simd']['median']:.2f} times. The engine is one file of {r['bytes'] // 1000} kB."
+    )
+
+
 def speed(r: Record) -> str:
     """A row for each pair, a column for each engine."""
     engines = list(dict.fromkeys((p["fast"]["engine"], p["fast"]["precision"]) for p in r["pairs"]))
@@ -194,7 +205,7 @@ def data(r: Record) -> str:
 
 def per_core(stages: Record) -> float:
     """Return the images a second that one core reads, decodes, augments and collates."""
-    return 1 / sum(1 / stages[stage] for stage in ("read", "decode", "augment", "collate") if stage in stages)
+    return 1 / sum(1.0 / float(stages[stage]) for stage in ("read", "decode", "augment", "collate") if stage in stages)
 
 
 def _stages(r: Record) -> str:
@@ -264,11 +275,30 @@ def demo(r: Record) -> str:
 
 def startup(r: Record) -> str:
     s = r["seconds"]
+    told = ", ".join(f"{_shown(name)} {s[name]:.2f} s" for name in s if not name.startswith("import") and name != "engine auto")
+    by = f" The photo was read by the engine {r['predicted_by']}." if "predicted_by" in r else ""
+    first = f" `--engine auto` the first time: {s['engine auto']:.1f} s (n = {r['n_engine_auto']})." if "engine auto" in s else ""
     return (
-        f"Medians of {r['n']}. `repvgg --help` {s['repvgg --help']:.2f} s; `import repvgg` "
-        f"{s['import repvgg'] - s['python -c pass']:.2f} s beyond Python's own; `repvgg predict` on one 640 x 480 photo with A0 "
-        f"{s['repvgg predict, one image']:.1f} s, of which {r['predict_outside_the_network']:.1f} s is outside the network "
-        f"(importing PyTorch alone takes {s['import torch']:.1f} s). Folding A0, each block proved: {r['fold_a0']:.1f} s."
+        f"Of a process's start to end, with A0; medians of {r['n']}: {told}.{by}{first} Importing PyTorch, which none of these "
+        f"needs, takes {s['import torch']:.1f} s; folding A0 with its proof {r['fold_a0']:.1f} s."
+    )
+
+
+def _shown(command: str) -> str:
+    """Return a command in the way of code, with what is said of it outside."""
+    words, comma, rest = command.partition(",")
+    return f"`{words}`{comma}{rest}" if words.startswith(("repvgg", "python")) else command
+
+
+def photos(r: Record) -> str:
+    counts, recipe, asked = r["photos"], r["recipe"], r["asked"]
+    return (
+        f"`repvgg train --arch {asked['arch']} --init none --data PHOTOS`, all else as `--recipe auto` chose, on {counts['train']} "
+        f"images ({r['what']}): **{r['test_top1']['best']:.1%}** of {counts['test']:,} images that had no part in the run "
+        f"({r['val_top1']:.1%} of the {counts['val']} that the best epoch was chosen by), after {r['minutes']:.1f} minutes "
+        f"({r['cpu_minutes']:.1f} of all cores together; --minutes {asked['minutes']:g}, seed {asked['seed']}, n = 1). Chosen: "
+        f"{recipe['epochs']} epochs in batches of {recipe['batch_size']} at {recipe['image_size']} pixels in "
+        f"{recipe['precision']}. No photos could be had here: these images were 32 pixels wide."
     )
 
 

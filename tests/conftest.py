@@ -17,6 +17,8 @@ from forks import Forks
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
+from repvgg.data import open_source
+
 Model = TypeVar("Model", bound=nn.Module)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
@@ -106,6 +108,13 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(unfinished)
             unfinished.rename(folder)
     return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache folder, and no source of data kept open from a test before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    open_source.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ struct Float32 : Floating<Float32> {
     static REPVGG_INLINE void put(float *at, int, Vec v) { store(at, v); }
     static REPVGG_INLINE void weight(float *at, int, float w) { *at = w; }
     static REPVGG_INLINE Vec broadcast(const float *p) { return splat(*p); }
-    static REPVGG_INLINE Vec multiply_add(Vec w, Vec x, Vec sum) { return sum + w * x; }
+    static REPVGG_INLINE Vec multiply_add(Vec w, Vec x, Vec sum) { return REPVGG_ISA::multiply_add(w, x, sum); }
 };
 
 #ifdef __AVX512BF16__

@@ -8,6 +8,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__wasm_relaxed_simd__)
+#include <wasm_simd128.h>
 #endif
 
 namespace repvgg::REPVGG_ISA {
@@ -43,6 +45,15 @@ constexpr Ints counted(std::integer_sequence<int, I...>) {
 REPVGG_INLINE Ints lanes_between(int first, int last) {
     constexpr Ints lane = counted(std::make_integer_sequence<int, WIDTH>{});
     return (lane >= first) & (lane < last);
+}
+
+/// sum + w * x, in one instruction where there is one.
+REPVGG_INLINE Vec multiply_add(Vec w, Vec x, Vec sum) {
+#if defined(__wasm_relaxed_simd__)
+    return (Vec)wasm_f32x4_relaxed_madd((v128_t)w, (v128_t)x, (v128_t)sum);
+#else
+    return sum + w * x;
+#endif
 }
 
 /// The first n lanes only.

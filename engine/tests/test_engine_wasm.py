@@ -20,7 +20,7 @@ BROWSER = Path(repvgg_engine.__file__).parent / "browser"
 SCRIPT = """
 import {readFileSync} from 'node:fs';
 const [engine, model, plan, floats, rgba, height, width] = process.argv.slice(2);
-const {load} = await import(engine.replace('.wasm', '.mjs'));
+const {load} = await import(engine.replace(/(.relaxed)?.wasm$/, '.mjs'));
 let answer;
 try {
   const net = await load(readFileSync(engine), readFileSync(model), plan ? readFileSync(plan).toString() : null);
@@ -37,30 +37,44 @@ console.log(JSON.stringify(answer));
 """
 
 
-@pytest.fixture
-def node() -> str:
+RELAXED = "--experimental-wasm-relaxed-simd"  # what Node had to be told before its version 21
+
+
+def chosen(node: list[str]) -> str:
+    """Return the file that repvgg_engine.mjs has for this Node."""
+    script = f"import {{ENGINE}} from {json.dumps((BROWSER / 'repvgg_engine.mjs').as_uri())}; console.log(ENGINE)"
+    return subprocess.run([*node, "--input-type=module", "-e", script], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(params=["repvgg_engine.wasm", "repvgg_engine.relaxed.wasm"])
+def node(request: pytest.FixtureRequest) -> list[str]:
+    """Node and the file that it is to load."""
     found = shutil.which("node")
     if found is None:
         pytest.skip("no node")
-    if not (BROWSER / "repvgg_engine.wasm").is_file():
-        pytest.skip("no repvgg_engine.wasm: make wasm")
-    return found
+    if not (BROWSER / request.param).is_file():
+        pytest.skip(f"no {request.param}: make wasm")
+    for words in ([found], [found, RELAXED]):
+        if request.param == "repvgg_engine.wasm" or chosen(words) == request.param:
+            return [*words, request.param]
+    pytest.skip("this Node has no relaxed SIMD")
 
 
-def run(node: str, folder: Path, model: Path, plan: str, x: Any, photo: Any) -> dict[str, Any]:
+def run(node: list[str], folder: Path, model: Path, plan: str, x: Any, photo: Any) -> dict[str, Any]:
+    *command, engine = node
     (folder / "run.mjs").write_text(SCRIPT)
     (folder / "x").write_bytes(x.tobytes())
     alpha = np.full((*photo.shape[:2], 1), 255, np.uint8)
     (folder / "rgba").write_bytes(np.concatenate([photo, alpha], 2).tobytes())
-    words = [folder / "run.mjs", BROWSER / "repvgg_engine.wasm", model, plan, folder / "x", folder / "rgba", *photo.shape[:2]]
-    done = subprocess.run([node, *map(str, words)], capture_output=True, text=True)
+    words = [folder / "run.mjs", BROWSER / engine, model, plan, folder / "x", folder / "rgba", *photo.shape[:2]]
+    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
 
 
 @pytest.mark.parametrize("planned", [True, False])
-def test_the_same_answers(node: str, tmp_path: Path, planned: bool) -> None:
+def test_the_same_answers(node: list[str], tmp_path: Path, planned: bool) -> None:
     """By every algorithm in turn; an image alone and among others; a photo resized and cropped there and here."""
     model = model_file(tmp_path / "net.safetensors", plain_net(), classes=[f"class {i}" for i in range(9)] + ["Straße"])
     net, x = load(model, isa="portable", accuracy="exact", threads=1), images(3)
@@ -80,7 +94,7 @@ def test_the_same_answers(node: str, tmp_path: Path, planned: bool) -> None:
     assert got["size"] == [3, 32, 32]
 
 
-def test_what_is_refused(node: str, tmp_path: Path) -> None:
+def test_what_is_refused(node: list[str], tmp_path: Path) -> None:
     model, photo = model_file(tmp_path / "net.safetensors", plain_net()), np.zeros((4, 4, 3), np.uint8)
     (tmp_path / "plan.json").write_text(Plan("avx2", "fp32", ()).to_json())
     (tmp_path / "cut").write_bytes(model.read_bytes()[:5000])

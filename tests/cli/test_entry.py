@@ -106,16 +106,19 @@ def test_eval_convert_predict_and_info_refuse(run: Path, scans: Path, tmp_path: 
         (["convert", tmp_path / "no.pth", tmp_path / "x.safetensors"], "no such file"),
         (["convert", run / "run/best.safetensors", tmp_path / "no/where/x.safetensors"], "there is no folder"),
         (["predict", file, tmp_path / "no.png"], "no such file, and no file fits it"),
+        (["convert", run / "run/best.safetensors", tmp_path / "x.onnx"], "other runtimes' files are written by repvgg export"),
         (["predict", file, tmp_path / "empty"], "a folder without images"),
+        (["predict", file, "https://a.example/b.jpg"], "an address: save the image as a file first"),
         (["predict", file, scans, "--batch-size", 0], "--batch-size and --top are at least 1"),
         (["predict", file, scans, "--top", 0], "--batch-size and --top are at least 1"),
-        (["predict", tmp_path, scans], "is a folder, not a model file"),
+        (["predict", tmp_path, scans], "is a folder without a best.safetensors: name a run folder or a model file"),
         (["trian", "--data", "digits"], "no command 'trian': did you mean train?"),
         (["train", "--data", "digits", "--epoch", 3], "train --epoch: did you mean --epochs?"),
         (["info", "repvgg_nano"], "no model 'repvgg_nano': did you mean repvgg_a"),
         (["info", tmp_path / "zero.safetensors"], "is empty"),
         (["info", "vgg61"], "no model 'vgg61'"),
-        (["recipe", "nope"], "no recipe 'nope': light, heavy, cifar, finetune, pspnet, camvid, demo"),
+        (["recipe", "auto"], "the recipe auto is chosen when it has seen the images"),
+        (["recipe", "nope"], "no recipe 'nope': auto, light, heavy, cifar, finetune, pspnet, camvid, demo"),
     ]
     for words, complaint in cases:
         assert complaint in refused(capsys, *words), words

@@ -17,10 +17,7 @@ from repvgg.data.masks import CAMVID, open_camvid, open_cityscapes
 
 REAL = Path(__file__).parents[3] / "shared/data/camvid"
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

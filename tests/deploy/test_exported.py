@@ -4,34 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import randomize, relative_error
+from conftest import relative_error
 from deploying import has, silent, wanted
 from rounding import ENGINES, rounding
 from torch import Tensor, nn
 
-from repvgg.data import open_source
 from repvgg.deploy import engines
 from repvgg.deploy.export import Shape, export
 from repvgg.deploy.formats import exported_file, report_of
 from repvgg.deploy.load import load_engine
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.train.loop import new_model
 
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return randomize(new_model("repvgg_micro", open_source("digits"), log=str, width=0.25), (32, 1, 16, 16))
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize(("to", "name"), [("onnx", "onnxruntime"), ("openvino", "openvino"), ("ncnn", "ncnn"), ("mnn", "mnn")])

@@ -24,22 +24,8 @@ from repvgg.models.manifest import Preprocessing
 from repvgg.models.pspnet import PSPNet
 from repvgg.predict.labels import predict
 from repvgg.train.evaluate import evaluate_model
-from repvgg.train.loop import new_model
 
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return randomize(new_model("repvgg_micro", open_source("digits"), log=str, width=0.25), (32, 1, 16, 16))
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # ------------------------------------------------------------------------------------------------------------ what it computes

@@ -26,7 +26,8 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     randomize(model, (8, 3, 32, 32))
     repvgg.save(model, tmp_path / "net.safetensors")
     cli.main(["export", str(tmp_path / "net.safetensors"), "--to", "web", "--out", str(tmp_path / "site")])
-    names = {"index.html", "repvgg_engine.mjs", "repvgg_engine.wasm", "model.safetensors", "plan.json", "index.html.json"}
+    names = {"index.html", "repvgg_engine.mjs", "repvgg_engine.wasm", "repvgg_engine.relaxed.wasm"}
+    names |= {"model.safetensors", "plan.json", "index.html.json"}
     assert {path.name for path in (tmp_path / "site").iterdir()} == names
     net = repvgg_engine.load(tmp_path / "site/model.safetensors", plan=tmp_path / "site/plan.json", threads=1)
     assert net.isa == "portable"

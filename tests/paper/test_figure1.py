@@ -9,6 +9,7 @@ from repvgg.paper.figure1 import _short, draw
 from repvgg.paper.numbers import TABLE4, TABLE5
 
 ROWS = (*TABLE4, *TABLE5)
+EAGER = ["eager"] * len(ROWS)
 
 
 def points(axes: Axes) -> list[tuple[float, float]]:
@@ -17,20 +18,20 @@ def points(axes: Axes) -> list[tuple[float, float]]:
 
 def test_points_are_the_speeds_and_accuracies() -> None:
     here = [row.speed / 100 + i for i, row in enumerate(ROWS)]
-    left, right = draw(ROWS, here).axes
+    left, right = draw(ROWS, here, EAGER).axes
     assert points(left) == sorted((float(row.speed), row.top1) for row in ROWS)
     assert points(right) == sorted((speed, row.top1) for speed, row in zip(here, ROWS, strict=True))
 
 
 def test_table_5_is_hollow() -> None:
-    axes = draw(ROWS, [float(row.speed) for row in ROWS]).axes[0]
+    axes = draw(ROWS, [float(row.speed) for row in ROWS], EAGER).axes[0]
     hollow = [len(np.asarray(line.get_xydata())) for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert sum(hollow) == len(TABLE5)
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:3], ROWS[-1:]], ids=len)
 def test_names_cover_neither_each_other_nor_the_points(rows: tuple[object, ...]) -> None:
-    figure = draw(rows, [row.speed for row in rows])  # type: ignore[arg-type, attr-defined]
+    figure = draw(rows, [row.speed for row in rows], EAGER)  # type: ignore[arg-type, attr-defined]
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     for axes in figure.axes:
@@ -41,6 +42,13 @@ def test_names_cover_neither_each_other_nor_the_points(rows: tuple[object, ...])
             assert not any(box.overlaps(other) for other in boxes[:i]), axes.texts[i].get_text()
             assert not any(box.padded(-2).contains(x, y) for x, y in spots)
             assert np.asarray(figure.bbox.extents)[0] <= box.x0 < box.x1 <= figure.bbox.x1
+
+
+def test_the_engines_are_named() -> None:
+    speeds = [float(row.speed) for row in ROWS]
+    assert draw(ROWS, speeds, EAGER).axes[1].get_title("left") == "this machine: eager"
+    mixed = ["openvino"] * 2 + ["native"] * (len(ROWS) - 2)
+    assert draw(ROWS, speeds, mixed).axes[1].get_title("left") == f"this machine: fastest in native ({len(ROWS) - 2}), openvino (2)"
 
 
 def test_short_names() -> None:

@@ -15,10 +15,10 @@ from rounding import REPORTED
 
 from repvgg.disk import FileError
 from repvgg.predict import cluster, connect, reading
+from repvgg.predict.actors import Cluster
 from repvgg.predict.job import Job
-from repvgg.predict.place import Place
 from repvgg.predict.remote import open_data
-from repvgg.predict.where import Cluster
+from repvgg.predict.store import Store
 
 pytest.importorskip("ray")
 ALONE = Cluster("auto", "1,1")
@@ -46,19 +46,19 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
     run(job)
     shards = open_data(job.data, "val", 4)
     (tmp_path / "ray").mkdir()
-    place = Place.of(str(tmp_path / "ray"))
-    _, decoder, schema = cluster._agreed(job, shards, place, str)
-    actor = cluster.Predictor(job, "", place)
-    tables = [actor(cluster._decode(decoder, table)) for table in reading._blocks(job, [0, 1, 2], place.done())]
+    store = Store.of(str(tmp_path / "ray"))
+    _, decoder, schema = cluster._agreed(job, shards, store, str)
+    actor = cluster.Predictor(job, "", store)
+    tables = [actor(cluster._decode(decoder, table)) for table in reading._blocks(job, [0, 1, 2], store.done())]
     found = {row["key"]: row for table in tables for row in table.to_pylist()}
     for key, wanted in by_key(job.out).items():
         got = found.pop(key)
         assert got.pop("probabilities") == pytest.approx(wanted.pop("probabilities"), abs=REPORTED)
         assert got == wanted
     assert not found
-    cluster._write(place, tables[0].cast(schema))
-    assert place.counts() == (1, tables[0].num_rows, sum(row["error"] is not None for row in tables[0].to_pylist()))
-    left = [key for table in reading._blocks(job, [0, 1, 2], place.done()) for key in table["key"].to_pylist()]
+    cluster._write(store, tables[0].cast(schema))
+    assert store.counts() == (1, tables[0].num_rows, sum(row["error"] is not None for row in tables[0].to_pylist()))
+    left = [key for table in reading._blocks(job, [0, 1, 2], store.done()) for key in table["key"].to_pylist()]
     assert sorted(left + tables[0]["key"].to_pylist()) == sorted(by_key(job.out))
 
 
@@ -99,13 +99,13 @@ def test_ray_gives_the_rows_of_the_loop(files: Path, photos: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_from_and_to_an_object_store(bucket: str, files: Path, photos: Path, tmp_path: Path) -> None:
     for path in sorted((photos / "val").rglob("*.png")):
-        Place.of(f"{bucket}/in").write(str(path.relative_to(photos / "val")), path.read_bytes())
+        Store.of(f"{bucket}/in").write(str(path.relative_to(photos / "val")), path.read_bytes())
     job = Job(str(files / "colour.safetensors"), f"{bucket}/in", f"{bucket}/out", part_size=4)
     done = on_ray(job)
     assert done.returncode == 0, done.stderr
     run(replace(job, out=str(tmp_path / "local")))
-    place = Place.of(job.out)
-    found = {row["key"]: row for part in place.parts() for row in pq.read_table(part, filesystem=place.store).to_pylist()}
+    store = Store.of(job.out)
+    found = {row["key"]: row for part in store.parts() for row in pq.read_table(part, filesystem=store.files).to_pylist()}
     wanted = by_key(tmp_path / "local")
     assert found.keys() == wanted.keys()
     assert all(found[key]["labels"] == wanted[key]["labels"] for key in wanted)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import error_of_deviation
 from rounding import rounding
+from small_runs import DEMO, QUICK, quick, same, state
 from torch import Tensor
 
 from repvgg.data import DataError, Decoded, Source, open_source
@@ -19,26 +20,8 @@ from repvgg.models.load import load
 from repvgg.models.manifest import Preprocessing
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import Run, new_model, train
-from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.recipes import Recipe
 from repvgg.train.trainer import Trainer
-
-DEMO = get_recipe("demo")
-QUICK = replace(DEMO, epochs=2, batch_size=32, warmup_epochs=0)
-
-
-def quick(out: Path, recipe: Recipe = QUICK, limit: int = 96, **options: Any) -> Run:
-    """A run of a second: a narrow net on a few scans."""
-    source = open_source("digits").limited(limit)
-    return train("repvgg_micro", source, recipe, out, log=lambda line: None, **{"width": 0.25, **options})
-
-
-def state(run: Run) -> dict[str, Tensor]:
-    return run.model.state_dict()
-
-
-def same(a: Run, b: Run) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(state(a).values(), state(b).values(), strict=True))
-
 
 # --------------------------------------------------------------------------------------------------------- a whole run, once
 

@@ -139,6 +139,7 @@ def test_another_run_in_the_folder_is_refused_unless_allowed_by_name(undisturbed
     run = quick(out, replace(QUICK, epochs=4), keeping=Keeping(allow_change="epochs"))
     assert [line["step"] for line in run.history if "val_top1" in line] == [8, 16, 24, 32]
     assert json.loads((out / "summary.json").read_text())["last_top1"] == run.last.top1
+    assert json.loads((out / "recipe.json").read_text())["epochs"] == 4
 
 
 def test_what_no_run_can_change(undisturbed: Path, tmp_path: Path) -> None:

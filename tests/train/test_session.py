@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from rounding import REPORTED
-from torch import Tensor, nn
+from small_runs import QUICK, quick, same
+from torch import nn
 
 from repvgg.data import Decoded, open_source
 from repvgg.data.images import ImageError
@@ -29,24 +30,7 @@ from repvgg.models.repvgg import RepVGG
 from repvgg.train import loop
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import Run, new_model, train
-from repvgg.train.recipes import Keeping, Recipe, get_recipe
-
-DEMO = get_recipe("demo")
-QUICK = replace(DEMO, epochs=2, batch_size=32, warmup_epochs=0)
-
-
-def quick(out: Path, recipe: Recipe = QUICK, limit: int = 96, **options: Any) -> Run:
-    """A run of a second: a narrow net on a few scans."""
-    source = open_source("digits").limited(limit)
-    return train("repvgg_micro", source, recipe, out, log=lambda line: None, **{"width": 0.25, **options})
-
-
-def state(run: Run) -> dict[str, Tensor]:
-    return run.model.state_dict()
-
-
-def same(a: Run, b: Run) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(state(a).values(), state(b).values(), strict=True))
+from repvgg.train.recipes import Keeping, Recipe
 
 
 class Cliff(Recipe):

@@ -88,7 +88,7 @@ def test_the_folder_holds_all_that_the_page_needs(page: Path) -> None:
     named = {"index.html", "app.js", "style.css", "model.json", "example-00.png", "training.onnx", "deploy.onnx", *app.RUNTIME}
     assert told["native"] == HAS_NATIVE
     if HAS_NATIVE:
-        named |= {"repvgg_engine.mjs", "repvgg_engine.wasm", "model.safetensors", "plan.json"}
+        named |= {"repvgg_engine.mjs", "repvgg_engine.wasm", "repvgg_engine.relaxed.wasm", "model.safetensors", "plan.json"}
     assert {path.name for path in page.parent.iterdir()} == named
     with Image.open(page.parent / "example-00.png") as example:
         assert example.size == (26, 1024)

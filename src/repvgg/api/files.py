@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.api.opening import open_data, opened, place
+from repvgg.api.opening import device_named, open_data, opened
 from repvgg.api.training import resolved
 from repvgg.disk import Log
 from repvgg.train.recipes import Keeping, Recipe, resolve
@@ -91,7 +91,7 @@ def quantize(
     from repvgg.deploy.quantize import Quantization
     from repvgg.deploy.quantize import quantize as write
 
-    network, where = opened(model), place(device)
+    network, where = opened(model), device_named(device)
     source = open_data(data, val, limit, seed, model=network)
     stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
     return write(network, source, to, out, stem, settings or Quantization(), where, log)
@@ -121,7 +121,7 @@ def prune(
     """
     from repvgg.deploy.prune import prune as work
 
-    network, where = opened(model), place(device, workers)
+    network, where = opened(model), device_named(device, workers)
     source = open_data(data, val, limit, seed, model=network)
     plain = resolved(recipe, source, False, changes, log) or resolve("finetune", **changes)
     how: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log}

@@ -39,7 +39,7 @@ def open_data(
     return source.limited(limit, seed)
 
 
-def place(device: str, workers: int = 0) -> str:
+def device_named(device: str, workers: int = 0) -> str:
     """Return the device of that name, by default the first one. Raises ValueError for one that is not here."""
     from repvgg.measure.machine import choose_device
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.api.opening import open_data, place
+from repvgg.api.opening import device_named, open_data
 from repvgg.disk import Log
 from repvgg.train.recipes import Keeping, Recipe, resolve
 
@@ -56,10 +56,11 @@ def train(
         raise ValueError("which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights")
     given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
     options = {name: value for name, value in given.items() if value is not None}
-    where = local_device(place(device, workers))
+    where = local_device(device_named(device, workers))
     with joined(where) as world:
         with found_by(world.once):
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
+        loop.refuse(source, out)
         plain, start = resolved(recipe, source, bool(init), changes, log), init
         if plain is None:
             how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.api.opening import open_data, place
+from repvgg.api.opening import device_named, open_data
 from repvgg.disk import Log
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def evaluate(
     from repvgg.models.views import WHOLE
     from repvgg.train.tasks import task_of
 
-    where = place(device, workers)
+    where = device_named(device, workers)
     network = _answering(model, engine, precision, batch_size, where, log)
     source = open_data(data, val, limit, seed, model=network)
     how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": where, "views": views or WHOLE}
@@ -84,8 +84,8 @@ def predictions(
             raise ValueError("--explain cam looks into the network: leave out --engine and --precision")
         from repvgg.predict import explain as explaining
 
-        network = _answering(model, "", "fp32", batch_size, place(device), log)
-        yield from explaining.explain(network, patterns, Path(out) if out else None, top, place(device))
+        network = _answering(model, "", "fp32", batch_size, device_named(device), log)
+        yield from explaining.explain(network, patterns, Path(out) if out else None, top, device_named(device))
         return
     if isinstance(model, (str, os.PathLike)) and views is None and not out and precision == "fp32" and batch_size > 0:
         from repvgg.predict.light import predict_lightly
@@ -99,7 +99,7 @@ def predictions(
     from repvgg.predict import labels, masks
 
     at_once = min(batch_size, len(labels.expand(patterns))) if patterns else batch_size
-    where = place(device)
+    where = device_named(device)
     network = _answering(model, engine, precision, at_once, where, log)
     if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:
         yield from labels.predict(network, patterns, batch_size, top, where)

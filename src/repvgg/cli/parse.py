@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
@@ -67,16 +68,32 @@ def _required(f: "Field[Any]") -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
+# What tyro says of a word, and how we say it.
+SAID: tuple[tuple[str, str], ...] = (
+    (r"Unrecognized options: (.*)", r"not understood: \1"),
+    (r"Missing value for argument '(.*?)'.*", r"\1: its value is missing"),
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'", r"\1 \2: a whole number is needed"),
+    (r"Error parsing (\S+): could not convert string to float: '(.*)'", r"\1 \2: a number is needed"),
+    (r"Error parsing (\S+): no type matching \{?(.*?)\}? could be instantiated from \['(.*?)'\].*", r"\1 \3: \2 is needed"),
+    (r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)\.", r"\2 \1: there is \3"),
+)
+
+
 def _flat(box: str) -> str:
     """Return tyro's box of complaints as one line: what is missing, or its lines without the help texts below them."""
-    missing, told = False, list[str]()
+    told: dict[str, list[str]] = {"": [], "Missing": [], "Unrecognized": []}
+    part = ""
     for line in box.splitlines()[1:]:  # its frame is of other characters where the terminal's encoding has no lines
         inner = line.strip("│|")
         text = inner.strip(" ")
         if text.startswith(("For full helptext", "Argument helptext")):
             break
-        if text.startswith("Missing from"):
-            missing = True
+        if text.startswith("Missing from") or text == "Unrecognized options:":
+            part = text.split()[0]
         elif text.strip("─-+╭╮╰╯ ") and len(inner) - len(inner.lstrip()) < 8:
-            told.append(text)
-    return ("missing: " + ", ".join(told)) if missing else " ".join(told) or "these words make no command"
+            told[part].append(text)
+    if told["Missing"]:
+        strange = f"; not understood: {', '.join(told['Unrecognized'])}" if told["Unrecognized"] else ""
+        return f"missing: {', '.join(told['Missing'])}{strange}"
+    line = re.sub(r"\{None\}\||'None', |, 'None'", "", " ".join(told[""])) or "these words make no command"
+    return next((found.expand(ours) for theirs, ours in SAID if (found := re.fullmatch(theirs, line))), line)

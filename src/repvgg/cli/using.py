@@ -21,7 +21,7 @@ from repvgg.cli.flags import (
     WhereLoading,
     say,
 )
-from repvgg.predict.where import Cluster
+from repvgg.predict.actors import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)

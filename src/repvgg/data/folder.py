@@ -61,7 +61,7 @@ def _listing(root: Path) -> Arrays:
     try:
         folder = _Visible(str(root), is_valid_file=lambda p: is_image(Path(p)), allow_empty=True)
     except FileNotFoundError:
-        raise DataError(f"{root}: holds no class folders") from None
+        raise DataError(f"{root}: holds no class folders: put the images of each class into a folder named like it") from None
     names, classes = Names.of([path for path, _ in folder.samples]), Names.of(folder.classes)
     folders = [path for path, _, _ in os.walk(root, followlinks=True)] if len(names) >= MANY else []
     watched = Names.of(folders)

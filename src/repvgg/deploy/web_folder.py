@@ -72,7 +72,7 @@ def engine_files() -> list[Path]:
     import repvgg_engine
 
     folder = Path(repvgg_engine.__file__).parent / "browser"
-    files = [folder / name for name in ("repvgg_engine.wasm", "repvgg_engine.mjs", PAGE)]
+    files = [folder / name for name in ("repvgg_engine.wasm", "repvgg_engine.relaxed.wasm", "repvgg_engine.mjs", PAGE)]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"the native engine was installed without {missing[0]}: make wasm, then pip install ./engine")
     return files

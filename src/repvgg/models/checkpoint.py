@@ -33,7 +33,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Manifest | No
     path = Path(path)
     try:
         if not path.is_file():
-            raise FileError(f"{path}: {'is a folder, not a model file' if path.is_dir() else 'no such file'}")
+            what = "is a folder without a best.safetensors: name a run folder or a model file"
+            raise FileError(f"{path}: {what if path.is_dir() else 'no such file'}")
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:

@@ -1,11 +1,13 @@
 """Training form to deploy form as files, verified; and checkpoints in and out of other implementations' keys."""
 
 import os
+from pathlib import Path
 
 from repvgg.disk import Log
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.checkpoint import PICKLE_SUFFIXES
 from repvgg.models.load import load, save
 from repvgg.models.zoo import manifest_of
 
@@ -22,6 +24,10 @@ def convert(
 
     Raises `FileError` for files, `ReparamError` for what cannot be folded, ValueError if it is folded already.
     """
+    if Path(target).suffix not in (".safetensors", *PICKLE_SUFFIXES):
+        raise ValueError(
+            f"{target}: .safetensors, or .pth for a bare state dict; other runtimes' files are written by repvgg export"
+        )
     model = load(source)
     manifest = manifest_of(model)
     if left_out := manifest.training.get("left_out"):

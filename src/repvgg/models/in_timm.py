@@ -29,7 +29,7 @@ def register_with_timm() -> list[str]:
     try:
         from timm.models import generate_default_cfgs, is_model, register_model
     except ImportError:
-        raise ValueError("there is no timm to register with: pip install 'repvgg[bench]'") from None
+        raise ValueError("there is no timm to register with: pip install timm") from None
     names = {PREFIX + name: name for name in NETWORKS}
     for ours, name in names.items():
         if not is_model(ours):

@@ -73,7 +73,7 @@ def features_of(model: RepVGG, out_indices: Sequence[int] | None = None) -> nn.M
     try:
         from timm.models import FeatureListNet
     except ImportError:
-        raise ValueError("features_only is timm's: pip install 'repvgg[bench]'") from None
+        raise ValueError("features_only is timm's: pip install timm") from None
     wanted = (0, 1, 2, 3, 4) if out_indices is None else tuple(out_indices)
     extractor: nn.Module = FeatureListNet(model, wanted, flatten_sequential=True)
     return extractor

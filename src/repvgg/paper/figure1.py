@@ -1,5 +1,6 @@
 """Figure 1: top-1 accuracy against speed, the paper's and this machine's."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def run(settings: PaperSettings) -> Result:
         )
         for row in rows
     ]
-    here = [speeds[row.model].images_per_second for row in rows]
+    here = [speeds[row.model] for row in rows]
     return Result(
         "Figure 1: accuracy against speed",
         [Table("The points", ("model", "epochs", "top-1, %", "examples/s, paper", "here", "in the engine"), cells, folded=True)],
@@ -48,20 +49,27 @@ def run(settings: PaperSettings) -> Result:
         "5's, trained for 200 epochs with stronger augmentation, so they stand higher for reasons other than their structure.",
         {
             "points": [
-                {"model": row.model, "top1": row.top1, "paper": row.speed, "here": speed, "epochs": 200 if row in TABLE5 else 120}
+                {
+                    "model": row.model,
+                    "top1": row.top1,
+                    "paper": row.speed,
+                    "here": speed.images_per_second,
+                    "engine": speed.engine,
+                    "epochs": 200 if row in TABLE5 else 120,
+                }
                 for row, speed in zip(rows, here, strict=True)
             ]
         },
-        {"figure1": draw(rows, here)},
+        {"figure1": draw(rows, [speed.images_per_second for speed in here], [speed.engine for speed in here])},
         protocol(speeds, settings),
     )
 
 
-def draw(rows: Sequence[ModelSpeed], here: Sequence[float]) -> Figure:
-    """Draw both scatter plots; `here` holds examples a second in the order of `rows`."""
+def draw(rows: Sequence[ModelSpeed], here: Sequence[float], engines: Sequence[str]) -> Figure:
+    """Draw both scatter plots; `here` holds examples a second, and `engines` what ran them, in the order of `rows`."""
     figure, panels = plot(1150, 520, 2)
     both = [float(row.speed) for row in rows], here
-    for axes, title, speeds in zip(panels, ("paper: GTX 1080Ti", "this machine"), both, strict=True):
+    for axes, title, speeds in zip(panels, ("paper: GTX 1080Ti", f"this machine: {_in(engines)}"), both, strict=True):
         _scatter(axes, rows, speeds)
         axes.set_title(title, fontsize=11, color=INK, loc="left")
         axes.set_xlabel("examples a second", fontsize=9, color=MUTED)
@@ -71,6 +79,12 @@ def draw(rows: Sequence[ModelSpeed], here: Sequence[float]) -> Figure:
     for axes, speeds in zip(panels, both, strict=True):
         _label(axes, [(s, row.top1, _short(row.printed)) for s, row in zip(speeds, rows, strict=True)])
     return figure
+
+
+def _in(engines: Sequence[str]) -> str:
+    """Name the engine; of several, the commonest first, how many models each is the fastest for."""
+    counted = Counter(engines).most_common()
+    return counted[0][0] if len(counted) == 1 else "fastest in " + ", ".join(f"{name} ({count})" for name, count in counted)
 
 
 def _scatter(axes: Axes, rows: Sequence[ModelSpeed], speeds: Sequence[float]) -> None:

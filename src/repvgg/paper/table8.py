@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.bench.models import Candidate
+from repvgg.data import open_source
 from repvgg.deploy import engines
 from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
@@ -46,12 +47,15 @@ class Dilated:
 def run(settings: PaperSettings) -> Result:
     scaled = _scaled(settings)
     models = chosen(settings)
+    trained = bool(settings.data) and open_source(settings.data).masks
+    if settings.data and not trained:
+        settings.log(f"{settings.data} has labels, no masks: the PSPNets are timed, and none is trained")
     engine = settings.one_engine
     reference = Candidate(REFERENCE, engine, settings.precision)
     candidates = {(m, form): Candidate(m, engine, settings.precision, form) for m in models for form in FORMS}
     speeds = dict(zip(candidates, measure([(c, reference) for c in candidates.values()], scaled), strict=True))
     dilated = [found for name in _engines(settings) if (found := _dilated_if_it_can(name, scaled))]
-    overlaps = {model: _trained(model, settings) for model in models} if settings.data else {}
+    overlaps = {model: _trained(model, settings) for model in models} if trained else {}
     side, batch = scaled.input_size, scaled.protocol.batch_size
     return Result(
         "Table 8: semantic segmentation",
@@ -247,7 +251,6 @@ def _backbone_of(model: str, settings: PaperSettings) -> str:
 
 def _trained(model: str, settings: PaperSettings) -> dict[str, Any]:
     """Train a model by the data's own recipe, a run that goes on where it was; its figures in deploy form."""
-    from repvgg.data import open_source
     from repvgg.fold.reparameterize import reparameterize
     from repvgg.train.loop import train
     from repvgg.train.recipes import get_recipe

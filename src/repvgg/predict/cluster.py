@@ -27,13 +27,13 @@ from repvgg.data.shards import Item, Shards
 from repvgg.disk import Log
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder, reading
+from repvgg.predict.actors import Cluster
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.predict.datasets import engine_name, maker, opened
 from repvgg.predict.job import Job, Summary
 from repvgg.predict.loading import Batch, Decoder, Loaded
-from repvgg.predict.place import Place, name_of
 from repvgg.predict.remote import open_data
-from repvgg.predict.where import Cluster
+from repvgg.predict.store import Store, name_of
 from repvgg.terminal import Progress
 
 DONE = "_done.json"
@@ -56,30 +56,30 @@ def predict_on_ray(job: Job, cluster: Cluster, log: Log = print) -> Summary:
     refuse_without_ray()
     cluster.actors(1)
     job = replace(job, model=absolute(job.model), data=absolute(job.data))
-    place, shards = Place.of(job.out), open_data(job.data, job.split, job.part_size)
-    with folder.held(Path(place.root)) if place.local else nullcontext():
-        if not place.local:
-            folder.refuse_foreign(job.out, {name.split("/")[0] for name in place.names()})
-        engine, decoder, schema = _agreed(job, shards, place, log)
-        if done := place.read(DONE):
+    store, shards = Store.of(job.out), open_data(job.data, job.split, job.part_size)
+    with folder.held(Path(store.root)) if store.local else nullcontext():
+        if not store.local:
+            folder.refuse_foreign(job.out, {name.split("/")[0] for name in store.names()})
+        engine, decoder, schema = _agreed(job, shards, store, log)
+        if done := store.read(DONE):
             return Summary(job.out, **json.loads(done), here=0, seconds=0.0)
-        before = place.done()
+        before = store.done()
         if len(before):
             log(f"{len(before):,} images are done: going on")
         connect(cluster.ray, log)
         started = time.perf_counter()
         left = None if shards.images is None else shards.images - len(before)
         with Progress(left, log) as progress:
-            for part in _parts(job, cluster, engine, decoder, place, shards.count, before):
-                _write(place, part.cast(schema))
+            for part in _parts(job, cluster, engine, decoder, store, shards.count, before):
+                _write(store, part.cast(schema))
                 progress.add(len(part), lambda: f"{progress.done / max(progress.seconds, 1e-9):,.0f} img/s", "images")
-        parts, images, errors = place.counts()
+        parts, images, errors = store.counts()
         counts = {"parts": parts, "images": images, "errors": errors}
-        place.write(DONE, json.dumps(counts).encode())
+        store.write(DONE, json.dumps(counts).encode())
         return Summary(job.out, **counts, here=images - len(before), seconds=time.perf_counter() - started)
 
 
-def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, place: Place, count: int, before: Any) -> Iterator[pa.Table]:
+def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, store: Store, count: int, before: Any) -> Iterator[pa.Table]:
     """Run the pipeline, and yield the rows of a part each. Raises ValueError with the reason of a task that failed."""
     import ray.data
 
@@ -95,7 +95,7 @@ def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, place: Pla
         decoded = images.map_batches(partial(_decode, decoder), batch_size=job.batch_size, batch_format="pyarrow")
         rows = decoded.map_batches(
             Predictor,
-            fn_constructor_args=[job, engine, place],
+            fn_constructor_args=[job, engine, store],
             batch_size=job.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
@@ -129,10 +129,10 @@ def _decode(decoder: Decoder, images: pa.Table) -> pa.Table:
 class Predictor:
     """A model, opened once by each actor; called with tables of `PIXELS`, it returns rows of predictions."""
 
-    def __init__(self, job: Job, engine: str, place: Place) -> None:
+    def __init__(self, job: Job, engine: str, store: Store) -> None:
         network = opened(job, engine, str)
         self.one_by_one = manifest_of(network).task == "masks"
-        self.made = maker(network, job, place.write)
+        self.made = maker(network, job, store.write)
 
     def __call__(self, images: pa.Table) -> pa.Table:
         rows = images.to_pylist()
@@ -149,25 +149,25 @@ def _loaded(rows: list[dict[str, Any]]) -> Loaded:
     return Loaded(batch, [row["error"] for row in rows], sizes, torch.stack(pixels) if pixels else None)
 
 
-def _write(place: Place, rows: pa.Table) -> None:
+def _write(store: Store, rows: pa.Table) -> None:
     """Write rows as a part."""
     data = pa.BufferOutputStream()
     pq.write_table(rows, data)
-    place.write(name_of(rows["key"].to_pylist()), data.getvalue().to_pybytes())
+    store.write(name_of(rows["key"].to_pylist()), data.getvalue().to_pybytes())
 
 
-def _agreed(job: Job, shards: Shards, place: Place, log: Log) -> tuple[str, Decoder, pa.Schema]:
+def _agreed(job: Job, shards: Shards, store: Store, log: Log) -> tuple[str, Decoder, pa.Schema]:
     """Return the engine, the decoder and the columns of this folder; write down what it is for where nothing is.
 
     Raises `FileError` for a folder that is for something else.
     """
-    found = place.read(folder.SETTINGS)
-    there = None if found is None else folder.parsed(found.decode(errors="replace"), f"{place.root}/{folder.SETTINGS}")
+    found = store.read(folder.SETTINGS)
+    there = None if found is None else folder.parsed(found.decode(errors="replace"), f"{store.root}/{folder.SETTINGS}")
     network = opened(job, folder.engine_of(job, there), log)
     made = maker(network, job, lambda *_: None)
     here = {**folder.settings(job, shards, engine_name(network), manifest_of(network).task == "masks"), "runner": "ray"}
     if there is None:
-        place.write(folder.SETTINGS, (json.dumps(here, indent=2) + "\n").encode())
+        store.write(folder.SETTINGS, (json.dumps(here, indent=2) + "\n").encode())
     else:
         folder.refuse_another(job.out, there, here)
     return engine_name(network).removeprefix("pytorch"), made.decoder, made.schema

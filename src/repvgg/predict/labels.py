@@ -58,7 +58,8 @@ def expand(patterns: Sequence[str]) -> list[str]:
         matches = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute too
         images = [str(image) for match in matches for image in _images(Path(match))]
         if not images:
-            raise ImageError(f"{pattern}: {'a folder without images' if path.is_dir() else 'no such file, and no file fits it'}")
+            where = "an address: save the image as a file first" if "://" in pattern else "no such file, and no file fits it"
+            raise ImageError(f"{pattern}: {'a folder without images' if path.is_dir() else where}")
         found.update(dict.fromkeys(images))
     return list(found)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from repvgg.data.shards import Item
 from repvgg.predict.job import Job
-from repvgg.predict.place import missing
 from repvgg.predict.remote import open_data
+from repvgg.predict.store import missing
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 16 * 2**20  # of what a read task gives at once, at most
 READ_TASKS = 2000  # at most: each reads several shards where there are more

@@ -33,6 +33,8 @@ SIZES = (224, 192, 160, 128, 112, 96)
 LOOKED_AT = 16  # images
 TRIAL = 8  # images of a step that is timed
 EVALUATION = 1 / 3  # time of an image in evaluation, of that in training
+# Epochs for which smaller images are put up with, from new weights and from trained ones: few images must be seen often.
+ENOUGH = {False: 80, True: 8}
 # Images a step, by the least number of images to train on.
 BATCHES = ((0, 32), (5_000, 64), (20_000, 128), (LARGE, 256))
 
@@ -98,7 +100,7 @@ def choose(
     pace = Pace(loading / max(1, workers), speeds[precision] * _eased(recipe), sizes[0])
     figures = ", ".join(f"{1 / seconds:.0f} in {name}" for name, seconds in speeds.items())
     log(f"auto: a training step here takes so many images a second at {sizes[0]} pixels: {figures}")
-    least = min(recipe.epochs, 8 if init else 30)
+    least = min(recipe.epochs, ENOUGH[bool(init)])
     size = next((s for s in sizes if pace.epoch(source, s) * least <= 60 * minutes), sizes[-1])
     epochs = max(min(5, least), min(recipe.epochs, int(60 * minutes / pace.epoch(source, size))))
     chosen = replace(_recipe(count, bool(init), size), image_size=size, epochs=epochs, precision=precision)  # type: ignore[arg-type]

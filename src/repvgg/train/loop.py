@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from repvgg.data import Source
-from repvgg.disk import Log
+from repvgg.disk import FileError, Log
 from repvgg.models import zoo
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import joined
@@ -51,8 +51,7 @@ def train(
     processes call this alike. Raises ValueError before any work if the settings do not fit, FloatingPointError if the loss is no
     number, `StoppedError` when a signal asked for the end and the state is saved.
     """
-    if len(source.classes) < 2:
-        raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
+    refuse(source, out)
     with joined(device) as world:
         log = log if world.main else _silent
         task = task_of(source)
@@ -84,6 +83,16 @@ def train(
             **asdict(recipe),
         }
         return Session(trainer, feed, source, settings, out, keeping, log).run()
+
+
+def refuse(source: Source, out: str | Path) -> None:
+    """Raise ValueError for images, or a run folder, of which no training can come."""
+    if len(source.classes) < 2:
+        raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise FileError(f"{out}: cannot be a run folder (it is a file)")
+    if len(first := next(iter(Path(out).parts), "")) > 2 and first.endswith(":"):
+        raise ValueError(f"--out {out}: a run is in a folder, which --mirror copies to an object store")
 
 
 def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn.Module:

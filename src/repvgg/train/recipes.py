@@ -208,9 +208,11 @@ RECIPES = {
 
 def get_recipe(name: str) -> Recipe:
     """Return the recipe of that name. Raises ValueError for an unknown one, listing those there are."""
+    if name == "auto":
+        raise ValueError("the recipe auto is chosen when it has seen the images and the machine, by repvgg train")
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
-        raise ValueError(f"no recipe {name!r}: " + (f"did you mean {close[0]}?" if close else ", ".join(RECIPES)))
+        raise ValueError(f"no recipe {name!r}: " + (f"did you mean {close[0]}?" if close else ", ".join(["auto", *RECIPES])))
     return RECIPES[name]
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,8 @@ class Session:
         self.recipe, self.task, self.world = trainer.recipe, trainer.task, trainer.world
         self.settings = settings
         self.mirror = Mirror(keeping.mirror if self.world.main else "", out, log)
-        self.store = Store(out / "state", log, self.mirror.send)
-        if self.recipe.lr_per:
-            r = self.recipe
+        self.store = Store(out / "state", log, self.mirror)
+        if (r := self.recipe).lr_per:
             log(f"learning rate {r.lr:g} per {r.lr_per} images, {r.peak_lr:g} for {r.batch_size}")
 
     def run(self) -> Run:
@@ -233,10 +233,7 @@ class Session:
 
     def _take_up(self) -> Course:
         """Find where the run in the folder is; its beginning if there is none. Raises ValueError if it is another run."""
-        found = None
-        if self.world.main and self.keeping.resume != "never":
-            self.mirror.fetch()
-            found = self.store.latest()
+        found = self.store.latest() if self.world.main and self.keeping.resume != "never" else None
         state = shared(self.world, found)
         if state is None:
             return self._begin()
@@ -265,6 +262,7 @@ class Session:
         else:
             self.log(f"{self.out}: goes on after step {course.step} of {self.recipe.epochs * self.feed.steps}")
             if self.world.main:
+                self._describe()  # with what was allowed to change
                 (self.out / "summary.json").unlink(missing_ok=True)  # of a shorter run
         return course
 
@@ -276,14 +274,18 @@ class Session:
                 raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
             (self.out / "summary.json").unlink(missing_ok=True)  # of the run before
             self.store.clear()
-            text = json.dumps(asdict(self.recipe), indent=2) + "\n"
-            atomically(self.out / "recipe.json", lambda path: path.write_text(text))
-            others = {name: value for name, value in self.settings.items() if name not in FIELDS}
-            atomically(self.out / "settings.json", lambda path: path.write_text(json.dumps(others, indent=2) + "\n"))
+            self._describe()
             if (rows := self.source.rows) is not None:
                 atomically(self.out / SPLIT, lambda path: write_table(path, rows()))
             self.store.folder.mkdir(exist_ok=True)
         return Course()
+
+    def _describe(self) -> None:
+        """Write what the run was asked for: recipe.json and settings.json."""
+        others = {name: value for name, value in self.settings.items() if name not in FIELDS}
+        for name, facts in (("recipe.json", asdict(self.recipe)), ("settings.json", others)):
+            text = json.dumps(facts, indent=2) + "\n"
+            atomically(self.out / name, partial(Path.write_text, data=text))
 
     def _save(self, course: Course) -> None:
         course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started
@@ -342,8 +344,6 @@ def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:
 
 
 def _make_folder(out: Path) -> None:
-    if out.parts and len(out.parts[0]) > 2 and out.parts[0].endswith(":"):
-        raise ValueError(f"--out {out}: a run is in a folder, which --mirror copies to an object store")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

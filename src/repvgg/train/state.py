@@ -9,7 +9,7 @@ Each holds a SHA-256 of all that is in it, and is renamed into place once it is 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from repvgg.disk import FileError, Log, atomically
 from repvgg.train.distributed import World
+from repvgg.train.mirror import Mirror
 
 FORMAT = 1
 KEEP = 2
@@ -37,10 +38,10 @@ class State:
 
 
 class Store:
-    """The states of one run. then: what is done, beside the training too, when one is written."""
+    """The states of one run, and the copy of the run that is brought up to date with each."""
 
-    def __init__(self, folder: Path, log: Log = print, then: Callable[[], object] = int) -> None:
-        self.folder, self.log, self.then = folder, log, then
+    def __init__(self, folder: Path, log: Log = print, mirror: Mirror | None = None) -> None:
+        self.folder, self.log, self.mirror = folder, log, mirror or Mirror("", folder)
         self.writer = ThreadPoolExecutor(1, "repvgg state")
         self.writing: Future[None] | None = None
 
@@ -68,13 +69,14 @@ class Store:
         atomically(self.folder / f"{state.step:09d}.safetensors", lambda path: _write(tensors, path, metadata))
         for old in self._files()[KEEP:]:
             old.unlink(missing_ok=True)
-        self.then()
+        self.mirror.send()
 
     def latest(self) -> State | None:
         """Return the last state that is whole, with a word on those that are not.
 
         Raises `FileError` if all are damaged, or of another version of this program.
         """
+        self.mirror.fetch()
         files = self._files()
         for path in files:
             try:

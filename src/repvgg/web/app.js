@@ -120,10 +120,10 @@ async function logitsOf(session, input) {
 
 // The native engine as a session: the same input, the same output.
 async function nativeSession() {
-  const {load} = await import('./repvgg_engine.mjs');
+  const {ENGINE, load} = await import('./repvgg_engine.mjs');
   const bytes = async name => (await fetch(name)).arrayBuffer();
   const plan = await (await fetch('plan.json')).text();
-  const net = await load(await bytes('repvgg_engine.wasm'), await bytes('model.safetensors'), plan);
+  const net = await load(await bytes(ENGINE), await bytes('model.safetensors'), plan);
   return {run: async ({images}) => ({logits: {data: net.run(images.data)}})};
 }
 

@@ -146,12 +146,12 @@ def _write(net: nn.Module, original: nn.Module, path: Path) -> dict[str, Any]:
 def _native(model: nn.Module, folder: Path, log: Log) -> bool:
     """Write what the page needs to run the deploy form in the native engine too; without the engine it does without, in words."""
     try:
-        script, binary = (next(f for f in engine_files() if f.suffix == suffix) for suffix in (".mjs", ".wasm"))
+        files = [file for file in engine_files() if file.suffix in (".mjs", ".wasm")]
         parity = write_model(model, folder)
     except ValueError as error:
         log(f"the page runs onnxruntime-web alone: {error}")
         return False
-    for file in (script, binary):
+    for file in files:
         shutil.copyfile(file, folder / file.name)
     log(f"native engine: {parity}")
     return True

@@ -90,7 +90,7 @@ def chart(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
 def _colours(names: list[str]) -> list[str]:
     """Return grey for training, and colours that are easily told apart for all else."""
     others = [name for name in names if name != "training"]
-    return [RULE if name == "training" else LINES[others.index(name) % len(LINES)] for name in names]
+    return [MUTED if name == "training" else LINES[others.index(name) % len(LINES)] for name in names]
 
 
 def _level(axes: Axes, values: list[float]) -> None:

@@ -50,7 +50,7 @@ figcaption { margin-top: .6rem; max-width: 44rem; font-size: .9rem; line-height:
 img { display: block; max-width: 100%; height: auto; border-radius: .4rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 1.25rem 1rem; margin-bottom: 1.5rem }
 .grid figure { margin: 0 }
-.grid img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff; border: 1px solid var(--rule) }
+.grid img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--card); border: 1px solid var(--rule) }
 .grid figcaption { margin-top: .35rem; font-size: .82rem }
 .pixels { image-rendering: pixelated }
 .table { width: fit-content; max-width: 100%; overflow-x: auto; margin-bottom: 1.5rem }

@@ -1,8 +1,8 @@
-"""where.py: how many actors there are."""
+"""actors.py: how many actors there are."""
 
 import pytest
 
-from repvgg.predict.where import Cluster
+from repvgg.predict.actors import Cluster
 
 
 def test_actors() -> None:

@@ -1,8 +1,8 @@
 """A folder of predictions on a disk or in an object store, as every machine of a cluster sees it.
 
-place = Place.of("s3://bucket/preds")
-place.write("part-1.parquet", data)             # whole or not there
-done = place.done()                             # which images have their row already
+store = Store.of("s3://bucket/preds")
+store.write("part-1.parquet", data)             # whole or not there
+done = store.done()                             # which images have their row already
 missing(done, ["cat/1.jpg", "cat/2.jpg"])       # [False, True]
 """
 
@@ -25,26 +25,26 @@ DIGEST = 16  # bytes of a key: of a billion keys, two are alike once in 10^20 fo
 
 
 @dataclass(frozen=True)
-class Place:
+class Store:
     """A folder: a file system of pyarrow, and a path in it."""
 
-    store: Any
+    files: Any
     root: str
 
     @classmethod
-    def of(cls, out: str) -> "Place":
+    def of(cls, out: str) -> "Store":
         """Return the folder of that path or URL. Raises `DataError` for a URL that nothing here opens."""
         return cls(*filesystem(out)) if is_url(out) else cls(pyarrow.fs.LocalFileSystem(), str(Path(out).resolve()))
 
     @property
     def local(self) -> bool:
         """Say whether it is on a disk, which has locks, and can lose half a file."""
-        return isinstance(self.store, pyarrow.fs.LocalFileSystem)
+        return isinstance(self.files, pyarrow.fs.LocalFileSystem)
 
     def names(self) -> list[str]:
         """Return the paths of the files below it. Raises `DataError` where it cannot be reached."""
         try:
-            found = self.store.get_file_info(pyarrow.fs.FileSelector(self.root, recursive=True, allow_not_found=True))
+            found = self.files.get_file_info(pyarrow.fs.FileSelector(self.root, recursive=True, allow_not_found=True))
         except OSError as error:
             raise DataError(f"{self.root}: cannot be reached ({describe(error).splitlines()[0]})") from None
         return [file.path[len(self.root) :].lstrip("/") for file in found if file.type == pyarrow.fs.FileType.File]
@@ -56,14 +56,14 @@ class Place:
     def counts(self) -> tuple[int, int, int]:
         """Return how many parts there are, the rows in them, and those with an error. Raises `FileError` for a damaged one."""
         parts = self.parts()
-        return len(parts), *folder.counted(parts, self.store)
+        return len(parts), *folder.counted(parts, self.files)
 
     def done(self) -> Any:
         """Return the digests of the keys that have a row, sorted [rows]: 16 bytes each. Raises `FileError` for a damaged part."""
         found = [np.empty(0, f"S{DIGEST}")]
         for path in self.parts():
             try:
-                found.append(_digests(pq.read_table(path, columns=["key"], filesystem=self.store)["key"].to_pylist()))
+                found.append(_digests(pq.read_table(path, columns=["key"], filesystem=self.files)["key"].to_pylist()))
             except (OSError, ValueError):
                 raise FileError(f"{path}: is damaged: delete it, and the same command makes it again") from None
         return np.sort(np.concatenate(found))
@@ -72,7 +72,7 @@ class Place:
         """Return the content of a file, None where there is none. Raises `FileError` where it cannot be read."""
         path = f"{self.root}/{name}"
         try:
-            with self.store.open_input_stream(path) as opened:
+            with self.files.open_input_stream(path) as opened:
                 return bytes(opened.read())
         except FileNotFoundError:
             return None
@@ -83,17 +83,17 @@ class Place:
         """Write a file, whole or not at all; object stores know it no other way. Raises `FileError` where that cannot be."""
         path = f"{self.root}/{name}"
         try:
-            self.store.create_dir(str(PurePosixPath(path).parent), recursive=True)
+            self.files.create_dir(str(PurePosixPath(path).parent), recursive=True)
             if self.local:
                 return atomically(path, lambda temporary: temporary.write_bytes(data))
-            with self.store.open_output_stream(path) as opened:
+            with self.files.open_output_stream(path) as opened:
                 opened.write(data)
         except OSError as error:
             raise FileError(f"{path}: cannot be written ({describe(error).splitlines()[0]})") from None
 
 
 def missing(done: Any, keys: Sequence[str]) -> Any:
-    """Return which keys [n] are not among those of `Place.done`, bool [n]."""
+    """Return which keys [n] are not among those of `Store.done`, bool [n]."""
     if not len(done):
         return np.ones(len(keys), bool)
     digests = _digests(keys)

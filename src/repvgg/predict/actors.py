@@ -1,11 +1,11 @@
-"""The place where a prediction of a whole data set runs. Imports nothing, so that the command line can show it."""
+"""The actors of a cluster that predict a whole data set. Imports nothing, so that the command line can show it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The place where a whole data set is predicted: in a loop in this process, or by Ray Data."""
+    """The cluster that predicts a whole data set, and its actors; without one this process does it, in a loop."""
 
     ray: str = ""
     """auto for the cluster that this machine belongs to, or one of this machine alone; or a cluster's address."""

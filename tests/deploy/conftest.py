@@ -1,0 +1,19 @@
+"""What tests of engines and exported files share: a network with random statistics, and images for it."""
+
+import pytest
+import torch
+from conftest import randomize
+from torch import Tensor, nn
+
+from repvgg.data import open_source
+from repvgg.train.loop import new_model
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomize(new_model("repvgg_micro", open_source("digits"), log=str, width=0.25), (32, 1, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(3))
