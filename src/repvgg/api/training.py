@@ -60,7 +60,7 @@ def train(
     with joined(where) as world:
         with found_by(world.once):
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
-        loop.refuse(source, out)
+        loop.refuse(source, Path(out))
         plain, start = resolved(recipe, source, bool(init), changes, log), init
         if plain is None:
             how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
