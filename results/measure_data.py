@@ -176,7 +176,7 @@ def of_memory(folder: Path, tiny: bool) -> Record:
     data = photos.write_rows(folder / "rows", files, 5000, lambda: random.bytes(5000))
     model = str(folder / "small.safetensors")
     save(create_model("repvgg_micro", num_classes=10, width=0.25).eval(), model)
-    return predict(model, data, folder / "of rows", 4096, "--ray", "auto")
+    return predict(model, data, folder / "of rows", 4096, "--ray", "auto", "--concurrency", "1,1")
 
 
 def main() -> None:

@@ -251,8 +251,8 @@ def _predicted(r: Record) -> str:
 
 def _bounded(r: Record) -> str:
     return (
-        f"`repvgg predict --ray auto` of {r['images']:,} rows of 5,000 bytes, no images: {r['gigabytes']:.1f} GB at most in "
-        "all processes together."
+        f"`repvgg predict --ray auto --concurrency 1,1` of {r['images']:,} rows of 5,000 bytes, no images: {r['gigabytes']:.1f} GB "
+        "at most in all processes together."
     )
 
 
