@@ -88,8 +88,8 @@ def of_photos(folder: Path, tiny: bool) -> Record:
     spec, shards, each = photos.lay_out(folder, 16 if tiny else 512)
     count, rounds = (16, 1) if tiny else (512, ROUNDS)
     found = {"folder": loading(spec, "light", count, rounds), "shards": loading(shards, "light", count, rounds)}
-    large, _, more = photos.lay_out(folder / "large", 8 if tiny else 32, photos.PHONE)
-    found["folder of 12 megapixels"] = loading(large, "light", 8 if tiny else 32, 1)
+    large, _, more = photos.lay_out(folder / "large", 8 if tiny else 16, photos.PHONE)
+    found["folder of 12 megapixels"] = loading(large, "light", 8 if tiny else 16, 1)
     return {"workers": WORKERS, "rounds": rounds, "photos": count, "bytes": each, "bytes of 12 megapixels": more, "stages": found}
 
 
@@ -104,7 +104,7 @@ def of_cifar10(spec: str, tiny: bool) -> Record:
     started = time.perf_counter()
     seen = sum(len(x) for x, _ in validation(source.val, source.preprocessing, 256))
     found["now"]["validation"] = seen / (time.perf_counter() - started)
-    return {"seconds to decode once": seconds, "images": len(source.train), "stages": found}
+    return {"seconds to decode once": seconds, "images": len(source.train), "stages": {"CIFAR-10": found}}
 
 
 def of_state(folder: Path, tiny: bool) -> Record:
