@@ -93,7 +93,7 @@ def main() -> None:
                 seconds[name].append(seconds_of(command, code=2 if "mistyped" in name else 0))
         seconds = {name: s[1:] for name, s in seconds.items()}
         answer = subprocess.run([CLI, "predict", model, photo, "--json"], check=True, capture_output=True, text=True)
-        engine = json.loads(answer.stdout)[0]["engine"]
+        engine = json.loads(answer.stdout.splitlines()[0])["engine"]
         seconds["engine auto"], steps = [], list[str]()
         for number in range(FIRST_TIMES):
             spent, steps = in_a_terminal([CLI, "predict", model, photo, "--engine", "auto"], str(Path(folder) / f"cache{number}"))

@@ -43,7 +43,17 @@ pytestmark = pytest.mark.slow
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that pip builds of this tree."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no wheel can be built here: {done.stderr[-300:]}")
@@ -89,7 +99,7 @@ def _asked_for(info: Path, extra: str) -> list[str]:
     """Return what a distribution, its extra, and all that these ask for are called."""
     requirements = pytest.importorskip("packaging.requirements")
     found: dict[tuple[str, str], None] = {}
-    left = [(metadata.Distribution.at(info), extra)]
+    left: list[tuple[metadata.Distribution, str]] = [(metadata.Distribution.at(info), extra)]
     while left:
         distribution, own = left.pop()
         for line in distribution.requires or ():

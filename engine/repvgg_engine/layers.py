@@ -53,7 +53,17 @@ class Pool:
     channels: int
 
 
-Layer = Conv | SqueezeExcite | Pool
+@dataclass(frozen=True)
+class MaxPool:
+    """The largest number of each channel in each window, which is cut off at the map's edge."""
+
+    channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+
+
+Layer = Conv | SqueezeExcite | Pool | MaxPool
 
 
 def in_channels(layers: Sequence[Layer]) -> int:

@@ -1,12 +1,13 @@
 """The shared library, by ctypes: its C interface is src/repvgg_engine.h."""
 
 import ctypes
+import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
 ABI_VERSION = 2
-CONV, SQUEEZE_EXCITE, POOL = 0, 1, 2
+CONV, SQUEEZE_EXCITE, POOL, MAX_POOL = 0, 1, 2, 3
 
 
 class EngineError(ValueError):
@@ -79,7 +80,7 @@ class OpenOptionsStruct(ctypes.Structure):
 
 
 def _open() -> ctypes.CDLL:
-    path = Path(__file__).with_name("librepvgg_engine.so")
+    path = Path(__file__).with_name("librepvgg_engine" + (".dylib" if sys.platform == "darwin" else ".so"))
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -112,6 +113,9 @@ def _open() -> ctypes.CDLL:
     library.repvgg_weight_bytes.restype = c_int64
     library.repvgg_profile.argtypes = [c_void_p, POINTER(c_double)]
     library.repvgg_profile.restype = None
+    library.repvgg_available_threads.argtypes = [c_char_p]
+    library.repvgg_available_memory.argtypes = [c_char_p]
+    library.repvgg_available_memory.restype = c_int64
     library.repvgg_instruction_sets.argtypes = []
     library.repvgg_instruction_sets.restype = c_char_p
     return library

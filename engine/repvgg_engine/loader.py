@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from repvgg_engine import plans, tune
+from repvgg_engine import plans, speed, tune
 from repvgg_engine.files import Preprocessing, read
 from repvgg_engine.layers import Layer, Pool
 from repvgg_engine.library import EngineError
@@ -123,7 +123,7 @@ def _planned(net: Net, accuracy: str, memory_limit: int | None) -> Plan:
             return kept
     seconds = plans.cached_speeds(speeds, net.known)
     if seconds is None:
-        seconds = tune.measure_speed(net, limit, _say)
+        seconds = speed.measure_speed(net, limit, _say)
         plans.keep_speeds(speeds, seconds)
     measured = Plan(net.isa, net.precision, tuple(tune.choose_algorithms(net, accuracy, limit, seconds, _say)))
     _say("")

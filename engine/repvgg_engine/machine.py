@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+from repvgg_engine.library import LIBRARY
+
+ROOT = Path("/")  # of the files that say what groups allow
 CPUINFO, CACHES = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
 # What tells processors of one family apart; brand names do not: an "AMD EPYC" may be a Zen 3 or a Zen 4.
 IDENTITY = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")
@@ -16,14 +18,12 @@ IDENTITY = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "
 
 def available_threads() -> int:
     """Return how many threads can compute at once: processors of this process, no more than its container's quota of time."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([processors, *(int(quota) for quota in _quotas())]))
+    return int(LIBRARY.repvgg_available_threads(os.fsencode(ROOT)))
 
 
 def available_memory() -> int:
     """Return the machine's memory in bytes, or its container's limit where that is less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([memory, *_limits()])
+    return int(LIBRARY.repvgg_available_memory(os.fsencode(ROOT)))
 
 
 @contextmanager
@@ -44,6 +44,12 @@ def one_blas_thread() -> Iterator[None]:
         set_threads(threads)
 
 
+def return_memory() -> None:
+    """Give back to the system what was freed, where the C library keeps it (glibc's does): weights need the room."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def processor() -> str:
     """Return what tells this kind of processor from others: vendor, family, model, and the sizes of its caches."""
     with suppress(OSError):
@@ -54,35 +60,3 @@ def processor() -> str:
         if known:
             return ", ".join([*known, *caches])
     return os.uname().machine
-
-
-def _quotas() -> Iterator[float]:
-    """Yield processors' worth of time that each group above this process allows."""
-    for folder in _folders("cpu"):
-        with suppress(OSError, ValueError):  # version 2
-            quota, period = map(int, (folder / "cpu.max").read_text().split())  # "max" is no number
-            yield quota / period
-        with suppress(OSError, ValueError):  # version 1, where -1 is no limit
-            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-            if quota > 0:
-                yield quota / period
-
-
-def _limits() -> Iterator[int]:
-    """Yield bytes of memory that each group above this process allows."""
-    for folder in _folders("memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with suppress(OSError, ValueError):
-                yield int((folder / name).read_text())
-
-
-def _folders(controller: str) -> Iterator[Path]:
-    """Yield the folders of a controller's groups, from this process's own up to the root, for versions 1 and 2 of cgroups."""
-    with suppress(OSError):
-        for line in OWN_CGROUPS.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            mounted = CGROUPS / controllers if controllers else CGROUPS
-            own = mounted / path.lstrip("/")
-            yield from (folder for folder in (own, *own.parents) if folder == mounted or mounted in folder.parents)

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repvgg_engine.files import Preprocessing
-from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite, in_channels
+from repvgg_engine.layers import Array, Conv, Layer, MaxPool, Pool, SqueezeExcite, in_channels
 from repvgg_engine.library import (
     CONV,
     LIBRARY,
+    MAX_POOL,
     POOL,
     SQUEEZE_EXCITE,
     EngineError,
@@ -130,7 +131,7 @@ class Net:
         return int(LIBRARY.repvgg_weight_bytes(self._net, layer, algorithm.encode()))
 
     def profile(self) -> list[float]:
-        """Seconds that threads have spent in each layer since the last call of this function."""
+        """Seconds that threads have computed in each layer since the last call of this function; none before the first."""
         seconds = (ctypes.c_double * len(self.layers))()
         LIBRARY.repvgg_profile(self._net, seconds)
         return list(seconds)
@@ -149,6 +150,8 @@ def _struct(layer: Layer) -> LayerStruct:
 
     if isinstance(layer, Pool):
         return LayerStruct(op=POOL, in_channels=layer.channels)
+    if isinstance(layer, MaxPool):
+        return LayerStruct(MAX_POOL, layer.channels, 0, layer.kernel, layer.stride, layer.padding)
     if isinstance(layer, SqueezeExcite):
         hidden, channels = layer.reduce.shape
         arrays = [address(a) for a in (layer.reduce, layer.reduce_bias, layer.expand, layer.expand_bias)]

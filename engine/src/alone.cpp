@@ -1,7 +1,10 @@
 // The pool where there are no threads.
+#include "machine.h"
 #include "pool.h"
 
 namespace repvgg {
+
+int available_threads(const std::string &) { return 1; }
 
 int Pool::forks() { return 0; }
 

@@ -102,6 +102,27 @@ void pool(const float *map, const Map &strides, int channels, const int size[2],
     }
 }
 
+void max_pool(const MaxPool &p, const float *map, float *out) {
+    for (int y = 0; y < p.out_size[0]; y++)
+        for (int x = 0; x < p.out_size[1]; x++) {
+            const int at[2] = {y * p.stride[0] - p.padding[0], x * p.stride[1] - p.padding[1]};
+            int first[2], last[2];
+            for (int axis = 0; axis < 2; axis++) {
+                const int end = at[axis] + p.kernel[axis];
+                first[axis] = at[axis] > 0 ? at[axis] : 0, last[axis] = end < p.size[axis] ? end : p.size[axis];
+            }
+            for (int64_t c = 0; c < p.channels; c += WIDTH) {
+                Vec most = load(map + first[0] * p.in.row + first[1] * p.in.pixel + c);
+                for (int64_t i = first[0]; i < last[0]; i++)
+                    for (int64_t j = first[1]; j < last[1]; j++) {
+                        const Vec v = load(map + i * p.in.row + j * p.in.pixel + c);
+                        most = ((v > most) | (v != v)) ? v : most;  // NaN stays NaN
+                    }
+                store(out + y * p.out.row + x * p.out.pixel + c, most);
+            }
+        }
+}
+
 void excite(const Excite &e, float *map, const Map &strides, const int size[2], float *scratch) {
     float *means = scratch, *hidden = means + e.channels + WIDTH, *gate = hidden + e.hidden + WIDTH;
     pool(map, strides, e.channels, size, means);
@@ -149,6 +170,7 @@ const Kernels *REPVGG_JOIN(kernels_, REPVGG_ISA)() {
         read_bytes,
         write,
         REPVGG_ISA::pool,
+        max_pool,
         REPVGG_ISA::excite,
     };
     return &kernels;

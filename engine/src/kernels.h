@@ -68,6 +68,12 @@ struct Excite {
     const float *reduce, *reduce_bias, *expand, *expand_bias;
 };
 
+/// The largest number of each channel in each window, which is cut off at the map's edge. Sizes: rows and columns.
+struct MaxPool {
+    int channels, kernel[2], stride[2], padding[2], size[2], out_size[2];
+    Map in, out;
+};
+
 /// One way to compute a convolution. Numbers are across: a tile has outputs x outputs outputs.
 struct Algorithm {
     const char *name;
@@ -96,6 +102,7 @@ struct Kernels {
     void (*write)(const float *map, const Map &, int channels, const int size[2], int first_row, int last_row,
                   float *image);
     void (*pool)(const float *map, const Map &, int channels, const int size[2], float *means);
+    void (*max_pool)(const MaxPool &, const float *map, float *out);
     void (*excite)(const Excite &, float *map, const Map &, const int size[2], float *scratch);
 };
 

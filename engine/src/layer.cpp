@@ -17,7 +17,7 @@ void check_channels(const repvgg_layer &spec, const Layer *before, const std::st
         if (n < 1 || n > MOST_CHANNELS) throw std::invalid_argument(where + " has " + std::to_string(n) + " channels");
     };
     check(spec.in_channels);
-    if (spec.op != REPVGG_POOL) check(spec.out_channels);
+    if (spec.op == REPVGG_CONV || spec.op == REPVGG_SQUEEZE_EXCITE) check(spec.out_channels);
     if (!before && spec.op != REPVGG_CONV) throw std::invalid_argument("the first layer is no convolution");
     if (before && spec.in_channels != before->out_channels())
         throw std::invalid_argument(where + " does not fit the one before it");
@@ -31,6 +31,14 @@ void check_conv(const repvgg_layer &spec, const std::string &where) {
     if (spec.groups < 1 || spec.in_channels % spec.groups || spec.out_channels % spec.groups)
         throw std::invalid_argument(where + " has " + std::to_string(spec.groups) +
                                     " groups, which do not divide its channels");
+}
+
+void check_max_pool(const repvgg_layer &spec, const std::string &where) {
+    for (int axis = 0; axis < 2; axis++)
+        if (std::min(spec.kernel[axis], spec.stride[axis]) < 1 || spec.padding[axis] < 0 ||
+            spec.padding[axis] > spec.kernel[axis] / 2 ||
+            std::max(spec.kernel[axis], spec.stride[axis]) > MOST_GEOMETRY)
+            throw std::invalid_argument(where + " is a max-pool that cannot be");
 }
 
 void check_weights(const repvgg_layer &spec, const std::string &where) {
@@ -73,13 +81,15 @@ std::vector<float> padded_bias(const repvgg_layer &spec, const ConvShape &c, int
 
 std::unique_ptr<Layer> make_layer(const repvgg_layer &spec, int index, const Layer *before, const Kernels &kernels) {
     const std::string where = "layer " + std::to_string(index);
-    if (spec.op != REPVGG_CONV && spec.op != REPVGG_POOL && spec.op != REPVGG_SQUEEZE_EXCITE)
+    if (spec.op < REPVGG_CONV || spec.op > REPVGG_MAX_POOL)
         throw std::invalid_argument(where + " has an unknown operator, " + std::to_string(spec.op));
     check_channels(spec, before, where);
     if (spec.op == REPVGG_CONV) check_conv(spec, where);
-    if (spec.op != REPVGG_POOL) check_weights(spec, where);
+    if (spec.op == REPVGG_MAX_POOL) check_max_pool(spec, where);
+    if (spec.op == REPVGG_CONV || spec.op == REPVGG_SQUEEZE_EXCITE) check_weights(spec, where);
     auto layer = std::make_unique<Layer>();
     layer->spec = spec;
+    if (!layer->is_conv()) std::fill(layer->spec.dilation, layer->spec.dilation + 2, 1);
     if (layer->is_conv()) {
         layer->shape = conv_shape(spec, !before || spec.in_channels % kernels.width == 0, kernels);
         layer->bias = padded_bias(spec, layer->shape, kernels.width);
@@ -105,7 +115,7 @@ void output_size(const Layer &layer, int index, const int size[2], int out[2]) {
     const repvgg_layer &spec = layer.spec;
     for (int axis = 0; axis < 2; axis++) {
         out[axis] = spec.op == REPVGG_POOL ? 1 : size[axis];
-        if (!layer.is_conv()) continue;
+        if (!layer.has_windows()) continue;
         const int64_t reach = static_cast<int64_t>(spec.dilation[axis]) * (spec.kernel[axis] - 1);
         const int64_t padded = size[axis] + 2 * static_cast<int64_t>(spec.padding[axis]);
         if (padded <= reach || padded > MOST_SIDE)

@@ -18,6 +18,7 @@ struct Layer {
     std::atomic<int64_t> nanoseconds{0};  // that threads have spent in it
 
     bool is_conv() const { return spec.op == REPVGG_CONV; }
+    bool has_windows() const { return is_conv() || spec.op == REPVGG_MAX_POOL; }
     int out_channels() const { return is_conv() ? spec.out_channels : spec.in_channels; }
 };
 

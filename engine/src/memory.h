@@ -2,7 +2,8 @@
 // which small pages make expensive.
 #pragma once
 
-#ifdef __wasm__
+#if defined(__wasm__) || defined(_WIN32)
+#define REPVGG_ONE_KIND_OF_PAGES
 #include <cstdlib>
 #else
 #include <sys/mman.h>
@@ -17,7 +18,7 @@ class Memory {
   public:
     explicit Memory(int64_t floats) {
         const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-#ifdef __wasm__  // has one kind of pages
+#ifdef REPVGG_ONE_KIND_OF_PAGES
         if (static_cast<uint64_t>(floats) > SIZE_MAX / sizeof(float) - ALIGNMENT) throw std::bad_alloc();
         base_ = std::calloc(bytes + ALIGNMENT, 1);
         if (!base_) throw std::bad_alloc();
@@ -36,7 +37,7 @@ class Memory {
 #endif
     }
     ~Memory() {
-#ifdef __wasm__
+#ifdef REPVGG_ONE_KIND_OF_PAGES
         std::free(base_);
 #else
         munmap(base_, size_);
@@ -48,7 +49,7 @@ class Memory {
     float *floats() const { return floats_; }
 
   private:
-#ifdef __wasm__
+#ifdef REPVGG_ONE_KIND_OF_PAGES
     static constexpr size_t ALIGNMENT = 64;
 #else
     static constexpr size_t HUGE_PAGE = 2 << 20;

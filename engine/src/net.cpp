@@ -11,8 +11,9 @@ namespace repvgg {
 
 namespace {
 
-/// More images than this are taken in parts: they would gain nothing, and take memory.
-constexpr int MOST_IMAGES = 32;
+/// More images than this, or than so many for each thread, are taken in parts: of RepVGG-A0 at 2 threads, 32 at a time
+/// are 2% faster than 8 and take 15 MB more; 4 are 4% slower.
+constexpr int FEW_IMAGES = 8, IMAGES_OF_A_THREAD = 4;
 /// Plans that are kept for sizes of input that may come again.
 constexpr size_t MOST_IDLE = 4;
 constexpr int MOST_SIDE = 1 << 16, MOST_THREADS = 1024, MOST_LAYERS = 1 << 16;
@@ -132,7 +133,8 @@ void Net::run(const repvgg_images &images, float *output) {
     int shape[3];
     output_shape(images.height, images.width, shape);
     if (images.n < 1) refuse("no images");
-    const int size[2] = {images.height, images.width}, parts = static_cast<int>(ceil_div(images.n, MOST_IMAGES));
+    const int size[2] = {images.height, images.width}, most = std::max(FEW_IMAGES, IMAGES_OF_A_THREAD * threads_),
+              parts = static_cast<int>(ceil_div(images.n, most));
     const int64_t pixel_bytes = layers_[0]->spec.in_channels * static_cast<int64_t>(images.bytes ? 1 : sizeof(float));
     const int64_t floats = static_cast<int64_t>(shape[0]) * shape[1] * shape[2];
     Runtime &shared = runtime();
@@ -143,7 +145,7 @@ void Net::run(const repvgg_images &images, float *output) {
         some.data = static_cast<const char *>(images.data) + first * pixel_bytes * size[0] * size[1];
         int choice;
         auto plan = take_plan(shared, some.n, size, choice);
-        plan->run(*shared.pool, some, output + first * floats);
+        plan->run(*shared.pool, some, output + first * floats, profiled_.load());
         Lock lock(shared.mutex);
         if (choice != choices_) continue;
         shared.idle.push_back(std::move(plan));
@@ -152,6 +154,7 @@ void Net::run(const repvgg_images &images, float *output) {
 }
 
 void Net::profile(double *seconds) {
+    profiled_ = true;
     for (size_t i = 0; i < layers_.size(); i++)
         seconds[i] = static_cast<double>(layers_[i]->nanoseconds.exchange(0)) * 1e-9;
 }

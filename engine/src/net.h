@@ -49,6 +49,7 @@ class Net {
     std::vector<std::shared_ptr<Weights>>
         weights_;      // of each layer, by the algorithm that was chosen last; packed when they are wanted
     int choices_ = 0;  // made so far: plans of earlier ones are not used again
+    std::atomic<bool> profiled_{false};  // from the first question on
     std::atomic<Runtime *> runtime_{nullptr};
 };
 

@@ -3,12 +3,7 @@
 #include <cstring>
 
 #include "api.h"
-
-#if defined(__linux__)
-#include <sched.h>
-#elif !defined(__wasm__)
-#include <thread>
-#endif
+#include "machine.h"
 
 using repvgg::guarded;
 using repvgg::refuse;
@@ -17,17 +12,6 @@ namespace {
 
 /// Without a plan: by F2 from so many channels on, which keeps the error within twice that of direct convolutions.
 constexpr int ENOUGH_CHANNELS = 16;
-
-int processors() {
-#if defined(__linux__)
-    cpu_set_t allowed;
-    return sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? std::max(1, CPU_COUNT(&allowed)) : 1;
-#elif defined(__wasm__)
-    return 1;
-#else
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-#endif
-}
 
 /// A caller's struct, which may be of an older or a newer header than this library's: what it has beyond ours must be
 /// zero, what it lacks is.
@@ -89,7 +73,7 @@ repvgg_net *opened(std::unique_ptr<repvgg_model> model, const repvgg_open_option
             std::find_if(layers.begin(), layers.end(), [](const repvgg_layer &l) { return l.op == REPVGG_POOL; }),
             layers.end());
     repvgg_options options{};
-    options.threads = wanted.threads ? wanted.threads : processors();
+    options.threads = wanted.threads ? wanted.threads : repvgg::available_threads("");
     options.pin = wanted.pin, options.isa = wanted.isa;
     repvgg::PlanWords plan;
     const bool planned = wanted.plan || wanted.plan_text;

@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
@@ -30,6 +32,18 @@ std::vector<int> tile_origins(int size, int dilation, int outputs) {
     for (int phase = 0; phase < std::min(dilation, size); phase++)
         for (int first = phase; first < size; first += outputs * dilation) origins.push_back(first);
     return origins;
+}
+
+/// Nanoseconds that this thread has computed, where the system counts them: what others take of its processor is not
+/// its layers' cost.
+int64_t own_time() {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+    timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<int64_t>(now.tv_sec) * 1000000000 + now.tv_nsec;
+#else
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+#endif
 }
 
 int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -205,10 +219,16 @@ float *Plan::inside(const Tensor &tensor, int slot, int image) const {
     return corner(tensor, slot, image) + tensor.border[0] * tensor.map.row + tensor.border[1] * tensor.map.pixel;
 }
 
-/// image: the one at hand where the step is local, otherwise 0.
 void Plan::run_item(const Step &step, int item, int slot, int image) {
-    const auto start = std::chrono::steady_clock::now();
-    Layer &layer = *layers_[step.layer];
+    if (!profiled_) return compute(step, item, slot, image);
+    const int64_t start = own_time();
+    compute(step, item, slot, image);
+    layers_[step.layer]->nanoseconds += own_time() - start;
+}
+
+/// image: the one at hand where the step is local, otherwise 0.
+void Plan::compute(const Step &step, int item, int slot, int image) {
+    const Layer &layer = *layers_[step.layer];
     const Tensor &in = tensors_[step.in], &out = tensors_[step.out];
     float *scratch = memory_->floats() + slot_offset_ + slot * slot_floats_ + scratch_offset_;
     if (layer.is_conv()) {
@@ -223,12 +243,22 @@ void Plan::run_item(const Step &step, int item, int slot, int image) {
         step.algorithm->run(step.conv, piece);
     } else if (layer.spec.op == REPVGG_POOL) {
         kernels_.pool(inside(in, slot, image + item), in.map, in.channels, in.size, inside(out, slot, image + item));
+    } else if (layer.spec.op == REPVGG_MAX_POOL) {
+        const repvgg_layer &s = layer.spec;
+        const MaxPool pool{in.channels,
+                           {s.kernel[0], s.kernel[1]},
+                           {s.stride[0], s.stride[1]},
+                           {s.padding[0], s.padding[1]},
+                           {in.size[0], in.size[1]},
+                           {out.size[0], out.size[1]},
+                           in.map,
+                           out.map};
+        kernels_.max_pool(pool, inside(in, slot, image + item), inside(out, slot, image + item));
     } else {
         const repvgg_layer &s = layer.spec;
         const Excite excite{s.in_channels, s.out_channels, s.relu != 0, s.weight, s.bias, s.weight2, s.bias2};
         kernels_.excite(excite, inside(in, slot, image + item), in.map, in.size, scratch);
     }
-    layer.nanoseconds += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
 }
 
 void Plan::read(const repvgg_images &images, int image, int band, int bands, int slot) {
@@ -244,7 +274,8 @@ void Plan::read(const repvgg_images &images, int image, int band, int bands, int
                              to);
 }
 
-void Plan::run(Pool &pool, const repvgg_images &images, float *output) {
+void Plan::run(Pool &pool, const repvgg_images &images, float *output, bool profiled) {
+    profiled_ = profiled;
     const int bands = std::min(8, tensors_[0].size[0]);
     if (local_steps_ > 0)
         pool.run(n_, [&](int image, int slot) {

@@ -24,8 +24,8 @@ class Plan {
     Plan(const Kernels &kernels, std::vector<std::unique_ptr<Layer>> &layers,
          std::vector<std::shared_ptr<Weights>> weights, int n, const int size[2], int threads);
 
-    /// Not by two threads at once.
-    void run(Pool &pool, const repvgg_images &images, float *output);
+    /// Not by two threads at once. profiled: note in each layer what it took.
+    void run(Pool &pool, const repvgg_images &images, float *output, bool profiled);
 
     bool fits(int n, int height, int width) const {
         return n == n_ && height == tensors_[0].size[0] && width == tensors_[0].size[1];
@@ -64,6 +64,7 @@ class Plan {
     int64_t layout(bool local);
     int items(const Step &step) const;
     void run_item(const Step &step, int item, int slot, int image);
+    void compute(const Step &step, int item, int slot, int image);
     void read(const repvgg_images &images, int image, int band, int bands, int slot);
     void write(Pool &pool, float *output);
     float *corner(const Tensor &tensor, int slot, int image) const;
@@ -73,6 +74,7 @@ class Plan {
     std::vector<std::unique_ptr<Layer>> &layers_;
     std::vector<std::shared_ptr<Weights>> weights_;
     int n_, local_steps_ = 0;
+    bool profiled_ = false;
     std::vector<Tensor> tensors_;
     std::vector<Step> steps_;
     int64_t slot_offset_, slot_floats_, scratch_offset_;

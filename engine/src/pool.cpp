@@ -1,7 +1,11 @@
 #include "pool.h"
 
+#ifndef _WIN32
 #include <pthread.h>
+#endif
+#ifdef __linux__
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -27,7 +31,7 @@ bool wait_for(Condition condition, std::chrono::nanoseconds patience) {
     }
     const auto start = std::chrono::steady_clock::now();
     while (!condition()) {
-        sched_yield();
+        std::this_thread::yield();
         if (std::chrono::steady_clock::now() - start > patience) return false;
     }
     return true;
@@ -71,10 +75,12 @@ std::vector<Shared> &shared_pools() {
 }  // namespace
 
 int Pool::forks() {
+#ifndef _WIN32
     // The list's lock is held over a fork, so that no other thread's half-done change is copied.
     static const int registered = pthread_atfork([] { shared_mutex.lock(); }, [] { shared_mutex.unlock(); },
                                                  [] { forks_so_far++, shared_mutex.unlock(); });
     (void)registered;
+#endif
     return forks_so_far.load();
 }
 

@@ -19,9 +19,10 @@ extern "C" {
 
 #define REPVGG_API __attribute__((visibility("default")))
 
-enum { REPVGG_CONV = 0, REPVGG_SQUEEZE_EXCITE = 1, REPVGG_POOL = 2 };
+enum { REPVGG_CONV = 0, REPVGG_SQUEEZE_EXCITE = 1, REPVGG_POOL = 2, REPVGG_MAX_POOL = 3 };
 
-/* One operator. A linear layer is a 1x1 convolution after the pool. float32, contiguous, in PyTorch's order. */
+/* One operator. A linear layer is a 1x1 convolution after the pool; a max-pool has channels, kernel, stride, padding.
+ * float32, contiguous, in PyTorch's order. */
 typedef struct {
     int32_t op;
     int32_t in_channels, out_channels; /* squeeze_excite: channels, and those of its hidden layer */
@@ -92,7 +93,7 @@ typedef struct {
     const char *plan;      /* the path of a plan (python -m repvgg_engine plan FILE), by which each layer is computed */
     const char *plan_text; /* or the plan itself */
     const char *isa;       /* as in repvgg_options; a plan has its own */
-    int32_t threads;       /* 0: as many as there are processors for this process */
+    int32_t threads;       /* 0: repvgg_available_threads */
     int32_t pin;
     int32_t features; /* the last feature map instead of logits */
 } repvgg_open_options;
@@ -134,12 +135,17 @@ REPVGG_API const char *repvgg_isa(const repvgg_net *net);
 REPVGG_API const char *repvgg_algorithm(const repvgg_net *net, int32_t layer, int32_t i);
 REPVGG_API int64_t repvgg_weight_bytes(const repvgg_net *net, int32_t layer, const char *algorithm);
 
-/* Seconds that threads have spent in each layer since the last call of this function. */
+/* Seconds that threads have computed in each layer since the last call of this function; none before the first. */
 REPVGG_API void repvgg_profile(repvgg_net *net, double *seconds);
 
 /* Instruction sets that this processor has, best first, separated by spaces; "bf16" among them where it multiplies
  * bfloat16. */
 REPVGG_API const char *repvgg_instruction_sets(void);
+
+/* How many threads can compute at once: processors of this process, no more than its container's quota of time. And
+ * bytes of memory: the machine's, or the container's limit. root: NULL; or a folder in place of /, for tests. */
+REPVGG_API int32_t repvgg_available_threads(const char *root);
+REPVGG_API int64_t repvgg_available_memory(const char *root);
 
 #ifdef __cplusplus
 }

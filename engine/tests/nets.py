@@ -52,12 +52,13 @@ def model_file(path: Path, layers: list[Layer], **changes: Any) -> Path:
             pooled = True
             specs.append({"op": "global_avg_pool"})
             continue
-        spec: dict[str, Any] = {"activation": "relu" if layer.relu else None}
+        spec: dict[str, Any] = {"activation": "relu" if isinstance(layer, Conv | SqueezeExcite) and layer.relu else None}
         if isinstance(layer, SqueezeExcite):
             spec |= {"op": "squeeze_excite", "channels": len(layer.expand), "path": f"l{i}"}
             tensors |= {f"l{i}.reduce.weight": layer.reduce[..., None, None], f"l{i}.reduce.bias": layer.reduce_bias}
             tensors |= {f"l{i}.expand.weight": layer.expand[..., None, None], f"l{i}.expand.bias": layer.expand_bias}
         else:
+            assert isinstance(layer, Conv)  # files hold no others
             spec |= {"weight": f"l{i}.weight", "bias": f"l{i}.bias"}
             tensors |= {f"l{i}.weight": layer.weight[:, :, 0, 0] if pooled else layer.weight, f"l{i}.bias": layer.bias}
             if pooled:

@@ -1,6 +1,8 @@
 """What containers allow, for both versions of cgroups; and processors told apart."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,16 +10,19 @@ import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
+import repvgg_engine
 from repvgg_engine import machine
 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tree of our own in place of /sys/fs/cgroup, and 8 processors."""
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    """A tree of our own in place of /proc and /sys."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     return tmp_path
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def put(path: Path, text: str) -> None:
@@ -26,29 +31,60 @@ def put(path: Path, text: str) -> None:
 
 
 def test_without_groups(groups: Path) -> None:
-    assert machine.available_threads() == 8
+    assert machine.available_threads() == processors()
     assert machine.available_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@pytest.mark.parametrize(("quota", "threads"), [("max 100000", 8), ("100000 100000", 1), ("250000 100000", 2), ("50000 100000", 1)])
+@pytest.mark.parametrize(
+    ("quota", "threads"), [("max 100000", 99), ("100000 100000", 1), ("250000 100000", 2), ("50000 100000", 1)]
+)
 def test_version_2(groups: Path, quota: str, threads: int) -> None:
     """The least of all groups up to the root counts."""
-    put(groups / "own", "0::/service/worker\n")
-    put(groups / "cgroup/service/cpu.max", quota)
-    put(groups / "cgroup/service/worker/cpu.max", "max 100000")
-    put(groups / "cgroup/service/memory.max", "max")
-    put(groups / "cgroup/service/worker/memory.max", str(64 << 20))
-    assert machine.available_threads() == threads
+    put(groups / "proc/self/cgroup", "0::/service/worker\n")
+    put(groups / "sys/fs/cgroup/service/cpu.max", quota)
+    put(groups / "sys/fs/cgroup/service/worker/cpu.max", "max 100000")
+    put(groups / "sys/fs/cgroup/service/memory.max", "max")
+    put(groups / "sys/fs/cgroup/service/worker/memory.max", str(64 << 20))
+    assert machine.available_threads() == min(threads, processors())
     assert machine.available_memory() == 64 << 20
 
 
-@pytest.mark.parametrize(("quota", "threads"), [("-1", 8), ("100000", 1), ("300000", 3)])
+def threads_in(words: list[str]) -> int:
+    """What a process started by these words takes by default."""
+    script = "from repvgg_engine.machine import available_threads; print(available_threads())"
+    folder = str(Path(repvgg_engine.__file__).parent.parent)
+    done = subprocess.run([*words, sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=folder)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset here")
+def test_on_one_processor() -> None:
+    first = min(os.sched_getaffinity(0))
+    assert threads_in(["taskset", "-c", str(first)]) == 1
+
+
+def test_in_a_container() -> None:
+    """A real group, where this process may make one: by default as many threads as it has time for."""
+    group, period = Path(f"/sys/fs/cgroup/cpu/repvgg-{os.getpid()}"), 100000
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("groups of version 1 cannot be made here")
+    try:
+        for quota, threads in ((period, 1), (period * 3 // 2, 1), (period * 64, processors())):
+            (group / "cpu.cfs_quota_us").write_text(str(quota))
+            assert threads_in(["sh", "-c", f'echo $$ > {group}/tasks; exec "$@"', "sh"]) == threads
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("-1", 99), ("100000", 1), ("300000", 3)])
 def test_version_1(groups: Path, quota: str, threads: int) -> None:
-    put(groups / "own", "3:cpu,cpuacct:/box\n2:memory:/box\n")
-    put(groups / "cgroup/cpu,cpuacct/box/cpu.cfs_quota_us", quota)
-    put(groups / "cgroup/cpu,cpuacct/box/cpu.cfs_period_us", "100000")
-    put(groups / "cgroup/memory/box/memory.limit_in_bytes", str(128 << 20))
-    assert machine.available_threads() == threads
+    put(groups / "proc/self/cgroup", "3:cpu,cpuacct:/box\n2:memory:/box\n")
+    put(groups / "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_quota_us", quota)
+    put(groups / "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_period_us", "100000")
+    put(groups / "sys/fs/cgroup/memory/box/memory.limit_in_bytes", str(128 << 20))
+    assert machine.available_threads() == min(threads, processors())
     assert machine.available_memory() == 128 << 20
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 import repvgg_engine
 from nets import PREPROCESSING, conv, images, model_file, plain_net
 from repvgg_engine import EngineError, Net, instruction_sets, load, reference
-from repvgg_engine.layers import Layer, Pool
+from repvgg_engine.layers import Layer, MaxPool, Pool
 
 # Times what float32's rounding alone does on this machine.
 DIRECT, WINOGRAD = 4, 20
@@ -36,6 +36,20 @@ def test_all_operators(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = plain_net()
     x = images(5)
     assert relative(Net(layers)(x), reference.run(layers, x)) < DIRECT * own_rounding(layers, x)
+
+
+@pytest.mark.parametrize("isa", [name for name in instruction_sets() if name != "bf16"])
+def test_max_pools(isa: str) -> None:
+    """As a VGG has them, and with padding, which counts as nothing; NaN stays."""
+    random = np.random.default_rng(0)
+    layers: list[Layer] = [conv(random, 3, 20, padding=(1, 1), relu=True), MaxPool(20, (2, 2), (2, 2))]
+    layers += [conv(random, 20, 24), MaxPool(24, (3, 2), (2, 1), (1, 0)), conv(random, 24, 5, padding=(1, 1))]
+    for threads, x in ((1, images(1)), (2, images(4, size=(17, 23)))):
+        net = Net(layers, threads=threads, isa=isa)
+        assert relative(net(x), reference.run(layers, x)) < DIRECT * own_rounding(layers, x)
+    x[0, 0, 3, 3] = np.nan
+    assert np.isnan(net(x)[0]).any()
+    assert not np.isnan(net(x)[1:]).any()
 
 
 def test_feature_maps_of_any_size() -> None:
@@ -202,6 +216,8 @@ def test_nets_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         ([conv(random, 3, 4), conv(random, 5, 4)], "layer 1 does not fit"),
         ([conv(random, 3, 4), Pool(3)], "layer 1 does not fit"),
         ([conv(random, 3, 4, stride=(0, 1))], "layer 0 is a convolution that cannot be"),
+        ([conv(random, 3, 4), MaxPool(4, (2, 2), (2, 0))], "layer 1 is a max-pool that cannot be"),
+        ([conv(random, 3, 4), MaxPool(4, (2, 2), (2, 2), (2, 0))], "layer 1 is a max-pool that cannot be"),
     ]
     for layers, reason in bad:
         with pytest.raises(EngineError, match=reason):

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 from nets import conv, images, model_file, plain_net
-from repvgg_engine import Net, load, plan, reference, tune
-from repvgg_engine.costs import macs
+from repvgg_engine import Net, load, plan, reference, speed, tune
+from repvgg_engine.costs import estimated_cost, macs
 from repvgg_engine.tune import Option, choose
 
 
@@ -58,8 +58,8 @@ def deep_net(layers: int = 12, channels: int = 64) -> list[Any]:
 
 def test_one_layer_of_each_kind_is_timed() -> None:
     net = Net(deep_net())
-    contenders = [tune.worth_timing(net, i, size, 1 << 30) for i, size in enumerate(tune._sizes(net, (64, 64)))]
-    kept, kind = tune.one_of_each(net, contenders)
+    contenders = [speed.worth_timing(net, i, size, 1 << 30) for i, size in enumerate(speed.sizes_of_layers(net.layers, (64, 64)))]
+    kept, kind = speed.one_of_each(net, contenders)
     assert len(kept) == 2
     assert kind == [0] + [1] * 12
     assert kept == net.layers[:2]
@@ -80,9 +80,43 @@ def test_little_is_computed_before_the_first_call(tmp_path: Path, monkeypatch: p
     for side in (224, 8192):
         given = {"input_size": [3, side, side], "resize": side, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [1] * 3}
         load(model_file(path, deep_net(), preprocessing=given), threads=2).prepare()
-        assert 0 < max(computed) <= tune.MANY * tune.MOST_TIMED_MACS
+        assert 0 < max(computed) <= speed.MANY * speed.MOST_TIMED_MACS
         assert sum(computed) < 6e11  # some seconds
         computed.clear()
+
+
+@pytest.mark.parametrize("accuracy", ["high", "fast"])
+def test_without_time_the_guess_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: str) -> None:
+    """One algorithm of each layer is timed, no layer is watched, one check of the whole net is made: it is within the budget."""
+    path, runs = model_file(tmp_path / "net.safetensors", deep_net(channels=32)), list[int]()
+    run = Net.run
+
+    def counted(net: Net, x: np.ndarray) -> np.ndarray:
+        runs.append(len(x))
+        return run(net, x)
+
+    monkeypatch.setattr(Net, "run", counted)
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    monkeypatch.setattr(tune, "SECONDS", 0)
+    net = load(path, accuracy=accuracy)
+    net.prepare()
+    assert len(runs) == speed.REPEATS_OF_ONE + speed.REPEATS + 2 * 2  # the last: direct, and the choice, on two kinds of images
+    assert {"F2", "F4", "F5", "F6", "F7"} & set(net.chosen)
+    x = tune.calibration_images(net)
+    wanted, exact = reference.run(net.layers, x), load(path, accuracy="exact")
+    limit = tune.TIMES_DIRECT["fp32", accuracy] * reference.error(exact(x), wanted)
+    assert reference.error(net(x), wanted) <= max(limit, tune.FAST if accuracy == "fast" else 0)
+
+
+def test_what_there_was_no_time_for_counts_as_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    net = Net(deep_net())
+    of_layer = speed.measure_speed(net, 1 << 30)[6]
+    assert of_layer.keys() == set(speed.worth_timing(net, 6, speed.sizes_of_layers(net.layers, (224, 224))[6], 1 << 30))
+    best = min(of_layer, key=lambda name: of_layer[name])
+    guesses = {name: estimated_cost(net.layers[6], (112, 112), name, 1, net.isa) for name in of_layer}  # type: ignore[arg-type]
+    assert best != "direct"
+    assert of_layer["direct"] / of_layer[best] == pytest.approx(guesses["direct"] / guesses[best], rel=0.2)
 
 
 def test_choices_are_remembered(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +132,8 @@ def test_speed_is_measured_once_for_all_accuracies(tmp_path: Path, folder: Path,
     path = model_file(tmp_path / "net.safetensors", plain_net())
     wanted = load(path)(images())
     (speeds,) = folder.glob("*.speeds")
-    measure = tune.measure_speed
-    monkeypatch.setattr(tune, "measure_speed", None)  # would fail if it were called
+    measure = speed.measure_speed
+    monkeypatch.setattr(speed, "measure_speed", None)  # would fail if it were called
     assert np.allclose(load(path, accuracy="fast")(images()), wanted, atol=1e-3)
     for text in ("", "[]", "{}", "[[]]", '[{"F3": 1}]', "[" * 100_000):
         speeds.write_text(text)
@@ -107,7 +141,7 @@ def test_speed_is_measured_once_for_all_accuracies(tmp_path: Path, folder: Path,
             plan_file.unlink()
         with pytest.raises(TypeError):
             load(path)(images())
-    monkeypatch.setattr(tune, "measure_speed", measure)
+    monkeypatch.setattr(speed, "measure_speed", measure)
     assert np.allclose(load(path)(images()), wanted, atol=1e-4)
     assert len(json.loads(speeds.read_text())) == len(plain_net())
 

@@ -1,7 +1,12 @@
 """completion.py: what bash itself completes; and the words that make the command louder or quieter."""
 
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +40,35 @@ def test_bash_completes(typed: list[str], offered: list[str], completion: Path) 
     code = f'source {completion}; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _repvgg; printf "%s\\n" "${{COMPREPLY[@]}}"'
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == offered
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
+@pytest.mark.parametrize(("typed", "completed"), [("repvgg tra", "repvgg train"), ("repvgg train --image", "--image-size")])
+def test_zsh_completes(typed: str, completed: str, tmp_path: Path, capsys: Captured) -> None:
+    """At a prompt, as a person types it."""
+    assert repvgg("--print-completion", "zsh") == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.execvp("zsh", ["zsh", "-f", "-i"])
+    os.write(terminal, f"autoload -Uz compinit && compinit -u -D && source {tmp_path}/completion && echo rea''dy\n".encode())
+    try:
+        assert "ready" in _shown(terminal, "ready")
+        os.write(terminal, f"{typed}\t".encode())
+        assert completed in _shown(terminal, completed)
+    finally:
+        os.kill(shell, signal.SIGKILL)
+        os.waitpid(shell, 0)
+        os.close(terminal)
+
+
+def _shown(terminal: int, wanted: str) -> str:
+    """Return what a terminal shows until the wanted word is in it, or for a while."""
+    shown, end = b"", time.monotonic() + 60
+    while wanted.encode() not in shown and time.monotonic() < end:
+        if select.select([terminal], [], [], 1)[0]:
+            shown += os.read(terminal, 65536)
+    return shown.decode(errors="replace")
 
 
 def test_zsh_reads_the_same_and_others_do_not(capsys: Captured) -> None:

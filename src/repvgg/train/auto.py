@@ -31,10 +31,10 @@ LARGE = 200_000  # images: what the paper's recipe is for
 SMALL = 64  # pixels: images that are shifted, not cropped
 SIZES = (224, 192, 160, 128, 112, 96)
 LOOKED_AT = 16  # images
-TRIAL = 8  # images of a step that is timed
+TRIAL = 16  # images of a step that is timed
 EVALUATION = 1 / 3  # time of an image in evaluation, of that in training
 # Epochs for which smaller images are put up with, from new weights and from trained ones: few images must be seen often.
-ENOUGH = {False: 80, True: 8}
+ENOUGH = {False: 60, True: 8}
 # Images a step, by the least number of images to train on.
 BATCHES = ((0, 32), (5_000, 64), (20_000, 128), (LARGE, 256))
 

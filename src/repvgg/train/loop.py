@@ -51,7 +51,7 @@ def train(
     processes call this alike. Raises ValueError before any work if the settings do not fit, FloatingPointError if the loss is no
     number, `StoppedError` when a signal asked for the end and the state is saved.
     """
-    refuse(source, out)
+    refuse(source, Path(out))
     with joined(device) as world:
         log = log if world.main else _silent
         task = task_of(source)
@@ -85,11 +85,11 @@ def train(
         return Session(trainer, feed, source, settings, out, keeping, log).run()
 
 
-def refuse(source: Source, out: str | Path) -> None:
+def refuse(source: Source, out: Path) -> None:
     """Raise ValueError for images, or a run folder, of which no training can come."""
     if len(source.classes) < 2:
         raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
-    if Path(out).exists() and not Path(out).is_dir():
+    if out.exists() and not out.is_dir():
         raise FileError(f"{out}: cannot be a run folder (it is a file)")
     if len(first := next(iter(Path(out).parts), "")) > 2 and first.endswith(":"):
         raise ValueError(f"--out {out}: a run is in a folder, which --mirror copies to an object store")

@@ -15,6 +15,7 @@ from repvgg_engine.loader import build as build_net
 from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Options
+from repvgg.deploy.engines.chain import chain
 from repvgg.models.plain import layer_list
 from repvgg.models.pspnet import STRIDE, PSPNet
 
@@ -38,7 +39,9 @@ def to_net(model: nn.Module, options: Options, accuracy: str = "high") -> Net:
     _, height, width = options.input_size
     channels = options.input_size[0]
     preprocessing = Preprocessing(height, width, min(height, width), "bilinear", (0.0,) * channels, (1.0,) * channels)
-    return build_net(_layers(model), preprocessing, precision=options.precision, accuracy=accuracy, threads=options.threads)
+    return build_net(
+        _layers(model, options.input_size), preprocessing, precision=options.precision, accuracy=accuracy, threads=options.threads
+    )
 
 
 class NativeModule(nn.Module):
@@ -73,28 +76,11 @@ class _Backbone(NativeModule):
         return [super().forward(images)] * 2  # the first is for the auxiliary head, which deploy forms do not have
 
 
-def _sequence(model: nn.Sequential) -> list[Layer] | None:
-    """Convolutions with ReLU or without; None for any other."""
-    layers: list[Conv] = []
-    for module in model:
-        if isinstance(module, nn.ReLU) and layers:
-            layers[-1] = replace(layers[-1], relu=True)
-        elif isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
-            weight = module.weight.detach().cpu().float().numpy().copy()
-            bias = np.zeros(len(weight), np.float32) if module.bias is None else module.bias.detach().cpu().float().numpy().copy()
-            layers.append(Conv(weight, bias, module.stride, module.padding, module.dilation, module.groups, False))  # type: ignore[arg-type]
-        else:
-            return None
-    return list(layers)
-
-
-def _layers(model: nn.Module) -> list[Layer]:
-    if isinstance(model, nn.Conv2d):
-        model = nn.Sequential(model)
-    if isinstance(model, nn.Sequential) and (found := _sequence(model)):
-        return found
+def _layers(model: nn.Module, input_size: tuple[int, int, int]) -> list[Layer]:
     listed = layer_list(model)
     if listed is None:
+        if found := chain(model, input_size):
+            return found
         raise ValueError(
             f"the engine native runs plain networks in deploy form, and {type(model).__name__} is none:"
             " fold a RepVGG first (repvgg.reparameterize), or use another engine"

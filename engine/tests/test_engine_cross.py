@@ -1,0 +1,63 @@
+"""The engine built for systems that are not here, by zig's cross compilers: whole for macOS and aarch64, and compiled where `long`
+has 32 bits. None of it is run."""
+
+import shutil
+import stat
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ENGINE = Path(__file__).parent.parent
+# Files that ask the system for more than Windows has by the same names.
+NOT_ON_WINDOWS = ("source.cpp", "alone.cpp")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ziglang") is None, reason="needs pip install ziglang"),
+]
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A compiler for the test's target."""
+    script = tmp_path / "c++"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang c++ -target {request.param} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+def sh(*words: str | Path) -> str:
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("compiler", "system", "processor", "library", "magic"),
+    [
+        ("aarch64-macos", "Darwin", "arm64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),  # Mach-O, 64 bits, ARM
+        ("x86_64-macos", "Darwin", "x86_64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x07\x00\x00\x01"),
+        ("aarch64-linux-gnu", "Linux", "aarch64", "librepvgg_engine.so", b"\x7fELF\x02\x01"),
+    ],
+    indirect=["compiler"],
+)
+def test_the_library_builds(compiler: Path, tmp_path: Path, system: str, processor: str, library: str, magic: bytes) -> None:
+    if not shutil.which("cmake"):
+        pytest.skip("needs cmake")
+    cross = [f"-DCMAKE_SYSTEM_NAME={system}", f"-DCMAKE_SYSTEM_PROCESSOR={processor}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    cross += ["-DCMAKE_INSTALL_NAME_TOOL=true", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    sh("cmake", "-S", ENGINE, "-B", tmp_path / "build", *cross)
+    sh("cmake", "--build", tmp_path / "build", "--parallel", "2")
+    assert (tmp_path / "build" / library).read_bytes().startswith(magic)
+
+
+@pytest.mark.parametrize("compiler", ["x86_64-windows-gnu"], indirect=True)
+def test_a_long_of_32_bits(compiler: Path, tmp_path: Path) -> None:
+    """No size is lost in one; WebAssembly, where pointers have 32 bits too, is built and run by test_engine_wasm.py."""
+    sources = [path for path in (ENGINE / "src").glob("*.cpp") if path.name not in NOT_ON_WINDOWS]
+    words = ["-std=gnu++17", "-fsyntax-only", "-DREPVGG_ISA=portable", "-DREPVGG_SET=portable", "-Wno-psabi"]
+    for path in sources:
+        sh(compiler, *words, "-Wall", "-Wextra", "-Wshorten-64-to-32", "-Werror", path)

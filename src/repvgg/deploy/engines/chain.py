@@ -1,0 +1,118 @@
+"""Any network that is one chain of convolutions, ReLUs, poolings and linear layers, as layers of the native engine.
+
+    layers = chain(reparameterize(vgg16_bn.eval()), (3, 224, 224))     # or a Sequential of one's own; None for what branches
+
+The network is read as a graph (torch.export), so it matters what its forward does, not how it is written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from repvgg_engine.layers import Conv, Layer, MaxPool, Pool
+from torch import Tensor, fx, nn
+
+from repvgg.deploy.engines import Signature
+from repvgg.deploy.engines.graph import trace
+
+ATEN = torch.ops.aten
+NOTHING = (ATEN.dropout.default, ATEN.clone.default, ATEN.contiguous.default, ATEN.alias.default)  # in eval mode
+RESHAPES = (ATEN.flatten.using_ints, ATEN.view.default, ATEN.reshape.default, ATEN.squeeze.dims)
+
+
+def chain(model: nn.Module, input_size: tuple[int, int, int]) -> list[Layer] | None:
+    """Return the layers of a network for images of that size; None where it is no such chain."""
+    try:
+        program = trace(model, Signature(input_size))
+    except ValueError:
+        return None
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    chained = _Chain({node: program.state_dict[names[node]] for node in names if names[node] in program.state_dict})
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in signature.user_inputs:
+            chained.last, chained.map = node, _shape(node)
+        elif node.op == "call_function" and not (node.args[0] is chained.last and chained.takes(node)):
+            return None
+    return chained.whole() if program.graph.output_node().args[0] == (chained.last,) else None
+
+
+class _Chain:
+    """Layers so far, and the node that they compute."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.layers: list[Layer] = []
+        self.last: fx.Node | None = None
+        self.map: tuple[int, ...] = ()  # channels, height and width of the last map
+
+    def takes(self, node: fx.Node) -> bool:
+        """Append what a node does; False where that is none of the engine's layers."""
+        if not (node.target in NOTHING or self._layer(node, *node.args[1:]) or self._pooled(node, *node.args[1:])):
+            return False
+        self.last = node
+        self.map = _shape(node) if len(_shape(node)) == 3 else self.map
+        return True
+
+    def whole(self) -> list[Layer] | None:
+        """Return the layers; logits are of a pooled map, be it of one pixel."""
+        if not self.layers or self.last is None:
+            return None
+        pooled = any(isinstance(layer, Pool) for layer in self.layers)
+        if len(_shape(self.last)) == 1 and not pooled:
+            return [*self.layers, Pool(_shape(self.last)[0])]
+        return self.layers if len(_shape(self.last)) == 1 or not pooled else None
+
+    def _layer(self, node: fx.Node, *words: Any) -> bool:
+        """Take a convolution, a linear layer or a ReLU."""
+        if node.target is ATEN.conv2d.default:
+            stride, padding, dilation, groups = _completed(words[2:], [1, 1], [0, 0], [1, 1], 1)
+            self._append(self._numbers(words[0]), words[1:], _pair(stride), _pair(padding), _pair(dilation), groups)
+        elif node.target is ATEN.linear.default and node.meta["val"].ndim == 2:
+            weight = self._numbers(words[0])
+            pixels = weight.shape[1] // self.map[0]  # of the map that was flattened, or 1
+            self._append(weight.reshape(len(weight), self.map[0], *(self.map[1:] if pixels > 1 else (1, 1))), words[1:])
+            self.map = (len(weight), 1, 1)
+        elif node.target in (ATEN.relu.default, ATEN.relu_.default) and self.layers and isinstance(self.layers[-1], Conv):
+            self.layers[-1] = replace(self.layers[-1], relu=True)
+        else:
+            return False
+        return True
+
+    def _pooled(self, node: fx.Node, *words: Any) -> bool:
+        """Take a pooling, or a reshape of a map to a vector."""
+        if node.target is ATEN.max_pool2d.default:
+            kernel, stride, padding, dilation, ceil = _completed(words, None, [], [0, 0], [1, 1], False)
+            self.layers.append(MaxPool(self.map[0], _pair(kernel), _pair(stride or kernel), _pair(padding)))
+            return _pair(dilation) == (1, 1) and not ceil
+        if node.target in (ATEN.adaptive_avg_pool2d.default, ATEN.mean.dim):
+            if _shape(node) == self.map:  # a mean over one pixel
+                return node.target is ATEN.adaptive_avg_pool2d.default
+            self.layers.append(Pool(self.map[0]))
+            self.map = (self.map[0], 1, 1)
+            return _shape(node) in (self.map, self.map[:1])
+        return node.target in RESHAPES and _shape(node) == (int(np.prod(self.map)),)
+
+    def _append(self, weight: Any, biases: tuple[Any, ...], *geometry: Any) -> None:
+        bias = self._numbers(biases[0]) if biases and biases[0] is not None else np.zeros(len(weight), np.float32)
+        self.layers.append(Conv(weight, bias, *geometry))
+
+    def _numbers(self, node: fx.Node) -> Any:
+        return np.ascontiguousarray(self.tensors[node.name].detach().numpy())
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of one image's value."""
+    return tuple(map(int, node.meta["val"].shape[1:]))
+
+
+def _completed(words: Sequence[Any], *defaults: Any) -> list[Any]:
+    """Return an operator's arguments, with the defaults of those that are left out."""
+    return [*words, *defaults[len(words) :]]
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, *rest = values if isinstance(values, list | tuple) else [values]
+    return int(first), int(rest[0] if rest else first)

@@ -1,0 +1,94 @@
+"""Networks that are one chain, as layers of the native engine."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize, relative_error
+from rounding import ENGINES, rounding
+from torch import nn
+
+import repvgg
+
+pytest.importorskip("repvgg_engine", exc_type=ImportError)
+
+from repvgg_engine.layers import Conv, MaxPool, Pool
+
+from repvgg.deploy import engines
+from repvgg.deploy.engines import Options
+from repvgg.deploy.engines.chain import chain
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path))
+
+
+class Flattened(nn.Module):
+    """torchvision's kind of VGG: max-pools, an adaptive pool that does nothing, linear layers on the flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(3, 20, 3, padding=1), nn.BatchNorm2d(20), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        convs += [nn.Conv2d(20, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
+        self.features = nn.Sequential(*convs)
+        self.pool = nn.AdaptiveAvgPool2d((7, 7))
+        self.classifier = nn.Sequential(nn.Linear(24 * 49, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+        return logits
+
+
+def timms() -> nn.Module:
+    """timm's VGG with batch norm, of few layers."""
+    from timm.models.vgg import VGG
+
+    net: nn.Module = VGG((8, "M", 16, 16, "M"), num_classes=5, norm_layer=nn.BatchNorm2d)
+    net.pre_logits.fc1 = nn.Conv2d(16, 40, 7)  # type: ignore[union-attr]
+    net.pre_logits.fc2 = nn.Conv2d(40, 24, 1)  # type: ignore[union-attr]
+    net.head.fc = nn.Linear(24, 5)  # type: ignore[union-attr]
+    return net
+
+
+@pytest.mark.parametrize("network", [Flattened, timms])
+@torch.no_grad()
+def test_vggs(network: type[nn.Module]) -> None:
+    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    folded = repvgg.reparameterize(randomize(network(), tuple(images.shape)))
+    engine = engines.build("native", folded, Options((3, 28, 28), 3, threads=1))
+    wanted = copy.deepcopy(folded).double()(images.double())
+    assert relative_error(engine(images), wanted) <= rounding(folded, images, times=ENGINES)
+
+
+def test_what_a_chain_becomes() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    layers = chain(net.eval(), (3, 17, 17))
+    assert layers
+    assert [type(layer) for layer in layers] == [Conv, MaxPool, Conv, Pool]
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 3), nn.GELU()),
+        nn.Sequential(nn.Conv2d(3, 3, 3), nn.MaxPool2d(2, ceil_mode=True)),
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")),
+        nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(2)),
+    ],
+)
+def test_what_is_none(network: nn.Module) -> None:
+    assert chain(network.eval(), (3, 16, 16)) is None
+
+
+def test_branches_are_none() -> None:
+    assert chain(repvgg.create_model("resnet18").eval(), (3, 64, 64)) is None
