@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from repvgg.models.load import load
 from repvgg.train.distributed import ALONE, joined, local_device
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_worker_niceness": "0"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORDS = (
     "-m repvgg train --no-report "
