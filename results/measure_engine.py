@@ -78,20 +78,27 @@ def rival(engine: Engine, batch: Tensor) -> Runner:
     return Runner(lambda: engine.run(prepared), lambda some: engine.in_turns(some, len(batch)).numpy())
 
 
-def int8(name: str, batch: Tensor, folder: Path) -> Runner:
-    """OpenVINO's INT8, calibrated by NNCF on the kind of images that are timed."""
+def int8_files(name: str, folder: Path) -> tuple[Path, Path]:
+    """INT8 for OpenVINO and for us, of one calibration by NNCF on the kind of images that are timed."""
     import nncf
 
+    from repvgg.deploy import native_int8
     from repvgg.deploy.engines import openvino
 
-    plain, path = folder / f"{name}.xml", folder / f"{name}.int8.xml"
-    options = Options(batch_size=len(batch), threads=THREADS)
+    plain, path, ours = folder / f"{name}.xml", folder / f"{name}.int8.xml", folder / f"{name}.int8.safetensors"
     if not path.exists():
-        images = torch.randn(CALIBRATION_IMAGES, 1, 3, 224, 224).numpy()
-        openvino.write(deploy_form(name), Signature((3, 224, 224)), plain)
+        images, deploy = torch.randn(CALIBRATION_IMAGES, 1, 3, 224, 224).numpy(), deploy_form(name)
+        openvino.write(deploy, Signature((3, 224, 224)), plain)
         net = nncf.quantize(openvino.read(plain), nncf.Dataset(list(images)), subset_size=CALIBRATION_IMAGES)
         openvino.save(net, path, "")
-    return rival(openvino.open_file(path, options), batch)
+        native_int8.write(deploy, net, ours)
+    return path, ours
+
+
+def openvino_int8(name: str, batch: Tensor, folder: Path) -> Runner:
+    from repvgg.deploy.engines import openvino
+
+    return rival(openvino.open_file(int8_files(name, folder)[0], Options(batch_size=len(batch), threads=THREADS)), batch)
 
 
 def compare(name: str, folder: Path, batch_size: int, natives: Sequence[str], rivals: Sequence[str], rounds: int = ROUNDS) -> Run:
@@ -102,12 +109,15 @@ def compare(name: str, folder: Path, batch_size: int, natives: Sequence[str], ri
     torch.manual_seed(0)
     path, images = model_file(name, folder), torch.randn(max(batch_size, 4), 3, 224, 224)
     batch, judged, model = images[:batch_size], images[:4], deploy_form(name)
-    nets = [load(path, precision=own, accuracy=accuracy, threads=THREADS) for own, accuracy in map(str.split, natives)]
+    files = {"int8": int8_files(name, folder)[1]} if "int8 high" in natives else {}
+    pairs = list(map(str.split, natives))
+    nets = [load(files.get(own, path), precision=own, accuracy=accuracy, threads=THREADS) for own, accuracy in pairs]
     runners = {f"native {words}": native(net, batch) for words, net in zip(natives, nets, strict=True)}
     for words in rivals:
         engine, _, precision = words.partition(" ")
         options = Options((3, 224, 224), batch_size, precision or "fp32", THREADS)
-        runners[words] = int8(name, batch, folder) if precision == "int8" else rival(engines.build(engine, model, options), batch)
+        int8 = precision == "int8"
+        runners[words] = openvino_int8(name, batch, folder) if int8 else rival(engines.build(engine, model, options), batch)
     wanted = reference.run(nets[0].layers, judged.numpy())
     errors = {key: reference.error(runner.answer(judged), wanted) for key, runner in runners.items()}
     slowest = max(once(runner.run) for runner in runners.values())
@@ -132,7 +142,7 @@ def described(times: Times, batch_size: int, error: float) -> dict[str, Any]:
 
 def all_engines(name: str, folder: Path) -> dict[str, Run]:
     """Return a run at batch 32 and one at batch 1, of every engine in every precision."""
-    natives, rivals = ["fp32 high", "fp32 fast", "fp32 exact", "int16 high", "int16 fast"], [*RIVALS, "openvino int8"]
+    natives, rivals = ["fp32 high", "fp32 fast", "fp32 exact", "int16 high", "int16 fast", "int8 high"], [*RIVALS, "openvino int8"]
     if has_bf16():
         natives, rivals = [*natives, "bf16 high"], [*rivals, "openvino bf16"]
     return {f"batch {n}": compare(name, folder, n, natives, rivals) for n in (32, 1)}
@@ -142,6 +152,15 @@ def has_bf16() -> bool:
     from repvgg_engine import instruction_sets
 
     return "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
+
+
+def int8(folder: Path) -> dict[str, Run]:
+    """8-bit integers beside OpenVINO's, of the same calibration."""
+    return {
+        f"{name}, batch {n}": compare(name, folder, n, ("int16 high", "int8 high"), ("openvino int8",))
+        for name in ("repvgg_a0", "repvgg_a2")
+        for n in (32, 1)
+    }
 
 
 def member(name: str, folder: Path) -> dict[str, Run]:
@@ -254,6 +273,7 @@ def _by(name: str, precision: str, path: Path) -> Net:
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "int8": int8,
     "a0": partial(all_engines, "repvgg_a0"),
     "a2": partial(all_engines, "repvgg_a2"),
     "avx2": avx2,

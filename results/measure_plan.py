@@ -25,7 +25,7 @@ from repvgg.measure.machine import write_record
 
 ENGINE = Path(__file__).parents[1] / "engine"
 OUT = Path(__file__).with_name("plan.json")
-ROUNDS = 7
+ROUNDS = 5
 # Images, their side, features instead of logits, and calls in a turn.
 WORK = {
     "batch 1": (1, 224, False, 12),

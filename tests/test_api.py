@@ -170,3 +170,18 @@ def test_a_recipe_of_ones_own(photos: Path, tmp_path: Path) -> None:
     other = repvgg.train("repvgg_micro", source, tmp_path / "b", limit=16, epochs=1, image_size=32, **silent)
     assert json.loads((tmp_path / "b" / "recipe.json").read_text())["crop"] == "shift"
     assert other.last.images == 8
+
+
+def test_a_page_that_cannot_be_written_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder that holds no run; and where what draws the page is not installed."""
+    from repvgg.api.training import report_at_the_end
+
+    said: list[str] = []
+    report_at_the_end(tmp_path, open_source("digits"), "cpu", said.append)
+    monkeypatch.delitem(sys.modules, "repvgg.web.report", raising=False)
+    monkeypatch.delitem(sys.modules, "repvgg.web.charts", raising=False)
+    monkeypatch.delattr("repvgg.web.charts", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    report_at_the_end(tmp_path, open_source("digits"), "cpu", said.append)
+    assert [line.partition(" (")[0].partition(",")[0] for line in said] == [f"{tmp_path}: without a page"] * 2
+    assert "pip install matplotlib" in said[1]

@@ -11,7 +11,7 @@ Size = tuple[int, int]
 TRANSFORM = {"avx512": 24.0, "avx2": 14.0, "portable": 8.0}
 WEIGHT = {"avx512": 16.0, "avx2": 8.0, "portable": 3.0}
 # By precision, times float32's: a multiplication, moving a number (integers are rounded after the transform), reading a weight.
-PRECISION = {"": (1.0, 1.0, 1.0), "bf16": (0.5, 1.0, 0.5), "int16": (0.5, 1.8, 0.5)}
+PRECISION = {"": (1.0, 1.0, 1.0), "bf16": (0.5, 1.0, 0.5), "int16": (0.5, 1.8, 0.5), "int8": (0.25, 1.6, 0.25)}
 
 
 def output_size(layer: Layer, size: Size) -> Size:

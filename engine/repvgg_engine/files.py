@@ -78,4 +78,4 @@ def _layer(file: _File, struct: LayerStruct) -> Layer:
         return SqueezeExcite(reduce, file.array(struct.bias, out), expand, file.array(struct.bias2, into), relu)
     weight = file.array(struct.weight, out, into // struct.groups, *struct.kernel)
     stride, padding, dilation = ((pair[0], pair[1]) for pair in (struct.stride, struct.padding, struct.dilation))
-    return Conv(weight, file.array(struct.bias, out), stride, padding, dilation, struct.groups, relu)
+    return Conv(weight, file.array(struct.bias, out), stride, padding, dilation, struct.groups, relu, struct.largest_input)

@@ -13,7 +13,10 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution; then perhaps a ReLU. weight: float32 [out, in / groups, kh, kw]; bias: float32 [out]."""
+    """A convolution; then perhaps a ReLU. weight: float32 [out, in / groups, kh, kw]; bias: float32 [out].
+
+    largest_input: as far as calibration knows it, for products of 8 bits; otherwise 0.
+    """
 
     weight: Array
     bias: Array
@@ -22,6 +25,7 @@ class Conv:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     relu: bool = False
+    largest_input: float = 0.0
 
     @property
     def in_channels(self) -> int:

@@ -6,7 +6,7 @@ from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_siz
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 CONV, SQUEEZE_EXCITE, POOL, MAX_POOL = 0, 1, 2, 3
 
 
@@ -25,6 +25,7 @@ class LayerStruct(ctypes.Structure):
         ("dilation", c_int32 * 2),
         ("groups", c_int32),
         ("relu", c_int32),
+        ("largest_input", c_float),
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("weight2", c_void_p),

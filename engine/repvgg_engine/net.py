@@ -29,7 +29,7 @@ from repvgg_engine.library import (
 )
 from repvgg_engine.machine import available_threads
 
-PRECISIONS = ("fp32", "bf16", "int16")  # in the order of the library's numbers for them
+PRECISIONS = ("fp32", "bf16", "int16", "int8")  # in the order of the library's numbers for them
 
 
 class Net:
@@ -108,7 +108,8 @@ class Net:
 
     def algorithms(self, layer: int) -> list[str]:
         """Those that fit a layer: "direct", and Winograd's with m x m outputs a tile, "F2", "F4", ...; in bf16 first "direct bf16",
-        "F2 bf16", ..., in int16 "direct int16", ...; [] for no convolution. The first is the layer's until another is chosen."""
+        "F2 bf16", ..., in int16 "direct int16", ..., in int8 "direct int8", ...; [] for no convolution. The first is the layer's
+        until another is chosen."""
         names: list[str] = []
         while name := LIBRARY.repvgg_algorithm(self._net, layer, len(names)):
             names.append(name.decode())
@@ -163,6 +164,6 @@ def _struct(layer: Layer) -> LayerStruct:
         op=CONV, in_channels=layer.in_channels, out_channels=layer.out_channels, groups=layer.groups, relu=layer.relu
     )
     struct.kernel[:], struct.stride[:], struct.padding[:] = layer.weight.shape[2:], layer.stride, layer.padding
-    struct.dilation[:] = layer.dilation
+    struct.dilation[:], struct.largest_input = layer.dilation, layer.largest_input
     struct.weight, struct.bias = address(layer.weight), address(layer.bias)
     return struct

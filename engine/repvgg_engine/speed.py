@@ -79,15 +79,14 @@ def worth_timing(net: Net, index: int, size: Size, memory_limit: int) -> list[st
     if not isinstance(layer, Conv):
         return []
     kept: list[str] = []
-    best = {1: float("inf"), MANY: float("inf")}
+    best_of: dict[str, dict[int, float]] = {}  # of each precision
     for name in known:
-        if name == "direct" or name == known[0]:  # the precision's own first, then float32's as a start of its own
-            best = dict.fromkeys(best, float("inf"))
+        best = best_of.get(_ending(name), dict.fromkeys((1, MANY), float("inf")))
         costs = {n: estimated_cost(layer, size, name, n, net.isa) for n in best}
         fits = net.weight_bytes(index, name) <= memory_limit / 2
         if name in (known[0], "direct") or (fits and any(costs[n] < HOPELESS * best[n] for n in best)):
             kept.append(name)
-            best = {n: min(best[n], costs[n]) for n in best}
+            best_of[_ending(name)] = {n: min(best[n], costs[n]) for n in best}
     return kept
 
 
@@ -133,13 +132,18 @@ def one_of_each(net: Net, contenders: Sequence[Sequence[str]]) -> tuple[list[Lay
     for layer, size, names in zip(net.layers, sizes_of_layers(net.layers, input_size(net)), contenders, strict=True):
         key = (size, tuple(names), *geometry(layer)) if isinstance(layer, Conv) else None
         same = isinstance(layer, Conv) and layer.in_channels == layer.out_channels and output_size(layer, size) == size
-        if not same or key not in seen:
+        if not same or key not in seen or not _writes_bytes(kept[-1]) >= _writes_bytes(layer):
             seen[key] = len(kept)
             kept.append(layer)
             kind.append(len(kept) - 1)
         else:
             kind.append(seen[key])
     return kept, kind
+
+
+def _writes_bytes(layer: Layer) -> bool:
+    """Say whether what comes after a layer may read bytes of it, in int8."""
+    return isinstance(layer, Conv) and layer.relu and layer.groups == 1
 
 
 def _time(net: Net, ranked: Sequence[Sequence[str]], images: Array, clock: Clock, say: Say) -> list[Shares]:

@@ -42,6 +42,8 @@ TIMES_DIRECT = {
     ("bf16", "fast"): 1.5,
     ("int16", "high"): 4.4,
     ("int16", "fast"): 8.8,
+    ("int8", "high"): 1.0,
+    ("int8", "fast"): 1.25,
 }
 FAST = 2e-4
 # The error that an algorithm adds in a layer, as a multiple of the direct one's: a property of its matrices, the same within 5% in
@@ -53,8 +55,9 @@ WATCHED, MOST_WATCHED_BYTES = ("F5", "F4", "F2"), 64 << 20
 # Of each kind of calibration images. They have at most so many MACs in all, where that leaves the least side; or they are half as
 # many.
 CALIBRATION_IMAGES, MOST_CALIBRATION_MACS = 4, 3e9
-# For watching errors; the reference and the checks come on top.
-SECONDS, MOST_CHECKS = 0.6, 4
+# For the reference and for watching errors, of which there may be none; the checks come on top. In int8 each algorithm is watched,
+# and int16 too.
+SECONDS, SECONDS_INT8, MOST_CHECKS = 0.9, 2.1, 8
 
 Squares = NDArray[np.float64]  # of errors, for each kind of images
 
@@ -75,9 +78,10 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
 
     seconds: of `speed.measure_speed`. say: is told what is at hand.
     """
+    clock = Clock(SECONDS_INT8 if net.precision == "int8" else SECONDS, net.threads)
     say("the reference in float64")
     errors = _Errors(net, calibration_images(net), accuracy)
-    added = errors.added(seconds, Clock(SECONDS, net.threads), say)
+    added = errors.added(seconds, clock, say)
     options = [
         [Option(name, of_layer[name], added[i][name], net.weight_bytes(i, name)) for name in of_layer]
         for i, of_layer in enumerate(seconds)
@@ -90,9 +94,12 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
         if worst <= 1:
             return names
         left *= min(0.9, 0.95 / worst)
-    # Those that cannot leave the budget, whatever the layer adds.
-    most = TIMES_DIRECT[net.precision, accuracy]
-    safe = [[o for o in of_layer if GROWTH.get(o.algorithm.removesuffix(errors.ending), 1.0) <= most] for of_layer in options]
+    # Those that cannot leave the budget, whatever the layer adds: of few tiles' growth, or of float32 beside another precision.
+    most, own = TIMES_DIRECT[net.precision, accuracy], errors.ending
+    safe = [
+        [o for o in of_layer if not o.algorithm.endswith(own) or GROWTH.get(o.algorithm.removesuffix(own), 1.0) <= most]
+        for of_layer in options
+    ]
     names = choose(safe, np.full_like(left, np.inf), memory_limit)
     net.choose_all(names)
     return names
@@ -131,17 +138,21 @@ class _Errors:
         alike: dict[Any, list[int]] = {}
         for i, layer in enumerate(self.net.layers):
             if isinstance(layer, Conv):
-                alike.setdefault(geometry(layer), []).append(i)
+                eight = tuple(name for name in seconds[i] if name.endswith(" int8"))
+                alike.setdefault((geometry(layer), eight), []).append(i)
         at_stake = [max(of_layer.values(), default=0) - min(of_layer.values(), default=0) for of_layer in seconds]
         equal_share = self.of_direct / sum(map(len, alike.values()))
         added: list[dict[str, Squares]] = [{} for _ in seconds]
         for kind, layers in enumerate(sorted(alike.values(), key=lambda layers: -sum(at_stake[i] for i in layers))):
             say(f"errors, {kind + 1} of {len(alike)} kinds of layers")
             watched = layers[len(layers) // 2]
-            for ending in dict.fromkeys(
-                name[len(name.split()[0]) :] for name in seconds[watched]
-            ):  # "", and perhaps " bf16", " int16"
-                unit = self._unit(watched, ending) if clock.has() or ending != self.ending else None
+            for ending in dict.fromkeys(name[len(name.split()[0]) :] for name in seconds[watched]):  # "", and perhaps " int16", ...
+                if ending == " int8" and clock.has():  # each of them rounds in a way of its own
+                    own = {name: self._watched(watched, name) for name in seconds[watched] if name.endswith(ending)}
+                    for i in layers:
+                        added[i] |= own
+                    continue
+                unit = self._unit(watched, ending) if clock.has() or (ending == "" != self.ending) else None
                 for i in layers:
                     for name in seconds[i]:
                         if name.removesuffix(ending) in GROWTH:
@@ -151,14 +162,17 @@ class _Errors:
 
     def _unit(self, layer: int, ending: str) -> Squares | None:
         """Return what the direct algorithm of a layer adds, by an algorithm that adds more of it; None where that takes long."""
-        if ending != self.ending:
+        if ending == "" != self.ending:
             return np.zeros_like(self.of_exact)  # float32 adds nothing beside the other precision
         name = next((n for n in WATCHED if n + ending in self.net.known[layer]), "direct") + ending
         if self.net.weight_bytes(layer, name) > MOST_WATCHED_BYTES:
             return None
-        names = [*self.exact[:layer], name, *self.exact[layer + 1 :]]
         grown = GROWTH[name.removesuffix(ending)] ** 2 - (ending == "")
-        return np.maximum(self.of(names) - self.of_exact, 0) / grown if grown else np.zeros_like(self.of_exact)
+        return self._watched(layer, name) / grown if grown else np.zeros_like(self.of_exact)
+
+    def _watched(self, layer: int, name: str) -> Squares:
+        """Return what one layer by that algorithm adds."""
+        return np.maximum(self.of([*self.exact[:layer], name, *self.exact[layer + 1 :]]) - self.of_exact, 0)
 
 
 def calibration_images(net: Net) -> Array:

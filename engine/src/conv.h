@@ -53,6 +53,7 @@ struct Block {
 /// Where one tile of V lies: the vector `index` of its channels, of product p.
 template <class Element>
 struct Target {
+    static constexpr int numbers = 1;  // in a lane of what is put
     float *at;
     int64_t product, block;
     REPVGG_INLINE void put(int p, int index, Vec v) const {
@@ -63,6 +64,7 @@ struct Target {
 /// The same as floats, for one tile that is scaled afterwards. Lanes beyond the last channel hold what lies there,
 /// perhaps another image's pixels: they become 0.
 struct Staged {
+    static constexpr int numbers = 1;
     float *at;
     int64_t product;
     int vectors;
@@ -71,6 +73,14 @@ struct Staged {
         const Ints counting = index + 1 < vectors ? ~Ints{} : last;
         store(at + p * product + index * WIDTH, (Vec)((Ints)v & counting));
     }
+};
+
+/// The same for maps of bytes, four of which are in a lane and stay so.
+struct Copied {
+    static constexpr int numbers = BYTES;
+    float *at;
+    int64_t product, block;
+    REPVGG_INLINE void put(int p, int index, Vec v) const { store(at + p * product + index * block, v); }
 };
 
 /// The transformed inputs of tile `index`, the `row`-th of `rows` in its group; `next`: the tile that comes after it.
@@ -86,7 +96,8 @@ REPVGG_INLINE void transform(const Conv &c, const Block<Algorithm, Element> &blo
         Element::quantise(block.staged, block.staged_product, c.products, c.depth, v, block.v_product, rows * WIDTH,
                           block.scales + index, block.tiles);
     } else {
-        Algorithm::input(c, tile, next, Target<Element>{v, block.v_product, rows * WIDTH});
+        using To = std::conditional_t<Element::bytes, Copied, Target<Element>>;
+        Algorithm::input(c, tile, next, To{v, block.v_product, rows * WIDTH});
     }
 }
 
@@ -94,7 +105,7 @@ REPVGG_INLINE void transform(const Conv &c, const Block<Algorithm, Element> &blo
 template <class Element>
 int64_t packed_rows(int depth) {
     const int64_t k = ceil_div(depth, Element::pack);
-    return k + (Element::scaled ? ceil_div(k, Element::chunk) : 0);
+    return k + Element::scale_rows * ceil_div(k, Element::chunk);
 }
 
 struct Direct {
@@ -103,7 +114,7 @@ struct Direct {
 
     template <class To>
     static REPVGG_INLINE void input(const Conv &c, const Tile &tile, const Tile &, const To &target) {
-        const int vectors = static_cast<int>(ceil_div(c.depth, WIDTH));
+        const int vectors = static_cast<int>(ceil_div(c.depth, WIDTH * To::numbers));
         if (c.joined > c.kernel[1]) return joined_input(c, tile, target, vectors);
         for (int p = 0; p < c.products; p++) {
             const int y = p * c.joined / c.kernel[1], x = p * c.joined % c.kernel[1];
@@ -115,7 +126,7 @@ struct Direct {
     /// The rows of the kernel one after the other.
     template <class To>
     static REPVGG_INLINE void joined_input(const Conv &c, const Tile &tile, const To &target, int vectors) {
-        const int row = c.kernel[1] * c.in_channels;
+        const int row = c.kernel[1] * c.in_channels / To::numbers;
         for (int v = 0; v < vectors; v++) {
             Vec numbers{};
             for (int y = 0; y < c.kernel[0]; y++) {
@@ -258,7 +269,7 @@ void multiply_panel(const Conv &c, const Block<Algorithm, Element> &block, const
     for (int p = 0; p < c.products; p++) {
         for (int64_t start = 0; start < k; start += Element::chunk) {
             const int64_t length = k - start < Element::chunk ? k - start : Element::chunk;
-            const float *next = weights + (length + Element::scaled) * vectors * WIDTH;
+            const float *next = weights + (length + Element::scale_rows) * vectors * WIDTH;
             for (int64_t g = 0; g < block.groups; g++) {
                 const int64_t first = block.first(g), rows = block.first(g + 1) - first;
                 const float *v = block.v + p * block.v_product + first * block.depth + start * rows;
@@ -286,8 +297,9 @@ void run(const Conv &c, const Piece &piece) {
     for (int panel = piece.first_panel; panel < piece.last_panel; panel++) {
         const int start = panel_start(vectors, c.panels, panel),
                   width = panel_start(vectors, c.panels, panel + 1) - start;
-        multiply_panel<Algorithm, Element>(
-            c, block, c.weights + (static_cast<int64_t>(piece.group) * vectors + start) * vector_weights, width);
+        const float *weights = c.weights + (static_cast<int64_t>(piece.group) * vectors + start) * vector_weights;
+        multiply_panel<Algorithm, Element>(c, block, weights, width);
+        const float *scales = weights + ceil_div(c.depth, Element::pack) * width * WIDTH;  // of sums of bytes
         const float *bias = c.bias + (static_cast<int64_t>(piece.group) * vectors + start) * WIDTH;
         for (int64_t t = 0; t < block.tiles; t++)
             for (int v = 0; v < width; v++) {
@@ -295,9 +307,13 @@ void run(const Conv &c, const Piece &piece) {
                 const bool whole =
                     lanes >= WIDTH || c.groups == 1;  // a group's last lanes would be the next group's first
                 const Vec shift = load(bias + v * WIDTH);
+                Vec scale{};
+                if constexpr (Element::bytes) scale = load(scales + v * WIDTH);
                 const auto finish = [&](float *pixel, Vec sum) REPVGG_INLINE_LAMBDA {
+                    if constexpr (Element::bytes) sum = __builtin_convertvector((Ints)sum, Vec) * scale;
                     const Vec y = c.relu ? relu(sum + shift) : sum + shift;
-                    if (whole) store(pixel + channel, y);
+                    if (c.bytes_of_one > 0) store_rounded(pixel + channel / BYTES, y * c.bytes_of_one);
+                    else if (whole) store(pixel + channel, y);
                     else store(pixel + channel, y, lanes);
                 };
                 Algorithm::output(c, block.tile[t], block.m + (t * width + v) * WIDTH, block.m_product, channel,
@@ -306,7 +322,7 @@ void run(const Conv &c, const Piece &piece) {
     }
 }
 
-/// Packs the weights of a panel: [product][k][vector][lane]; where they are scaled, a row of scales after each chunk.
+/// Packs the weights of a panel: [product][k][vector][lane]; where they are scaled, rows of scales after each chunk.
 template <class Algorithm, class Element>
 void pack(const ConvShape &c, const float *weights, int group, int panel, float *packed) {
     const int vectors = static_cast<int>(ceil_div(c.out_channels, WIDTH));
@@ -319,12 +335,12 @@ void pack(const ConvShape &c, const float *weights, int group, int panel, float 
         const int channel = (start + v) * WIDTH, left = c.out_channels - channel, lanes = left < WIDTH ? left : WIDTH;
         const float *of_lanes = weights + (static_cast<int64_t>(group) * c.out_channels + channel) * filter;
         const auto at = [&](int64_t p, int64_t row) { return packed + ((p * rows + row) * width + v) * WIDTH; };
-        const auto row = [&](int64_t p, int64_t i) { return at(p, i + i / Element::chunk * Element::scaled); };
-        const auto scales = [&](int64_t p, int64_t chunk) {
+        const auto row = [&](int64_t p, int64_t i) { return at(p, i + i / Element::chunk * Element::scale_rows); };
+        const auto scales = [&](int64_t p, int64_t chunk, int which = 0) {
             const int64_t end = (chunk + 1) * Element::chunk;
-            return at(p, (end < k ? end : k) + chunk);
+            return at(p, (end < k ? end : k) + chunk * Element::scale_rows + which);
         };
-        Element::pack_weights(products, depth, row, scales,
+        Element::pack_weights(c, products, depth, row, scales,
                               [&](int i, const auto &sink) { Algorithm::weights(c, of_lanes, lanes, i, sink); });
     }
 }

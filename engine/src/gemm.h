@@ -1,6 +1,7 @@
 // The one micro-kernel: a few rows (tiles or pixels) times a panel of output channels, with all sums in registers.
 #pragma once
 
+#include "kernels.h"
 #include "vector.h"
 
 namespace repvgg::REPVGG_ISA {
@@ -18,12 +19,14 @@ struct Floating {
     /// A sum over more than so many numbers of 32 bits is made of parts, so that rounding errors grow with the parts'
     /// length, not with the whole.
     static constexpr int chunk = 192;
-    static constexpr bool scaled = false;
+    static constexpr int scale_rows = 0;
+    static constexpr bool scaled = false, bytes = false;
 
     /// The weights of a vector of output channels: row(p, k) is where the k-th 32 bits of product p lie;
     /// transformed(i, sink) calls sink(p, numbers of the lanes) for channel i of each product.
     template <class Row, class Scales, class Transformed>
-    static void pack_weights(int, int depth, const Row &row, const Scales &, const Transformed &transformed) {
+    static void pack_weights(const ConvShape &, int, int depth, const Row &row, const Scales &,
+                             const Transformed &transformed) {
         for (int i = 0; i < depth; i++)
             transformed(i, [&](int p, const double *numbers) {
                 float *to = row(p, i / Element::pack);
@@ -33,8 +36,9 @@ struct Floating {
     }
 };
 
-/// What 32 bits of the transformed inputs and weights hold: one float, or two neighbouring channels in bfloat16 (or as
-/// integers: integer.h).
+/// What 32 bits of the transformed inputs and weights hold: one float, or two neighbouring channels in bfloat16 (or two
+/// or four as integers: integer.h, bytes.h). `scaled`: inputs get scales at run time, and sums are floats when they
+/// leave the registers; `scale_rows`: that follow a chunk's weights.
 struct Float32 : Floating<Float32> {
     static constexpr int pack = 1;
     static REPVGG_INLINE void put(float *at, int, Vec v) { store(at, v); }
@@ -68,8 +72,20 @@ struct BFloat16 : Floating<BFloat16> {
 };
 #endif
 
+/// Numbers of at least 0 as bytes; larger ones than 255 become 255.
+REPVGG_INLINE void store_rounded(float *to, Vec v) {
+    const Vec largest = splat(LARGEST_BYTE);
+    store_bytes(to, (Ints)((v > largest ? largest : v) + splat(ROUND)));
+}
+
+template <class Element>
+REPVGG_INLINE Vec plus(Vec a, Vec b) {
+    if constexpr (Element::bytes) return (Vec)((Ints)a + (Ints)b);
+    else return a + b;
+}
+
 /// sums[r][n] = sum over k of v[k][r] * u[k][n], or added to what is there. v: blocks of WIDTH k, in each R rows of
-/// WIDTH numbers; u: k rows of N vectors, then perhaps a row of scales; sums: R rows of N vectors; scales: of the R
+/// WIDTH numbers; u: k rows of N vectors, then perhaps rows of scales; sums: R rows of N vectors; scales: of the R
 /// rows, if they have any. `ahead`: weights that will be needed next, fetched by the way, so many lines of the cache
 /// for each k.
 template <class Element, int R, int N>
@@ -101,7 +117,7 @@ void multiply(const float *v, const float *u, float *sums, int k, bool add, cons
         each<R>([&](auto r) REPVGG_INLINE_LAMBDA {
             each<N>([&](auto n) REPVGG_INLINE_LAMBDA {
                 float *at = to + (r.value * N + n.value) * WIDTH;
-                store(at, added ? load(at) + sum[r.value][n.value] : sum[r.value][n.value]);
+                store(at, added ? plus<Element>(load(at), sum[r.value][n.value]) : sum[r.value][n.value]);
             });
         });
     };

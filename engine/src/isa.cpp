@@ -12,14 +12,18 @@ namespace repvgg {
 const Kernels *kernels_portable();
 #ifndef __wasm__
 const Kernels *kernels_portable_int16();
+const Kernels *kernels_portable_int8();
 #endif
 #if defined(__x86_64__)
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx2_int16();
+const Kernels *kernels_avx2_int8();
 const Kernels *kernels_avx512();
 const Kernels *kernels_avx512_bf16();
 const Kernels *kernels_avx512_int16();
 const Kernels *kernels_avx512_vnni_int16();
+const Kernels *kernels_avx512_int8();
+const Kernels *kernels_avx512_vnni_int8();
 #endif
 
 namespace {
@@ -45,14 +49,19 @@ const std::vector<Set> &sets() {
         found.push_back({"avx512", REPVGG_BF16, avx512 && __builtin_cpu_supports("avx512bf16"), kernels_avx512_bf16});
         found.push_back({"avx512", REPVGG_INT16, vnni, kernels_avx512_vnni_int16});
         found.push_back({"avx512", REPVGG_INT16, avx512, kernels_avx512_int16});
+        found.push_back({"avx512", REPVGG_INT8, vnni, kernels_avx512_vnni_int8});
+        found.push_back({"avx512", REPVGG_INT8, avx512, kernels_avx512_int8});
         found.push_back({"avx512bw", REPVGG_FP32, avx512, kernels_avx512});
         found.push_back({"avx512bw", REPVGG_INT16, avx512, kernels_avx512_int16});
+        found.push_back({"avx512bw", REPVGG_INT8, avx512, kernels_avx512_int8});
         found.push_back({"avx2", REPVGG_FP32, avx2, kernels_avx2});
         found.push_back({"avx2", REPVGG_INT16, avx2, kernels_avx2_int16});
+        found.push_back({"avx2", REPVGG_INT8, avx2, kernels_avx2_int8});
 #endif
         found.push_back({"portable", REPVGG_FP32, true, kernels_portable});
 #ifndef __wasm__  // a page runs float32 alone
         found.push_back({"portable", REPVGG_INT16, true, kernels_portable_int16});
+        found.push_back({"portable", REPVGG_INT8, true, kernels_portable_int8});
 #endif
         return found;
     }();
@@ -73,9 +82,9 @@ const Kernels *find_kernels(const char *isa, int precision) {
     if (precision == REPVGG_BF16)
         throw std::invalid_argument("precision bf16 needs a processor with AVX512-BF16" +
                                     (name.empty() ? "" : ", and REPVGG_ENGINE_ISA=avx512, not " + name));
-    if (precision != REPVGG_FP32 && precision != REPVGG_INT16)
+    if (precision < REPVGG_FP32 || precision > REPVGG_INT8)
         throw std::invalid_argument("unknown precision " + std::to_string(precision));
-    if (name.empty()) throw std::invalid_argument("this build has no precision int16");
+    if (name.empty()) throw std::invalid_argument("this build has no products of integers");
     throw std::invalid_argument("REPVGG_ENGINE_ISA=" + name + ": this processor has " + instruction_sets());
 }
 
@@ -84,7 +93,7 @@ const char *instruction_sets() {
         std::string text;
         for (const Set &set : sets()) {
             const std::string name = set.precision == REPVGG_BF16 ? "bf16" : set.name;
-            if (set.here && set.precision != REPVGG_INT16 && name != "avx512bw")
+            if (set.here && set.precision <= REPVGG_BF16 && name != "avx512bw")
                 text += (text.empty() ? "" : " ") + name;
         }
         return text;

@@ -5,13 +5,18 @@
 #include <math.h>
 
 #include "conv.h"
-#ifdef REPVGG_INT16
+#if defined(REPVGG_INT8)
+#include "bytes.h"
+#elif defined(REPVGG_INT16)
 #include "integer.h"
 #endif
 
 namespace repvgg::REPVGG_ISA {
 
-#if defined(REPVGG_INT16)
+#if defined(REPVGG_INT8)
+using Element = Integer8;
+#define REPVGG_NAMED(name) name " int8"
+#elif defined(REPVGG_INT16)
 using Element = Integer16;
 #define REPVGG_NAMED(name) name " int16"
 #elif defined(__AVX512BF16__)
@@ -22,24 +27,30 @@ using Element = Float32;
 #define REPVGG_NAMED(name) name
 #endif
 
-template <class A>
+template <class A, class E>
 int64_t scratch(const Conv &c, int64_t tiles) {
-    return Block<A, Element>(c, tiles, nullptr).floats();
+    return Block<A, E>(c, tiles, nullptr).floats();
 }
 
-template <class A>
-constexpr Algorithm algorithm(const char *name) {
-    return {name,      A::outputs,      A::samples,           A::frequencies,
-            A::stride, run<A, Element>, packed_rows<Element>, pack<A, Element>,
-            scratch<A>};
+template <class A, class E = Element>
+constexpr Algorithm algorithm(const char *name, bool ranged = false) {
+    return {name,     A::outputs, A::samples,     A::frequencies, A::stride,    ranged,
+            E::bytes, run<A, E>,  packed_rows<E>, pack<A, E>,     scratch<A, E>};
 }
 
 constexpr Algorithm algorithms[] = {
+#ifdef REPVGG_INT8
+    algorithm<Direct, Bytes>(REPVGG_NAMED("direct"), true),
+    algorithm<Tiled<2, 1>>(REPVGG_NAMED("F2"), true),
+    algorithm<Tiled<4, 1>>(REPVGG_NAMED("F4"), true),
+    algorithm<Tiled<2, 2>>(REPVGG_NAMED("F2"), true),
+#else
     algorithm<Direct>(REPVGG_NAMED("direct")),  algorithm<Tiled<2, 1>>(REPVGG_NAMED("F2")),
     algorithm<Tiled<4, 1>>(REPVGG_NAMED("F4")), algorithm<Tiled<5, 1>>(REPVGG_NAMED("F5")),
     algorithm<Tiled<6, 1>>(REPVGG_NAMED("F6")), algorithm<Tiled<7, 1>>(REPVGG_NAMED("F7")),
     algorithm<Tiled<2, 2>>(REPVGG_NAMED("F2")), algorithm<Tiled<4, 2>>(REPVGG_NAMED("F4")),
     algorithm<Tiled<7, 2>>(REPVGG_NAMED("F7")),
+#endif
 };
 
 /// Planes to pixels. CHANNELS: how many, where the compiler should know.

@@ -22,8 +22,13 @@ namespace repvgg {
 
 /// A kernel that meets no more numbers than this is one sum.
 constexpr int MOST_JOINED = 64;
+/// Channels that share 32 bits in a map of bytes, and what the largest byte is.
+constexpr int BYTES = 4, LARGEST_BYTE = 255;
+/// A sum of bytes is of no more numbers than this, so that it fits 32 bits (bytes.h).
+constexpr int MOST_BYTES = 1 << 22;
 
-/// Where the numbers of a feature map lie: NHWC, distances in floats. The channels of a pixel are contiguous.
+/// Where the numbers of a feature map lie: NHWC, distances in floats. The channels of a pixel are contiguous; in a map
+/// of bytes a float's place holds four of them.
 struct Map {
     int64_t pixel, row, image;
 };
@@ -37,6 +42,7 @@ struct ConvShape {
                  // are few
     int panels;  // of a group
     int rows;    // tiles that are multiplied at a time
+    float largest_input;  // as far as it is known: the number that becomes the largest byte; otherwise 0
 };
 
 /// How an algorithm cuts its output into tiles: made for each plan.
@@ -50,6 +56,7 @@ struct ConvTiling {
 struct Conv : ConvShape, ConvTiling {
     Map in, out;
     const float *weights, *bias;  // packed; bias: one number for each lane of each vector
+    float bytes_of_one;           // where the output is a map of bytes: what 1 becomes; otherwise 0
 };
 
 /// A piece of it for one thread: tiles [first, last) of all images, panels [first_panel, last_panel) of one group.
@@ -78,6 +85,7 @@ struct MaxPool {
 struct Algorithm {
     const char *name;
     int outputs, samples, frequencies, stride;  // direct, for any geometry: 1 output, 0 frequencies
+    bool ranged, bytes;  // for layers whose largest input is known; for inputs that are maps of bytes
     void (*run)(const Conv &, const Piece &);
     /// Rows of a product's packed weights, for sums over so many numbers.
     int64_t (*weight_rows)(int depth);

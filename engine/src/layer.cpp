@@ -11,6 +11,8 @@ namespace {
 constexpr int MOST_CHANNELS = 1 << 20, MOST_GEOMETRY = 1 << 16, MOST_SIDE = 1 << 20;
 /// Of a convolution's kernel, and numbers in all of a layer's kernels, so that no product of a layer's sizes overflows.
 constexpr int64_t MOST_TAPS = 1 << 20, MOST_WEIGHTS = 1 << 30;
+/// Of an input's numbers; of those in 8 bits also the least that the largest is, so that scales are normal numbers.
+constexpr float MOST_INPUT = 1e15f, LEAST_INPUT = 1e-15f;
 
 void check_channels(const repvgg_layer &spec, const Layer *before, const std::string &where) {
     const auto check = [&](int n) {
@@ -28,6 +30,9 @@ void check_conv(const repvgg_layer &spec, const std::string &where) {
         if (std::min({spec.kernel[axis], spec.stride[axis], spec.dilation[axis]}) < 1 || spec.padding[axis] < 0 ||
             std::max({spec.kernel[axis], spec.stride[axis], spec.dilation[axis], spec.padding[axis]}) > MOST_GEOMETRY)
             throw std::invalid_argument(where + " is a convolution that cannot be");
+    const float range = spec.largest_input;
+    if (range != 0 && !(range >= LEAST_INPUT && range <= MOST_INPUT))
+        throw std::invalid_argument(where + " has a largest input that cannot be");
     if (spec.groups < 1 || spec.in_channels % spec.groups || spec.out_channels % spec.groups)
         throw std::invalid_argument(where + " has " + std::to_string(spec.groups) +
                                     " groups, which do not divide its channels");
@@ -59,6 +64,7 @@ ConvShape conv_shape(const repvgg_layer &spec, bool dense, const Kernels &kernel
     std::copy(spec.stride, spec.stride + 2, c.stride);
     std::copy(spec.dilation, spec.dilation + 2, c.dilation);
     c.relu = spec.relu != 0;
+    c.largest_input = spec.largest_input;
     const bool rows = dense && spec.groups == 1 && spec.dilation[1] == 1;
     const int taps = c.kernel[0] * c.kernel[1];
     c.joined = !rows ? 1 : static_cast<int64_t>(taps) * c.in_channels <= MOST_JOINED ? taps : c.kernel[1];
@@ -77,6 +83,12 @@ std::vector<float> padded_bias(const repvgg_layer &spec, const ConvShape &c, int
     return bias;
 }
 
+/// Whether its input can be a map of bytes: without a sign, and so few to a sum that it does not overflow.
+bool fits_bytes(const Layer &layer) {
+    const int64_t taps = static_cast<int64_t>(layer.spec.kernel[0]) * layer.spec.kernel[1];
+    return layer.after_relu && layer.spec.groups == 1 && taps * layer.spec.in_channels <= MOST_BYTES;
+}
+
 }  // namespace
 
 std::unique_ptr<Layer> make_layer(const repvgg_layer &spec, int index, const Layer *before, const Kernels &kernels) {
@@ -93,13 +105,16 @@ std::unique_ptr<Layer> make_layer(const repvgg_layer &spec, int index, const Lay
     if (layer->is_conv()) {
         layer->shape = conv_shape(spec, !before || spec.in_channels % kernels.width == 0, kernels);
         layer->bias = padded_bias(spec, layer->shape, kernels.width);
+        layer->after_relu = before && before->is_conv() && before->shape.relu && before->shape.groups == 1;
     }
     return layer;
 }
 
 bool fits(const Layer &layer, const Algorithm &algorithm) {
     const repvgg_layer &s = layer.spec;
-    if (!layer.is_conv() || algorithm.frequencies == 0) return layer.is_conv();
+    if (!layer.is_conv() || (algorithm.ranged && !(s.largest_input > 0))) return false;
+    if (algorithm.bytes && !fits_bytes(layer)) return false;
+    if (algorithm.frequencies == 0) return true;
     const bool square = s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1],
                dilated = s.dilation[0] > 1 || s.dilation[1] > 1;
     return square && s.stride[0] == algorithm.stride && !(dilated && s.stride[0] > 1);

@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t FORMAT_VERSION = 1, PLAN_VERSION = 1;
 constexpr int64_t MOST_HEADER = 100000000, MOST_PLAN = 10000000;
 constexpr int64_t MOST_SIDE = 8192, MOST_CHANNELS = 1 << 20, MOST_GEOMETRY = 1 << 16, MOST_WEIGHTS = 1 << 30;
+/// Of an input's numbers, where calibration found the largest.
+constexpr double MOST_INPUT = 1e12, LEAST_INPUT = 1e-12;
 /// Of mean / std and of std: far from what float32 holds, and farther from any that makes sense.
 constexpr double MOST_SHIFT = 1e15;
 
@@ -216,6 +218,11 @@ class Layers {
     }
 
     void finish(const Json &spec, repvgg_layer &layer, int64_t out, int64_t groups) {
+        if (const Json *largest = spec.find("largest_input"); largest && !largest->is_nothing()) {
+            layer.largest_input = static_cast<float>(largest->number());
+            if (!(largest->number() >= LEAST_INPUT && largest->number() <= MOST_INPUT))
+                refuse("has a largest input of " + largest->shown() + ", which cannot be");
+        }
         layer.op = REPVGG_CONV, layer.groups = static_cast<int>(groups);
         layer.in_channels = static_cast<int>(channels_), layer.out_channels = static_cast<int>(out);
         layer.bias = tensor(spec.at("bias"), {out});

@@ -26,17 +26,28 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
         refuse("threads is " + std::to_string(threads_) + ": it is between 1 and " + std::to_string(MOST_THREADS));
     if (count < 1 || count > MOST_LAYERS)
         refuse("a net has at least one layer, and at most " + std::to_string(MOST_LAYERS));
-    const auto take = [&](const Kernels &kernels) {
-        for (int i = 0; i < kernels.count; i++) algorithms_.push_back(kernels.algorithms + i);
+    const auto take = [&](const Kernels &kernels, int first, int last) {
+        for (int i = first; i < last; i++) algorithms_.push_back(kernels.algorithms + i);
     };
-    take(*kernels_);
-    if (options.precision != REPVGG_FP32)
-        take(*find_kernels(options.isa, REPVGG_FP32));  // as wide; a layer may be faster by them, and is more accurate
+    if (options.precision == REPVGG_INT8) {  // direct in 8 bits, or in 16 where inputs are no bytes; then the others
+        const Kernels &wider = *find_kernels(options.isa, REPVGG_INT16);
+        take(*kernels_, 0, 1), take(wider, 0, 1);
+        take(*kernels_, 1, kernels_->count), take(wider, 1, wider.count);
+    } else {
+        take(*kernels_, 0, kernels_->count);
+    }
+    if (options.precision != REPVGG_FP32) {  // as wide; a layer may be faster by them, and is more accurate
+        const Kernels &floats = *find_kernels(options.isa, REPVGG_FP32);
+        take(floats, 0, floats.count);
+    }
     for (int i = 0; i < count; i++) {
         layers_.push_back(make_layer(layers[i], i, i > 0 ? layers_.back().get() : nullptr, *kernels_));
         const Algorithm *first = fitting(i, 0);
         weights_.push_back(first ? std::make_shared<Weights>(first) : nullptr);
     }
+    if (options.precision == REPVGG_INT8 &&
+        std::none_of(layers, layers + count, [](const repvgg_layer &layer) { return layer.largest_input > 0; }))
+        refuse("precision int8 needs a calibrated model: repvgg quantize MODEL --data DATA --to native --out FOLDER");
 }
 
 Net::~Net() {

@@ -51,7 +51,8 @@ int32_t precision_of(const std::string &name) {
     if (name == "fp32") return REPVGG_FP32;
     if (name == "bf16") return REPVGG_BF16;
     if (name == "int16") return REPVGG_INT16;
-    refuse("is of precision '" + repvgg::printable(name, 50) + "': fp32, bf16 and int16 are known");
+    if (name == "int8") return REPVGG_INT8;
+    refuse("is of precision '" + repvgg::printable(name, 50) + "': fp32, bf16, int16 and int8 are known");
 }
 
 repvgg::PlanWords plan_of(const repvgg_open_options &wanted) {

@@ -81,6 +81,7 @@ void Plan::set_tiling(Step &step) {
     const Layer &layer = *layers_[step.layer];
     Tensor &from = tensors_[step.in];
     static_cast<ConvShape &>(step.conv) = layer.shape;
+    from.bytes = step.algorithm->bytes;
     step.conv.products = products_of(layer.shape, step.algorithm->frequencies);
     step.conv.depth = depth_of(layer.shape, step.algorithm->frequencies);
     for (int axis = 0; axis < 2; axis++) {
@@ -154,7 +155,7 @@ void Plan::place(int threads) {
                 for (int axis = 0; axis < 2; axis++)
                     a.extent[axis] = b.extent[axis] = std::max(a.extent[axis], b.extent[axis]);
     for (Tensor &t : tensors_) {
-        t.map.pixel = &t == &tensors_[0] ? t.channels : round_up(t.channels, kernels_.width);
+        t.map.pixel = &t == &tensors_[0] ? t.channels : round_up(t.channels, kernels_.width) / (t.bytes ? BYTES : 1);
         t.map.row = t.extent[1] * t.map.pixel;
         t.map.image = t.extent[0] * t.map.row;
         if (t.map.image > MOST_FLOATS) throw std::bad_alloc();
@@ -183,6 +184,7 @@ void Plan::cut(Step &step, int threads) {
     c.in = tensors_[step.in].map, c.out = tensors_[step.out].map;
     c.origins[0] = step.origins[0].data(), c.origins[1] = step.origins[1].data();
     c.weights = weights_[step.layer]->packed->floats(), c.bias = layers_[step.layer]->bias.data();
+    if (tensors_[step.out].bytes) c.bytes_of_one = LARGEST_BYTE / layers_[step.layer + 1]->spec.largest_input;
     const bool local = &step - steps_.data() < local_steps_;
     step.tiles = static_cast<int64_t>(c.tiles[0]) * c.tiles[1] * (local ? 1 : n_);
     const int64_t tile_bytes =

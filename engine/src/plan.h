@@ -36,6 +36,7 @@ class Plan {
     struct Tensor {
         int channels, size[2], border[2], extent[2];
         bool local;  // one image at a time, in each thread's own memory
+        bool bytes;  // not floats
         Map map;
         int64_t offset;  // of the padded map of the first image, in floats
         Tensor(int channels, const int size[2])
@@ -44,6 +45,7 @@ class Plan {
               border{0, 0},
               extent{size[0], size[1]},
               local(false),
+              bytes(false),
               map{},
               offset(0) {}
     };

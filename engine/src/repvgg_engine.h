@@ -28,13 +28,14 @@ typedef struct {
     int32_t in_channels, out_channels; /* squeeze_excite: channels, and those of its hidden layer */
     int32_t kernel[2], stride[2], padding[2], dilation[2], groups;
     int32_t relu;
+    float largest_input; /* conv: as far as calibration knows it, for products of 8 bits; otherwise 0 */
     const float *weight,
         *bias; /* conv: [out, in / groups, kh, kw], [out]; squeeze_excite: [hidden, channels], [hidden] */
     const float *weight2, *bias2; /* squeeze_excite: [channels, hidden], [channels] */
 } repvgg_layer;
 
 /* What products may be of, beside float32. */
-enum { REPVGG_FP32 = 0, REPVGG_BF16 = 1, REPVGG_INT16 = 2 };
+enum { REPVGG_FP32 = 0, REPVGG_BF16 = 1, REPVGG_INT16 = 2, REPVGG_INT8 = 3 };
 
 typedef struct {
     int32_t threads;   /* that compute, the caller among them */
@@ -55,7 +56,7 @@ typedef struct repvgg_net repvgg_net;
 
 /* Of this interface; a program compares what it was compiled with and what it runs with. sizes (may be NULL): bytes of
  * repvgg_layer, repvgg_options and repvgg_images as the library has them. */
-#define REPVGG_ABI_VERSION 2
+#define REPVGG_ABI_VERSION 3
 REPVGG_API int32_t repvgg_abi_version(size_t sizes[3]);
 
 /* ---- model files: safetensors in deploy form, as `repvgg convert` writes them ---- */
@@ -124,8 +125,9 @@ REPVGG_API int repvgg_run(repvgg_net *net, const repvgg_images *images, float *o
 /* How a convolution is computed, for any number of images: "direct", or by Winograd's algorithm with tiles of m x m
  * outputs, "F2", "F4",
  * ...; where products may be of another precision also "direct bf16" or "direct int16", which is then the default,
- * "F2 bf16", ... An algorithm that does not fit the layer is an error. By the same algorithms an image gives the same
- * bits in any batch, on any number of threads, and on any machine with the instruction set. */
+ * "F2 bf16", ...; of int8 "direct int8" and "F2 int8" for layers whose largest input is known, and those of int16. An
+ * algorithm that does not fit the layer is an error. By the same algorithms an image gives the same bits in any batch,
+ * on any number of threads, and on any machine with the instruction set. */
 REPVGG_API int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size);
 
 /* The instruction set that the net runs on, as in repvgg_options. */

@@ -65,6 +65,26 @@ REPVGG_INLINE void store(float *p, Vec v, int n) {
 #endif
 }
 
+/// The lowest byte of each lane, side by side.
+REPVGG_INLINE void store_bytes(void *to, Ints v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(static_cast<__m128i *>(to), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+#elif defined(__SSE2__)
+    v &= 0xff;
+#if defined(__AVX2__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extracti128_si256((__m256i)v, 1);
+#else
+    const __m128i low = (__m128i)v, high = low;
+#endif
+    const __m128i halves = _mm_packs_epi32(low, high), bytes = _mm_packus_epi16(halves, halves);
+    memcpy(to, &bytes, WIDTH);
+#else
+    for (int lane = 0; lane < WIDTH; lane++) static_cast<char *>(to)[lane] = static_cast<char>(v[lane]);
+#endif
+}
+/// At 1.5 * 2^23 a float's last bit is worth 1: an addition rounds, and leaves the integer in the lowest bits.
+constexpr float ROUND = 12582912.0f;
+
 REPVGG_INLINE void prefetch(const float *p) { __builtin_prefetch(p, 0, 2); }
 REPVGG_INLINE void prefetch_to_write(const float *p) { __builtin_prefetch(p, 1, 3); }
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nets import images, model_file, plain_net
+from nets import calibrated, images, model_file, plain_net
 from repvgg_engine import EngineError, Plan, load
 from repvgg_engine.library import LIBRARY, ImagesStruct, LayerStruct, Message, OpenOptionsStruct, OptionsStruct
 
 ODD = (-(2**31), -1, 0, 1, 2, 3, 7, 16, 17, 255, 2**15, 46341, 2**16, 2**16 + 1, 2**20, 2**20 + 1, 2**31 - 1)
+ODD_RANGES = (-1.0, 1e-30, 1e-15, 1e15, 1e30, float("inf"), float("nan"))
 SMALL = (1, 1, 2, 3, 3, 5, 8, 16, 20)
 MOST = 1 << 20  # floats of weights, and of maps, that are worth a run
 NUMBERS = np.random.default_rng(0).standard_normal(MOST).astype(np.float32)
@@ -48,12 +49,14 @@ def fuzz_layers(cases: int, seed: int) -> int:
 
 def fuzz_files(cases: int, seed: int, folder: Path) -> int:
     """Return how many damaged model files could still be opened and run."""
-    choose, opened, path = random.Random(seed), 0, model_file(folder / "net.safetensors", plain_net())
+    choose, opened, path = random.Random(seed), 0, model_file(folder / "net.safetensors", calibrated(plain_net()))
     whole = path.read_bytes()
     for _ in range(cases):
         path.write_bytes(_damaged(whole, choose))
         with suppress(EngineError):
-            load(path, accuracy="exact", threads=2)(images(1, size=(choose.choice((8, 32)), 16)))
+            load(path, precision=choose.choice(("fp32", "int8")), accuracy="exact", threads=2)(
+                images(1, size=(choose.choice((8, 32)), 16))
+            )
             opened += 1
     return opened
 
@@ -85,14 +88,17 @@ def _one_net(choose: random.Random, odds: float) -> bool:
     structs = (LayerStruct * choose.randint(1, 4))()
     channels = number(*SMALL)
     for struct in structs:
-        struct.op, struct.in_channels, struct.out_channels = number(0, 0, 0, 0, 1, 2), number(channels), number(*SMALL)
+        struct.op, struct.in_channels, struct.out_channels = number(0, 0, 0, 0, 1, 2, 3), number(channels), number(*SMALL)
         struct.groups, struct.relu = number(1, 1, 1, channels), number(0, 1)
         struct.kernel[:], struct.stride[:] = [number(1, 3, 3, 3)] * 2, [number(1, 1, 2)] * 2
+        struct.largest_input = choose.choice(ODD_RANGES if choose.random() < odds / 4 else (0.0, 1.0, 1.0, 2.5))
         struct.padding[:], struct.dilation[:] = [number(0, 1, 1)] * 2, [number(1, 1, 2)] * 2
         for name in ("weight", "bias", "weight2", "bias2"):
             setattr(struct, name, None if choose.random() < odds / 8 else NUMBERS.ctypes.data)
         channels = struct.out_channels if struct.op == 0 else channels
-    options = OptionsStruct(number(1, 2, 3) % 8, number(0, 1) % 2, number(0, 0, 2), choose.choice((None, b"portable", b"none")))
+    options = OptionsStruct(
+        number(1, 2, 3) % 8, number(0, 1) % 2, number(0, 0, 0, 2, 3), choose.choice((None, b"portable", b"none"))
+    )
     message = Message()
     net = LIBRARY.repvgg_create(structs, number(len(structs)) % (len(structs) + 1), options, *message.room)
     message.check(net)
@@ -106,11 +112,11 @@ def _queries(choose: random.Random, number: Any, net: int, structs: Any) -> bool
     """Ask a net for all that it can tell, and run it where its sizes are small."""
     message, sizes = Message(), (number(1, 7, 16, 33), number(1, 9, 28))
     for layer in (number(*range(len(structs))), -1):
-        for i in range(8):
+        for i in range(24):
             name = LIBRARY.repvgg_algorithm(net, layer, i)
             assert LIBRARY.repvgg_weight_bytes(net, layer, name) >= 0
     with suppress(EngineError):
-        name = choose.choice((b"F2", b"F4", b"F7", b"direct", b"", b"F3"))
+        name = choose.choice((b"F2", b"F4", b"F7", b"direct", b"direct int8", b"F2 int8", b"", b"F3"))
         message.check(LIBRARY.repvgg_choose(net, number(*range(len(structs))), name, *message.room))
     shape, n = (ctypes.c_int32 * 3)(), choose.choice((1, 3, 5))
     message.check(LIBRARY.repvgg_output_shape(net, *sizes, shape, *message.room))

@@ -2,11 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from repvgg_engine import instruction_sets
+from repvgg_engine import instruction_sets, reference
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite
 
@@ -38,6 +39,17 @@ def plain_net(seed: int = 0, classes: int = 10) -> list[Layer]:
     ]
 
 
+def calibrated(layers: list[Layer], seed: int = 2) -> list[Layer]:
+    """The same layers, convolutions with the largest number that their input has for some images."""
+    found: list[Layer] = []
+    x = images(8, seed).astype(np.float64)
+    for layer in layers:
+        found.append(replace(layer, largest_input=float(np.abs(x).max())) if isinstance(layer, Conv) else layer)
+        x = reference.run([layer], x)
+        x = x[:, :, None, None] if isinstance(layer, Pool) else x
+    return found
+
+
 def images(n: int = 4, seed: int = 1, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Array:
     return np.random.default_rng(seed).standard_normal((n, channels, *size)).astype(np.float32)
 
@@ -67,6 +79,7 @@ def model_file(path: Path, layers: list[Layer], **changes: Any) -> Path:
                 spec |= {"op": "conv2d", "in_channels": layer.in_channels, "out_channels": layer.out_channels}
                 spec |= {"kernel_size": layer.weight.shape[2:], "stride": layer.stride, "padding": layer.padding}
                 spec |= {"dilation": layer.dilation, "groups": layer.groups}
+                spec |= {"largest_input": layer.largest_input} if layer.largest_input else {}
         specs.append(spec)
     p = PREPROCESSING
     preprocessing = {

@@ -108,6 +108,17 @@ def test_without_time_the_guess_counts(tmp_path: Path, monkeypatch: pytest.Monke
     assert reference.error(net(x), wanted) <= max(limit, tune.FAST if accuracy == "fast" else 0)
 
 
+def test_tiles_where_no_check_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen then cannot leave the budget, and is no direct algorithm where tiles pay."""
+    monkeypatch.setattr(tune, "MOST_CHECKS", 0)
+    for precision in ("fp32", "int16"):
+        net = load(model_file(tmp_path / "net.safetensors", deep_net()), precision=precision)
+        net.prepare()
+        tiles = [name.split()[0] for name in net.chosen if name and not name.startswith("direct")]
+        assert tiles
+        assert precision != "fp32" or set(tiles) == {"F2"}
+
+
 def test_what_there_was_no_time_for_counts_as_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "SECONDS", 0)
     net = Net(deep_net())

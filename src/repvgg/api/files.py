@@ -84,9 +84,10 @@ def quantize(
     device: str = "",
     log: Log = print,
 ) -> "QuantizationReport":
-    """Write a model in INT8 for OpenVINO or ONNX Runtime, calibrated on the training split; return the accuracy and speed of both.
+    """Write a model in INT8, calibrated on the training split; return the accuracy and speed of both.
 
-    Raises ValueError for data that do not fit or a loss of accuracy that `settings` do not allow.
+    to: openvino, onnx, or native: a model file for the native engine. Raises ValueError for data that do not fit or a loss
+    of accuracy that `settings` do not allow.
     """
     from repvgg.deploy.quantize import Quantization
     from repvgg.deploy.quantize import quantize as write

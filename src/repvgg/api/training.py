@@ -70,10 +70,21 @@ def train(
         settings: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log, **options}
         run = loop.train(arch, source, plain, Path(out), init=start, **settings)
     if report and os.environ.get("RANK", "0") == "0":
-        from repvgg.web.report import report_at_the_end
-
         report_at_the_end(Path(out), source, where, log)
     return run
+
+
+def report_at_the_end(folder: Path, source: "Source", device: str, log: Log) -> None:
+    """Write the page of a run that has just ended; what keeps it from being written is told in a line, for the run is safe."""
+    try:
+        from repvgg.web.report import write_report
+
+        log(f"{write_report(folder, source, device=device, log=log)}: curves, confusion, mistakes, costs")
+    except ModuleNotFoundError as error:
+        needed = str(error.name).partition(".")[0]
+        log(f"{folder}: without a page, which needs {needed}: pip install {needed}, then repvgg report {folder}")
+    except (ValueError, OSError) as error:
+        log(f"{folder}: without a page ({error}); repvgg report {folder} makes it")
 
 
 def resolved(

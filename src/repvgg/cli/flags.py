@@ -23,7 +23,7 @@ Data = Annotated[str, arg(help=DATA)]
 Model = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL)]
 Runnable = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL[:-1] + "; or an exported file or its folder.")]
 Images = Annotated[tuple[str, ...], Positional, arg(metavar="IMAGES", help="Files, folders and globs.")]
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "int16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "int16", "int8"]
 
 
 class Command(Protocol):

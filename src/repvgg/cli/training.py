@@ -134,8 +134,8 @@ class Quantize:
 
     model: Model
     data: Data
-    to: Literal["openvino", "onnx"]
-    """Kind of file."""
+    to: Literal["openvino", "onnx", "native"]
+    """Kind of file; native: a model file that knows its ranges, for --engine native --precision int8."""
     out: Path
     """Folder for the file and its report (.json)."""
     images: int = 300

@@ -21,6 +21,7 @@ RUN = {
         "placed = MNN.expr.placeholder(list(images.shape), MNN.expr.data_format.NCHW)\n"
         "placed.write(images)\nlogits = net.forward([placed])[0].read()",
     ),
+    "native": ("repvgg_engine", 'net = repvgg_engine.load(FILE, precision="int8")\nlogits = net(images)'),
     "pt2": (
         "torch",
         "program = torch.export.load(FILE).module()  # executes what is in the file: open your own alone\n"

@@ -9,7 +9,6 @@ from torch import nn
 
 from repvgg.deploy.engines import Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.deploy.engines.onnxruntime import open_file
 from repvgg.disk import FileError, Log, atomically
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.proof import verify
@@ -84,6 +83,8 @@ def create(name: str, checkpoint: str | os.PathLike[str] | None = None, log: Log
 
 @torch.no_grad()
 def _refuse_other(deploy: nn.Module, file: bytes, size: tuple[int, int, int]) -> None:
+    from repvgg.deploy.engines.onnxruntime import open_file
+
     images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(0))
     got, wanted = open_file(file, Options(size))(images), deploy(images)
     if not (error := distance([got], [wanted.double()]).relative) <= FAR:

@@ -15,9 +15,9 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.fold.rounding import Error, at_least, distance, shake, shaken
 
 # How many times the model's own rounding an engine may be off: engines use Winograd's algorithms, and add in another order.
-MULTIPLE = {"fp32": 64, "tf32": 16, "fp16": 16, "bf16": 16, "int16": 16}
-# The unit roundoff of what is multiplied in each precision; of integers of 14 bits, for numbers a fourth as large as the largest.
-ROUNDOFF = {"fp32": 2**-24, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-9, "int16": 2**-12}
+MULTIPLE = {"fp32": 64, "tf32": 16, "fp16": 16, "bf16": 16, "int16": 16, "int8": 16}
+# The unit roundoff of what is multiplied in each precision; of integers, for numbers a fourth as large as the largest.
+ROUNDOFF = {"fp32": 2**-24, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-9, "int16": 2**-12, "int8": 2**-6}
 DEVIATION_CAP = 0.5  # an error of half the deviation across images would mix up predictions, whatever the precision
 TURN = 16  # images at a time in float64
 

@@ -1,4 +1,5 @@
-"""INT8: a deploy form with 8-bit weights and activations, by NNCF, for OpenVINO or ONNX Runtime; and what that costs, measured.
+"""INT8: a deploy form with 8-bit weights and activations, by NNCF, for OpenVINO, ONNX Runtime or the native engine; and what that
+costs, measured.
 
 Folding makes weights of very different ranges, which is why a careless INT8 collapses. Against it: a scale for each output
 channel, calibration on real images, bias correction; and on demand `equalise`, first and last layer in float, as many layers in
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.data import Source
-from repvgg.deploy import engines
+from repvgg.deploy import engines, native_int8
 from repvgg.deploy.engines import Int8Runtime, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import Shape, described, write_report
@@ -41,7 +42,7 @@ from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe, get_recipe
 from repvgg.train.tasks import CLASSIFICATION
 
-INT8 = ("openvino", "onnx")  # of FORMATS
+INT8 = ("openvino", "onnx", native_int8.ENGINE)
 BATCH = 32  # of the accuracy and the speed
 WATCHED = 32  # images on which the signal-to-noise ratio is measured
 
@@ -134,13 +135,14 @@ def quantize(
 ) -> QuantizationReport:
     """Fold a model of ours, quantise it with images of a source, measure what that does, and write it into the folder `out`.
 
-    to: "openvino" or "onnx". device: to train on, if that is asked for; all else is the processor's. Raises ValueError for another
-    format, packages that are missing, data that do not fit the model, or a drop that cannot be kept; `ReparamError` for what cannot
-    be folded; `FileError` where it cannot be written.
+    to: "openvino", "onnx", or "native" for a model file with ranges, without bias correction. device: to train on, if that is asked
+    for; all else is the processor's. Raises ValueError for another format, packages that are missing, data that do not fit the
+    model, or a drop that cannot be kept; `ReparamError` for what cannot be folded; `FileError` where it cannot be written.
     """
     if to not in INT8:
         raise ValueError(f"no INT8 for {to!r}: there are {', '.join(INT8)}")
-    kind = FORMATS[to]
+    native = to == native_int8.ENGINE
+    kind = FORMATS[native_int8.CALIBRATED_FOR if native else to]
     engines.check(kind.engine, "fp32")
     if find_spec("nncf") is None:
         raise ValueError("quantising needs nncf: pip install nncf")
@@ -151,6 +153,9 @@ def quantize(
     check_fit(manifest, source)
     deploy = folded(model)
     deploy = equalise(deploy) if settings.equalise else deploy
+    if native:
+        native_int8.check(deploy)
+        settings = replace(settings, bias_correction="none")
     names = _names(deploy)
     if settings.max_drop is not None and names is None:
         raise ValueError("--max-drop needs a plain network, whose layers can be told apart")
@@ -159,17 +164,21 @@ def quantize(
     images = torch.cat([x for x, _ in batches(source.limited(settings.images).train, told.preprocessing, BATCH)])
     runtime = cast(Int8Runtime, engines.runtime(kind.module))
     with staged(out) as folder:
-        plain, path = folder / f".float{kind.suffix}", folder / f"{name}.int8{kind.suffix}"
+        plain, path = folder / f".float{kind.suffix}", folder / f"{name}.int8{native_int8.SUFFIX if native else kind.suffix}"
+        graph = folder / f".float.int8{kind.suffix}" if native else path  # what NNCF makes
 
-        def runner(file: Path) -> Runner:
+        def runner(precision: str) -> Runner:
+            if native:
+                return native_int8.runner(deploy, precision, BATCH)
             options = Options(signature.size, BATCH)
+            file = plain if precision == "fp32" else path
             return Runner(kind.engine, runtime.open_file(file, options), options, manifest)
 
-        def accuracy(file: Path) -> Accuracy:
-            return evaluate(runner(file), batches(source.val, told.preprocessing, BATCH), len(source.classes))
+        def accuracy(precision: str) -> Accuracy:
+            return evaluate(runner(precision), batches(source.val, told.preprocessing, BATCH), len(source.classes))
 
         _saved(runtime, runtime.read(to_onnx(deploy, signature)), plain, "")
-        before = accuracy(plain)
+        before = accuracy("fp32")
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
         if settings.qat_epochs:
             deploy = _trained_rounded(deploy, images, source, settings, device, log)
@@ -178,14 +187,16 @@ def quantize(
         while True:
             log(f"quantising on {len(images)} images" + (f", {len(kept)} layers left in float" if kept else ""))
             rounded = _quantised(runtime, plain, images, kept, settings)
-            _saved(runtime, rounded, path, told.to_json())
-            after = accuracy(path)
-            layers = _noise(runtime, plain, path, images[:WATCHED], names)
+            _saved(runtime, rounded, graph, told.to_json())
+            if native:
+                native_int8.write(deploy, rounded, path)
+            after = accuracy("int8")
+            layers = _noise(runtime, plain, graph, images[:WATCHED], names)
             log(f"top-1 {before.top1:.2%} in float, {after.top1:.2%} in INT8")
             if settings.max_drop is None or before.top1 - after.top1 <= settings.max_drop:
                 break
             kept = [*kept, _worst(layers, kept, settings.max_drop)]
-        faster = speedup(runner(plain), runner(path))
+        faster = speedup(runner("fp32"), runner("int8"))
         report = QuantizationReport(Path(out) / path.name, before, after, layers, sorted(kept), faster, settings)
         write_report(path, to, signature, told, report.to_json())
         for file in folder.glob(".float*"):

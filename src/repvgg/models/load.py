@@ -14,7 +14,7 @@ from repvgg.disk import FileError, describe, out_of_memory
 from repvgg.models import checkpoint, hub, keys, weights
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.names import FAMILY, NETWORKS, embedded, resolve_name, task_of
-from repvgg.models.plain import PlainNet, layer_list
+from repvgg.models.plain import LARGEST_INPUT, PlainNet, layer_list, set_largest_inputs
 from repvgg.models.pretrained import imagenet_classes
 from repvgg.models.repvgg import RepVGG
 from repvgg.models.zoo import create_model, default_preprocessing, is_built_folded, manifest_of, remember
@@ -148,6 +148,8 @@ def _restore(tensors: dict[str, Tensor], manifest: Manifest) -> nn.Module:
     """Return the model that these tensors and this manifest describe, in eval mode. May raise anything."""
     model = _build(manifest, sum(tensor.numel() for tensor in tensors.values()))
     weights.fill(model, tensors)
+    if manifest.layers is not None and len(manifest.layers) == len(layer_list(model) or []):
+        set_largest_inputs(model, [spec.get(LARGEST_INPUT) for spec in manifest.layers])
     if manifest.arch is not None:
         manifest = replace(manifest, arch=manifest_of(model).arch)  # with the defaults of what it leaves out
     if manifest.layers is not None and manifest.layers != layer_list(model):

@@ -5,6 +5,7 @@ deploy form it also lists the layers one by one, so that an engine without PyTor
 
     {"op": "conv2d", "in_channels": 3, "out_channels": 48, "kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1],
      "dilation": [1, 1], "groups": 1, "activation": "relu", "weight": "stem.block.weight", "bias": "stem.block.bias"}
+    (a calibrated one also: "largest_input": 3.25, the largest number of its input, for products of 8 bits)
     {"op": "squeeze_excite", "channels": 160, "activation": "relu", "path": "stages.0.0.se"}
     {"op": "global_avg_pool"}
     {"op": "linear", "in_features": 1280, "out_features": 1000, "weight": "head.weight", "bias": "head.bias"}
@@ -120,6 +121,7 @@ def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -
             expects, channels = spec["in_channels"], spec["out_channels"]
             geometry = (spec[name] for name in ("kernel_size", "stride", "padding", "dilation"))
             sides = tuple(_side_after(*numbers) for numbers in zip(sides, *geometry, strict=True))
+            _refuse_range(spec.get("largest_input"))
         elif op == "linear":
             expects, channels = spec["in_features"], spec["out_features"]
         else:
@@ -127,6 +129,11 @@ def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -
             sides = () if op == "global_avg_pool" else sides
         if expects != before or pooled != (op == "linear"):
             raise ValueError(f"layer {i} of the list, {op}, does not fit the layer before it")
+
+
+def _refuse_range(largest: Any) -> None:
+    if largest is not None and not (type(largest) in (int, float) and 1e-12 <= largest <= 1e12):
+        raise ValueError(f"the list of layers has a convolution whose largest input cannot be ({largest!r})")
 
 
 def _side_after(side: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -1,11 +1,14 @@
 """A deploy form as a list of layers: written into model files (see manifest.py), and enough to build the network from."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from repvgg.fold.blocks import SqueezeExcite
 from repvgg.models.repvgg import Layer, PlusLayer, RepVGG, Residual, is_deploy_form
+
+LARGEST_INPUT = "largest_input"  # of a convolution, where calibration found it
 
 
 class PlainNet(nn.Module):
@@ -55,6 +58,18 @@ class PlainNet(nn.Module):
         parent.add_module(name, module)
 
 
+def set_largest_inputs(model: nn.Module, largest: Sequence[float | None]) -> None:
+    """Let the convolutions of a deploy form know the largest number of their input, as calibration found it, for products of 8
+    bits (None: not known); `layer_list` tells. largest: for each layer of that list."""
+    for spec, number in zip(layer_list(model) or [], largest, strict=True):
+        if spec["op"] == "conv2d":
+            conv = model.get_submodule(spec["weight"].removesuffix(".weight"))
+            for holder in (vars(conv), spec):  # a PlainNet's list is its own
+                holder.pop(LARGEST_INPUT, None)
+                if number is not None:
+                    holder[LARGEST_INPUT] = number
+
+
 def layer_list(model: nn.Module) -> list[dict[str, Any]] | None:
     """Return the operators of a deploy form in order, as model files list them; None for any other model."""
     if isinstance(model, PlainNet):
@@ -73,6 +88,7 @@ def layer_list(model: nn.Module) -> list[dict[str, Any]] | None:
                 "op": "conv2d",
                 **{name: getattr(conv, name) for name in ("in_channels", "out_channels", "groups")},
                 **{name: list(getattr(conv, name)) for name in ("kernel_size", "stride", "padding", "dilation")},
+                **{name: value for name, value in vars(conv).items() if name == LARGEST_INPUT},
                 "activation": None if has_se and not plus else "relu",
                 "weight": f"{path}.block.weight",
                 "bias": f"{path}.block.bias",

@@ -59,16 +59,6 @@ def write_report(folder: Path, source: Source | None = None, data: str = "", dev
     return target
 
 
-def report_at_the_end(folder: Path, source: Source, device: str, log: Log) -> None:
-    """Write the page of a run that has just ended; what keeps it from being written is told in a line, for the run is safe."""
-    try:
-        log(f"{write_report(folder, source, device=device, log=log)}: curves, confusion, mistakes, costs")
-    except ModuleNotFoundError as error:
-        log(f"{folder}: without a page, which needs {error.name}: pip install {error.name}, then repvgg report {folder}")
-    except (ValueError, OSError) as error:
-        log(f"{folder}: without a page ({error}); repvgg report {folder} makes it")
-
-
 class Pieces:
     """The pictures of a page, each also kept as a PNG in a folder."""
 

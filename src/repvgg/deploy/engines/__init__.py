@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repvgg.disk import Log
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int16", "int8")
 
 
 class DeviceError(ValueError):
@@ -28,7 +28,8 @@ class DeviceError(ValueError):
 @dataclass(frozen=True)
 class Options:
     """Settings that an engine is built for. precision: of weights and activations (tf32: fp32 with TF32 products, on CUDA;
-    int16: fp32 with products of 14 to 16 bits, in the engine native, without calibration).
+    int16: fp32 with products of 14 to 16 bits, in the engine native, without calibration; int8: in the engine native,
+    of a model that `repvgg quantize --to native` calibrated).
 
     threads: of the CPU, None for the engine's own choice. channels_last: memory format of the PyTorch engines.
     """
@@ -108,7 +109,9 @@ ENGINES = {
     "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),
     "mnn": Known("mnn", ("onnx", "onnxscript", "MNN"), ("fp32",), ()),
     "openvino": Known("openvino", ("onnx", "onnxscript", "openvino"), ("fp32", "bf16"), ()),
-    "native": Known("native", ("repvgg_engine",), ("fp32", "bf16", "int16"), (), "pip install ./engine, with a C++ compiler"),
+    "native": Known(
+        "native", ("repvgg_engine",), ("fp32", "bf16", "int16", "int8"), (), "pip install ./engine, with a C++ compiler"
+    ),
 }
 
 

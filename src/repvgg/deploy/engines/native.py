@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.engines.chain import chain
-from repvgg.models.plain import layer_list
+from repvgg.models.plain import LARGEST_INPUT, layer_list
 from repvgg.models.pspnet import STRIDE, PSPNet
 
 
@@ -92,7 +92,18 @@ def _layers(model: nn.Module, input_size: tuple[int, int, int]) -> list[Layer]:
         relu = spec.get("activation") == "relu"
         if spec["op"] == "conv2d":
             stride, padding, dilation = (tuple(spec[name]) for name in ("stride", "padding", "dilation"))
-            layers.append(Conv(state[spec["weight"]], state[spec["bias"]], stride, padding, dilation, spec["groups"], relu))
+            layers.append(
+                Conv(
+                    state[spec["weight"]],
+                    state[spec["bias"]],
+                    stride,
+                    padding,
+                    dilation,
+                    spec["groups"],
+                    relu,
+                    spec.get(LARGEST_INPUT) or 0.0,
+                )
+            )
             channels = spec["out_channels"]
         elif spec["op"] == "squeeze_excite":
             parts = [state[f"{spec['path']}.{part}"] for part in ("reduce.weight", "reduce.bias", "expand.weight", "expand.bias")]

@@ -110,6 +110,18 @@ def layers(network: Any) -> list[str]:
     return [op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() in kinds]
 
 
+def largest_inputs(network: Any) -> list[float | None]:
+    """Return for each convolution of a network that NNCF quantised, in order, the largest size of a number that its input may
+    have; None where the input is not rounded."""
+    found: list[float | None] = []
+    for op in network.get_ordered_ops():
+        if op.get_type_name() in ("Convolution", "GroupConvolution"):
+            rounding = op.input_value(0).get_node()
+            ends = [rounding.input_value(i).get_node() for i in (1, 2)] if rounding.get_type_name() == "FakeQuantize" else []
+            found.append(max(float(np.abs(end.get_data()).max()) for end in ends) if ends else None)
+    return found
+
+
 def activations(path: Path, images: Any) -> list[Any]:
     """Return what comes out of each ReLU; images: NumPy, float32 [N, C, H, W]."""
     network = core().read_model(path)
