@@ -4,8 +4,10 @@ from typing import Any
 
 from layout import machine, many, table
 
+Record = dict[str, Any]
 
-def engines(r: dict[str, Any]) -> str:
+
+def engines(r: Record) -> str:
     """Return what to take for each batch size and precision, then every engine's figures."""
     p, m = r["protocol"], r["machine"]
     return f"""{p["model"]} at {p["input_size"][-1]} px, {many(p["threads"], "thread")}; medians of {many(p["rounds"], "round")}
@@ -26,7 +28,7 @@ Measured on {machine(m)}: [results/engines.json](../results/engines.json), by `p
 """
 
 
-def _choice(r: dict[str, Any]) -> str:
+def _choice(r: Record) -> str:
     where, rows = f"{r['machine']['processor']}, {many(r['machine']['cores'], 'core')}", []
     for t in r["speed"]:
         (name, best), (second, next_best) = sorted(t["engines"].items(), key=lambda item: -item[1]["images_per_second"])[:2]
@@ -37,7 +39,7 @@ def _choice(r: dict[str, Any]) -> str:
     return table(["processor", "images at a time", "precision", "take", "images/s", "over PyTorch", "next best"], rows)
 
 
-def _each(r: dict[str, Any]) -> str:
+def _each(r: Record) -> str:
     heads = [f"batch {t['batch_size']}, {t['precision']}" for t in r["speed"]]
     rows = []
     for name, loaded in r["load"].items():
@@ -48,7 +50,7 @@ def _each(r: dict[str, Any]) -> str:
     return table(["engine", *heads, "error, fp32 / bf16", "memory, MiB", "first logits after", "with empty caches"], rows)
 
 
-def _shares(r: dict[str, Any]) -> str:
+def _shares(r: Record) -> str:
     return ", ".join(
         f"{t['auto']['share_of_best']:.0%} of the fastest engine's speed at batch {t['batch_size']} (`{t['auto']['taken']}`)"
         for t in r["speed"]
@@ -56,7 +58,7 @@ def _shares(r: dict[str, Any]) -> str:
     )
 
 
-def _predictions(r: dict[str, Any]) -> str:
+def _predictions(r: Record) -> str:
     rows = [
         [f"`{to}`", *(f"{f[key]:,}" for key in ("same", "clear", "differ_where_clear")), f"{f['error']['relative']:.0e}"]
         for to, f in r["formats"].items()
@@ -72,26 +74,37 @@ def _predictions(r: dict[str, Any]) -> str:
 DAY = 24 * 60 * 60
 
 
-def sizing(r: dict[str, Any], data: dict[str, Any] | None) -> str:
-    """Return how many images a day each engine predicts on the machine that was measured."""
+def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
+    """Return how many images a day each engine predicts on each machine that was measured, and what comes on top."""
     p, batches = r["protocol"], [t for t in r["speed"] if t["batch_size"] > 1]
-    heads = [f"{t['precision']}, millions a day" for t in batches]
-    rows = []
-    for name in r["load"]:
-        speeds = [t["engines"][name]["images_per_second"] if name in t["engines"] else 0 for t in batches]
-        if any(speeds):
-            days = f"{1e9 / (DAY * max(speeds)):,.0f}"
-            rows.append([f"`{name}`", *(f"{speed * DAY / 1e6:.1f}" if speed else "" for speed in speeds), days])
-    decoding = ""
-    if data is not None:
-        speed = data["loading"]["photos, folder"]["decode"]
-        decoding = (
-            f"Decoding comes on top: {speed:,.0f} JPEGs of 500 x 375 a second and core, {speed * DAY / 1e6:.0f} million a day.\n"
-        )
-    where = f"batch {batches[0]['batch_size']}, {many(p['threads'], 'thread')} of {machine(r['machine'])}"
+    here = f"{r['machine']['processor']}, {many(p['threads'], 'thread')}"
+    found = {(here, name, t["precision"]): e["images_per_second"] for t in batches for name, e in t["engines"].items()}
+    for name, f in (gpu or {"figures": {}})["figures"].items():
+        words = name.split(", ")  # pair, engine, precision, batch, memory format
+        for row in f.get("rows", ()):
+            if len(words) == 5 and words[3] != "batch 1" and row["model"] == p["model"]:
+                key = (gpu or r)["machine"]["gpu"], words[1], words[2]
+                found[key] = max(found.get(key, 0), row["images_per_second"])
+    rows = [
+        [where, f"`{engine}`", precision, f"{speed:,.0f}", f"{speed * DAY / 1e6:,.1f}", f"{1e9 / (DAY * speed):,.0f}"]
+        for (where, engine, precision), speed in sorted(found.items(), key=lambda item: -item[1])
+    ]
+    heads = ["machine", "engine", "precision", "images/s", "millions a day", "machines for a billion a day"]
     return (
-        f"{table(['engine', *heads, 'machines for a billion a day'], rows)}\n\n"
-        f"{p['model']} at {p['input_size'][-1]} px, {where}:\n"
-        f"the network alone, from [results/engines.json](../results/engines.json). {decoding}"
-        "For another machine or model multiply what `repvgg bench MODEL --batch-size 32` says there by 86,400.\n"
+        f"{table(heads, rows)}\n\n{p['model']} at {p['input_size'][-1]} px, batch {batches[0]['batch_size']} "
+        f"({machine(r['machine'])}): the network alone, by\n[results/engines.json](../results/engines.json). {_on_top(data or {})}"
+        "For another machine or model multiply what\n`repvgg bench MODEL --batch-size 32` says there by 86,400.\n"
     )
+
+
+def _on_top(data: Record) -> str:
+    """Say what decoding takes, and Ray, where they were measured."""
+    said = ""
+    if "photos" in data:
+        speed = data["photos"]["stages"]["folder"]["now"]["decode"]
+        said += (
+            f"Decoding comes on top: {speed:,.0f} JPEGs of\n500 x 375 a second and core, {speed * DAY / 1e6:.0f} million a day. "
+        )
+    if "prediction" in data:
+        said += f"Under `--ray` the same two cores did {data['prediction']['ratio']:.2f} times as much as the plain loop. "
+    return said

@@ -103,7 +103,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     ROOT / "README.md": headline,
     ROOT / "docs" / "results.md": measured,
     ROOT / "docs" / "deploy.md": lambda: engines(record("engines") or {}),
-    ROOT / "docs" / "scale.md": lambda: sizing(record("engines") or {}, record("data")),
+    ROOT / "docs" / "scale.md": lambda: sizing(record("engines") or {}, record("gpu/speed"), record("data")),
 }
 
 

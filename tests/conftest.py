@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,3 +132,31 @@ def forks() -> Iterator[Forks]:
     """Commands as processes that need not load PyTorch: forks of one that has it."""
     with Forks() as run:
         yield run
+
+
+SERVER = """
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+input()
+"""
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """The URL of an empty bucket in an object store of this machine, to which the environment points."""
+    pytest.importorskip("moto")
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                    patch.setenv(name, "testing")
+                patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+                patch.setenv("AWS_ENDPOINT_URL", url)
+                urllib.request.urlopen(urllib.request.Request(f"{url}/photos", method="PUT"), timeout=60).close()
+                yield "s3://photos"
+        finally:
+            process.kill()

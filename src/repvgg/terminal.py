@@ -17,21 +17,31 @@ PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 class Progress:
     """A bar with a line that changes in place in a terminal; elsewhere a plain line now and then. Use as a context manager.
 
-    total: how many there are, None where it is not known; before: how many an earlier process did.
+    total: how many there are, None where it is not known; before: how many an earlier process did. board: returns what a terminal
+    shows above the bar, as rich has it; asked once a second.
     """
 
-    def __init__(self, total: int | None, log: Log = print, before: int = 0, live: bool = True) -> None:
-        self.total, self.log, self.done, self.before, self.live = total, log, before, before, live
+    def __init__(self, total: int | None, log: Log = print, before: int = 0, board: Callable[[], Any] | None = None) -> None:
+        self.total, self.log, self.done, self.before, self.board = total, log, before, before, board
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if self.live and not quiet and sys.stderr.isatty():
+        if not quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
+            board = self.board
+
+            class Shown(Bar):
+                def get_renderables(self) -> Iterator[Any]:
+                    if board is not None:
+                        yield board()
+                    yield from super().get_renderables()
+
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            console = Console(file=sys.stderr)  # today's: it may be a file while something else is at work
+            self.bar = Shown(*columns, console=console, transient=True, refresh_per_second=1 if board else 10)
             self.bar.start()
             self.task = self.bar.add_task("starting", total=self.total, completed=self.before)
         self.spoke = self.mark = time.perf_counter()

@@ -20,7 +20,7 @@ from repvgg.terminal import printable
 def pixels(image: Tensor) -> Array:
     """[H, W, C] of a decoded image, after a look at its type."""
     assert image.dtype == torch.uint8
-    assert image.is_contiguous()
+    assert image.permute(1, 2, 0).is_contiguous()
     return image.permute(1, 2, 0).numpy()
 
 

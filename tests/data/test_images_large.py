@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pictures import encoded, noise
 from PIL import Image
 
 from repvgg.data import images
-from repvgg.data.images import decode
+from repvgg.data.images import ImageError, decode, enough
 
 MODES = {
     "RGB": Image.fromarray(noise(3)),
@@ -72,10 +73,12 @@ def photo(size: tuple[int, int] = (150, 113)) -> Image.Image:
 @pytest.mark.parametrize(
     "options", [{}, {"subsampling": 0}, {"subsampling": 1, "quality": 95}, {"progressive": True, "quality": 30}]
 )
-def test_both_readers_of_jpeg_agree(mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_readers_of_jpeg_agree(mode: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     source, channels = encoded(photo().convert(mode), "JPEG", **options), 3 if mode == "RGB" else 1
-    fast = images._from_jpeg(source, channels)
-    assert fast is not None
+    fast = images._by_torchvision(source, channels)
+    if find_spec("simplejpeg"):
+        assert int((fast.int() - images._by_simplejpeg(source, channels).int()).abs().max()) <= 2
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
     assert torch.equal(decode(source, channels), fast)
     monkeypatch.setattr(images, "_from_jpeg", lambda *_: None)
     slow = decode(source, channels)
@@ -91,3 +94,32 @@ def test_what_the_faster_reader_does_not_read_the_other_does(monkeypatch: pytest
     assert asked == []
     assert decode(colour, 3).shape == (3, 113, 150)  # it gives up here
     assert asked == [3]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(
+    ("least", "shown"), [(0, (640, 900)), (400, (640, 900)), (300, (320, 450)), (160, (160, 225)), (20, (80, 113))]
+)
+def test_what_is_far_larger_than_enough_is_decoded_smaller(least: int, shown: tuple[int, int], progressive: bool) -> None:
+    """Beside means over the squares of pixels that each one stands for."""
+    source = encoded(photo((900, 640)), "JPEG", quality=95, progressive=progressive)
+    with enough(least):
+        small = decode(source)
+    assert small.shape == (3, *shown)
+    times = 640 // shown[0]
+    whole = decode(source).float()[:, :, : 900 // times * times]
+    wanted = torch.nn.functional.avg_pool2d(whole, times)
+    assert float((small[:, :, : wanted.shape[2]].float() - wanted).abs().mean()) < 1.5
+    with enough(least):
+        assert decode(encoded(photo((900, 640)), "PNG")).shape == (3, 640, 900)
+    assert decode(source).shape == (3, 640, 900)
+
+
+def test_what_is_decoded_smaller_is_upright_and_refused_when_damaged() -> None:
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    source = encoded(photo((900, 640)), "JPEG", exif=exif.tobytes())
+    with enough(300):
+        assert decode(source).shape == (3, 450, 320)
+        with pytest.raises(ImageError, match="truncated"):
+            decode(source[: len(source) // 2])

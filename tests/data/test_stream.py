@@ -13,6 +13,7 @@ import pytest
 import torch
 from tars import png, write_shards
 
+from repvgg.api.training import resolved
 from repvgg.data import DataError, Source, open_source
 from repvgg.data import stream as stream_module
 from repvgg.data.images import ImageError
@@ -49,6 +50,9 @@ def train_stream(source: Source) -> Stream:
 
 def test_a_folder_of_shards(shards: Path) -> None:
     source = open_source(f"wds:{shards}")
+    recipe = resolved("", source, False, {}, str)
+    assert recipe is not None  # not auto, which looks at images here and there
+    assert recipe.epochs == 120
     assert (source.classes, len(source.train), len(source.val)) == (["0", "1", "2", "3"], 28, 9)
     stream = train_stream(source)
     assert sorted(greys(stream)) == list(range(28))

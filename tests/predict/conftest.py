@@ -1,9 +1,5 @@
-"""Models, photos and an object store that the tests of predictions share."""
+"""Models and photos that the tests of predictions share."""
 
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,31 +44,3 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def job(files: Path, tmp_path: Path) -> Job:
     return Job(str(files / "grey.safetensors"), "digits", str(tmp_path / "preds.parquet"), part_size=50, batch_size=16)
-
-
-SERVER = """
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-input()
-"""
-
-
-@pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """The URL of an empty bucket in an object store of this machine, to which the environment points."""
-    pytest.importorskip("moto")
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-            with pytest.MonkeyPatch.context() as patch:
-                for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-                    patch.setenv(name, "testing")
-                patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-                patch.setenv("AWS_ENDPOINT_URL", url)
-                urllib.request.urlopen(urllib.request.Request(f"{url}/photos", method="PUT"), timeout=60).close()
-                yield "s3://photos"
-        finally:
-            process.kill()

@@ -14,7 +14,7 @@ from roads import make_camvid
 from rounding import REPORTED
 
 from repvgg.disk import FileError
-from repvgg.predict import cluster, connect
+from repvgg.predict import cluster, connect, reading
 from repvgg.predict.actors import Cluster
 from repvgg.predict.job import Job
 from repvgg.predict.remote import open_data
@@ -33,7 +33,7 @@ def by_key(out: str | Path) -> dict[str, dict[str, Any]]:
 def on_ray(job: Job, *more: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the command as a user does, in a process with a cluster of its own."""
     words = [*command(job), "--ray", "auto", "--concurrency", "1,1", "--json", *more]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    return subprocess.run(words, capture_output=True, text=True, timeout=900, env={**os.environ, **environment})
 
 
 # ---------------------------------------------------------------------------------------------------- what needs no cluster
@@ -49,16 +49,16 @@ def test_the_pipeline_without_ray_gives_the_rows_of_the_loop(files: Path, photos
     store = Store.of(str(tmp_path / "ray"))
     _, decoder, schema = cluster._agreed(job, shards, store, str)
     actor = cluster.Predictor(job, "", store)
-    tables = [actor(cluster._decode(decoder, table)) for table in cluster._blocks(job, [0, 1, 2], store.done())]
+    tables = [actor(cluster._decode(decoder, table)) for table in reading._blocks(job, [0, 1, 2], store.done())]
     found = {row["key"]: row for table in tables for row in table.to_pylist()}
     for key, wanted in by_key(job.out).items():
         got = found.pop(key)
         assert got.pop("probabilities") == pytest.approx(wanted.pop("probabilities"), abs=REPORTED)
         assert got == wanted
     assert not found
-    cluster._write(store, schema, tables[0])
+    cluster._write(store, tables[0].cast(schema))
     assert store.counts() == (1, tables[0].num_rows, sum(row["error"] is not None for row in tables[0].to_pylist()))
-    left = [key for table in cluster._blocks(job, [0, 1, 2], store.done()) for key in table["key"].to_pylist()]
+    left = [key for table in reading._blocks(job, [0, 1, 2], store.done()) for key in table["key"].to_pylist()]
     assert sorted(left + tables[0]["key"].to_pylist()) == sorted(by_key(job.out))
 
 

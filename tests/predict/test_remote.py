@@ -10,24 +10,15 @@ import pytest
 from predicting import rows, run
 
 from repvgg.data import DataError
+from repvgg.data.stores import filesystem
 from repvgg.predict.job import Job
-from repvgg.predict.remote import filesystem, is_url, open_data
+from repvgg.predict.remote import open_data
 
 
 def put(url: str, data: bytes) -> None:
     store, path = filesystem(url)
     with store.open_output_stream(path) as file:
         file.write(data)
-
-
-def test_what_is_a_url() -> None:
-    assert [is_url(name) for name in ("s3://b/x", "gs://b", "wds:s3://b/x", "photos", "hf:a/b")] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
 
 
 def test_a_folder_of_images(bucket: str, photos: Path, files: Path, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from repvgg.models.manifest import Preprocessing
-from repvgg.train.augment import train_transform
+from repvgg.train.augment import RATIOS, side_of, train_transform
 from repvgg.train.recipes import RECIPES, Recipe
 
 RGB = Preprocessing((3, 48, 40), 48)
@@ -63,3 +64,11 @@ def test_a_random_resized_crop_takes_from_8_to_100_percent() -> None:
     spans = sorted(int(out.max()) - int(out.min()) for out in (transform(ramp(256, 256)) for _ in range(200)))
     assert spans[0] < 120  # a small part
     assert spans[-1] > 220  # nearly all
+
+
+def test_the_smallest_crop_of_an_image_that_is_large_enough_has_the_inputs_pixels() -> None:
+    side = side_of(RECIPES["light"], Preprocessing())
+    crop = v2.RandomResizedCrop((224, 224), (RECIPES["light"].crop_area,) * 2, RATIOS)
+    drawn = [crop.make_params([torch.empty(3, side, side)]) for _ in range(300)]
+    assert min(min(d["height"], d["width"]) for d in drawn) >= 223  # sides are rounded
+    assert side_of(RECIPES["demo"], GREY) == 0

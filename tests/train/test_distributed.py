@@ -1,5 +1,6 @@
 """train/distributed.py: processes that torchrun starts, on 127.0.0.1: equal to one, and restarted where one is killed."""
 
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from repvgg.models.load import load
 from repvgg.train.distributed import ALONE, joined, local_device
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_worker_niceness": "0"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORDS = (
     "-m repvgg train --no-report "
@@ -243,6 +244,8 @@ SHARED = """
 import sys
 from pathlib import Path
 import torch
+from repvgg.data import DataError, folder, open_source
+from repvgg.data.cache import found_by
 from repvgg.train.distributed import joined
 from repvgg.train.state import State, Store, shared
 with joined("cpu") as world:
@@ -258,12 +261,27 @@ with joined("cpu") as world:
     for name, tensor in state.tensors.items():
         assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor), name
     assert world.agree(world.rank * 5) == 5
+    if not world.main:
+        folder._listing = None
+    with found_by(world.once):
+        source = open_source(sys.argv[2])
+        assert (len(source.train), len(source.val), source.classes) == (6, 2, ["cat", "dog"])
+        try:
+            folder.Folder(Path(sys.argv[2]) / "val/cat")
+            raise AssertionError
+        except DataError as error:
+            assert "val/cat: holds no class folders" in str(error)
 """
 
 
-def test_the_first_process_reads_the_state_for_all(tmp_path: Path) -> None:
+def test_the_first_process_reads_the_state_and_lists_the_images_for_all(tmp_path: Path) -> None:
+    for split, name in itertools.product(("train", "val"), ("cat/0", "cat/1", "dog/0", "cat/2", "dog/1", "dog/2")):
+        path = tmp_path / f"photos/{split}/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if split == "train" or name.endswith("0"):
+            path.touch()
     (tmp_path / "script.py").write_text(SHARED)
-    done = run(torchrun(str(tmp_path / "script.py"), str(tmp_path)))
+    done = run(torchrun(str(tmp_path / "script.py"), str(tmp_path), str(tmp_path / "photos")))
     assert done.returncode == 0, done.stderr
 
 

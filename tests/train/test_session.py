@@ -137,6 +137,8 @@ def test_a_run_folder_that_cannot_be_one(tmp_path: Path) -> None:
         with pytest.raises(FileError, match=f"{out}: cannot be a run folder"):
             quick(out)
     assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(ValueError, match="a run is in a folder, which --mirror copies to an object store"):
+        quick(Path("s3://bucket/run"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -48,24 +48,27 @@ def train(
     Raises ValueError before any work if something does not fit, FloatingPointError if training diverges, `StoppedError` (a
     KeyboardInterrupt) when a signal asked for the end and the state is saved.
     """
+    from repvgg.data.cache import found_by
     from repvgg.train import loop
-    from repvgg.train.distributed import local_device
+    from repvgg.train.distributed import joined, local_device
 
     if not arch and not init:
         raise ValueError("which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights")
-    source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
-    loop.refuse(source, Path(out))
     given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
     options = {name: value for name, value in given.items() if value is not None}
     where = local_device(device_named(device, workers))
-    plain, start = resolved(recipe, source, bool(init), changes, log), init
-    if plain is None:
-        how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
-        plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
-    if isinstance(start, str) and start == "none":
-        start = ""
-    settings: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log, **options}
-    run = loop.train(arch, source, plain, Path(out), init=start, **settings)
+    with joined(where) as world:
+        with found_by(world.once):
+            source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
+        loop.refuse(source, Path(out))
+        plain, start = resolved(recipe, source, bool(init), changes, log), init
+        if plain is None:
+            how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
+            plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
+        if isinstance(start, str) and start == "none":
+            start = ""
+        settings: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log, **options}
+        run = loop.train(arch, source, plain, Path(out), init=start, **settings)
     if report and os.environ.get("RANK", "0") == "0":
         report_at_the_end(Path(out), source, where, log)
     return run
@@ -88,7 +91,7 @@ def resolved(
     recipe: "str | os.PathLike[str] | Recipe", source: "Source", trained: bool, changes: dict[str, Any], log: Log
 ) -> Recipe | None:
     """Return the recipe that is meant, by default what suits the source, in words; None for the one that `auto` has to choose."""
-    stream = hasattr(source.train, "order")
+    stream = hasattr(source.train, "shuffled")
     if recipe in ("", "auto"):
         if not source.masks and not stream and (recipe == "auto" or source.recipe == "light"):
             return None

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 
 from repvgg.data import Source
-from repvgg.data.transforms import normalise
+from repvgg.data.images import enough
+from repvgg.data.transforms import collated, normalise
 from repvgg.measure.timing import synchroniser
 from repvgg.train.batches import Feed
 from repvgg.train.recipes import Recipe
@@ -49,15 +50,16 @@ def data_speeds(source: Source, recipe: Recipe, workers: int = 0, device: str = 
             keys: Any = timed("read", lambda example: example, islice(lane, count), count)
         else:
             keys = torch.randperm(feed.count, generator=torch.Generator().manual_seed(0))[:count].tolist()
-        decoded = timed("decode", source.train.__getitem__, keys, len(keys))
+        with enough(feed.images.side):
+            decoded = timed("decode", source.train.__getitem__, keys, len(keys))
         augmented = timed(
-            "augment", lambda pair: transform(pair[0]) if not source.masks else transform(*pair)[0], decoded, len(keys)
+            "augment", lambda pair: transform(*pair) if source.masks else (transform(pair[0]), pair[1]), decoded, len(keys)
         )
-        parts = [augmented[i : i + feed.part] for i in range(0, len(augmented), feed.part)]
-        timed("collate", torch.stack, parts, len(keys))
-    batches = iter(feed.epoch(0))
-    first, _ = next(batches)  # workers have started
-    wanted = max(1, min(count // feed.part, feed.steps * recipe.accumulate - 1))
-    loaded = timed("batches", lambda batch: batch[0], islice(batches, wanted), wanted * feed.part) or [first]
+        timed("collate", collated, [augmented[i : i + feed.part] for i in range(0, len(augmented), feed.part)], len(keys))
+    batches, wanted = iter(feed.epoch(0)), min(count // feed.part, feed.steps * recipe.accumulate - 1)
+    if wanted:
+        next(batches)  # workers have started
+    wanted = max(1, wanted)
+    loaded = timed("batches", lambda batch: batch[0], islice(batches, wanted), wanted * feed.part)
     timed("to device", lambda x: normalise(x.to(device), source.preprocessing), loaded, sum(map(len, loaded)))
     return speeds

@@ -4,7 +4,8 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,23 @@ import numpy as np
 from repvgg.disk import FileError, atomically, cache_folder
 
 Arrays = dict[str, Any]
+Finder = Callable[[Callable[[], Arrays]], Arrays]
+_finder: ContextVar[Finder] = ContextVar("finder", default=lambda make: make())
+
+
+@contextmanager
+def found_by(finder: Finder) -> Iterator[None]:
+    """Have `finder` find out what `once` is asked for: of many processes one does, and tells the others."""
+    before = _finder.set(finder)
+    try:
+        yield
+    finally:
+        _finder.reset(before)
+
+
+def once(make: Callable[[], Arrays]) -> Arrays:
+    """Return what `make` finds out about a data set, here or in the process that does it for all."""
+    return _finder.get()(make)
 
 
 def kept(key: Sequence[str], fresh: Callable[[Arrays], bool], make: Callable[[], Arrays]) -> Arrays:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from repvgg.data import DataError, Source
-from repvgg.data.cache import Arrays, Names, kept
+from repvgg.data.cache import Arrays, Names, kept, once
 from repvgg.data.images import SUFFIXES, decode, is_image
 from repvgg.data.listing import Splitting, divided, open_table
 from repvgg.disk import escaped
@@ -25,7 +25,7 @@ class Folder:
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*")
-        found = kept(["folder", str(root.resolve())], _unchanged, lambda: _listing(root))
+        found = once(lambda: kept(["folder", str(root.resolve())], _unchanged, lambda: _listing(root)))
         self.classes = list(Names(found["classes"], found["class_ends"]))
         if classes is not None and (extra := sorted(set(self.classes) - set(classes))):
             raise DataError(f"{root}: class {extra[0]!r} has no images to train on; it is missing in train/")

@@ -7,7 +7,10 @@ Whatever is truncated, hostile or no image becomes one `ImageError`.
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 ORIENTATION = 0x0112  # EXIF's tag
 # Pillow's names of these. It reads more, for one EPS, which it hands to Ghostscript: a program for a stranger to run.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
+_enough: ContextVar[int] = ContextVar("enough", default=0)
 
 
 class ImageError(ValueError):
@@ -39,10 +43,24 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
+@contextmanager
+def enough(side: int) -> Iterator[None]:
+    """Decode JPEGs whose sides are several times this long at a half, a quarter or an eighth of their size, with no side shorter.
+
+    Their decoder then computes as many pixels less. 0: all at their size.
+    """
+    before = _enough.set(side)
+    try:
+        yield
+    finally:
+        _enough.reset(before)
+
+
 def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str | None = None) -> Tensor:
     """Return an image of a file or of encoded bytes as a viewer would show it, uint8 [channels, H, W] (1: grey, 3: RGB).
 
-    Raises `ImageError` for all that is no image, and ValueError for other numbers of channels.
+    A pixel's channels lie side by side, as decoders write and resizing reads them. Raises `ImageError` for all that is no image,
+    and ValueError for other numbers of channels.
     """
     if channels not in (1, 3):
         raise ValueError(f"images are decoded to 1 (grey) or 3 (RGB) channels, not {channels}")
@@ -52,7 +70,12 @@ def decode(source: str | os.PathLike[str] | bytes, channels: int = 3, name: str 
 
 def _decoded(image: Image.Image, source: str | os.PathLike[str] | bytes, channels: int) -> tuple[Tensor, int]:
     """Return the pixels as they are stored, and EXIF's word on how the camera was held."""
-    pixels = _from_jpeg(source, channels) if image.format == "JPEG" and image.mode == ("RGB" if channels == 3 else "L") else None
+    pixels = None
+    if image.format == "JPEG":
+        if (least := _enough.get()) and (times := min(image.size) // least) > 1:
+            image.draft(None, (image.width // times, image.height // times))
+        elif image.mode == ("RGB" if channels == 3 else "L"):
+            pixels = _from_jpeg(source, channels)
     if pixels is None:
         image.load()  # what is truncated fails here
         pixels = _in_strips(image, channels)
@@ -63,16 +86,32 @@ def _decoded(image: Image.Image, source: str | os.PathLike[str] | bytes, channel
 
 
 def _from_jpeg(source: str | os.PathLike[str] | bytes, channels: int) -> Tensor | None:
-    """Read a JPEG by torchvision, which is faster than Pillow. Return None where it cannot: Pillow will say why."""
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
+    """Read a JPEG by simplejpeg where that is installed, else by torchvision: both are faster than Pillow.
 
+    Return None where they cannot: Pillow will say why.
+    """
+    try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
-        return pixels
-    except (ImportError, OSError, RuntimeError):
+        return _by_simplejpeg(data, channels) if find_spec("simplejpeg") else _by_torchvision(data, channels)
+    except (ImportError, OSError, RuntimeError, ValueError):
         return None
+
+
+def _by_simplejpeg(data: bytes, channels: int) -> Tensor:
+    from simplejpeg import decode_jpeg, decode_jpeg_header
+
+    height, width, *_ = decode_jpeg_header(data)
+    if height * width > MAX_PIXELS:  # of a damaged file that tells each reader another size
+        raise ValueError
+    return torch.from_numpy(decode_jpeg(data, "RGB" if channels == 3 else "GRAY")).permute(2, 0, 1)
+
+
+def _by_torchvision(data: bytes, channels: int) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    return pixels
 
 
 def _in_strips(image: Image.Image, channels: int) -> Tensor:
@@ -82,11 +121,11 @@ def _in_strips(image: Image.Image, channels: int) -> Tensor:
     white = None
     if image.mode.startswith(("I", "F")):
         white = _white(image.mode, max(float(_numbers(image.crop(edge)).max()) for edge in edges))
-    pixels = torch.empty(channels, image.height, image.width, dtype=torch.uint8)
+    pixels = torch.empty(image.height, image.width, channels, dtype=torch.uint8)
     for edge in edges:
         strip = np.array(_convert(image if len(edges) == 1 else image.crop(edge), "L" if channels == 1 else "RGB", white))
-        pixels[:, edge[1] : edge[3]] = torch.from_numpy(strip).view(edge[3] - edge[1], image.width, channels).permute(2, 0, 1)
-    return pixels
+        pixels[edge[1] : edge[3]] = torch.from_numpy(strip).view(edge[3] - edge[1], image.width, channels)
+    return pixels.permute(2, 0, 1)
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:
@@ -94,7 +133,8 @@ def _upright(pixels: Tensor, orientation: int) -> Tensor:
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     mirrored = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
-    return (pixels.flip(mirrored) if mirrored else pixels).contiguous()
+    turned = pixels.flip(mirrored) if mirrored else pixels
+    return turned.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def decode_mask(source: str | os.PathLike[str]) -> Tensor:

@@ -17,8 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from repvgg.data import DataError
-from repvgg.data.transforms import leave_signals_to_the_main_process
+from repvgg.data.cache import Arrays, once
+from repvgg.data.workers import leave_signals_to_the_main_process
 from repvgg.disk import FileError, Log, atomically, cache_folder
 
 FILE = "_index.json"
@@ -40,16 +43,23 @@ class Index:
         for path in self._paths():
             with suppress(OSError, ValueError, KeyError, AttributeError):
                 found = json.loads(path.read_text())
-                counts = {split: [{int(k): n for k, n in shard.items()} for shard in found["counts"][split]] for split in tables}
+                counts = _numbered({split: found["counts"][split] for split in tables})
                 if found["files"] == self._stamps() and all(len(counts[s]) == t.num_shards for s, t in tables.items()):
                     return counts
         return None
 
     def counts(self, tables: dict[str, Any], label: str) -> Counts:
-        """Return the counts that are written down, or make those of a small set.
+        """Return the counts that are written down, or make those of a small set; of many processes one does.
 
         Raises `DataError` where there are none of a large set.
         """
+
+        def find() -> Arrays:
+            return {"json": np.frombuffer(json.dumps(self._counts(tables, label)).encode(), np.uint8)}
+
+        return _numbered(json.loads(once(find)["json"].tobytes()))
+
+    def _counts(self, tables: dict[str, Any], label: str) -> Counts:
         if (found := self.known(tables)) is not None:
             return found
         if (count := sum(table.num_shards for table in tables.values())) > MANY:
@@ -83,6 +93,11 @@ class Index:
 
     def _stamps(self) -> list[list[Any]]:
         return [[file.name, file.stat().st_size] for file in self.files]
+
+
+def _numbered(counts: dict[str, list[dict[str, int]]]) -> Counts:
+    """Return counts whose labels JSON has made words, with numbers again."""
+    return {split: [{int(label): n for label, n in shard.items()} for shard in shards] for split, shards in counts.items()}
 
 
 def _counted(table: Any, label: str, workers: int) -> list[dict[int, int]]:

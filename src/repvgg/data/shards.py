@@ -22,7 +22,6 @@ from repvgg.data import DataError, open_source
 from repvgg.data.cifar10 import HUB_NAME
 from repvgg.data.hf import VALIDATION_SPLITS, find_columns
 from repvgg.data.images import is_image
-from repvgg.data.masks import Masked
 from repvgg.data.stream import expanded, refuse_damaged
 from repvgg.disk import describe, escaped
 from repvgg.terminal import printable
@@ -71,8 +70,8 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
     if spec and Path(spec).is_dir():
         return _of_folder(Path(spec), split, size)
     source = open_source(spec)
-    images = source.split(split)
-    if isinstance(images, Masked):
+    images: Any = source.split(split)
+    if source.masks:
         photos = [photo for photo, _ in images.pairs]
         return _in_rows(
             spec, len(photos), size, lambda numbers: (Item(escaped(str(photos[i])), None, str(photos[i])) for i in numbers), photos

@@ -1,7 +1,6 @@
 """Transforms: torchvision v2 on uint8 images, one by one; normalisation on whole batches, where it is cheap."""
 
 import atexit
-import signal
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from repvgg.data import DataError, Images
-from repvgg.data.images import LONGEST, ImageError
+from repvgg.data.images import LONGEST, ImageError, enough
+from repvgg.data.workers import leave_signals_to_the_main_process
 from repvgg.models.manifest import Preprocessing
 
 MAX_WORKERS = 256
@@ -73,9 +73,13 @@ class Transformed:
     """Images through a transform, masks with their photos. Its randomness is a function of seed, epoch and index alone, whatever
     process runs it."""
 
-    def __init__(self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None) -> None:
-        """Take images and a transform. bad: what to do about an image that cannot be read; without it `ImageError` is raised."""
-        self.images, self.transform, self.seed, self.bad = images, transform, seed, bad
+    def __init__(self, images: Images, transform: nn.Module, seed: int = 0, bad: "BadImages | None" = None, side: int = 0) -> None:
+        """Take images and a transform.
+
+        bad: what to do about an image that cannot be read; without it `ImageError` is raised. side: as many pixels are enough (see
+        `repvgg.data.images.enough`).
+        """
+        self.images, self.transform, self.seed, self.bad, self.side = images, transform, seed, bad, side
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # seen by worker processes that live on
         self.spent = torch.zeros(MAX_WORKERS, 2, dtype=torch.float64).share_memory_()  # by worker: seconds, images
         self.reader = 0  # the number of a process that reads lanes; each is the only worker of its loader
@@ -85,7 +89,8 @@ class Transformed:
 
     def __getitem__(self, index: Any) -> tuple[Tensor, Any]:
         started = time.perf_counter()
-        image, label = self.bad.read(self.images, index) if self.bad else self.images[index]
+        with enough(self.side):
+            image, label = self.bad.read(self.images, index) if self.bad else self.images[index]
         before = torch.get_rng_state()
         number = index if isinstance(index, int) else index.position
         torch.default_generator.manual_seed(hash((self.seed, int(self.epoch), number)) % 2**63)
@@ -140,10 +145,17 @@ def load(
         images,  # type: ignore[arg-type]
         batch_sampler=list(in_batches(range(len(images)) if order is None else order, sizes)),
         num_workers=workers,
+        collate_fn=collated,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
     return _closing(loader)
+
+
+def collated(pairs: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+    """Return images [C, H, W] as a batch [N, C, H, W] in channels-last, as each lies in memory already; labels as PyTorch does."""
+    images, labels = torch.utils.data.default_collate([(image.permute(1, 2, 0), label) for image, label in pairs])
+    return images.permute(0, 3, 1, 2), labels
 
 
 def in_batches(order: Iterable[Any], sizes: Sequence[int]) -> Iterator[list[Any]]:
@@ -200,7 +212,7 @@ class Lanes(torch.utils.data.IterableDataset[Any]):
                 if lane not in open_lanes:
                     open_lanes[lane] = self.plan.examples(lane)
                 examples = islice(open_lanes[lane], self.plan.size(batch))
-                yield torch.utils.data.default_collate([self.images[example] for example in examples])
+                yield collated([self.images[example] for example in examples])
 
 
 def _closing(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -226,10 +238,3 @@ def _finish() -> None:
     """Close what is half read, before the interpreter takes workers and names away from it."""
     for batches in list(_unfinished):
         batches.close()
-
-
-def leave_signals_to_the_main_process(_: int) -> None:
-    """Ignore what reaches all processes of a terminal: the main one still wants the batches that are under way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -13,13 +13,11 @@ are tried again where a worker or a machine is lost. What is finished is kept, w
 import json
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.models.names import NETWORKS, resolve_name
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
+from repvgg.terminal import Progress
 from repvgg.train.evaluate import batches
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe
@@ -170,15 +169,15 @@ def run(grid: Grid, log: Log = print, ray: str = "") -> list[Outcome]:
     _make_folder(grid.out)
     with hold(grid.out):
         _settle(grid)
-        with Board(grid, log) as board:
-            left = [cell for cell in grid.cells if cell.outcome is None]
+        left = [cell for cell in grid.cells if cell.outcome is None]
+        with Progress(len(grid.cells), log, len(grid.cells) - len(left), partial(_table, grid)) as progress:
             if ray and left:
-                _work_on_ray(left, ray, board)
+                _work_on_ray(left, ray, progress)
             else:
                 for cell in left:
-                    board.begins(cell)
+                    progress.say(f"{cell.name} ...")
                     _work(cell, source)
-                    board.ends(cell)
+                    _ended(cell, progress)
     return [outcome for cell in grid.cells if (outcome := cell.outcome)]
 
 
@@ -203,15 +202,19 @@ def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_s
 # ---------------------------------------------------------------------------------------------------------------- one cell
 
 
-def _work_on_ray(cells: Sequence[Cell], address: str, board: "Board") -> None:
+def _work_on_ray(cells: Sequence[Cell], address: str, progress: Progress) -> None:
     """Work on cells as tasks of a cluster. Raises ValueError with the reason of one that failed."""
-    connect(address, board.log)
+    connect(address, progress.say)
     import ray
 
     grid = cells[0].grid
     grid = replace(grid, out=grid.out.resolve(), data=absolute(grid.data))
-    gpus = int(grid.device.startswith("cuda"))
-    task: Any = ray.remote(_work_far_away).options(max_retries=RETRIES, num_cpus=1 + grid.workers, num_gpus=gpus)
+    needs = {"CPU": 1 + grid.workers, "GPU": int(grid.device.startswith("cuda"))}
+    if not any(all(node["Resources"].get(what, 0) >= count for what, count in needs.items()) for node in ray.nodes()):
+        progress.say(
+            f"no machine of the cluster has {needs['CPU']} processors and {needs['GPU']} GPUs for a cell: it is waited for"
+        )
+    task: Any = ray.remote(_work_far_away).options(max_retries=RETRIES, num_cpus=needs["CPU"], num_gpus=needs["GPU"])
     under_way = {task.remote(replace(cell, grid=grid)): cell for cell in cells}
     while under_way:
         (ended, *_), _ = ray.wait(list(under_way))
@@ -220,7 +223,7 @@ def _work_on_ray(cells: Sequence[Cell], address: str, board: "Board") -> None:
             ray.get(ended)
         except ray.exceptions.RayError as error:
             raise ValueError(f"{cell.name}: stopped, the same command goes on ({reason_of(error)})") from None
-        board.ends(cell)
+        _ended(cell, progress)
 
 
 def _work_far_away(cell: Cell) -> None:
@@ -284,60 +287,32 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-# ------------------------------------------------------------------------------------------------------------------- board
+# ---------------------------------------------------------------------------------------------------------- what people see
 
 
-class Board:
-    """A live table of all cells in a terminal; a line for each cell elsewhere."""
+def _ended(cell: Cell, progress: Progress) -> None:
+    progress.say(f"{cell.name}: {cell.state}; {_summary(cell.grid)}")
+    progress.add(1, lambda: "cells", "cell")
 
-    def __init__(self, grid: Grid, log: Log) -> None:
-        self.grid, self.log, self.live = grid, log, None
-        self.mine: Cell | None = None
 
-    def __enter__(self) -> "Board":
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
+def _summary(grid: Grid) -> str:
+    done = [outcome for cell in grid.cells if (outcome := cell.outcome)]
+    times = [outcome.seconds for outcome in done if outcome.seconds]
+    mean = statistics.mean(times) if times else 0.0
+    each = f", {mean / 60:.1f} minutes each" if mean >= 60 else f", {mean:.0f} s each" if mean else ""
+    return f"{len(done)} of {len(grid.cells)} cells done{each}"
 
-            # The console keeps today's stderr: while a cell trains, sys.stderr is its log.
-            console = Console(file=sys.stderr)
-            live: Any = Live(console=console, get_renderable=self._table, refresh_per_second=1, redirect_stderr=False)
-            self.live = live
-            live.start()
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.live is not None:
-            self.live.stop()
+def _table(grid: Grid) -> Any:
+    """Return how far every cell is, as a table for a terminal."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
 
-    def begins(self, cell: Cell) -> None:
-        self.mine = cell
-        if self.live is None:
-            self.log(f"{cell.name} ...")
-
-    def ends(self, cell: Cell) -> None:
-        self.mine = None
-        if self.live is None:
-            self.log(f"{cell.name}: {cell.state}; {self._summary()}")
-
-    def _summary(self) -> str:
-        cells = self.grid.cells
-        done = [outcome for cell in cells if (outcome := cell.outcome)]
-        times = [outcome.seconds for outcome in done if outcome.seconds]
-        mean = statistics.mean(times) if times else 0.0
-        each = f", {mean / 60:.1f} minutes each" if mean >= 60 else f", {mean:.0f} s each" if mean else ""
-        return f"{len(done)} of {len(cells)} cells done{each}"
-
-    def _table(self) -> Any:
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
-
-        seeds = range(self.grid.seeds)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for header in ("", *(f"seed {seed}" for seed in seeds)):
-            table.add_column(header)
-        for variant in dict.fromkeys(self.grid.variants):
-            row = [Cell(self.grid, variant, seed) for seed in seeds]
-            table.add_row(variant, *(f"{'> ' if cell == self.mine else ''}{cell.state}" for cell in row))
-        return Group(f"{self.grid.out}: {self._summary()}", table)
+    seeds = range(grid.seeds)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("", *(f"seed {seed}" for seed in seeds)):
+        table.add_column(header)
+    for variant in dict.fromkeys(grid.variants):
+        table.add_row(variant, *(Cell(grid, variant, seed).state for seed in seeds))
+    return Group(f"{grid.out}: {_summary(grid)}", table)

@@ -2,9 +2,10 @@
 
     predict_on_ray(Job("best.safetensors", "s3://bucket/photos", "s3://bucket/preds"), Cluster("auto"))
 
-Tasks read shards, a pool of actors that grows and shrinks decodes images and runs the model, tasks write parts; rows are those of
-the plain loop. A part is whole or not there, so that the parts say what is done: the same command leaves out the images that have
-a row. All machines keep 16 bytes of each of these: above some billion rows, predict the data in pieces, with a folder each.
+Tasks read shards, a pool of actors that grows and shrinks decodes images and runs the model, and the process that started them
+writes parts; rows are those of the plain loop. A part is whole or not there, so that the parts say what is done: the same command
+leaves out the images that have a row. All machines keep 16 bytes of each of these: above some billion rows, predict the data in
+pieces, with a folder each.
 """
 
 import json
@@ -14,45 +15,31 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from repvgg.data.shards import Item, Shards
 from repvgg.disk import Log
 from repvgg.models.zoo import manifest_of
-from repvgg.predict import folder
+from repvgg.predict import folder, reading
 from repvgg.predict.actors import Cluster
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.predict.datasets import engine_name, maker, opened
 from repvgg.predict.job import Job, Summary
 from repvgg.predict.loading import Batch, Decoder, Loaded
 from repvgg.predict.remote import open_data
-from repvgg.predict.store import Store, missing, name_of
+from repvgg.predict.store import Store, name_of
+from repvgg.terminal import Progress
 
 DONE = "_done.json"
-BLOCK_ROWS, BLOCK_BYTES = 256, 16 * 2**20  # of what a read task gives at once, at most
-READ_TASKS = 2000  # at most: each reads several shards where there are more
-READ = pa.schema(
-    {
-        "key": pa.string(),
-        "label": pa.string(),
-        "number": pa.int64(),  # of a label that the data only numbers
-        "shard": pa.int64(),
-        "start": pa.int64(),
-        "image": pa.large_binary(),
-        "path": pa.binary(),  # of an image that is a file
-    }
-)
 PIXELS = pa.schema(
     [
-        *(field for field in READ if field.name not in ("image", "path")),
+        *(field for field in reading.ROWS if field.name not in ("image", "path")),
         pa.field("error", pa.string()),
         pa.field("pixels", pa.large_binary()),
         pa.field("shape", pa.list_(pa.int32())),
@@ -81,28 +68,29 @@ def predict_on_ray(job: Job, cluster: Cluster, log: Log = print) -> Summary:
             log(f"{len(before):,} images are done: going on")
         connect(cluster.ray, log)
         started = time.perf_counter()
-        _run(job, cluster, engine, decoder, schema, store, shards.count, before)
+        left = None if shards.images is None else shards.images - len(before)
+        with Progress(left, log) as progress:
+            for part in _parts(job, cluster, engine, decoder, store, shards.count, before):
+                _write(store, part.cast(schema))
+                progress.add(len(part), lambda: f"{progress.done / max(progress.seconds, 1e-9):,.0f} img/s", "images")
         parts, images, errors = store.counts()
         counts = {"parts": parts, "images": images, "errors": errors}
         store.write(DONE, json.dumps(counts).encode())
         return Summary(job.out, **counts, here=images - len(before), seconds=time.perf_counter() - started)
 
 
-def _run(
-    job: Job, cluster: Cluster, engine: str, decoder: Decoder, schema: pa.Schema, store: Store, count: int, before: Any
-) -> None:
-    """Run the pipeline. Raises ValueError with the reason of a task that failed."""
+def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, store: Store, count: int, before: Any) -> Iterator[pa.Table]:
+    """Run the pipeline, and yield the rows of a part each. Raises ValueError with the reason of a task that failed."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # once it is imported
-    ray.data.DataContext.get_current().enable_progress_bars = os.isatty(2)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     processors = int(ray.cluster_resources().get("CPU", 1))
     least, most = cluster.actors(processors)
-    # Tasks that read and write ask for no processor: actors may take them all, and these must not starve.
-    beside = max(1, processors // 2)
+    beside = max(1, processors // 2)  # tasks that read ask for no processor: actors may take them all, and these must not starve
     try:
-        tasks = min(count, READ_TASKS)
-        source = _source(job, count, ray.put(before))
+        tasks = min(count, reading.READ_TASKS)
+        source = reading.source(job, count, ray.put(before))
         images = ray.data.read_datasource(source, override_num_blocks=tasks, concurrency=beside, num_cpus=0)
         decoded = images.map_batches(partial(_decode, decoder), batch_size=job.batch_size, batch_format="pyarrow")
         rows = decoded.map_batches(
@@ -114,84 +102,12 @@ def _run(
             num_gpus=cluster.gpus or None,
             num_cpus=None if cluster.gpus else min(1, processors / least),
         )
-        parts = rows.map_batches(
-            partial(_write, store, schema),
-            batch_size=job.part_size,
-            batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=beside),
-            num_cpus=0,
-        )
-        parts.materialize()
+        yield from rows.iter_batches(batch_size=job.part_size, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
         raise ValueError(f"the prediction stopped, the same command goes on ({reason_of(error)})") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- the pipeline
-
-
-def _source(job: Job, count: int, before: Any) -> Any:
-    """Return what Ray Data reads: rows of `READ`, some shards a task. before: reference to what is done."""
-    import ray
-    from ray.data import Datasource, ReadTask
-    from ray.data.block import BlockMetadata
-
-    def blocks(wanted: list[int]) -> Iterator[pa.Table]:
-        return _blocks(job, wanted, ray.get(before))
-
-    class Source(Datasource):
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
-            pieces = np.array_split(np.arange(count), min(count, parallelism))
-            about = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None)
-            return [ReadTask(partial(blocks, [int(n) for n in piece]), about, schema=READ) for piece in pieces]
-
-        def estimate_inmemory_data_size(self) -> None:
-            return None
-
-    return Source()
-
-
-_opened_here = lru_cache(1)(open_data)  # by a process that reads, once
-
-
-def _blocks(job: Job, wanted: list[int], before: Any) -> Iterator[pa.Table]:
-    """Yield the images of shards that are not done, as tables of `READ`, each of a bounded size."""
-    shards = _opened_here(job.data, job.split, job.part_size)
-    rows: list[dict[str, Any]] = []
-    held = 0
-    for shard in wanted:
-        for number, item in enumerate(shards.read(shard)):
-            row = _row(item, shard, number)
-            rows.append(row)
-            held += len(row["image"] or b"")
-            if len(rows) == BLOCK_ROWS or held > BLOCK_BYTES:
-                yield _left(rows, before)
-                rows, held = [], 0
-    yield _left(rows, before)
-
-
-def _left(rows: list[dict[str, Any]], before: Any) -> pa.Table:
-    left = missing(before, [row["key"] for row in rows])
-    return pa.Table.from_pylist([row for row, wanted in zip(rows, left, strict=True) if wanted], schema=READ)
-
-
-def _row(item: Item, shard: int, start: int) -> dict[str, Any]:
-    image = item.image
-    return {
-        "key": item.key,
-        "label": item.label if isinstance(item.label, str) else None,
-        "number": item.label if isinstance(item.label, int) else None,
-        "shard": shard,
-        "start": start,
-        "image": _png(image) if isinstance(image, Tensor) else image if isinstance(image, bytes) else None,
-        "path": os.fsencode(image) if isinstance(image, str) else None,
-    }
-
-
-def _png(pixels: Tensor) -> bytes:
-    """Return pixels, uint8 [C, H, W], as an image file that loses nothing."""
-    from torchvision.io import encode_png
-
-    return bytes(encode_png(pixels.contiguous()).numpy().tobytes())
 
 
 def _decode(decoder: Decoder, images: pa.Table) -> pa.Table:
@@ -233,12 +149,11 @@ def _loaded(rows: list[dict[str, Any]]) -> Loaded:
     return Loaded(batch, [row["error"] for row in rows], sizes, torch.stack(pixels) if pixels else None)
 
 
-def _write(store: Store, schema: pa.Schema, rows: pa.Table) -> pa.Table:
-    """Write rows as a part, and return its name."""
-    name, data = name_of(rows["key"].to_pylist()), pa.BufferOutputStream()
-    pq.write_table(rows.cast(schema), data)
-    store.write(name, data.getvalue().to_pybytes())
-    return pa.table({"part": [name]})
+def _write(store: Store, rows: pa.Table) -> None:
+    """Write rows as a part."""
+    data = pa.BufferOutputStream()
+    pq.write_table(rows, data)
+    store.write(name_of(rows["key"].to_pylist()), data.getvalue().to_pybytes())
 
 
 def _agreed(job: Job, shards: Shards, store: Store, log: Log) -> tuple[str, Decoder, pa.Schema]:

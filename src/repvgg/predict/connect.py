@@ -8,6 +8,8 @@ from typing import Any
 
 from repvgg.disk import Log, describe
 
+STORE = 250_000_000  # bytes a processor, of a cluster of this machine alone; Ray would take a third of the memory
+
 
 def refuse_without_ray() -> None:
     """Raise ValueError where Ray, or what its data sets need, is not installed."""
@@ -22,6 +24,7 @@ def connect(address: str, log: Log) -> None:
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # before it is imported; what goes wrong is said in one line
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: Ray's 15 starves beside any other work
     import ray
 
     if ray.is_initialized():
@@ -35,7 +38,10 @@ def connect(address: str, log: Log) -> None:
         if address != "auto":
             reason = f"no cluster answers there ({describe(error).splitlines()[0]}); one with a token wants RAY_AUTH_MODE=token"
             raise ValueError(f"--ray {address}: {reason}") from None
-        ray.init(address="local", include_dashboard=False, num_cpus=max(2, os.cpu_count() or 1), **quiet)
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # threads of workers keep no heaps of their own
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # and what Arrow frees is free
+        processors = max(2, os.cpu_count() or 1)
+        ray.init(address="local", include_dashboard=False, num_cpus=processors, object_store_memory=STORE * processors, **quiet)
     log(f"Ray {ray.__version__}: {ray.cluster_resources().get('CPU', 0):.0f} processors, {len(ray.nodes())} nodes")
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from repvgg.data.images import ImageError, decode
 from repvgg.data.shards import Item, Shards
-from repvgg.data.transforms import leave_signals_to_the_main_process
+from repvgg.data.workers import leave_signals_to_the_main_process
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Data in object stores, as shards: Parquet files, or images, below a URL such as s3://bucket/photos.
-
-Whatever pyarrow opens by itself (s3, gs, hdfs), with the credentials of the environment; in other stores, what fsspec has for them.
-"""
+"""Data in object stores, as shards: Parquet files, or images, below a URL such as s3://bucket/photos."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,32 +12,10 @@ from repvgg.data import DataError
 from repvgg.data.hf import find_columns
 from repvgg.data.images import SUFFIXES
 from repvgg.data.shards import Item, Shards, open_shards
+from repvgg.data.stores import filesystem, is_url
 from repvgg.disk import describe
 
 ROWS = 64  # of a Parquet file, read at once
-
-
-def is_url(name: str) -> bool:
-    """Return whether a name is a URL rather than a kind of data with something after it."""
-    scheme, there, _ = name.partition("://")
-    return bool(there) and ":" not in scheme
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """Return a pyarrow file system and the path in it. Raises `DataError` for a URL that nothing here opens."""
-    try:
-        store, path = pyarrow.fs.FileSystem.from_uri(url)
-        return store, path
-    except (pyarrow.ArrowInvalid, OSError) as why:
-        try:
-            import fsspec  # type: ignore[import-untyped]
-
-            found, path = fsspec.core.url_to_fs(url)
-            return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(found)), path
-        except Exception as error:  # of whatever protocol
-            raise DataError(
-                f"{url}: cannot be opened ({describe(why).splitlines()[0]}; {describe(error).splitlines()[0]})"
-            ) from None
 
 
 def open_data(data: str, split: str, size: int) -> Shards:

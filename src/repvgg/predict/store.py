@@ -17,9 +17,9 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from repvgg.data import DataError
+from repvgg.data.stores import filesystem, is_url
 from repvgg.disk import FileError, atomically, describe
 from repvgg.predict import folder
-from repvgg.predict.remote import filesystem, is_url
 
 DIGEST = 16  # bytes of a key: of a billion keys, two are alike once in 10^20 folders
 
@@ -102,7 +102,7 @@ def missing(done: Any, keys: Sequence[str]) -> Any:
 
 
 def name_of(keys: Iterable[str]) -> str:
-    """Return the name of the part that holds these keys, in this order: a task that is run again writes the same file."""
+    """Return the name of the part that holds these keys, in this order."""
     digest = hashlib.blake2b(digest_size=DIGEST)
     for key in keys:
         digest.update(key.encode() + b"\0")

@@ -11,7 +11,7 @@ from torch import Tensor
 from repvgg.data import Source
 from repvgg.data.resident import Resident, Shifts
 from repvgg.data.transforms import BadImages, Transformed, load, load_lanes
-from repvgg.train.augment import only_shifts
+from repvgg.train.augment import only_shifts, side_of
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import task_of
@@ -53,7 +53,8 @@ class Feed:
         self.start, self.sizes = own[0], [stop - start for start, stop in pairwise(own)]
         self.part, self.accumulate = max(self.sizes), recipe.accumulate
         self.steps = self.count // self.batch_size
-        self.images = Transformed(source.train, task_of(source).train_transform(recipe, source.preprocessing), seed, listing)
+        transform = task_of(source).train_transform(recipe, source.preprocessing)
+        self.images = Transformed(source.train, transform, seed, listing, side_of(recipe, source.preprocessing))
         self.resident = Resident.of(source.train, source.preprocessing, device) if only_shifts(recipe) else None
         self.spent, self.made = 0.0, 0
 

@@ -8,21 +8,24 @@ with joined("cpu") as world:                    # alone, where torchrun has not 
 """
 
 import hashlib
+import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from repvgg.data import DataError
 from repvgg.train.guard import Guard
 
 MEETING = timedelta(seconds=50)  # from the first process that is here to the last
@@ -90,6 +93,30 @@ class World:
         sent = tensor.to(self.device).contiguous()
         dist.broadcast(sent, 0)
         return sent.cpu()
+
+    def shared(self, facts: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Return the first process's facts, which JSON can tell, and its tensors, on the CPU; what the others give is left out."""
+        if self.size == 1:
+            return facts, tensors
+        shapes = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+        facts, shapes = json.loads(self.told(json.dumps([facts, shapes])))
+        mine = tensors if self.main else {name: torch.empty(s, dtype=getattr(torch, dtype)) for name, (dtype, s) in shapes.items()}
+        return facts, {name: self.given(tensor) for name, tensor in mine.items()}
+
+    def once(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the arrays that the first process makes. Raises `DataError` in all where it does in the first."""
+        if self.size == 1:
+            return make()
+        reason, arrays = "", dict[str, Any]()
+        if self.main:
+            try:
+                arrays = make()
+            except DataError as error:
+                reason = str(error)
+        reason, tensors = self.shared(reason, {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+        if reason:
+            raise DataError(reason)
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
 
     def wait(self) -> None:
         """Wait until all are here."""

@@ -91,6 +91,8 @@ def refuse(source: Source, out: Path) -> None:
         raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
     if out.exists() and not out.is_dir():
         raise FileError(f"{out}: cannot be a run folder (it is a file)")
+    if len(first := next(iter(Path(out).parts), "")) > 2 and first.endswith(":"):
+        raise ValueError(f"--out {out}: a run is in a folder, which --mirror copies to an object store")
 
 
 def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn.Module:

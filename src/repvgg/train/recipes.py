@@ -165,6 +165,9 @@ class Keeping:
     """Go on training a model in deploy form: a plain network without batch norms."""
     wandb: str = ""
     """Project on Weights & Biases to log to as well."""
+    mirror: str = ""
+    """URL of a folder (s3://bucket/run) to which the run is copied whenever its state is saved, and from which it goes on where
+    it is not in --out."""
 
 
 RECIPES = {

@@ -25,6 +25,7 @@ from repvgg.models.load import save
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import LostError
 from repvgg.train.logs import Logs, draw_curve, read_lines
+from repvgg.train.mirror import Mirror
 from repvgg.train.progress import Progress
 from repvgg.train.recipes import FIELDS, Keeping, Recipe
 from repvgg.train.signals import StoppedError, StopRequests
@@ -80,9 +81,9 @@ class Session:
         self.trainer, self.feed, self.source, self.out, self.keeping, self.log = trainer, feed, source, out, keeping, log
         self.recipe, self.task, self.world = trainer.recipe, trainer.task, trainer.world
         self.settings = settings
-        self.store = Store(out / "state", log)
-        if self.recipe.lr_per:
-            r = self.recipe
+        self.mirror = Mirror(keeping.mirror if self.world.main else "", out, log)
+        self.store = Store(out / "state", log, self.mirror)
+        if (r := self.recipe).lr_per:
             log(f"learning rate {r.lr:g} per {r.lr_per} images, {r.peak_lr:g} for {r.batch_size}")
 
     def run(self) -> Run:
@@ -334,6 +335,7 @@ class Session:
         }
         draw_curve(lines, self.out / "curve.png")
         write_record(self.out / "summary.json", summary)
+        self.mirror.send()
 
 
 def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:

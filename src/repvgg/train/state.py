@@ -22,6 +22,7 @@ from torch import Tensor
 
 from repvgg.disk import FileError, Log, atomically
 from repvgg.train.distributed import World
+from repvgg.train.mirror import Mirror
 
 FORMAT = 1
 KEEP = 2
@@ -37,10 +38,10 @@ class State:
 
 
 class Store:
-    """The states of one run."""
+    """The states of one run, and the copy of the run that is brought up to date with each."""
 
-    def __init__(self, folder: Path, log: Log = print) -> None:
-        self.folder, self.log = folder, log
+    def __init__(self, folder: Path, log: Log = print, mirror: Mirror | None = None) -> None:
+        self.folder, self.log, self.mirror = folder, log, mirror or Mirror("", folder)
         self.writer = ThreadPoolExecutor(1, "repvgg state")
         self.writing: Future[None] | None = None
 
@@ -68,12 +69,14 @@ class Store:
         atomically(self.folder / f"{state.step:09d}.safetensors", lambda path: _write(tensors, path, metadata))
         for old in self._files()[KEEP:]:
             old.unlink(missing_ok=True)
+        self.mirror.send()
 
     def latest(self) -> State | None:
         """Return the last state that is whole, with a word on those that are not.
 
         Raises `FileError` if all are damaged, or of another version of this program.
         """
+        self.mirror.fetch()
         files = self._files()
         for path in files:
             try:
@@ -129,13 +132,6 @@ def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
 
 def shared(world: World, state: State | None) -> State | None:
     """Return the first process's state in all of them: the others need not see its folder."""
-    shapes = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in state.tensors.items()} if state else {}
-    found = json.loads(world.told(json.dumps([state.step, state.facts, shapes] if state else None)))
-    if world.size == 1 or found is None:
-        return state
-    step, facts, shapes = found
-    tensors = {
-        name: world.given(state.tensors[name] if state else torch.empty(shape, dtype=getattr(torch, dtype)))
-        for name, (dtype, shape) in shapes.items()
-    }
-    return State(step, tensors, facts)
+    mine = ([state.step, state.facts], state.tensors) if state else (None, {})
+    found, tensors = world.shared(*mine)
+    return State(found[0], tensors, found[1]) if found else None

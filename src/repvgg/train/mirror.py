@@ -1,0 +1,75 @@
+"""A copy of a run folder in an object store, from which another machine goes on.
+
+mirror = Mirror("s3://bucket/run", Path("runs/digits"))
+mirror.fetch()             # what is there and not here
+mirror.send()              # what has changed here
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from repvgg.disk import FileError, Log, atomically, describe
+
+STATES = "state"
+
+
+class Mirror:
+    """A run folder and its copy at a URL; without one nothing is copied. Raises `DataError` for one that nothing here opens."""
+
+    def __init__(self, url: str, out: Path, log: Log = print) -> None:
+        self.url, self.out, self.log = url, out, log
+        self.sent = dict[str, Any]()
+        if url:
+            from repvgg.data.stores import filesystem
+
+            self.store, self.root = filesystem(url)
+
+    def fetch(self) -> None:
+        """Copy what is there and not here, and all of it if its state is a later one. Raises `FileError` where that cannot be."""
+        if not self.url:
+            return
+        try:
+            there = self._names()
+            here = [name for name in there if (self.out / name).exists()]
+            later = max((n for n in there if n.startswith(STATES)), default="") not in here
+            wanted = there if later else sorted(set(there) - set(here))
+            for name in wanted:
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                atomically(self.out / name, partial(self._copy, name))
+        except OSError as error:
+            raise FileError(f"{self.url}: cannot be read ({describe(error).splitlines()[0]})") from None
+        if wanted:
+            self.log(f"{self.out}: goes on from {self.url}")
+
+    def send(self) -> None:
+        """Copy what has changed since it was sent, and let go of states that are no more. Training goes on where that cannot be."""
+        if not self.url:
+            return
+        try:
+            here = {}
+            for path in sorted(p for p in self.out.rglob("*") if p.is_file() and not p.name.startswith(".")):
+                name, facts = str(path.relative_to(self.out)), (path.stat().st_size, path.stat().st_mtime_ns)
+                here[name] = facts
+                if self.sent.get(name) != facts:
+                    self.store.create_dir(str(Path(self.root, name).parent), recursive=True)
+                    with path.open("rb") as source, self.store.open_output_stream(f"{self.root}/{name}") as copy:
+                        shutil.copyfileobj(source, copy)
+                    self.sent[name] = facts
+            for name in self._names():
+                if name.startswith(f"{STATES}/") and name not in here:
+                    self.store.delete_file(f"{self.root}/{name}")
+        except OSError as error:
+            self.log(f"{self.url}: cannot be written ({describe(error).splitlines()[0]}); training goes on")
+
+    def _names(self) -> list[str]:
+        """Return the paths of the files there."""
+        import pyarrow.fs
+
+        found = self.store.get_file_info(pyarrow.fs.FileSelector(self.root, recursive=True, allow_not_found=True))
+        return [f.path[len(self.root) :].lstrip("/") for f in found if f.type == pyarrow.fs.FileType.File]
+
+    def _copy(self, name: str, path: Path) -> None:
+        with self.store.open_input_stream(f"{self.root}/{name}") as source, path.open("wb") as copy:
+            shutil.copyfileobj(source, copy)

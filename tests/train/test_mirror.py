@@ -1,0 +1,75 @@
+"""train/mirror.py: a run goes on from its copy on a machine that has nothing, and a store that fails stops nothing."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from repvgg.data import DataError, open_source
+from repvgg.models.load import load
+from repvgg.train.loop import train
+from repvgg.train.mirror import Mirror
+from repvgg.train.recipes import Keeping, get_recipe
+
+
+def run(out: Path, mirror: str, said: list[str]) -> None:
+    recipe = replace(get_recipe("demo"), epochs=2, batch_size=32)
+    source, keeping = open_source("digits").limited(64), Keeping(mirror=mirror)
+    train("repvgg_micro", source, recipe, out, keeping=keeping, log=said.append, width=0.125)
+
+
+def test_a_run_goes_on_where_there_is_only_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    run(tmp_path / "whole", "", said)
+    url, send = (tmp_path / "store/run").as_uri(), Mirror.send
+
+    def lost(mirror: Mirror) -> None:
+        send(mirror)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "send", lost)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "lost", url, said)
+    shutil.rmtree(tmp_path / "lost")
+    run(tmp_path / "new", url, said)
+    assert f"{tmp_path / 'new'}: goes on from {url}" in said
+    assert f"{tmp_path / 'new'}: goes on after step 2 of 4" in said
+    found, wanted = (load(tmp_path / out / "last.safetensors").state_dict() for out in ("new", "whole"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    here, there = (
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name[0] != "."}
+        for root in (tmp_path / "new", tmp_path / "store/run")
+    )
+    assert here == there  # states that are no more are not there either
+
+
+@pytest.mark.slow  # the test above proves the point on a disk
+def test_an_object_store(bucket: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    run(tmp_path / "run", f"{bucket}/run", said)
+    Mirror(f"{bucket}/run", tmp_path / "new", said.append).fetch()
+    here, there = (
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name[0] != "."}
+        for root in (tmp_path / "new", tmp_path / "run")
+    )
+    assert here == there
+    assert sorted(name for name in here if name.startswith("state/")) == [
+        "state/000000002.safetensors",
+        "state/000000004.safetensors",
+    ]
+
+
+def test_a_store_that_fails_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()
+    said: list[str] = []
+    Mirror((tmp_path / "file/run").as_uri(), tmp_path / "run", said.append).send()
+    assert len(said) == 1
+    assert "cannot be written" in said[0]
+    assert said[0].endswith("training goes on")
+    with pytest.raises(DataError, match="cannot be opened"):
+        Mirror("nonsense://bucket", tmp_path)
