@@ -154,15 +154,6 @@ def has_bf16() -> bool:
     return "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
 
 
-def int8(folder: Path) -> dict[str, Run]:
-    """8-bit integers beside OpenVINO's, of the same calibration."""
-    return {
-        f"{name}, batch {n}": compare(name, folder, n, ("int16 high", "int8 high"), ("openvino int8",))
-        for name in ("repvgg_a0", "repvgg_a2")
-        for n in (32, 1)
-    }
-
-
 def member(name: str, folder: Path) -> dict[str, Run]:
     return {name: compare(name, folder, 8, ("fp32 high", "int16 high"), RIVALS, ROUNDS_OF_MEMBERS)}
 
@@ -273,7 +264,6 @@ def _by(name: str, precision: str, path: Path) -> Net:
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "int8": int8,
     "a0": partial(all_engines, "repvgg_a0"),
     "a2": partial(all_engines, "repvgg_a2"),
     "avx2": avx2,

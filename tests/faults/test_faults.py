@@ -4,6 +4,7 @@ After each fault, each file is what it was before or whole; no traceback; and th
 been. `shim.c` makes the faults. The quick tests take a few faults of each, the slow ones all.
 """
 
+import ast
 import errno
 import io
 import json
@@ -113,6 +114,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     ".svg": lambda data: data.decode().index("</svg>"),
     ".parquet": parquet,
     ".onnx": onnx,
+    ".py": ast.parse,
 }
 
 
