@@ -13,3 +13,4 @@ build() {
 }
 build repvgg_engine.wasm -msimd128
 build repvgg_engine.relaxed.wasm -msimd128 -mrelaxed-simd
+chmod 644 "$folder"/repvgg_engine*.wasm  # zig marks them as programs
