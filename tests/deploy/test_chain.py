@@ -76,9 +76,17 @@ def test_what_a_chain_becomes() -> None:
     assert [type(layer) for layer in layers] == [Conv, MaxPool, Conv, Pool]
 
 
+class MeanOfChannels(nn.Module):
+    """Its result has the shape that a global pool's has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((1, 2))
+
+
 @pytest.mark.parametrize(
     "network",
     [
+        nn.Sequential(nn.Conv2d(3, 14, 3), MeanOfChannels()),
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.GELU()),
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.MaxPool2d(2, ceil_mode=True)),

@@ -90,6 +90,8 @@ class _Chain:
         if node.target in (ATEN.adaptive_avg_pool2d.default, ATEN.mean.dim):
             if _shape(node) == self.map:  # a mean over one pixel
                 return node.target is ATEN.adaptive_avg_pool2d.default
+            if node.target is ATEN.mean.dim and sorted(dim % 4 for dim in words[0]) != [2, 3]:  # not over the pixels
+                return False
             self.layers.append(Pool(self.map[0]))
             self.map = (self.map[0], 1, 1)
             return _shape(node) in (self.map, self.map[:1])
