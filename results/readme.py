@@ -75,7 +75,7 @@ def headline() -> str:
     if cifar10 is not None:
         run = max(cifar10["runs"], key=lambda run: run["top1"]["deploy form"])
         forms = ", ".join(f"{run['top1'][form]:.2%}" for form in ("training form", "deploy form"))
-        what = f"CIFAR-10 top-1 of `{run['arch']}`, training form and deploy form, after {run['minutes']:.0f} minutes"
+        what = f"CIFAR-10 top-1 of `{run['arch']}`, training form and deploy form, after {run['recipe']['epochs']} epochs"
         rows.append([what, forms, "", "", ""])
     first = f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}"
     return table([first, "our engine", "fastest of the others", "ours over it", "errors: ours, theirs"], rows) + "\n"

@@ -121,13 +121,13 @@ def _members(r: dict[str, Any]) -> Iterator[str]:
 
 def _member(name: str, run: Run) -> list[str]:
     ours, (rival, best) = own(run), next(iter(rivals(run).items()))
-    found = [ours[words] for words in ("fp32 high", "int16 high")]
+    found = [ours.get(words) for words in ("fp32 high", "int16 high")]
     return [
         f"`{name}`",
-        *(f"{f['images_per_second']:.3g}" for f in found),
+        *(f"{f['images_per_second']:.3g}" if f else "" for f in found),
         f"{named(rival)}, {best['images_per_second']:.3g}",
-        *(f"**{times_as_fast(f, best):.2f}**" for f in found),
-        ", ".join(f"{f['rms_error']:.0e}" for f in (*found, best)),
+        *(f"**{times_as_fast(f, best):.2f}**" if f else "" for f in found),
+        ", ".join(f"{f['rms_error']:.0e}" for f in (*found, best) if f),
     ]
 
 

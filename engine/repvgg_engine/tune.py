@@ -19,7 +19,7 @@ pay where channels are few.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from repvgg_engine.machine import one_blas_thread, return_memory
 from repvgg_engine.net import Net
 from repvgg_engine.speed import Clock, Say, Shares, geometry, input_size, shrunk, silent
 
-VERSION = 6
+VERSION = 8
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
 TIMES_DIRECT = {
     ("fp32", "high"): 4.4,
@@ -58,6 +58,10 @@ CALIBRATION_IMAGES, MOST_CALIBRATION_MACS = 4, 3e9
 # For the reference and for watching errors, of which there may be none; the checks come on top. In int8 each algorithm is watched,
 # and int16 too.
 SECONDS, SECONDS_INT8, MOST_CHECKS = 0.9, 2.1, 8
+# After the first checks that fail, so many guesses are put right.
+MOST_PUT_RIGHT = 3
+# A choice is kept that spends so much of the budget, or of what another was refused for: guesses may be wrong in both directions.
+NEAR = 0.7
 
 Squares = NDArray[np.float64]  # of errors, for each kind of images
 
@@ -86,21 +90,32 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
         [Option(name, of_layer[name], added[i][name], net.weight_bytes(i, name)) for name in of_layer]
         for i, of_layer in enumerate(seconds)
     ]
-    left = 1 - errors.of_exact
-    for attempt in range(MOST_CHECKS):
+    room = 1 - errors.of_exact
+    kept: list[str] = []
+    share, passed, failed = 1.0, 0.0, 1.0  # of the room: to try, and the largest that kept the budget, the least that did not
+    for attempt in range(MOST_PUT_RIGHT + MOST_CHECKS):
         say(f"checking the whole net, {attempt + 1}")
-        names = choose(options, left, memory_limit)
-        worst = errors.of(names).max()
+        names = choose(options, share * room, memory_limit)
+        worst = float(errors.of(names).max())
         if worst <= 1:
-            return names
-        left *= min(0.9, 0.95 / worst)
+            kept, passed = names, share
+        elif errors.put_right(names, options):
+            continue
+        else:
+            failed = share
+        if kept and (worst >= NEAR or passed >= NEAR * failed):
+            break
+        share = (passed * failed) ** 0.5 if kept else share * min(0.9, 0.95 / worst)
+    if kept:
+        net.choose_all(kept)
+        return kept
     # Those that cannot leave the budget, whatever the layer adds: of few tiles' growth, or of float32 beside another precision.
     most, own = TIMES_DIRECT[net.precision, accuracy], errors.ending
     safe = [
         [o for o in of_layer if not o.algorithm.endswith(own) or GROWTH.get(o.algorithm.removesuffix(own), 1.0) <= most]
         for of_layer in options
     ]
-    names = choose(safe, np.full_like(left, np.inf), memory_limit)
+    names = choose(safe, np.full_like(room, np.inf), memory_limit)
     net.choose_all(names)
     return names
 
@@ -114,6 +129,8 @@ class _Errors:
         self.exact = ["direct" if name else "" for name in self.direct]  # in float32
         self.ending = "" if net.precision == "fp32" else f" {net.precision}"
         self.kinds = np.split(images, 2)  # smooth, noise
+        self.alike: list[list[int]] = []  # layers that are alike
+        self.known: set[tuple[int, str]] = set()  # algorithms that were watched, and in which of them: by its first layer
         with one_blas_thread(), ThreadPoolExecutor(min(len(self.kinds), net.threads)) as pool:
             self.wanted = list(pool.map(partial(reference.run, net.layers), self.kinds))
         return_memory()
@@ -140,6 +157,7 @@ class _Errors:
             if isinstance(layer, Conv):
                 eight = tuple(name for name in seconds[i] if name.endswith(" int8"))
                 alike.setdefault((geometry(layer), eight), []).append(i)
+        self.alike = list(alike.values())
         at_stake = [max(of_layer.values(), default=0) - min(of_layer.values(), default=0) for of_layer in seconds]
         equal_share = self.of_direct / sum(map(len, alike.values()))
         added: list[dict[str, Squares]] = [{} for _ in seconds]
@@ -159,6 +177,23 @@ class _Errors:
                             growth = GROWTH[name.removesuffix(ending)] ** 2
                             added[i][name] = (equal_share if unit is None else unit) * (growth - (ending == ""))
         return added
+
+    def put_right(self, names: Sequence[str], options: list[list[Option]]) -> bool:
+        """Watch the largest tile that was chosen by a guess, and put right what it adds; False if that was done often."""
+        guessed = [
+            (GROWTH[name.split()[0]], layers, name)
+            for layers in self.alike
+            for name in dict.fromkeys(names[i] for i in layers)
+            if (layers[0], name) not in self.known
+        ]
+        if not guessed or len(self.known) == MOST_PUT_RIGHT:
+            return False
+        _, layers, name = max(guessed, key=lambda found: found[0])
+        adds = self._watched(layers[len(layers) // 2], name)
+        self.known.add((layers[0], name))
+        for i in layers:
+            options[i] = [replace(option, error=adds) if option.algorithm == name else option for option in options[i]]
+        return True
 
     def _unit(self, layer: int, ending: str) -> Squares | None:
         """Return what the direct algorithm of a layer adds, by an algorithm that adds more of it; None where that takes long."""
