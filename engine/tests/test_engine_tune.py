@@ -111,6 +111,7 @@ def test_without_time_the_guess_counts(tmp_path: Path, monkeypatch: pytest.Monke
 def test_tiles_where_no_check_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen then cannot leave the budget, and is no direct algorithm where tiles pay."""
     monkeypatch.setattr(tune, "MOST_CHECKS", 0)
+    monkeypatch.setattr(tune, "MOST_PUT_RIGHT", 0)
     for precision in ("fp32", "int16"):
         net = load(model_file(tmp_path / "net.safetensors", deep_net()), precision=precision)
         net.prepare()
