@@ -81,16 +81,16 @@ def worth_timing(net: Net, index: int, size: Size, memory_limit: int) -> list[st
     kept: list[str] = []
     best_of: dict[str, dict[int, float]] = {}  # of each precision
     for name in known:
-        best = best_of.get(_ending(name), dict.fromkeys((1, MANY), float("inf")))
+        best = best_of.get(ending_of(name), dict.fromkeys((1, MANY), float("inf")))
         costs = {n: estimated_cost(layer, size, name, n, net.isa) for n in best}
         fits = net.weight_bytes(index, name) <= memory_limit / 2
         if name in (known[0], "direct") or (fits and any(costs[n] < HOPELESS * best[n] for n in best)):
             kept.append(name)
-            best_of[_ending(name)] = {n: min(best[n], costs[n]) for n in best}
+            best_of[ending_of(name)] = {n: min(best[n], costs[n]) for n in best}
     return kept
 
 
-def _ending(name: str) -> str:
+def ending_of(name: str) -> str:
     """Return "", " bf16", " int16", ...: guesses are compared within a precision."""
     return name[len(name.split()[0]) :]
 
@@ -103,8 +103,8 @@ def _ranked(net: Net, index: int, size: Size, contenders: Sequence[str]) -> list
         assert isinstance(layer, Conv)
         return MANY * estimated_cost(layer, size, name, 1, net.isa) + estimated_cost(layer, size, name, MANY, net.isa)
 
-    endings = list(dict.fromkeys(map(_ending, contenders)))
-    groups = [sorted((n for n in contenders if _ending(n) == ending), key=guess) for ending in endings]
+    endings = list(dict.fromkeys(map(ending_of, contenders)))
+    groups = [sorted((n for n in contenders if ending_of(n) == ending), key=guess) for ending in endings]
     turns = max(map(len, groups), default=0)
     return [group[turn] for turn in range(turns) for group in groups if turn < len(group)]
 
@@ -116,7 +116,7 @@ def _completed(
     seconds for a precision of which none was timed."""
     layer, seconds = net.layers[index], dict(timed)
     for name in contenders:
-        alike = [other for other in timed if _ending(other) == _ending(name)]
+        alike = [other for other in timed if ending_of(other) == ending_of(name)]
         if name not in timed and alike:
             assert isinstance(layer, Conv)
             guesses = {n: estimated_cost(layer, size, n, images, net.isa) for n in (name, *alike)}

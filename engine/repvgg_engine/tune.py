@@ -3,7 +3,8 @@
     1. Measure what each algorithm that may pay costs each layer (speed.py).
     2. Measure against float64 how much an error in each kind of layer moves the output.
     3. Choose the fastest combination whose errors, added as squares, stay within the budget (and whose weights within the limit).
-    4. Check that on the whole net; if the errors add up to more, tighten the budget and choose again.
+    4. Check that on the whole net; if the errors add up to more, watch the largest tiles that were guessed, then tighten the budget,
+       and choose again.
 
 The budget is a multiple of the error that remains where every convolution is direct, so that a deep or ill-conditioned net is
 judged by its own measure; for "fast" it is at least a number. It holds for smooth images and for noise, each by itself. Where time
@@ -31,7 +32,7 @@ from repvgg_engine.costs import macs
 from repvgg_engine.layers import Array, Conv
 from repvgg_engine.machine import one_blas_thread, return_memory
 from repvgg_engine.net import Net
-from repvgg_engine.speed import Clock, Say, Shares, geometry, input_size, shrunk, silent
+from repvgg_engine.speed import Clock, Say, Shares, ending_of, geometry, input_size, shrunk, silent
 
 VERSION = 8
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
@@ -164,7 +165,7 @@ class _Errors:
         for kind, layers in enumerate(sorted(alike.values(), key=lambda layers: -sum(at_stake[i] for i in layers))):
             say(f"errors, {kind + 1} of {len(alike)} kinds of layers")
             watched = layers[len(layers) // 2]
-            for ending in dict.fromkeys(name[len(name.split()[0]) :] for name in seconds[watched]):  # "", and perhaps " int16", ...
+            for ending in dict.fromkeys(map(ending_of, seconds[watched])):  # "", and perhaps " int16", ...
                 if ending == " int8" and clock.has():  # each of them rounds in a way of its own
                     own = {name: self._watched(watched, name) for name in seconds[watched] if name.endswith(ending)}
                     for i in layers:

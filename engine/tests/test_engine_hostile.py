@@ -11,7 +11,7 @@ from soak import MOST_GROWTH, soak
 
 
 def test_hostile_layers() -> None:
-    assert 30 < fuzz_layers(400, seed=0) < 400
+    assert 50 < fuzz_layers(800, seed=0) < 800
 
 
 def test_hostile_files(tmp_path: Path) -> None:
