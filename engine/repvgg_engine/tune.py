@@ -3,8 +3,8 @@
     1. Measure what each algorithm that may pay costs each layer (speed.py).
     2. Measure against float64 how much an error in each kind of layer moves the output.
     3. Choose the fastest combination whose errors, added as squares, stay within the budget (and whose weights within the limit).
-    4. Check that on the whole net; if the errors add up to more, watch the largest tiles that were guessed, then tighten the budget,
-       and choose again.
+    4. Check that on the whole net; if the errors add up to more, watch the largest tiles that were guessed, then tighten the
+       budget, and choose again.
 
 The budget is a multiple of the error that remains where every convolution is direct, so that a deep or ill-conditioned net is
 judged by its own measure; for "fast" it is at least a number. It holds for smooth images and for noise, each by itself. Where time
