@@ -37,6 +37,7 @@ WORK = {
 SWEEPS = {
     "BLOCK_BYTES": ("plan.cpp", ["160 << 10", "320 << 10", "640 << 10", "1280 << 10"]),
     "BLOCKS_OF_WEIGHTS": ("plan.cpp", ["8", "32", "128"]),
+    "SMALLEST_BLOCK": ("plan.cpp", ["8", "16", "48", "96"]),
     "FEW_TILES": ("plan.cpp", ["2", "8", "32"]),
     "MANY_WEIGHTS": ("plan.cpp", ["2", "8", "32"]),
     "WHOLE_GROUPS": ("plan.cpp", ["1", "4", "16"]),

@@ -34,7 +34,7 @@ from repvgg_engine.machine import one_blas_thread, return_memory
 from repvgg_engine.net import Net
 from repvgg_engine.speed import Clock, Say, Shares, ending_of, geometry, input_size, shrunk, silent
 
-VERSION = 8
+VERSION = 9
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
 TIMES_DIRECT = {
     ("fp32", "high"): 4.4,

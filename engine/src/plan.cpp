@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t BLOCK_BYTES = 640 << 10;
 /// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
 constexpr int64_t BLOCKS_OF_WEIGHTS = 32;
+/// And so many tiles make a block whatever its size: with fewer, the micro-kernel's last group is a large part of it.
+constexpr int64_t SMALLEST_BLOCK = 48;
 /// Fewer rows than this for each thread, or so many times more weights than transformed inputs, and threads share out
 /// output channels rather than tiles: each weight is then read once, though each input is transformed by every thread.
 constexpr int64_t FEW_TILES = 8, MANY_WEIGHTS = 8;
@@ -192,8 +194,8 @@ void Plan::cut(Step &step, int threads) {
     const int wanted = local ? 1 : static_cast<int>(ceil_div(threads, c.groups));
     step.splits = 1;
     const int64_t weight_bytes = packed_floats(c, *step.algorithm, 1) * static_cast<int64_t>(sizeof(float));
-    int64_t blocks =
-        ceil_div(step.tiles, std::max(FEW_TILES, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
+    int64_t blocks = ceil_div(
+        step.tiles, std::max(SMALLEST_BLOCK, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
     if (blocks < wanted) {
         // By panels first, and where there are more threads than panels by tiles too.
         if (step.tiles < FEW_TILES * wanted || step.tiles * MANY_WEIGHTS < c.out_channels)
