@@ -1,5 +1,6 @@
 """data/listing.py: images in one heap, divided by name or by a table."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from repvgg.data import DataError, Source, open_source
-from repvgg.data.listing import Splitting, held_out, open_table, write_table
+from repvgg.data.listing import Splitting, held_out, open_table, reopened, write_table
 
 
 def heap(root: Path, **classes: int) -> Path:
@@ -107,6 +108,31 @@ def test_tables_that_say_nothing(text: str, complaint: str, tmp_path: Path) -> N
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=re.escape(complaint)):
         open_source(str(tmp_path / "t.csv"))
+
+
+def test_space_around_cells_is_no_class(tmp_path: Path) -> None:
+    root = heap(tmp_path / "photos", x=4)
+    (root / "all.csv").write_text(
+        "path,label,split\nx/0.png,cat ,train \nx/1.png, cat,train\nx/2.png,dog,train\nx/3.png,dog , val\n"
+    )
+    assert open_source(str(root / "all.csv")).classes == ["cat", "dog"]
+
+
+def test_a_run_goes_on_with_its_own_division(tmp_path: Path) -> None:
+    """What it recorded is what it was divided by, whatever is asked for now."""
+    root = heap(tmp_path / "photos", **{"back\\slash": 6, "x": 6})
+    began = open_source(str(root), 0.34, 1)
+    assert began.rows is not None
+    run = tmp_path / "run"
+    run.mkdir()
+    assert reopened(began, run) is began
+    write_table(run / "split.csv", began.rows())
+    (run / "settings.json").write_text(json.dumps({"splitting": list(began.splitting or ())}))
+    again = reopened(open_source(str(root), seed=7), run)
+    assert again.rows is not None
+    assert (again.rows(), again.classes, again.splitting) == (began.rows(), began.classes, (0.34, 1))
+    with pytest.raises(DataError, match=r"holds a run with --val 0.34, not 0.5: another --out"):
+        reopened(open_source(str(root), 0.5), run, 0.5)
 
 
 def test_fractions_that_are_none() -> None:

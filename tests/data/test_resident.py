@@ -94,6 +94,8 @@ def test_only_what_it_can_do_alike() -> None:
     assert Resident.of(InMemory(broken, [0, 1], (3, 16, 16)), p, "cpu") is None
     wide = Decoded(torch.zeros(2, 3, 16, 30, dtype=torch.uint8), [0, 1])
     assert Resident.of(wide, p, "cpu") is None
+    many = Decoded(torch.zeros(1, 3, 16, 16, dtype=torch.uint8).expand(10000, -1, -1, -1), [0] * 10000)
+    assert Resident.of(many, Preprocessing((3, 224, 224), 224), "cpu") is None  # 1.5 GB
 
 
 def test_a_subset_is_decoded_alone() -> None:

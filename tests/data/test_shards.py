@@ -145,6 +145,24 @@ def test_webdataset_without_labels_or_splits(tmp_path: Path) -> None:
     assert [(item.key, item.label) for item in items] == [("a.tar/001", None), ("a.tar/002", None), ("b.tar/003", None)]
 
 
+def test_another_stream_is_other_data(tmp_path: Path) -> None:
+    for name, greys in (("one", [1, 2]), ("two", [1, 2, 3])):
+        parquet(tmp_path / name, "train", greys)
+    one, two = (open_shards(f"hf-stream:{tmp_path / name}", "train") for name in ("one", "two"))
+    assert one.count == two.count
+    assert one.fingerprint != two.fingerprint
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert open_shards(f"hf-stream:{tmp_path / 'moved'}", "train").fingerprint == one.fingerprint
+
+
+def test_shards_of_one_name_in_two_folders(tmp_path: Path) -> None:
+    for folder in "01":
+        (tmp_path / folder).mkdir()
+        tar(tmp_path / folder / "shard.tar", [1, 2])
+    items = every(open_shards(f"wds:{tmp_path}/{{0..1}}/shard.tar"))
+    assert [item.key for item in items] == ["0/shard.tar/001", "0/shard.tar/002", "1/shard.tar/001", "1/shard.tar/002"]
+
+
 def test_sources_to_train_on(tmp_path: Path) -> None:
     digits = open_shards("digits", size=100)
     assert (digits.count, digits.images) == (4, 360)

@@ -18,7 +18,6 @@ from repvgg.deploy import engines
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.parity import compare, reference
 from repvgg.deploy.prune import prune, pruned
-from repvgg.disk import FileError
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import as_linear
 from repvgg.fold.reparameterize import reparameterize
@@ -199,8 +198,11 @@ def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source
     again = prune(start, source, tmp_path / "p", 0.5, RECIPE, log=said.append)  # goes on, from where it was
     assert "has had its 1 epochs already" in said[-1]
     assert again.after.top1 == report.after.top1
-    with pytest.raises(FileError, match="the state in it is of another network"):
-        prune(start, source, tmp_path / "p", 0.3, RECIPE, log=said.append)
+    other = copy.deepcopy(start)
+    next(other.parameters()).data *= 1.01
+    for network, keep in ((start, 0.3), (other, 0.5)):
+        with pytest.raises(ValueError, match="holds a run with init 'RepVGG [0-9a-f]{16}', not 'RepVGG"):
+            prune(network, source, tmp_path / "p", keep, RECIPE, log=said.append)
 
 
 def test_the_command(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,9 @@ HOSTILE: dict[str, bytes] = {
     "no memo": archive(b"\x80\x02h\x05."),
     "no end": archive(b"\x80\x02}"),
     "an extension": archive(b"\x80\x02\x82\x01."),
+    "pairs of a hundred thousand, all one": archive(
+        b"\x80\x02(" + b"N" * 100_000 + b"tq\x000ccollections\nOrderedDict\n](" + b"h\x00" * 100_000 + b"e\x85R."
+    ),
     "a list of itself": archive(b"\x80\x02]q\x00h\x00a."),
     "a number of a million digits": archive(b"\x80\x02I" + b"9" * 1_000_000 + b"\n."),
 }

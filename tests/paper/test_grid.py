@@ -25,6 +25,8 @@ from repvgg.paper import grid as grids
 from repvgg.paper.grid import RESNETS, TABLES, VARIANTS, Grid, Outcome, compare_forms, run
 from repvgg.train.loop import new_model, train
 from repvgg.train.recipes import get_recipe
+from repvgg.train.session import Session
+from repvgg.train.signals import StoppedError
 
 RECIPE = replace(get_recipe("demo"), epochs=1, batch_size=32)
 
@@ -106,6 +108,27 @@ def test_a_killed_cell_goes_on_where_it_was(tmp_path: Path, trained: list[str], 
     trained.clear()
     assert run(grid, quiet)[0].top1 is not None
     assert trained == []
+
+
+def test_a_stopped_cell_is_not_a_finished_one(tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that a signal stops leaves a summary too."""
+    grid = small(tmp_path, variants=("plain",))
+    (cell,) = grid.cells
+
+    def stopped(session: Session, *_: Any) -> None:
+        raise StoppedError("stopped", signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_ended", lambda session, course: False)
+        patch.setattr(Session, "_go_on", stopped)
+        with pytest.raises(StoppedError):
+            run(grid, quiet)
+    assert not json.loads((cell.folder / "summary.json").read_text())["finished"]
+    (cell.folder / "forms.json").write_text("{}")  # what earlier versions made of it
+    assert cell.outcome is None
+    trained.clear()
+    assert run(grid, quiet)[0].top1 is not None
+    assert trained == ["plain-0"]
 
 
 def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
@@ -236,7 +259,7 @@ def test_the_board_shows_all_cells(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
     (tmp_path / "repvgg-0").mkdir()
-    (tmp_path / "repvgg-0" / "summary.json").write_text('{"last_top1": 0.875, "seconds": 7}')
+    (tmp_path / "repvgg-0" / "summary.json").write_text('{"finished": true, "last_top1": 0.875, "seconds": 7}')
     (tmp_path / "repvgg-0" / "forms.json").write_text('{"images": 1, "equal": 1}')
     console = Console(file=io.StringIO(), width=200)
     console.print(grids._table(grid))

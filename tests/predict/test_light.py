@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import randomize
 from PIL import Image
 
 import repvgg
@@ -75,6 +76,15 @@ def test_the_unusual_is_left_alone(deploy: Path, files: Path, pictures: Path, tm
         assert predict_lightly(*words) is None
     assert predict_lightly(model, [photo], engine="eager") is None
     assert predict_lightly(model, [photo], top=0) is None
+
+
+@pytest.mark.parametrize("pool", ["avg", ""])
+def test_a_backbone_has_no_labels(pool: str, pictures: Path, tmp_path: Path) -> None:
+    model = randomize(repvgg.create_model("repvgg_micro", num_classes=0, global_pool=pool, width=0.25), (4, 3, 64, 64))
+    repvgg.save(repvgg.reparameterize(model), tmp_path / "backbone.safetensors")
+    assert predict_lightly(str(tmp_path / "backbone.safetensors"), [str(pictures / "wide.png")]) is None
+    exported = export(load(tmp_path / "backbone.safetensors"), "onnx", tmp_path, "backbone", log=str)
+    assert predict_lightly(str(exported), [str(pictures / "wide.png")]) is None
 
 
 def test_pytorch_is_not_imported(deploy: Path, pictures: Path) -> None:

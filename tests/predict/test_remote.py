@@ -3,10 +3,12 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from predicting import rows, run
 
 from repvgg.data import DataError
@@ -57,3 +59,29 @@ def test_nothing_there(bucket: str) -> None:
         open_data(f"{bucket}/none", "val", 8)
     with pytest.raises(DataError, match="cannot be opened"):
         open_data("nonsense://bucket", "val", 8)
+
+
+def test_a_store_that_fails_is_not_an_image_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of what was not reached would stay as they are for good."""
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    url = tmp_path.as_uri()
+    store = filesystem(url)[0]
+
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def open_input_stream(self, path: str) -> Any:
+            raise OSError("503 Slow Down")
+
+    assert all(len(item.image) for item in open_data(url, "val", 2).read(0))
+    monkeypatch.setattr("repvgg.predict.remote.filesystem", lambda url: (Failing(), str(tmp_path)))
+    with pytest.raises(DataError, match=r"0\.png: cannot be read \(.*503 Slow Down"):
+        list(open_data(url, "val", 2).read(0))
+    monkeypatch.undo()
+    shards = open_data(url, "val", 2)
+    (tmp_path / "0.png").unlink()
+    assert [item.image == b"" for item in shards.read(0)] == [True, False]
+    with pytest.raises(DataError, match="--part-size 0: at least 1"):
+        open_data(url, "val", 0)

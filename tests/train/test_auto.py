@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from repvgg.data import Decoded, Source
+from repvgg.data import Decoded, Source, Subset
+from repvgg.data.images import ImageError
 from repvgg.disk import FileError
 from repvgg.models.manifest import Preprocessing
 from repvgg.train import auto
@@ -62,6 +63,22 @@ def test_a_slow_machine_takes_smaller_images_and_fewer_epochs(paced: Any) -> Non
     assert f"--epochs {epochs // 2}: " in said[3]
     hour, _ = paced(photos(900), 0.08, minutes=60)
     assert hour.recipe.image_size == 224
+
+
+def test_images_that_cannot_be_read_are_not_looked_at(paced: Any) -> None:
+    source = photos(40)
+
+    class Broken(Decoded):
+        def __getitem__(self, index: int) -> Any:
+            if index % 4 == 0:
+                raise ImageError("damaged")
+            return super().__getitem__(index)
+
+    assert isinstance(source.train, Decoded)
+    damaged = replace(source, train=Broken(source.train.pixels, source.train.labels))
+    assert paced(damaged, 0.01)[0].recipe == paced(source, 0.01)[0].recipe
+    with pytest.raises(ImageError, match="damaged"):
+        paced(replace(source, train=Subset(damaged.train, [0, 4, 8])), 0.01)
 
 
 def test_a_size_that_is_given_stays(paced: Any) -> None:

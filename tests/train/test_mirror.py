@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import repvgg
 from repvgg.data import DataError, open_source
 from repvgg.models.load import load
 from repvgg.train.loop import train
@@ -60,6 +62,40 @@ def test_an_object_store(bucket: str, tmp_path: Path) -> None:
         "state/000000002.safetensors",
         "state/000000004.safetensors",
     ]
+
+
+def test_a_copy_that_was_left_behind_overwrites_nothing(tmp_path: Path) -> None:
+    """The store could not be reached for two states: the one that it has is here no more."""
+    out, copy, said = tmp_path / "run", tmp_path / "store/run", list[str]()
+    for root, states, best in ((copy, (2, 4), b"old"), (out, (6, 8), b"new")):
+        (root / "state").mkdir(parents=True)
+        for step in states:
+            (root / f"state/{step:09d}.safetensors").write_bytes(best)
+        (root / "best.safetensors").write_bytes(best)
+    (copy / "recipe.json").write_text("{}")
+    mirror = Mirror(copy.as_uri(), out, said.append)
+    mirror.fetch()
+    assert (out / "best.safetensors").read_bytes() == b"new"
+    assert sorted(path.name for path in (out / "state").iterdir()) == ["000000006.safetensors", "000000008.safetensors"]
+    assert (out / "recipe.json").exists()  # what is not here is taken
+    mirror.send()
+    assert (copy / "best.safetensors").read_bytes() == b"new"
+    assert sorted(path.name for path in (copy / "state").iterdir()) == ["000000006.safetensors", "000000008.safetensors"]
+
+
+def test_auto_goes_on_as_the_copy_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has nothing, the recipe and the division are the copy's: nothing is chosen anew."""
+    heap = tmp_path / "photos"
+    for i in range(12):
+        path = heap / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(path)
+    how = {"epochs": 1, "batch_size": 4, "image_size": 32, "width": 0.125, "report": False, "log": str}
+    keeping = Keeping(mirror=(tmp_path / "store").as_uri())
+    repvgg.train("repvgg_micro", heap, tmp_path / "one", recipe="light", seed=3, keeping=keeping, **how)
+    monkeypatch.setattr("repvgg.train.auto.choose", None)  # would fail
+    repvgg.train("repvgg_micro", heap, tmp_path / "two", recipe="auto", seed=3, keeping=keeping, **how)
+    assert (tmp_path / "two/split.csv").read_bytes() == (tmp_path / "one/split.csv").read_bytes()
 
 
 def test_a_store_that_fails_is_told_of(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def open_data(
     if source.splitting and told:
         source = open_source(spec, float(told[0]), int(told[1]))
     if run is not None:
-        from repvgg.data.listing import SPLIT, reopened
+        from repvgg.data.listing import reopened
 
-        source = reopened(source, run / SPLIT)
+        source = reopened(source, run, val)
     return source.limited(limit, seed)
 
 

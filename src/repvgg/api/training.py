@@ -51,6 +51,7 @@ def train(
     from repvgg.data.cache import found_by
     from repvgg.train import loop
     from repvgg.train.distributed import joined, local_device
+    from repvgg.train.mirror import Mirror
 
     if not arch and not init:
         raise ValueError("which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights")
@@ -58,6 +59,8 @@ def train(
     options = {name: value for name, value in given.items() if value is not None}
     where = local_device(device_named(device, workers))
     with joined(where) as world:
+        if keeping.mirror and keeping.resume == "auto" and world.main:
+            Mirror(keeping.mirror, Path(out), log).fetch()  # the run that is there has a recipe and a division of its own
         with found_by(world.once):
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
         loop.refuse(source, Path(out))

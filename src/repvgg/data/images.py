@@ -4,6 +4,7 @@ Odd but valid images work: 16 bits, floats, palette, CMYK, grey, alpha (on white
 Whatever is truncated, hostile or no image becomes one `ImageError`.
 """
 
+import errno
 import io
 import os
 import warnings
@@ -19,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from repvgg.disk import FileError
 from repvgg.terminal import printable
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: 300 MB once decoded, up to 9 bytes a pixel while it is
@@ -28,6 +30,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 ORIENTATION = 0x0112  # EXIF's tag
 # Pillow's names of these. It reads more, for one EPS, which it hands to Ghostscript: a program for a stranger to run.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
+OF_THE_MACHINE = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENOTCONN}
 _enough: ContextVar[int] = ContextVar("enough", default=0)
 
 
@@ -164,7 +167,10 @@ def size_of(source: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Callable[[Image.Image], Any]) -> Any:
-    """Open an image and return what `convert` makes of it. Raises `ImageError` and nothing else."""
+    """Open an image and return what `convert` makes of it.
+
+    Raises `ImageError`; `FileError` where it is the machine that fails: of the image that says nothing, and later it may be read.
+    """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():  # opening a pipe would wait for ever
@@ -183,6 +189,8 @@ def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Cal
     except (MemoryError, Image.DecompressionBombError):
         raise ImageError(f"{name}: too large to decode") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            raise FileError(f"{name}: cannot be read ({os.strerror(error.errno)})") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ImageError(f"{name}: not an image, or a damaged one ({reason})") from None
 

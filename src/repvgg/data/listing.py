@@ -9,6 +9,7 @@ A run keeps its division in its folder (split.csv), and goes on with it whatever
 import csv
 import hashlib
 import io
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from repvgg.data import DataError, Images, Source, Subset
 from repvgg.data.images import decode
-from repvgg.disk import escaped
+from repvgg.disk import escaped, unescaped
 from repvgg.models.manifest import Preprocessing
 
 SPLIT = "split.csv"  # in a run folder: the division that it goes by
@@ -113,9 +114,12 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
 
     how: for a table without a column `split`; by default `Splitting()`. Raises `DataError` for a table that names no images.
     """
+    own = root is not None  # written by a run: cells are what they are, classes escaped already
     root, name = root or path.parent, name or str(path)
-    columns = _columns(path)
+    columns = _columns(path, trim=not own)
     names, labels, splits = columns["path"], columns["label"], columns.get("split")
+    if own:
+        labels = [unescaped(label) for label in labels]
     if splits is not None and how is not None:
         raise DataError(f"{path}: has a column split: leave out --val")
     for line, image in enumerate(names, 2):
@@ -131,20 +135,28 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
     return assembled(name, images, names, numbers, shown, splits, None)
 
 
-def reopened(source: Source, table: Path) -> Source:
-    """Return a source divided as a table says, which a run wrote; as it is where there is no table, or it has splits of its own."""
+def reopened(source: Source, run: Path, val: float | None = None) -> Source:
+    """Return a source divided as it was when the run in a folder began; as it is where there is none, or it has splits of its own.
+
+    Raises `DataError` for another share to hold out.
+    """
+    table = run / SPLIT
     if source.splitting is None or not table.exists():
         return source
+    settings = json.loads((run / "settings.json").read_text()) if (run / "settings.json").exists() else {}
+    began = tuple(settings.get("splitting") or source.splitting)
+    if val not in (None, began[0]):
+        raise DataError(f"{run}: holds a run with --val {began[0]}, not {val}: another --out, or --resume never")
     root = Path(source.name)
     found = open_table(table, root=root.parent if root.suffix == ".csv" else root, name=source.name)
-    return replace(found, splitting=source.splitting)
+    return replace(found, splitting=began)
 
 
-def _columns(path: Path) -> dict[str, list[str]]:
-    """Return the columns of a table that are known, without the space around their cells."""
+def _columns(path: Path, trim: bool) -> dict[str, list[str]]:
+    """Return the columns of a table that are known; trim: without the space around their cells."""
     try:
         table = csv.DictReader(
-            io.StringIO(path.read_text(encoding="utf-8-sig", errors="surrogateescape"), newline=""), skipinitialspace=True
+            io.StringIO(path.read_text(encoding="utf-8-sig", errors="surrogateescape"), newline=""), skipinitialspace=trim
         )
         rows = list(table)
     except (OSError, csv.Error) as error:
@@ -158,7 +170,7 @@ def _columns(path: Path) -> dict[str, list[str]]:
             raise DataError(f"{path}, line {line}: a cell of path, label or split is empty")
     if not rows:
         raise DataError(f"{path}: lists no images")
-    return {name: [row[name] for row in rows] for name in wanted if name in header}
+    return {name: [row[name].strip() if trim else row[name] for row in rows] for name in wanted if name in header}
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:

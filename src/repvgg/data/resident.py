@@ -18,6 +18,7 @@ from repvgg.data.transforms import fit
 from repvgg.models.manifest import Preprocessing
 
 AT_ONCE = 4096  # images that are resized together
+MOST_BYTES = 1 << 30  # of a split at the input's size, which is copied a few times on the way: CIFAR-10 has 150 MB
 _known: Any = weakref.WeakKeyDictionary()  # the one of each split, for as long as that lives
 
 
@@ -57,7 +58,7 @@ class Resident:
 
     @classmethod
     def of(cls, images: Images, preprocessing: Preprocessing, device: str) -> "Resident | None":
-        """Return a split at the input's size on a device; None unless its images are small and become of one size."""
+        """Return a split at the input's size on a device; None unless it is small and its images become of one size."""
         key, known = (preprocessing, device), _known.get(images)
         if known is None or known[0] != key:
             known = _known[images] = (key, cls._made(images, preprocessing, device))
@@ -74,9 +75,11 @@ class Resident:
             return None
         pixels, labels = found
         resize = fit(preprocessing)
+        one = resize(pixels[:1])
+        if one.shape[1:] != preprocessing.input_size or one.numel() * len(pixels) > MOST_BYTES:
+            return None
         pixels = torch.cat([resize(some) for some in pixels.split(AT_ONCE)])
-        same = pixels.shape[1:] == preprocessing.input_size
-        return cls(pixels, torch.tensor(labels), device) if same else None
+        return cls(pixels, torch.tensor(labels), device)
 
     def batch(self, indices: Tensor, shifts: Shifts | None = None) -> tuple[Tensor, Tensor]:
         """Return the images of these indices [B], uint8 [B, C, H, W] in channels-last, and their labels [B], on the device."""

@@ -10,9 +10,10 @@ is a file of WebDataset or hf-stream, else a number of images in a row. Which im
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -63,10 +64,10 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
     if kind == "cifar10" and (not rest or any(Path(rest).glob("*.parquet"))):
         kind, rest = "hf", rest or HUB_NAME
     if kind in ("hf", "hf-stream") and rest:
-        return _of_hf(spec, rest, split, size) if kind == "hf" else _of_stream(spec, {"path": rest}, split, [])
+        return _of_hf(spec, rest, split, size) if kind == "hf" else _of_stream(spec, {"path": rest}, split, _tables(rest))
     if kind == "wds" and rest:
         files = _tar_files(rest, split)
-        return _of_stream(spec, {"path": "webdataset", "data_files": {split: files}}, split, files)
+        return _of_stream(spec, {"path": "webdataset", "data_files": {split: files}}, split, _facts(files), _short(files))
     if spec and Path(spec).is_dir():
         return _of_folder(Path(spec), split, size)
     source = open_source(spec)
@@ -135,8 +136,8 @@ def _of_hf(spec: str, name: str, split: str, size: int) -> Shards:
     return _in_rows(spec, len(table), size, items, [table[i][image] for i in (0, len(table) - 1)] if len(table) else [])
 
 
-def _of_stream(spec: str, load: dict[str, Any], split: str, files: Sequence[str]) -> Shards:
-    """Keys are SHARD.tar/KEY, of parquet SHARD/ROW."""
+def _of_stream(spec: str, load: dict[str, Any], split: str, facts: Any, names: Mapping[str, str] = MappingProxyType({})) -> Shards:
+    """Keys are SHARD.tar/KEY, of parquet SHARD/ROW. facts: what tells the data from others; names: of shards, by their paths."""
     table = _split(spec, {**load, "streaming": True}, split)
     try:
         features = table.features or table._resolve_features().features
@@ -148,15 +149,37 @@ def _of_stream(spec: str, load: dict[str, Any], split: str, files: Sequence[str]
     def read(shard: int) -> Iterator[Item]:
         try:
             for i, row in enumerate(table.shard(count, shard)):
-                key = f"{escaped(Path(row['__url__']).name)}/{_inside(row['__key__'])}" if "__url__" in row else f"{shard}/{i}"
+                tar = row.get("__url__", "")
+                key = f"{escaped(names.get(tar, Path(tar).name))}/{_inside(row['__key__'])}" if tar else f"{shard}/{i}"
                 yield Item(key, to_label(row), _encoded(row[image]))
         except (DataError, GeneratorExit):
             raise
         except Exception as error:  # as above
             raise DataError(f"{spec}, shard {shard}: cannot be read on ({describe(error)})") from None
 
-    sizes = [Path(file).stat().st_size for file in files if "://" not in file]
-    return Shards(spec, count, read, _digest(count, [Path(file).name for file in files], sizes))
+    return Shards(spec, count, read, _digest(count, *facts))
+
+
+def _facts(files: Sequence[str]) -> tuple[list[str], list[int]]:
+    return [Path(file).name for file in files], [Path(file).stat().st_size for file in files if "://" not in file]
+
+
+def _short(files: Sequence[str]) -> dict[str, str]:
+    """Return shards' names by their paths: what follows the folder that all lie in where file names alone are not unique."""
+    names = [Path(file).name for file in files]
+    if len(set(names)) < len(names):
+        parts = [file.split("/") for file in files]
+        alike = next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
+        names = ["/".join(part[alike:]) for part in parts]
+    return dict(zip(files, names, strict=True))
+
+
+def _tables(name: str) -> Any:
+    """Return what tells a data set from others: its name on the hub; of a folder, its Parquet files and their sizes."""
+    root = Path(name)
+    if not root.is_dir():
+        return [name]
+    return sorted((str(path.relative_to(root)), path.stat().st_size) for path in root.rglob("*.parquet"))
 
 
 def _split(spec: str, load: dict[str, Any], split: str) -> Any:

@@ -7,6 +7,7 @@
 Tracing goes from the top down, because a forward may do something else when it is called with other arguments than its defaults.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -54,13 +55,17 @@ class Traces:
 
 def trace(model: nn.Module) -> Traces:
     """Trace a copy of `model` (a forward may store what it sees), from the top down; the whole as it is called with one input."""
-    return _Walk(copied(model, share_tensors=True)).traces
+    with _alone:
+        return _Walk(copied(model, share_tensors=True)).traces
 
 
 def refuse_lost(model: nn.Module, before: Traces, done: str) -> None:
     """Raise `ReparamError` naming a module whose forward could be traced before, and now, its parts `done`, cannot."""
     if broken := trace(model).untraceable.keys() & before.graphs.keys():
         raise ReparamError(f"uses a {done} module in another way than calling its own child of that name", min(broken))
+
+
+_alone = threading.RLock()  # tracing changes `nn.Module` for as long as it lasts, and fx some functions
 
 
 class _Walk:

@@ -303,6 +303,8 @@ def _called(function: Any, arguments: Any) -> Any:
         return BLANK
     match function.name.removeprefix("torch._utils."), arguments:
         case "collections.OrderedDict", (list() as pairs,):
+            if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+                return BLANK  # longer ones would multiply what a few bytes name
             return _dictionary([part for pair in pairs for part in pair])
         case "collections.OrderedDict", _:
             return Dict()

@@ -134,7 +134,7 @@ class Cell:
         if _read(self.folder / "diverged.json"):
             return Outcome(self.variant, self.seed)
         summary, forms = _read(self.folder / "summary.json"), _read(self.folder / "forms.json")
-        if not summary or not forms:
+        if not summary or not summary.get("finished") or not forms:
             return None
         forms.pop("machine", None)
         return Outcome(self.variant, self.seed, summary["last_top1"], summary["seconds"], forms)
@@ -235,7 +235,7 @@ def _work(cell: Cell, source: Source) -> None:
     arch, options = grid.network(cell.variant)
     # To the cell's own log goes also what would be drawn over the board.
     with (grid.out / f"{cell.name}.log").open("a") as file, redirect_stderr(file):
-        if not (cell.folder / "summary.json").exists():
+        if not (_read(cell.folder / "summary.json") or {}).get("finished"):  # one that was stopped has a summary too
             say = partial(print, file=file, flush=True)
             how: dict[str, Any] = {"seed": cell.seed, "device": grid.device, "workers": grid.workers, "log": say, **options}
             try:

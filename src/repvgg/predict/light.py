@@ -57,11 +57,13 @@ def _opened(model: Path, engine: str) -> Opened:
 
 def _native(model: Path) -> Opened:
     from repvgg_engine import load
+    from repvgg_engine.layers import Pool
 
     # Every convolution computed directly: nothing is measured first, which takes longer than a few images do.
     net = load(model, accuracy="exact")
     p = net.preprocessing
-    assert p is not None
+    if p is None or not any(isinstance(layer, Pool) for layer in net.layers[:-1]):
+        raise ValueError("a backbone has no labels")
 
     def run(images: Any) -> Any:
         return net.run(images)
@@ -81,7 +83,7 @@ def _onnx(model: Path) -> Opened:
     manifest = Manifest.from_json(session.get_modelmeta().custom_metadata_map["repvgg"])
     images = session.get_inputs()[0]
     p = manifest.preprocessing
-    if images.type != "tensor(float)" or isinstance(images.shape[0], int) or manifest.task != "labels":
+    if images.type != "tensor(float)" or isinstance(images.shape[0], int) or manifest.task != "labels" or not _classifies(manifest):
         raise ValueError("takes something else than a batch of normalised images")
     mean, std = (np.array([255 * x for x in values], np.float32) for values in (p.mean, p.std))
 
@@ -91,6 +93,13 @@ def _onnx(model: Path) -> Opened:
 
     channels, height, width = p.input_size
     return run, (height, width, p.resize, p.interpolation, channels), manifest.classes, "onnxruntime"
+
+
+def _classifies(manifest: Any) -> bool:
+    """Tell a classifier from a backbone."""
+    if manifest.arch is not None:
+        return bool(manifest.arch.get("num_classes"))
+    return bool(manifest.layers and manifest.layers[-1].get("out_features"))
 
 
 def _prepared(path: Path, preprocessing: tuple[int, int, int, str, int]) -> Any:

@@ -37,6 +37,8 @@ def open_url(url: str, size: int) -> Shards:
     sizes = {str(PurePosixPath(f.path).relative_to(root)): f.size for f in found if f.type == pyarrow.fs.FileType.File}
     tables = sorted(name for name in sizes if name.endswith(".parquet"))
     images = sorted(name for name in sizes if PurePosixPath(name).suffix.lower() in SUFFIXES)
+    if size < 1:
+        raise DataError(f"--part-size {size}: at least 1")
     if not tables and not images:
         raise DataError(f"{url}: holds neither Parquet files nor images")
     names = tables or images
@@ -85,9 +87,11 @@ def _encoded(cell: Any) -> bytes:
 
 
 def _fetched(store: Any, path: str) -> bytes:
-    """Return a file's bytes; of one that is gone, nothing, which is no image."""
+    """Return a file's bytes; of one that is gone, nothing, which is no image. Raises `DataError` where the store fails."""
     try:
         with store.open_input_stream(path) as opened:
             return bytes(opened.read())
-    except OSError:
+    except FileNotFoundError:
         return b""
+    except OSError as error:  # of the network or the store: a row would say for good that it is no image
+        raise DataError(f"{path}: cannot be read ({describe(error).splitlines()[0]})") from None

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from repvgg.data import Source
+from repvgg.data.images import ImageError
 from repvgg.disk import FileError, Log
 from repvgg.measure.timing import synchroniser
 from repvgg.models import zoo
@@ -135,9 +136,15 @@ def _looked_at(source: Source) -> tuple[list[int], float]:
     transform = train_transform(Recipe(), source.preprocessing)
     sides, started = [], time.perf_counter()
     for i in range(count):
-        image, _ = source.train[i * len(source.train) // count]
+        try:
+            image, _ = source.train[i * len(source.train) // count]
+        except ImageError as error:  # training tells of it, or skips it, as it is asked to
+            damaged = error
+            continue
         sides.append(min(image.shape[-2:]))
         transform(image)
+    if not sides:
+        raise damaged
     return sides, (time.perf_counter() - started) / count
 
 

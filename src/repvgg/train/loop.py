@@ -7,6 +7,7 @@ steps and one for each evaluation), state/ (see state.py), split.csv where the d
 events; and in the end, or when it is stopped, summary.json, with the machine and the time, and curve.png.
 """
 
+import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def train(
             "images": len(source.train),
             "classes": len(source.classes),
             "seed": seed,
-            "init": init if isinstance(init, str) else type(init).__name__,
+            **({"splitting": list(source.splitting)} if source.splitting else {}),
+            "init": init if isinstance(init, str) else f"{type(init).__name__} {_kernels(init)}",
             **model_options,
             **asdict(recipe),
         }
@@ -104,6 +106,15 @@ def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn
     model = zoo.create_model(arch, num_classes=len(source.classes), in_chans=channels, **options)
     zoo.remember(model, replace(zoo.manifest_of(model), classes=source.classes, preprocessing=source.preprocessing))
     return model
+
+
+def _kernels(model: nn.Module) -> str:
+    """Return a digest of a model's kernels. (The statistics of batch norms may differ by a rounding from machine to machine.)"""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _silent(line: str) -> None:

@@ -27,14 +27,18 @@ class Mirror:
             self.store, self.root = filesystem(url)
 
     def fetch(self) -> None:
-        """Copy what is there and not here, and all of it if its state is a later one. Raises `FileError` where that cannot be."""
+        """Copy all that is there if its state is later than the one here, else only what is missing but states.
+
+        What was not sent because the store could not be reached is later here. Raises `FileError` where nothing can be copied.
+        """
         if not self.url:
             return
         try:
             there = self._names()
-            here = [name for name in there if (self.out / name).exists()]
-            later = max((n for n in there if n.startswith(STATES)), default="") not in here
-            wanted = there if later else sorted(set(there) - set(here))
+            states = [name for name in there if name.startswith(STATES)]
+            here = [str(path.relative_to(self.out)) for path in (self.out / STATES).glob("*")]
+            later = max(states, default="") > max(here, default="")
+            wanted = there if later else [n for n in there if n not in states and not (self.out / n).exists()]
             for name in wanted:
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 atomically(self.out / name, partial(self._copy, name))
@@ -60,7 +64,7 @@ class Mirror:
             for name in self._names():
                 if name.startswith(f"{STATES}/") and name not in here:
                     self.store.delete_file(f"{self.root}/{name}")
-        except OSError as error:
+        except Exception as error:  # clients of object stores raise kinds of their own
             self.log(f"{self.url}: cannot be written ({describe(error).splitlines()[0]}); training goes on")
 
     def _names(self) -> list[str]:

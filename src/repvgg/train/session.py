@@ -240,7 +240,7 @@ class Session:
         allowed = set(filter(None, self.keeping.allow_change.split(",")))
         if unknown := sorted(allowed - self.settings.keys()):
             raise ValueError(f"--allow-change {unknown[0]}: there are {', '.join(self.settings)}")
-        before = {**asdict(Recipe()), **state.facts["settings"]}  # with what was not asked for in an earlier version
+        before = {**asdict(Recipe()), "splitting": self.settings.get("splitting"), **state.facts["settings"]}  # asked for since
         for name, value in self.settings.items():
             if before.get(name) != value and name not in allowed:
                 raise ValueError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from repvgg.data import Source, open_source
-from repvgg.data.listing import SPLIT, reopened
+from repvgg.data.listing import reopened
 from repvgg.disk import FileError, Log
 from repvgg.models.header import read_header
 from repvgg.models.manifest import Manifest
@@ -75,7 +75,7 @@ class RunFolder:
         """
         spec = data or str(self.settings.get("data", ""))
         try:
-            source = reopened(open_source(spec), self.path / SPLIT)
+            source = reopened(open_source(spec), self.path)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if data:
                 raise
