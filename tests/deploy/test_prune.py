@@ -201,7 +201,7 @@ def test_pruned_trained_and_measured(form: str, model: nn.Module, source: Source
     other = copy.deepcopy(start)
     next(other.parameters()).data *= 1.01
     for network, keep in ((start, 0.3), (other, 0.5)):
-        with pytest.raises(ValueError, match="holds a run with init 'RepVGG [0-9a-f]{16}', not 'RepVGG"):
+        with pytest.raises(ValueError, match=r"holds a run with init 'RepVGG [0-9a-f]{16}', not 'RepVGG"):
             prune(network, source, tmp_path / "p", keep, RECIPE, log=said.append)
 
 

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_auto_goes_on_as_the_copy_began(tmp_path: Path, monkeypatch: pytest.Monk
         path = heap / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(path)
-    how = {"epochs": 1, "batch_size": 4, "image_size": 32, "width": 0.125, "report": False, "log": str}
+    how: dict[str, Any] = {"epochs": 1, "batch_size": 4, "image_size": 32, "width": 0.125, "report": False, "log": str}
     keeping = Keeping(mirror=(tmp_path / "store").as_uri())
     repvgg.train("repvgg_micro", heap, tmp_path / "one", recipe="light", seed=3, keeping=keeping, **how)
     monkeypatch.setattr("repvgg.train.auto.choose", None)  # would fail
