@@ -35,7 +35,7 @@ def test_evaluation_against_pillow(height: int, width: int, interpolation: str) 
     assert got.dtype == torch.uint8
     difference = np.abs(got.permute(1, 2, 0).numpy().astype(int) - expected)
     assert difference.max() <= tolerance
-    assert difference.mean() < 0.1
+    assert difference.mean() < 0.3  # Pillow rounds between its two passes; PyTorch does on processors with AVX2 alone
 
 
 def test_a_crop_larger_than_the_image_has_a_black_border() -> None:
