@@ -85,8 +85,8 @@ def pruning(r: Record) -> str:
         rows.append([f"{form} form", f"{before:.2%}", f"{after:.2%}", f"{p['macs'][0] / p['macs'][1]:.2f}", faster])
     keep = next(iter(forms.values()))["keep"]
     return (
-        f"{_trained(forms.values())}, cut to {keep:.0%} of its channels, then trained for {many(r['recipe']['epochs'], 'epoch')} on "
-        f"{r['train_images']:,} images.\n\n"
+        f"{_trained(forms.values())}, cut to {keep:.0%} of its channels, then trained for {many(r['recipe']['epochs'], 'epoch')} "
+        f"on {r['train_images']:,} images.\n\n"
         + table(["pruned", "top-1 before", "after", "times fewer MACs", "times as fast"], rows)
         + (_structures(r["structures"]) if "structures" in r else "")
     )
