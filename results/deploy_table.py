@@ -7,8 +7,8 @@ from layout import machine, many, table
 Record = dict[str, Any]
 
 
-def engines(r: Record) -> str:
-    """Return what to take for each batch size and precision, then every engine's figures."""
+def engines(r: Record, native: Record) -> str:
+    """Return what to take for each batch size and precision, then every engine's figures. native: the record of our engine."""
     p, m = r["protocol"], r["machine"]
     return f"""{p["model"]} at {p["input_size"][-1]} px, {many(p["threads"], "thread")}; medians of {many(p["rounds"], "round")}
 in which all engines took turns, and ratios with 95% intervals.
@@ -19,6 +19,7 @@ Every engine, in images a second:
 
 {_each(r)}
 
+Errors are the largest of any logit, relative to the largest logit.{_older(r, native)}
 Memory is what a process grows by from opening the model file to its first logits, of one image; the time is from and to the same.
 Caches hold what `torch.compile` compiled and which algorithms `native` chose. `--engine auto` took what had {_shares(r)}.
 
@@ -48,6 +49,17 @@ def _each(r: Record) -> str:
         times = f"{loaded['seconds']:.1f} s", f"{loaded['seconds_with_empty_caches']:.1f} s"
         rows.append([f"`{name}`", *speeds, errors, f"{loaded['bytes'] / 2**20:.0f}", *times])
     return table(["engine", *heads, "error, fp32 / bf16", "memory, MiB", "first logits after", "with empty caches"], rows)
+
+
+def _older(r: Record, native: Record) -> str:
+    """Say that our engine is faster since, where its own record is newer than this one."""
+    if not native or r["machine"]["date"] >= native["machine"]["date"]:
+        return ""
+    cold = native["start"]["native cold, batch 1"]["seconds"]
+    return (
+        " This run is older than the one in\n[results](results.md#the-native-engine-beside-the-others): `native` is faster since. "
+        f"Without caches its first\nprediction comes {cold:.1f} s after the start of a process."
+    )
 
 
 def _shares(r: Record) -> str:
@@ -93,7 +105,7 @@ def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
     return (
         f"{table(heads, rows)}\n\n{p['model']} at {p['input_size'][-1]} px, batch {batches[0]['batch_size']} "
         f"({machine(r['machine'])}): the network alone, by\n[results/engines.json](../results/engines.json). {_on_top(data or {})}"
-        "For another machine or model multiply what\n`repvgg bench MODEL --batch-size 32` says there by 86,400.\n"
+        "For another machine or model multiply what\n`repvgg bench NAME --batch-size 32` says there by 86,400.\n"
     )
 
 

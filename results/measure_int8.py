@@ -40,9 +40,11 @@ def accuracy(run: Path, data: str, remedies: list[str]) -> None:
     source = replace(source, train=source.limited(QAT_IMAGES).train)
     for remedy in remedies or list(REMEDIES):
         for to in ("openvino", "onnx") if remedy in ("plain", "bias correction") else ("openvino",):
+            model = load(run / "best.safetensors")
             with tempfile.TemporaryDirectory() as folder:
-                report = quantize(load(run / "best.safetensors"), source, to, folder, settings=REMEDIES[remedy], log=say)
+                report = quantize(model, source, to, folder, settings=REMEDIES[remedy], log=say)
             figures = {
+                "arch": (manifest_of(model).arch or {}).get("name"),
                 "top1": {"float": report.before.top1, "int8": report.after.top1},
                 "images": report.after.images,
                 "kept_in_float": report.kept,

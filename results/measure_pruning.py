@@ -18,6 +18,7 @@ from repvgg import load, reparameterize
 from repvgg.data import open_source
 from repvgg.deploy.prune import prune
 from repvgg.measure.machine import write_record
+from repvgg.models.zoo import manifest_of
 from repvgg.train.loop import train
 from repvgg.train.recipes import get_recipe
 
@@ -44,7 +45,8 @@ def forms(run: Path, data: str) -> None:
         model = load(run / "best.safetensors")
         with tempfile.TemporaryDirectory() as folder:
             report = prune(reparameterize(model) if form == "deploy" else model, source, folder, KEEP, recipe, engine=ENGINE)
-        record(train_images=len(source.train), recipe=asdict(recipe), **{form: report.to_json()})
+        figures = {"arch": (manifest_of(model).arch or {}).get("name"), **report.to_json()}
+        record(train_images=len(source.train), recipe=asdict(recipe), **{form: figures})
 
 
 def structures(out: Path, data: str) -> None:

@@ -1,4 +1,4 @@
-"""Write the measured figures of README.md, docs/results.md and docs/deploy.md from results/*.json.
+"""Write the measured figures of README.md and of results.md, deploy.md and scale.md in docs/ from results/*.json.
 
 python results/readme.py            # rewrites them
 python results/readme.py --check    # exit code 1 if one is out of date
@@ -102,7 +102,7 @@ def measured() -> str:
 PAGES: dict[Path, Callable[[], str]] = {
     ROOT / "README.md": headline,
     ROOT / "docs" / "results.md": measured,
-    ROOT / "docs" / "deploy.md": lambda: engines(record("engines") or {}),
+    ROOT / "docs" / "deploy.md": lambda: engines(record("engines") or {}, record("engine") or {}),
     ROOT / "docs" / "scale.md": lambda: sizing(record("engines") or {}, record("gpu/speed"), record("data")),
 }
 

@@ -1,5 +1,6 @@
 """The sections of docs/results.md: each turns a record of results/ into words and tables."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from layout import interval, many, table
@@ -58,9 +59,15 @@ def int8(r: Record) -> str:
     images = next(iter(r["accuracy"].values()))["images"]
     return (
         f"A0 at 224 px, batch {r['speed']['openvino']['batch_size']}: INT8 over fp32 in the same engine, taking turns: "
-        f"{'; '.join(speeds)} times as fast. Top-1 of the CIFAR-10 model on {images:,} test images:\n\n"
+        f"{'; '.join(speeds)} times as fast. Top-1 of {_trained(r['accuracy'].values())} on {images:,} test images:\n\n"
         + table(["INT8", "top-1, change in points", "layers left in float"], rows)
     )
+
+
+def _trained(records: Iterable[Record]) -> str:
+    """Name the networks of some records; those that do not say theirs are of repvgg_micro."""
+    names = dict.fromkeys(r.get("arch") or "repvgg_micro" for r in records)
+    return f"{' and '.join(f'`{name}`' for name in names)} of the [table above](#cifar-10)"
 
 
 def _points(accuracy: Record) -> str:
@@ -78,8 +85,8 @@ def pruning(r: Record) -> str:
         rows.append([f"{form} form", f"{before:.2%}", f"{after:.2%}", f"{p['macs'][0] / p['macs'][1]:.2f}", faster])
     keep = next(iter(forms.values()))["keep"]
     return (
-        f"The CIFAR-10 model cut to {keep:.0%} of its channels, then trained for {many(r['recipe']['epochs'], 'epoch')} on "
-        f"{r['train_images']:,} images.\n\n"
+        f"{_trained(forms.values())}, cut to {keep:.0%} of its channels, then trained for {many(r['recipe']['epochs'], 'epoch')} "
+        f"on {r['train_images']:,} images.\n\n"
         + table(["pruned", "top-1 before", "after", "times fewer MACs", "times as fast"], rows)
         + (_structures(r["structures"]) if "structures" in r else "")
     )

@@ -1,6 +1,7 @@
 /* The class of a photo, from C.
  *
- *   cc classify.c -lrepvgg_engine -o classify
+ *   D=$(python -c "import repvgg_engine; print(repvgg_engine.__path__[0])")
+ *   cc engine/examples/classify.c -I"$D" -L"$D" -lrepvgg_engine -Wl,-rpath,"$D" -o classify
  *   ./classify a0.safetensors photo.ppm [a0.plan.json]
  *
  * PPM is the simplest of image files; ImageMagick, ffmpeg and GIMP write it.

@@ -45,8 +45,8 @@ def load(
     on any processor and without calibration; int8, whose products are of bytes too, of a model that `repvgg quantize --to native`
     calibrated. accuracy: "exact" computes every convolution directly; "high" and "fast" let Winograd's algorithms in, as long as
     the output's error stays within what tune.py says; which is best for each layer is measured at the first call and kept on
-    disk. threads: that compute, by default as many as this process may use processors.
-    features: the last feature map instead of logits. memory_limit: bytes for packed weights. isa: an instruction set, by
+    disk. threads: that compute, by default as many as this process may use processors. pin: each further thread to a processor of
+    its own. features: the last feature map instead of logits. memory_limit: bytes for packed weights. isa: an instruction set, by
     default the best. plan: by which each layer is computed, or its file; precision, accuracy and isa are then the plan's.
     Raises `EngineError`.
     """

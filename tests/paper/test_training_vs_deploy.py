@@ -43,7 +43,7 @@ def test_says_what_the_paper_says(tmp_path: Path, asked: list[tuple[str, str]]) 
 
 def test_members() -> None:
     everything = forms._members(PaperSettings())
-    assert set(FAMILY) - set(everything) == {"repvgg_d2se", "repvgg_micro"}
+    assert set(FAMILY) - set(everything) == {"repvgg_d2se", "repvgg_l2pse", "repvgg_micro", "repvgg_mini"}
     assert forms._members(PaperSettings(models=("resnet18", "RepVGG-D2se"))) == ["repvgg_d2se"]
     with pytest.raises(NothingChosenError, match="resnet18 have one form only"):
         forms._members(PaperSettings(models=("resnet18",)))

@@ -74,9 +74,11 @@ def predictions(
 ) -> "Iterator[Prediction | MaskPrediction]":
     """Yield the likeliest classes of each image (`Prediction`), or its mask (`MaskPrediction`), in order.
 
-    images: files, folders (all images below them) and globs. out: a folder to write masks into. An image that cannot be read yields
-    an answer with an `error`. A deploy form is run by the native engine, without PyTorch, where that can be. Raises `ImageError`
-    where a pattern fits nothing.
+    images: files, folders (all images below them) and globs. top: labels for each image. batch_size: images at a time. engine:
+    "auto" or a name. views: in which a PSPNet sees a photo. explain: "cam" also writes a picture of the evidence. out: a folder for
+    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 files of a deploy form are
+    run by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU. Raises `ImageError` where
+    a pattern fits nothing.
     """
     patterns = [os.fspath(images)] if isinstance(images, (str, os.PathLike)) else list(images)
     if explain:

@@ -112,8 +112,8 @@ def _print_overview() -> None:
     """Print the commands, each with the first line of its help."""
     print(f"{DESCRIPTION}\n\nusage: repvgg COMMAND ...        (repvgg COMMAND --help: its flags, and an example)\n")
     for name in COMMANDS:
-        print(f"  {name:<10}{_command(name).__doc__.splitlines()[0]}")
-    print("\n  -q, -v    after any command: no remarks but errors; or more of them, and where an error was")
+        print(f"  {name:<12}{_command(name).__doc__.splitlines()[0]}")
+    print("\n  -q, -v      after any command: no remarks but errors; or more of them, and where an error was")
     print("  --print-completion bash|zsh: completes commands and flags (docs/training.md says where to put it)")
     print("\nExample: repvgg demo --out demo")
 

@@ -92,7 +92,8 @@ class Engine:
     """The engine that runs the model."""
 
     engine: str = ""
-    """auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own."""
+    """auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own (predict
+    runs up to 32 files of a deploy form in native)."""
     precision: Precision = "fp32"
     """Precision of the engine's weights and activations."""
 

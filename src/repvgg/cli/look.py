@@ -1,4 +1,4 @@
-"""Commands to look around with: demo, info, recipe, report, web."""
+"""Commands to look around with: demo, info, engines, recipe, report, web."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from repvgg.cli.flags import Images, OnDevice, Output, Printed, Where, say
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """The whole road on embedded data, in about a minute: train, fold, verify, time, predict, and a page to look at.
+    """The whole road on embedded data, in under two minutes: train, fold, verify, time, predict, and a page to look at.
 
     Example: repvgg demo --out demo
     """

@@ -1,4 +1,4 @@
-"""Commands that measure: bench, bench-data, paper."""
+"""Commands that measure: bench, bench-data, index, paper."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ class Bench:
     engines: str = "eager"
     """eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino, native; several with commas, or all that are installed."""
     precision: str = "fp32"
-    """fp32, tf32, bf16, fp16, int16 (native), int8 (native, of a calibrated file); several with commas."""
+    """fp32, tf32, bf16, fp16, int16 (native); several with commas."""
     batch_size: str = "32"
     """Images a batch, several with commas; halved, with a word, where memory runs out."""
     rounds: int = 5

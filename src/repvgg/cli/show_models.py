@@ -234,4 +234,4 @@ def show_engines(as_json: bool) -> None:
         size = " x ".join(map(str, measured["input_size"]))
         print(f"images/s: of the model that --engine auto measured last, {size}, batches of {measured['batch_size']}")
     else:
-        print("no speeds yet: --engine auto measures them, or repvgg bench MODEL --engines all")
+        print("no speeds yet: --engine auto measures them, or repvgg bench NAME --engines all")

@@ -57,7 +57,7 @@ def fold_onnx(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     """Write to `target` the model of `source` with each linear stretch as one Conv, proved to compute the same.
 
     Raises `FileError` for files that are missing, damaged or hostile, or that ONNX Runtime does not run; `ReparamError` where the
-    folded model would differ. Nothing is written then.
+    folded model would differ; ValueError where there is nothing to fold. Nothing is written then.
     """
     file = OnnxFile(source)
     if not Path(target).parent.is_dir():

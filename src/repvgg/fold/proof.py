@@ -104,6 +104,7 @@ def verify(a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images:
     """Compare two models on random images [images, *input_size]: `b` in its own precision against `a` in float64.
 
     Both must be in eval mode (`ReparamError` otherwise) and on one device. Outputs may be tensors or trees of tensors.
+    Raises ValueError for fewer than two images.
     """
     if images < 2:
         raise ValueError(f"images is {images}: the deviation across images needs at least 2")
