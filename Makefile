@@ -71,7 +71,9 @@ $(VENV)/all.stamp: pyproject.toml | $(VENV)/pip.stamp
 	$(BIN)/pip install -q -e '.[all,dev]'
 	@touch $@ $(VENV)/demo.stamp
 
-# The native engine, where there is a C++ compiler; everything else works without it.
+# The native engine, where a C++ compiler builds it; everything else works without it.
 $(VENV)/engine.stamp: engine/pyproject.toml engine/CMakeLists.txt $(wildcard engine/src/* engine/repvgg_engine/*.py engine/repvgg_engine/browser/*) | $(VENV)/all.stamp
-	@if command -v "$${CXX:-c++}" >/dev/null; then $(BIN)/pip install -q --force-reinstall --no-deps ./engine && touch $@; \
-	else echo "no C++ compiler ($${CXX:-c++}): the native engine is left out, everything else works (install g++ or clang++, then make setup)" >&2; fi
+	@if ! command -v "$${CXX:-c++}" >/dev/null; then why="no C++ compiler ($${CXX:-c++})"; \
+	elif $(BIN)/pip install -q --force-reinstall --no-deps ./engine; then touch $@; exit; \
+	else why="its build failed, as above (a compiler too old?)"; fi; \
+	echo "the native engine is left out: $$why; everything else works (install g++ 11 or later, or clang++, then make setup)" >&2

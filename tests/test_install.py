@@ -1,6 +1,8 @@
 """What the core alone can do: a process in which nothing but the dependencies of pyproject.toml can be imported."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -53,3 +55,20 @@ def test_the_core_trains_predicts_and_exports(tmp_path: Path) -> None:
     assert "new weights" in done.stdout
     assert "the engine onnxruntime needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime" in done.stderr
     assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("compiler", "why"), [("sh", "its build failed"), ("no-such-compiler", "no C++ compiler")])
+def test_setup_goes_on_without_the_engine(tmp_path: Path, compiler: str, why: str) -> None:
+    """It says in a line what is missing, and tries again the next time."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pip").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "pip").chmod(0o755)
+    for name in ("pip", "demo", "all"):
+        (tmp_path / f"{name}.stamp").touch()
+    words = ["make", "-s", f"VENV={tmp_path}", "setup"]
+    environment = {**os.environ, "CXX": compiler}
+    done = subprocess.run(words, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, check=True)
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "engine.stamp").exists()

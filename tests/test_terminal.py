@@ -1,8 +1,11 @@
 """terminal.py: what is shown cannot steer the terminal."""
 
+import io
+import sys
+
 import pytest
 
-from repvgg.terminal import print_table, printable
+from repvgg.terminal import Progress, live, print_table, printable
 
 
 def test_control_characters_are_spelled_out() -> None:
@@ -19,3 +22,14 @@ def test_a_table_of_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert r"cat\n\x1b[31m" in text
     assert "[bold]dog" in text
     assert len(text.strip().splitlines()) == 4
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_without_stderr(monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
+    """A daemon may have none, or a closed one: nothing is shown."""
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream if closed else None)
+    with Progress(1, print) as progress, live() as show:
+        show("a line")
+        progress.add(1, lambda: "a line", "things")

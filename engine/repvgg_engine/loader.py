@@ -113,9 +113,9 @@ def _planned(net: Net, accuracy: str, memory_limit: int | None) -> Plan:
 
     Speed is measured once for all accuracies.
     """
-    limit = memory_limit or int(MEMORY_SHARE * available_memory())
+    limit = memory_limit or _rounded(int(MEMORY_SHARE * available_memory()))
     machine = [processor(), net.isa, net.threads]
-    asked = [tune.VERSION, net.precision, limit.bit_length() if memory_limit is None else limit]
+    asked = [tune.VERSION, net.precision, limit]
     speeds, key = (_key(net, [machine, asked, what]) for what in ("speeds", accuracy))
     kept = plans.cached(key)
     if kept:
@@ -132,13 +132,20 @@ def _planned(net: Net, accuracy: str, memory_limit: int | None) -> Plan:
     return measured
 
 
+def _rounded(limit: int) -> int:
+    """Return the three leading bits of a limit: a machine that has a little less memory than yesterday, and no less than its plan
+    was made for, keeps that plan."""
+    low = max(0, limit.bit_length() - 3)
+    return limit >> low << low
+
+
 def _key(net: Net, words: list[object]) -> str:
     return hashlib.sha256(json.dumps(words).encode() + _fingerprint(net)).hexdigest()[:32]
 
 
 def _say(step: str) -> None:
     """Tell who sits at a terminal what takes so long, on one line that goes when it is done."""
-    if sys.stderr.isatty():
+    if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():  # a daemon's may be none
         line = f"repvgg_engine: choosing algorithms for this machine, once: {step}" if step else ""
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 

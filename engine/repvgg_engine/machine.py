@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,22 +28,54 @@ def available_memory() -> int:
     return int(LIBRARY.repvgg_available_memory(os.fsencode(ROOT)))
 
 
+class _Blas:
+    """NumPy's library for matrix products, and how many want it to take one thread: the first to come notes how many threads it
+    took, the last to go gives them back."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.threads = threading.Lock(), 0, 0
+        self.library: Any = None
+
+    def enter(self, library: Any) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.library, self.threads = library, library.scipy_openblas_get_num_threads64_()
+            library.scipy_openblas_set_num_threads64_(1)
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self.library.scipy_openblas_set_num_threads64_(self.threads)
+
+    def forked(self) -> None:
+        """Forget those who came in the parent process, and its lock: their threads are not here."""
+        self.lock = threading.Lock()
+        if self.users > 0:
+            self.users = 1
+            self.leave()
+
+
+_BLAS = _Blas()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_BLAS.forked)
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Have NumPy's matrix products take one thread: where other processes compute too, OpenBLAS's threads wait for each other most
     of the time, and take ten times as long. Does nothing where NumPy has another library."""
-    library = next((Path(np.__file__).parent.parent / "numpy.libs").glob("libscipy_openblas*"), None)
     try:
-        blas = ctypes.CDLL(str(library))
-        threads, set_threads = blas.scipy_openblas_get_num_threads64_(), blas.scipy_openblas_set_num_threads64_
+        library = ctypes.CDLL(str(next((Path(np.__file__).parent.parent / "numpy.libs").glob("libscipy_openblas*"), None)))
+        _BLAS.enter(library)
     except (OSError, AttributeError):
         yield
         return
-    set_threads(1)
     try:
         yield
     finally:
-        set_threads(threads)
+        _BLAS.leave()
 
 
 def return_memory() -> None:

@@ -5,6 +5,7 @@ logits = net(images)                  # float32 [N, C, H, W], or uint8 [N, H, W,
 """
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from repvgg_engine.library import (
 )
 from repvgg_engine.machine import available_threads
 
+NETS: "weakref.WeakSet[Net]" = weakref.WeakSet()  # of this process
 PRECISIONS = ("fp32", "bf16", "int16", "int8")  # in the order of the library's numbers for them
 
 
@@ -67,6 +69,7 @@ class Net:
         self.isa: str = LIBRARY.repvgg_isa(self._net).decode()
         self.known = [self.algorithms(i) for i in range(len(self.layers))]
         self.chosen = [names[0] if names else "" for names in self.known]
+        NETS.add(self)
 
     def __call__(self, images: NDArray[Any]) -> Array:
         """Logits [N, classes], or, of a net that ends before its pool, the feature map [N, C, H, W]. Raises `EngineError`."""
@@ -167,3 +170,13 @@ def _struct(layer: Layer) -> LayerStruct:
     struct.dilation[:], struct.largest_input = layer.dilation, layer.largest_input
     struct.weight, struct.bias = address(layer.weight), address(layer.bias)
     return struct
+
+
+def _unlock() -> None:
+    """Give every net a new lock: in a forked process the old one may be held by a thread that is not here."""
+    for net in list(NETS):
+        net._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)

@@ -8,6 +8,7 @@ By one plan an image gives the same bits in any batch, on any number of threads,
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -72,7 +73,8 @@ def check(plan: Plan, known: Sequence[Sequence[str]]) -> None:
 def cached(key: str) -> Plan | None:
     """Return the plan that was kept under a key; None where there is none, or none that can be read."""
     with suppress(EngineError):
-        return read(_path(key))
+        path = _path(key)
+        return read(path) if path else None
     return None
 
 
@@ -83,20 +85,24 @@ def keep(key: str, plan: Plan) -> None:
 
 def cached_speeds(key: str, known: Sequence[Sequence[str]]) -> list[dict[str, float]] | None:
     """Return the speeds that were kept under a key, where they are of algorithms of such a net; None where there are none."""
-    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
-        speeds = json.loads(_path(key).with_suffix(".speeds").read_text())
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+        path = _path(key, ".speeds")
+        speeds = json.loads(path.read_text()) if path else None
         pairs = list(zip(speeds, known, strict=True))
-        if all(of_layer.keys() <= set(names) and bool(of_layer) == bool(names) for of_layer, names in pairs):
+        fits = all(of_layer.keys() <= set(names) and bool(of_layer) == bool(names) for of_layer, names in pairs)
+        if fits and all(math.isfinite(seconds) and seconds >= 0 for of_layer in speeds for seconds in of_layer.values()):
             return [{name: float(seconds) for name, seconds in of_layer.items()} for of_layer in speeds]
     return None
 
 
 def keep_speeds(key: str, speeds: list[dict[str, float]]) -> None:
     """Keep them on disk."""
-    _write(_path(key).with_suffix(".speeds"), json.dumps(speeds) + "\n")
+    _write(_path(key, ".speeds"), json.dumps(speeds) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path | None, text: str) -> None:
+    if path is None:
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +110,12 @@ def _write(path: Path, text: str) -> None:
         temporary.replace(path)
 
 
-def _path(key: str) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
-    return Path(os.environ.get("REPVGG_ENGINE_CACHE") or home) / f"{key}.json"
+def _path(key: str, suffix: str = ".json") -> Path | None:
+    """Return where it is kept; None where there is no home."""
+    folder = os.environ.get("REPVGG_ENGINE_CACHE")
+    if not folder:
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
+        except RuntimeError:
+            return None
+    return Path(folder) / f"{key}{suffix}"

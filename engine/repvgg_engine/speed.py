@@ -14,12 +14,15 @@ import numpy as np
 
 from repvgg_engine.costs import Size, estimated_cost, macs, output_size
 from repvgg_engine.layers import Array, Conv, Layer
+from repvgg_engine.machine import available_threads
 from repvgg_engine.net import Net
 
 # For all of it; what a turn that has begun still takes comes on top.
 SECONDS = 0.8
 # Images that are timed at a time have at most so many MACs each, where that leaves the least side; many: enough for every thread.
 MOST_TIMED_MACS, MANY, LEAST_SIDE = 6e9, 4, 56
+# No map of an image has more numbers than this, where that leaves something: a file of a few bytes may name images of any size.
+MOST_NUMBERS = 1 << 22
 # The least of so many runs counts, of one image and of many.
 REPEATS_OF_ONE, REPEATS = 4, 2
 # Worth timing: no algorithm that is guessed to take so many times longer than a more accurate one.
@@ -33,7 +36,7 @@ class Clock:
     """Tells whether there is time left: of this process's own, so that others that compute too do not make choices worse."""
 
     def __init__(self, seconds: float, threads: int) -> None:
-        self.threads = threads
+        self.threads = min(threads, available_threads())  # more of them compute no faster
         self.end = self.now() + seconds
 
     def now(self) -> float:
@@ -174,11 +177,28 @@ def input_size(net: Net) -> Size:
 
 
 def shrunk(layers: Sequence[Layer], size: Size, most_macs: float) -> Size:
-    """Return a size with no more MACs than that, or about the least side, or the least that the layers take."""
-    half = size[0] // 2, size[1] // 2
-    while macs(layers, size) > most_macs and min(half) >= LEAST_SIDE and all(min(s) > 0 for s in sizes_of_layers(layers, half)):
-        size, half = half, (half[0] // 2, half[1] // 2)
-    return size
+    """Return a size with no more MACs than that, or about the least side, and of maps that are not too large; or the least that
+    the layers take."""
+    while True:
+        half = max(1, size[0] // 2), max(1, size[1] // 2)
+        too_long = macs(layers, size) > most_macs and min(half) >= LEAST_SIDE
+        too_large = largest_map(layers, size) > MOST_NUMBERS and half != size
+        if not (too_long or too_large) or any(min(s) < 1 for s in sizes_of_layers(layers, half)):
+            return size
+        size = half
+
+
+def largest_map(layers: Sequence[Layer], size: Size) -> int:
+    """Return how many numbers the largest map of an image has."""
+    largest = 0
+    for layer in layers:
+        if isinstance(layer, Conv):
+            largest = max(largest, layer.in_channels * size[0] * size[1])
+            size = output_size(layer, size)
+            largest = max(largest, layer.out_channels * size[0] * size[1])
+        else:
+            size = output_size(layer, size)
+    return largest
 
 
 def sizes_of_layers(layers: Sequence[Layer], size: Size) -> list[Size]:

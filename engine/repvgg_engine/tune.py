@@ -34,7 +34,7 @@ from repvgg_engine.machine import one_blas_thread, return_memory
 from repvgg_engine.net import Net
 from repvgg_engine.speed import Clock, Say, Shares, ending_of, geometry, input_size, shrunk, silent
 
-VERSION = 9
+VERSION = 10
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
 TIMES_DIRECT = {
     ("fp32", "high"): 4.4,
@@ -245,7 +245,7 @@ def choose(options: Sequence[Sequence[Option]], error: Squares, memory: int) -> 
             for option in of_layer:
                 assert now is not None
                 saved, more, bigger = now.seconds - option.seconds, option.error - now.error, option.bytes - now.bytes
-                if saved <= 0 or (spent_error + np.maximum(more, 0) > error).any() or spent_memory + max(bigger, 0) > memory:
+                if not saved > 0 or (spent_error + np.maximum(more, 0) > error).any() or spent_memory + max(bigger, 0) > memory:
                     continue
                 price = max(float((more / np.maximum(error, 1e-300)).max()), 0.0) + 0.1 * max(bigger, 0) / room
                 worth = saved / max(price, 1e-12)

@@ -29,10 +29,20 @@ constexpr float TINY = 1e-30f;
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
 typedef int16_t Pairs __attribute__((vector_size(WIDTH * sizeof(int32_t))));
 
+/// Elements I of the 2n of a and b. GCC before 12 has it under another name.
+template <int... I, class V>
+REPVGG_INLINE V elements(V a, V b) {
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+    return __builtin_shuffle(a, b, V{I...});
+#else
+    return __builtin_shufflevector(a, b, I...);
+#endif
+}
+
 /// Lanes exchanged with those `step` before and behind.
 template <int STEP, int... I>
 REPVGG_INLINE Ints rotated(Ints v, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(v, v, (I + STEP) % WIDTH...);
+    return elements<(I + STEP) % WIDTH...>(v, v);
 }
 
 template <int STEP>
@@ -56,7 +66,7 @@ REPVGG_INLINE float largest_size(const float *numbers, int vectors) {
 /// The lower halves of both, side by side.
 template <int... I>
 REPVGG_INLINE Pairs lower_halves(Bits a, Bits b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector((Pairs)a, (Pairs)b, (2 * I)...);
+    return elements<(2 * I)...>((Pairs)a, (Pairs)b);
 }
 
 /// 32 bits in every lane.

@@ -13,9 +13,10 @@ namespace repvgg {
 
 struct Layer {
     repvgg_layer spec;
-    ConvShape shape;                      // of a convolution
-    std::vector<float> bias;              // a number for each lane of each vector of each group
-    bool after_relu = false;              // of a convolution without groups, whose output can be bytes
+    ConvShape shape;          // of a convolution
+    std::vector<float> bias;  // a number for each lane of each vector of each group
+    // Whether what comes before is a convolution with ReLU and without groups, so that this layer's input can be bytes.
+    bool after_relu = false;
     std::atomic<int64_t> nanoseconds{0};  // that threads have spent in it
 
     bool is_conv() const { return spec.op == REPVGG_CONV; }

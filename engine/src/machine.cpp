@@ -4,14 +4,13 @@
 
 #include <algorithm>
 #include <fstream>
+#include <thread>
 #include <vector>
 
 #include "repvgg_engine.h"
 
 #ifdef __linux__
 #include <sched.h>
-#else
-#include <thread>
 #endif
 
 namespace repvgg {
@@ -48,11 +47,10 @@ std::vector<double> numbers(const std::string &path) {
 
 int processors() {
 #ifdef __linux__
-    cpu_set_t allowed;
-    return sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
-#else
-    return static_cast<int>(std::thread::hardware_concurrency());
+    cpu_set_t allowed;  // of 1024 processors: where there may be more, the call fails
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
 #endif
+    return std::min(static_cast<int>(std::thread::hardware_concurrency()), MOST_THREADS);
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 
 namespace repvgg {
 
+constexpr int MOST_THREADS = 1024;  // of a net
+
 /// Processors of this process, no more than its container's quota of time; at least 1. root: in place of /, for tests.
 int available_threads(const std::string &root);
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "isa.h"
+#include "machine.h"
 #include "refuse.h"
 
 namespace repvgg {
@@ -16,7 +17,7 @@ namespace {
 constexpr int FEW_IMAGES = 8, IMAGES_OF_A_THREAD = 4;
 /// Plans that are kept for sizes of input that may come again.
 constexpr size_t MOST_IDLE = 4;
-constexpr int MOST_SIDE = 1 << 16, MOST_THREADS = 1024, MOST_LAYERS = 1 << 16;
+constexpr int MOST_SIDE = 1 << 16, MOST_LAYERS = 1 << 16;
 
 }  // namespace
 
@@ -43,7 +44,7 @@ Net::Net(const repvgg_layer *layers, int count, const repvgg_options &options)
     for (int i = 0; i < count; i++) {
         layers_.push_back(make_layer(layers[i], i, i > 0 ? layers_.back().get() : nullptr, *kernels_));
         const Algorithm *first = fitting(i, 0);
-        weights_.push_back(first ? std::make_shared<Weights>(first) : nullptr);
+        weights_.push_back(first ? std::make_shared<Weights>(first, Pool::forks()) : nullptr);
     }
     if (options.precision == REPVGG_INT8 &&
         std::none_of(layers, layers + count, [](const repvgg_layer &layer) { return layer.largest_input > 0; }))
@@ -81,7 +82,7 @@ void Net::choose(int layer, const char *name) {
     Runtime &shared = runtime();
     Lock lock(shared.mutex);
     if (weights_[layer]->algorithm == algorithm) return;
-    weights_[layer] = std::make_shared<Weights>(algorithm);
+    weights_[layer] = std::make_shared<Weights>(algorithm, shared.forks);
     shared.idle.clear();
     choices_++;
 }
@@ -99,6 +100,7 @@ Net::Runtime &Net::runtime() {
 
 /// Once for each weights; other callers that want the same ones wait, and nobody else.
 void Net::pack(Runtime &runtime, int index, Weights &weights) const {
+    if (weights.forks != runtime.forks && weights.packed) return;  // a parent's lock stays as it is
     Lock lock(weights.mutex);
     if (weights.packed) return;
     const Algorithm &algorithm = *weights.algorithm;
@@ -121,6 +123,10 @@ std::unique_ptr<Plan> Net::take_plan(Runtime &runtime, int n, const int size[2],
                 runtime.idle.erase(plan);
                 return found;
             }
+        // Threads of a parent may have been packing these; who did keeps them alive, lock and all.
+        for (auto &own : weights_)
+            if (own && own->forks != runtime.forks && !own->packed)
+                own = std::make_shared<Weights>(own->algorithm, runtime.forks);
         weights = weights_;
     }
     for (size_t i = 0; i < weights.size(); i++)

@@ -12,9 +12,10 @@ namespace repvgg {
 
 /// A convolution's weights as one algorithm wants them.
 struct Weights {
-    explicit Weights(const Algorithm *algorithm) : algorithm(algorithm) {}
+    Weights(const Algorithm *algorithm, int forks) : algorithm(algorithm), forks(forks) {}
     const Algorithm *const algorithm;
-    Mutex mutex;  // of `packed`
+    const int forks;  // of the process that made them: another's lock may be held by a thread that is not here
+    Mutex mutex;      // of `packed`
     std::unique_ptr<Memory> packed;
 };
 

@@ -40,7 +40,12 @@ bool wait_for(Condition condition, std::chrono::nanoseconds patience) {
 void pin_to(std::thread &thread, int index) {
 #ifdef __linux__
     cpu_set_t allowed, one;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) == 0) return;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) {  // where there may be more processors than the set holds
+        CPU_ZERO(&allowed);
+        const unsigned all = std::thread::hardware_concurrency();
+        for (unsigned cpu = 0; cpu < all && cpu < CPU_SETSIZE; cpu++) CPU_SET(cpu, &allowed);
+    }
+    if (CPU_COUNT(&allowed) == 0) return;
     index %= CPU_COUNT(&allowed);
     for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
         if (!CPU_ISSET(cpu, &allowed) || index-- > 0) continue;

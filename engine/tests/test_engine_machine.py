@@ -1,11 +1,14 @@
 """What containers allow, for both versions of cgroups; and processors told apart."""
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
@@ -63,6 +66,16 @@ def test_on_one_processor() -> None:
     assert threads_in(["taskset", "-c", str(first)]) == 1
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("cc") is None, reason="no Linux, or no C compiler")
+def test_more_processors_than_the_set_holds(tmp_path: Path) -> None:
+    """The system refuses to say which are this process's: then all count."""
+    (tmp_path / "set.c").write_text("int sched_getaffinity(int p, unsigned long n, void *s) { return -1; }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", tmp_path / "set.so", tmp_path / "set.c"], check=True)
+    if processors() != os.cpu_count():
+        pytest.skip("this process has not all processors")
+    assert threads_in(["env", f"LD_PRELOAD={tmp_path / 'set.so'}"]) == threads_in(["env"])
+
+
 def test_in_a_container() -> None:
     """A real group, where this process may make one: by default as many threads as it has time for."""
     group, period = Path(f"/sys/fs/cgroup/cpu/repvgg-{os.getpid()}"), 100000
@@ -101,3 +114,30 @@ def test_processors_of_one_brand_are_told_apart(tmp_path: Path, monkeypatch: pyt
     if sys.platform == "linux":
         monkeypatch.undo()
         assert machine.processor()
+
+
+def test_blas_has_its_threads_back() -> None:
+    """Whoever of several comes first, and goes last."""
+    library = next((Path(np.__file__).parent.parent / "numpy.libs").glob("libscipy_openblas*"), None)
+    if library is None:
+        pytest.skip("NumPy has another library")
+    blas = ctypes.CDLL(str(library))
+    before = blas.scipy_openblas_get_num_threads64_()
+    blas.scipy_openblas_set_num_threads64_(2)
+    try:
+        first, second = machine.one_blas_thread(), machine.one_blas_thread()
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(first.__enter__).result()
+            pool.submit(second.__enter__).result()
+            assert blas.scipy_openblas_get_num_threads64_() == 1
+            pool.submit(first.__exit__, None, None, None).result()
+            assert blas.scipy_openblas_get_num_threads64_() == 1
+            if hasattr(os, "fork"):
+                child = os.fork()
+                if child == 0:
+                    os._exit(blas.scipy_openblas_get_num_threads64_())
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+            pool.submit(second.__exit__, None, None, None).result()
+        assert blas.scipy_openblas_get_num_threads64_() == 2
+    finally:
+        blas.scipy_openblas_set_num_threads64_(before)

@@ -146,6 +146,45 @@ assert np.array_equal(net(x), wanted)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_is_forked_while_another_thread_is_in_its_first_call() -> None:
+    """While algorithms are chosen, or weights are packed: the child has that thread's locks, and not the thread."""
+    folders = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.parent)]
+    script = f"""
+import os, signal, sys, threading, time
+sys.path[:0] = {folders}
+import numpy as np
+from nets import conv, images
+from repvgg_engine import Net
+random, x, me = np.random.default_rng(0), images(1, channels=256, size=(8, 8)), os.getpid()
+layers = [conv(random, 256, 256, padding=(1, 1)) for _ in range(6)]
+def choose(net):
+    choosing.set()
+    while slow and os.getpid() == me:
+        time.sleep(0.01)
+for slow in (True, False):
+    nets = [Net(layers, threads=2) for _ in range(1 if slow else 4)]
+    for wait, net in enumerate(nets):
+        choosing = threading.Event()
+        net.before_first_call = choose
+        net.choose_all(["F7"] * len(layers))
+        thread = threading.Thread(target=net, args=(x,))
+        thread.start()
+        choosing.wait()
+        time.sleep(0.01 + 0.02 * wait)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends a child that hangs
+            got = [net(x), net(x)]
+            os._exit(0 if np.array_equal(*got) else 1)
+        assert os.waitpid(child, 0)[1] == 0, (slow, wait)
+        me = None if slow else me
+        thread.join()
+        me = os.getpid()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
 def test_python_exits_while_a_daemon_thread_is_in_a_call() -> None:
     """http.server's threads are such: the net must not go while they use it."""
     folders = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.parent)]
@@ -227,7 +266,7 @@ def test_nets_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="no precision 'int4': fp32, bf16, int16"):
         Net(plain_net(), precision="int4")
     monkeypatch.setenv("REPVGG_ENGINE_ISA", "avx9")
-    with pytest.raises(EngineError, match="REPVGG_ENGINE_ISA=avx9: this processor has "):
+    with pytest.raises(EngineError, match="instruction set avx9: this processor has "):
         Net(plain_net())
     monkeypatch.setenv("REPVGG_ENGINE_ISA", "portable")
     with pytest.raises(EngineError, match="bf16 needs a processor with AVX512-BF16"):

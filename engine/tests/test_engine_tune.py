@@ -1,6 +1,8 @@
 """The choice of algorithms: within its budgets, remembered, cheap, and never wrong about a net."""
 
+import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 from nets import conv, images, model_file, plain_net
-from repvgg_engine import Net, load, plan, reference, speed, tune
+from repvgg_engine import Net, load, loader, plan, reference, speed, tune
 from repvgg_engine.costs import estimated_cost, macs
+from repvgg_engine.layers import Pool
+from repvgg_engine.machine import available_threads
 from repvgg_engine.tune import Option, choose
 
 
@@ -147,7 +151,9 @@ def test_speed_is_measured_once_for_all_accuracies(tmp_path: Path, folder: Path,
     measure = speed.measure_speed
     monkeypatch.setattr(speed, "measure_speed", None)  # would fail if it were called
     assert np.allclose(load(path, accuracy="fast")(images()), wanted, atol=1e-3)
-    for text in ("", "[]", "{}", "[[]]", '[{"F3": 1}]', "[" * 100_000):
+    times = [dict.fromkeys(names, 1.0) for names in load(path).known]
+    damaged = [json.dumps([dict.fromkeys(of_layer, bad) for of_layer in times]) for bad in (math.nan, math.inf, -1.0, 10**400)]
+    for text in ("", "[]", "{}", "[[]]", *damaged, '[{"F3": 1}]', "[" * 100_000):
         speeds.write_text(text)
         for plan_file in folder.glob("*.json"):
             plan_file.unlink()
@@ -186,6 +192,67 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path / "file" / "folder"))
     assert load(model_file(tmp_path / "net.safetensors", plain_net()))(images()).shape == (4, 10)
+
+
+def test_without_a_home(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are kept where they are told to be, or nowhere."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    path = model_file(tmp_path / "net.safetensors", plain_net())
+    load(path).prepare()
+    assert list(folder.glob("*.json"))
+    monkeypatch.delenv("REPVGG_ENGINE_CACHE")
+    load(path).prepare()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_without_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr(sys, "stderr", stream if closed else None)
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    load(model_file(tmp_path / "net.safetensors", plain_net())).prepare()
+
+
+@pytest.mark.parametrize("size", [[3, 8192, 8192], [3, 8192, 16]])
+def test_a_small_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: list[int]) -> None:
+    """Whatever size of input it names."""
+    random, seen = np.random.default_rng(0), list[int]()
+    layers = [conv(random, 3, 1, kernel=1), conv(random, 1, 64, kernel=1), Pool(64), conv(random, 64, 2, kernel=1)]
+    given = {"input_size": size, "resize": 8192, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [1] * 3}
+    path = model_file(tmp_path / "net.safetensors", layers, preprocessing=given)
+    run = Net.run
+    monkeypatch.setattr(speed, "MOST_NUMBERS", 1 << 16)  # quicker
+    monkeypatch.setattr(Net, "run", lambda net, x: (seen.append(64 * x[0, 0].size), run(net, x))[1])
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    monkeypatch.setattr(tune, "SECONDS", 0)
+    net = load(path)
+    assert tune.calibration_images(net)[0, 0].size * 64 <= speed.MOST_NUMBERS
+    net.prepare()
+    assert 0 < max(seen) <= speed.MOST_NUMBERS
+
+
+def test_the_time_limit_is_of_the_processors_that_there_are() -> None:
+    """More threads than those take no longer."""
+    assert speed.Clock(1, 1000).threads == available_threads()
+    assert speed.Clock(1, 1).threads == 1
+
+
+def test_a_kept_plan_stays_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made for no more memory than any machine has that finds it, and for not much less."""
+    net, limits = load(model_file(tmp_path / "net.safetensors", plain_net())), list[int]()
+    monkeypatch.setattr(speed, "measure_speed", lambda net, limit, say: limits.append(limit))
+    monkeypatch.setattr(tune, "choose_algorithms", lambda *words: [names[0] if names else "" for names in net.known])
+    for memory in range(220 << 20, 100 << 20, -4 << 20):
+        monkeypatch.setattr(loader, "available_memory", lambda memory=memory: memory)
+        loader._planned(net, "high", None)
+        assert 0.8 * memory / 8 < limits[-1] <= memory / 8
+    assert 3 < len(limits) < 8  # others were found
 
 
 def test_the_memory_limit_is_kept(tmp_path: Path) -> None:

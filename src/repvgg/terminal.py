@@ -14,6 +14,11 @@ quiet = False  # neither bars nor live lines: set by `repvgg -q`
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
+def _at_a_terminal() -> bool:
+    """Say whether somebody reads what is written to standard error; a daemon may have none."""
+    return bool(sys.stderr) and not sys.stderr.closed and sys.stderr.isatty()
+
+
 class Progress:
     """A bar with a line that changes in place in a terminal; elsewhere a plain line now and then. Use as a context manager.
 
@@ -26,7 +31,7 @@ class Progress:
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if not quiet and sys.stderr.isatty():
+        if not quiet and _at_a_terminal():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -119,7 +124,7 @@ def billions(n: int) -> str:
 @contextmanager
 def live() -> Iterator[Callable[[str], object]]:
     """Yield what shows one line in a terminal, in place of the last; elsewhere it shows nothing."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not _at_a_terminal():
         yield str
         return
     from rich.console import Console

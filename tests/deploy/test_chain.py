@@ -18,6 +18,7 @@ from repvgg_engine.layers import Conv, MaxPool, Pool
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.engines.chain import chain
+from repvgg.deploy.engines.native import NativeModule
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +72,44 @@ def test_what_a_chain_becomes() -> None:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    layers = chain(net.eval(), (3, 17, 17))
-    assert layers
-    assert [type(layer) for layer in layers] == [Conv, MaxPool, Conv, Pool]
+    found = chain(net.eval(), (3, 17, 17))
+    assert found
+    assert [type(layer) for layer in found.layers] == [Conv, MaxPool, Conv, Pool]
+
+
+def averaged(size: int, *layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.AdaptiveAvgPool2d(size), nn.Flatten(), *layers)
+
+
+@pytest.mark.parametrize(
+    ("network", "fixed"),
+    [
+        (averaged(1, nn.Linear(8, 5)), False),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), False),
+        (averaged(8, nn.Linear(8 * 64, 5)), True),  # a pool that does nothing, and a convolution of the map's size
+        (nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Flatten(), nn.Linear(8 * 64, 5)), True),
+        (nn.Sequential(nn.Conv2d(3, 8, 17), nn.AdaptiveAvgPool2d(1)), True),
+        (nn.Sequential(nn.Conv2d(3, 8, 17), nn.Flatten(), nn.Linear(8, 5)), True),
+        (nn.Sequential(nn.Conv2d(3, 8, 17), nn.Flatten()), True),
+    ],
+)
+@torch.no_grad()
+def test_images_of_another_size(network: nn.Module, fixed: bool) -> None:
+    """They give what PyTorch gives, or are refused: a chain that was traced at one size may be another network at others."""
+    found = chain(network.eval(), (3, 17, 17))
+    assert found
+    assert found.fixed == fixed
+    options = Options((3, 17, 17), threads=1)
+    module, engine = NativeModule(network, options, accuracy="exact"), engines.build("native", network, options)
+    images = torch.randn(2, 3, 17, 17)
+    assert torch.allclose(module(images), network(images), atol=1e-4)
+    larger = torch.randn(2, 3, 23, 19)
+    if fixed:
+        for run in (module, engine):
+            with pytest.raises(ValueError, match="built for images of 3 x 17 x 17, not 3 x 23 x 19"):
+                run(larger)
+    else:
+        assert torch.allclose(module(larger), network(larger), atol=1e-4)
 
 
 class MeanOfChannels(nn.Module):

@@ -1,13 +1,14 @@
 """Any network that is one chain of convolutions, ReLUs, poolings and linear layers, as layers of the native engine.
 
-    layers = chain(reparameterize(vgg16_bn.eval()), (3, 224, 224))     # or a Sequential of one's own; None for what branches
+    found = chain(reparameterize(vgg16_bn.eval()), (3, 224, 224))     # or a Sequential of one's own; None for what branches
+    found.layers
 
 The network is read as a graph (torch.export), so it matters what its forward does, not how it is written.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,14 @@ NOTHING = (ATEN.dropout.default, ATEN.clone.default, ATEN.contiguous.default, AT
 RESHAPES = (ATEN.flatten.using_ints, ATEN.view.default, ATEN.reshape.default, ATEN.squeeze.dims)
 
 
-def chain(model: nn.Module, input_size: tuple[int, int, int]) -> list[Layer] | None:
+class Chain(NamedTuple):
+    """Layers, and whether they compute the network for images of one size only."""
+
+    layers: list[Layer]
+    fixed: bool
+
+
+def chain(model: nn.Module, input_size: tuple[int, int, int]) -> Chain | None:
     """Return the layers of a network for images of that size; None where it is no such chain."""
     try:
         program = trace(model, Signature(input_size))
@@ -47,6 +55,7 @@ class _Chain:
         self.layers: list[Layer] = []
         self.last: fx.Node | None = None
         self.map: tuple[int, ...] = ()  # channels, height and width of the last map
+        self.fixed = False  # whether the layers are those of this size of images only
 
     def takes(self, node: fx.Node) -> bool:
         """Append what a node does; False where that is none of the engine's layers."""
@@ -56,14 +65,17 @@ class _Chain:
         self.map = _shape(node) if len(_shape(node)) == 3 else self.map
         return True
 
-    def whole(self) -> list[Layer] | None:
+    def whole(self) -> Chain | None:
         """Return the layers; logits are of a pooled map, be it of one pixel."""
         if not self.layers or self.last is None:
             return None
-        pooled = any(isinstance(layer, Pool) for layer in self.layers)
-        if len(_shape(self.last)) == 1 and not pooled:
-            return [*self.layers, Pool(_shape(self.last)[0])]
-        return self.layers if len(_shape(self.last)) == 1 or not pooled else None
+        if len(_shape(self.last)) == 1 and not self._is_pooled():
+            return Chain([*self.layers, Pool(_shape(self.last)[0])], fixed=True)  # the map has one pixel at this size
+        return Chain(self.layers, self.fixed) if len(_shape(self.last)) == 1 or not self._is_pooled() else None
+
+    def _is_pooled(self) -> bool:
+        """Say whether the last map has one pixel at any size of images."""
+        return any(isinstance(layer, Pool) for layer in self.layers)
 
     def _layer(self, node: fx.Node, *words: Any) -> bool:
         """Take a convolution, a linear layer or a ReLU."""
@@ -73,6 +85,7 @@ class _Chain:
         elif node.target is ATEN.linear.default and node.meta["val"].ndim == 2:
             weight = self._numbers(words[0])
             pixels = weight.shape[1] // self.map[0]  # of the map that was flattened, or 1
+            self.fixed |= not self._is_pooled()
             self._append(weight.reshape(len(weight), self.map[0], *(self.map[1:] if pixels > 1 else (1, 1))), words[1:])
             self.map = (len(weight), 1, 1)
         elif node.target in (ATEN.relu.default, ATEN.relu_.default) and self.layers and isinstance(self.layers[-1], Conv):
@@ -88,7 +101,8 @@ class _Chain:
             self.layers.append(MaxPool(self.map[0], _pair(kernel), _pair(stride or kernel), _pair(padding)))
             return _pair(dilation) == (1, 1) and not ceil
         if node.target in (ATEN.adaptive_avg_pool2d.default, ATEN.mean.dim):
-            if _shape(node) == self.map:  # a mean over one pixel
+            if _shape(node) == self.map:  # a mean over one pixel, at this size
+                self.fixed |= not self._is_pooled()
                 return node.target is ATEN.adaptive_avg_pool2d.default
             if node.target is ATEN.mean.dim and sorted(dim % 4 for dim in words[0]) != [2, 3]:  # not over the pixels
                 return False

@@ -5,17 +5,18 @@ It chooses its algorithms by measurement, under an error budget, at the first ru
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from repvgg_engine import Net
 from repvgg_engine.files import Preprocessing
-from repvgg_engine.layers import Conv, Layer, Pool, SqueezeExcite
+from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite
 from repvgg_engine.loader import build as build_net
 from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.engines.chain import chain
+from repvgg.deploy.engines.chain import Chain, chain
 from repvgg.models.plain import LARGEST_INPUT, layer_list
 from repvgg.models.pspnet import STRIDE, PSPNet
 
@@ -26,22 +27,21 @@ def build(model: nn.Module, options: Options) -> Engine:
     if isinstance(model, PSPNet):
         network = _in_pspnet(model, options)
         return Engine(lambda images: images.detach().cpu().float(), torch.no_grad()(network), lambda logits: logits)
-    net = to_net(model, options)
-    return Engine(
-        lambda images: np.ascontiguousarray(images.detach().cpu().float().numpy()),
-        net,
-        lambda logits: torch.from_numpy(logits),
-    )
+    net, size = to_net(model, options)
+    return Engine(partial(_to_numpy, size=size), net, lambda logits: torch.from_numpy(logits))
 
 
-def to_net(model: nn.Module, options: Options, accuracy: str = "high") -> Net:
-    """Return the engine's own net, with a copy of the model's weights; see repvgg_engine.load for accuracy."""
+def to_net(model: nn.Module, options: Options, accuracy: str = "high") -> tuple[Net, tuple[int, int, int] | None]:
+    """Return the engine's own net, with a copy of the model's weights, and the only size of images that it is for, None for any.
+
+    accuracy: see repvgg_engine.load.
+    """
     _, height, width = options.input_size
     channels = options.input_size[0]
     preprocessing = Preprocessing(height, width, min(height, width), "bilinear", (0.0,) * channels, (1.0,) * channels)
-    return build_net(
-        _layers(model, options.input_size), preprocessing, precision=options.precision, accuracy=accuracy, threads=options.threads
-    )
+    layers, fixed = _layers(model, options.input_size)
+    net = build_net(layers, preprocessing, precision=options.precision, accuracy=accuracy, threads=options.threads)
+    return net, options.input_size if fixed else None
 
 
 class NativeModule(nn.Module):
@@ -52,10 +52,18 @@ class NativeModule(nn.Module):
 
     def __init__(self, model: nn.Module, options: Options = Options(), accuracy: str = "high") -> None:  # noqa: B008 - frozen
         super().__init__()
-        self.net = to_net(model, options, accuracy)
+        self.net, self.size = to_net(model, options, accuracy)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.net(np.ascontiguousarray(images.detach().cpu().float().numpy()))).to(images.device)
+        return torch.from_numpy(self.net(_to_numpy(images, self.size))).to(images.device)
+
+
+def _to_numpy(images: Tensor, size: tuple[int, int, int] | None) -> Array:
+    """Return images as the engine takes them. Raises ValueError where they have another size than the net is for."""
+    if size and tuple(images.shape[1:]) != tuple(size):
+        given, wanted = (" x ".join(map(str, shape)) for shape in (images.shape[1:], size))
+        raise ValueError(f"this network was built for images of {wanted}, not {given}: build it again for that input_size")
+    return np.ascontiguousarray(images.detach().cpu().float().numpy())
 
 
 def _in_pspnet(model: PSPNet, options: Options) -> PSPNet:
@@ -76,7 +84,7 @@ class _Backbone(NativeModule):
         return [super().forward(images)] * 2  # the first is for the auxiliary head, which deploy forms do not have
 
 
-def _layers(model: nn.Module, input_size: tuple[int, int, int]) -> list[Layer]:
+def _layers(model: nn.Module, input_size: tuple[int, int, int]) -> Chain:
     listed = layer_list(model)
     if listed is None:
         if found := chain(model, input_size):
@@ -112,4 +120,4 @@ def _layers(model: nn.Module, input_size: tuple[int, int, int]) -> list[Layer]:
             layers.append(Pool(channels))
         else:
             layers.append(Conv(state[spec["weight"]][:, :, None, None], state[spec["bias"]], relu=relu))
-    return layers
+    return Chain(layers, fixed=False)
