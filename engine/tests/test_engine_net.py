@@ -168,13 +168,13 @@ for slow in (True, False):
         choosing = threading.Event()
         net.before_first_call = choose
         net.choose_all(["F7"] * len(layers))
-        thread = threading.Thread(target=net, args=(x,))
+        thread = threading.Thread(target=net, args=(x,), daemon=True)
         thread.start()
         choosing.wait()
         time.sleep(0.01 + 0.02 * wait)
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # ends a child that hangs
+            signal.alarm(30)  # ends a child that hangs
             got = [net(x), net(x)]
             os._exit(0 if np.array_equal(*got) else 1)
         assert os.waitpid(child, 0)[1] == 0, (slow, wait)

@@ -15,7 +15,7 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 from nets import conv, images, model_file, plain_net
 from repvgg_engine import Net, load, loader, plan, reference, speed, tune
 from repvgg_engine.costs import estimated_cost, macs
-from repvgg_engine.layers import Pool
+from repvgg_engine.layers import Array, Layer, Pool
 from repvgg_engine.machine import available_threads
 from repvgg_engine.tune import Option, choose
 
@@ -223,12 +223,17 @@ def test_without_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed:
 def test_a_small_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: list[int]) -> None:
     """Whatever size of input it names."""
     random, seen = np.random.default_rng(0), list[int]()
-    layers = [conv(random, 3, 1, kernel=1), conv(random, 1, 64, kernel=1), Pool(64), conv(random, 64, 2, kernel=1)]
+    layers: list[Layer] = [conv(random, 3, 1, kernel=1), conv(random, 1, 64, kernel=1), Pool(64), conv(random, 64, 2, kernel=1)]
     given = {"input_size": size, "resize": 8192, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [1] * 3}
     path = model_file(tmp_path / "net.safetensors", layers, preprocessing=given)
     run = Net.run
+
+    def watched(net: Net, images: Array) -> Array:
+        seen.append(64 * images[0, 0].size)
+        return run(net, images)
+
     monkeypatch.setattr(speed, "MOST_NUMBERS", 1 << 16)  # quicker
-    monkeypatch.setattr(Net, "run", lambda net, x: (seen.append(64 * x[0, 0].size), run(net, x))[1])
+    monkeypatch.setattr(Net, "run", watched)
     monkeypatch.setattr(speed, "SECONDS", 0)
     monkeypatch.setattr(tune, "SECONDS", 0)
     net = load(path)

@@ -104,3 +104,47 @@ def test_what_is_refused(node: list[str], tmp_path: Path) -> None:
         (model, str(tmp_path / "plan.json"), "this processor has portable"),
     ):
         assert reason in run(node, tmp_path, file, plan, images(1), photo)["problem"]
+
+
+REFUSALS = """
+import {readFileSync} from 'node:fs';
+const [engine, model] = process.argv.slice(2);
+const {load} = await import(engine.replace(/(.relaxed)?.wasm$/, '.mjs'));
+const net = await load(readFileSync(engine), readFileSync(model));
+const x = new Float32Array(3 * 32 * 32).fill(0.5), before = net.run(x), long = new Float32Array(3 * 65537), said = {};
+const refused = (name, call) => {
+  try { call(); said[name] = ''; } catch (problem) { said[name] = problem.message; }
+};
+refused('short', () => net.run(x.subarray(1)));
+refused('many', () => net.run(x, 2));
+refused('type', () => net.run(Array.from(x)));
+refused('size', () => net.run(x, 1, 0, 32));
+refused('part', () => net.run(x, 0.5, 64, 32));
+refused('pixels', () => net.logits({data: new Uint8ClampedArray(4 * 8 * 8), height: 8, width: 9}));
+refused('floats', () => net.logits({data: new Float32Array(4 * 8 * 8), height: 8, width: 8}));
+for (let i = 0; i < 6000; i++) refused('large', () => net.run(long, 1, 65537, 1)); // by the engine itself
+const after = net.run(x);
+console.log(JSON.stringify({said, same: before.every((y, i) => y === after[i])}));
+"""
+
+
+def test_images_that_do_not_fit(node: list[str], tmp_path: Path) -> None:
+    """They are refused in words, and a refusal takes neither memory nor stack."""
+    model = model_file(tmp_path / "net.safetensors", plain_net())
+    (tmp_path / "run.mjs").write_text(REFUSALS)
+    *command, engine = node
+    done = subprocess.run([*command, str(tmp_path / "run.mjs"), str(BROWSER / engine), str(model)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    for name, reason in (
+        ("short", "images are a Float32Array of 3072 numbers: 1 x 3 x 32 x 32"),
+        ("many", "images are a Float32Array of 6144 numbers: 2 x 3 x 32 x 32"),
+        ("type", "images are a Float32Array of 3072 numbers"),
+        ("size", "sizes are whole numbers from 1 on, not 1, 3, 0, 32"),
+        ("part", "sizes are whole numbers from 1 on"),
+        ("pixels", "of 288 bytes: RGBA, 8 x 9"),
+        ("floats", "of 256 bytes: RGBA, 8 x 8"),
+        ("large", "images of 65537 x 1 pixels"),
+    ):
+        assert reason in answer["said"][name], (name, answer["said"])
+    assert answer["same"]

@@ -20,6 +20,12 @@ void __cxa_free_exception(void *thrown) noexcept { std::free(thrown); }
     refuse_in_host(static_cast<std::exception *>(thrown)->what());
 }
 
+static float *room_for(size_t floats) {
+    auto *room = static_cast<float *>(std::malloc(sizeof(float) * floats));
+    if (!room) refuse_in_host("there is not enough memory");
+    return room;
+}
+
 EXPORT(room) void *room(size_t bytes) { return std::malloc(bytes); }
 EXPORT(release) void release(void *room) { std::free(room); }
 
@@ -49,7 +55,7 @@ EXPORT(run) float *run(repvgg_net *net, const float *data, int32_t n, int32_t he
     images.data = data, images.n = n, images.height = height, images.width = width;
     int32_t shape[3];
     repvgg_output_shape(net, height, width, shape, nullptr, 0);
-    auto *output = static_cast<float *>(std::malloc(sizeof(float) * n * shape[0] * shape[1] * shape[2]));
+    float *output = room_for(static_cast<size_t>(n) * shape[0] * shape[1] * shape[2]);
     repvgg_run(net, &images, output, nullptr, 0);
     return output;
 }
@@ -60,7 +66,8 @@ EXPORT(classify) float *classify(repvgg_net *net, const uint8_t *rgba, int32_t h
     d.size = sizeof d;
     repvgg_describe(repvgg_net_model(net), &d);
     const size_t count = static_cast<size_t>(height) * width;
-    std::vector<uint8_t> pixels(count * d.channels), input(static_cast<size_t>(d.height) * d.width * d.channels);
+    static std::vector<uint8_t> pixels, input;  // kept: a refusal destroys nothing that is on the stack
+    pixels.resize(count * d.channels), input.resize(static_cast<size_t>(d.height) * d.width * d.channels);
     for (size_t i = 0; i < count; i++)
         for (int c = 0; c < d.channels; c++)
             pixels[i * d.channels + c] =
@@ -73,7 +80,7 @@ EXPORT(classify) float *classify(repvgg_net *net, const uint8_t *rgba, int32_t h
     images.scale = d.scale, images.shift = d.shift;
     int32_t shape[3];
     repvgg_output_shape(net, d.height, d.width, shape, nullptr, 0);
-    auto *output = static_cast<float *>(std::malloc(sizeof(float) * shape[0] * shape[1] * shape[2]));
+    float *output = room_for(static_cast<size_t>(shape[0]) * shape[1] * shape[2]);
     repvgg_run(net, &images, output, nullptr, 0);
     return output;
 }

@@ -16,10 +16,7 @@ export async function load(engine, model, plan = null) {
   const wasm = instance.exports;
   wasm._initialize();
   const bytes = new Uint8Array(model), words = plan === null ? null : new TextEncoder().encode(`${plan}\0`);
-  const [from, by] = [put(wasm, bytes), words && put(wasm, words)];
-  const net = wasm.open(from, bytes.length, by ?? 0);
-  wasm.release(from);
-  if (by) wasm.release(by);
+  const net = lending(wasm, words ? [bytes, words] : [bytes], (from, by = 0) => wasm.open(from, bytes.length, by));
   const [channels, height, width, outputs, names] = new Int32Array(wasm.memory.buffer, wasm.about(net), 5);
   const classes = names ? Array.from(new Uint32Array(wasm.memory.buffer, names, outputs), at => text(wasm, at)) : null;
   const logitsOf = (output, count) => {
@@ -30,15 +27,17 @@ export async function load(engine, model, plan = null) {
   return {
     channels, height, width, classes,
     run(images, n = 1, rows = height, columns = width) {
-      const data = new Uint8Array(images.buffer, images.byteOffset, images.byteLength), room = put(wasm, data);
-      const logits = logitsOf(wasm.run(net, room, n, rows, columns), n * outputs);
-      wasm.release(room);
-      return logits;
+      const wanted = count(n, channels, rows, columns);
+      if (!(images instanceof Float32Array) || images.length !== wanted)
+        throw new Error(`images are a Float32Array of ${wanted} numbers: ${[n, channels, rows, columns].join(' x ')}`);
+      const data = new Uint8Array(images.buffer, images.byteOffset, images.byteLength);
+      return logitsOf(lending(wasm, [data], room => wasm.run(net, room, n, rows, columns)), n * outputs);
     },
     logits({data, height: rows, width: columns}) {
-      const room = put(wasm, data), logits = logitsOf(wasm.classify(net, room, rows, columns), outputs);
-      wasm.release(room);
-      return logits;
+      const wanted = count(4, rows, columns);
+      if (!(data instanceof Uint8ClampedArray || data instanceof Uint8Array) || data.length !== wanted)
+        throw new Error(`an image's data are a Uint8ClampedArray or Uint8Array of ${wanted} bytes: RGBA, ${rows} x ${columns}`);
+      return logitsOf(lending(wasm, [data], room => wasm.classify(net, room, rows, columns)), outputs);
     },
     classify(image, top = 5) {
       const logits = this.logits(image), largest = Math.max(...logits), powers = Array.from(logits, x => Math.exp(x - largest));
@@ -58,6 +57,25 @@ function imports(wasm) {
   };
   const system = new Proxy({clock_time_get: clock}, {get: (known, name) => known[name] ?? (() => { throw new Error('the engine failed: not enough memory?'); })});
   return {env: {refuse: at => { throw new Error(text(wasm(), at)); }}, wasi_snapshot_preview1: system};
+}
+
+function count(...sizes) {
+  if (!sizes.every(size => Number.isInteger(size) && size > 0)) throw new Error(`sizes are whole numbers from 1 on, not ${sizes.join(', ')}`);
+  return sizes.reduce((a, b) => a * b);
+}
+
+// Puts bytes in the engine's memory for a call. What is refused leaves the engine in the middle of its functions: its stack is put back.
+function lending(wasm, arrays, call) {
+  const stack = wasm.__stack_pointer.value, rooms = [];
+  try {
+    for (const bytes of arrays) rooms.push(put(wasm, bytes));
+    return call(...rooms);
+  } catch (problem) {
+    wasm.__stack_pointer.value = stack;
+    throw problem;
+  } finally {
+    for (const room of rooms) wasm.release(room);
+  }
 }
 
 function put(wasm, bytes) {
