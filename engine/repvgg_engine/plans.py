@@ -87,7 +87,7 @@ def cached_speeds(key: str, known: Sequence[Sequence[str]]) -> list[dict[str, fl
     """Return the speeds that were kept under a key, where they are of algorithms of such a net; None where there are none."""
     with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         path = _path(key, ".speeds")
-        speeds = json.loads(path.read_text()) if path else None
+        speeds: Any = json.loads(path.read_text()) if path else []
         pairs = list(zip(speeds, known, strict=True))
         fits = all(of_layer.keys() <= set(names) and bool(of_layer) == bool(names) for of_layer, names in pairs)
         if fits and all(math.isfinite(seconds) and seconds >= 0 for of_layer in speeds for seconds in of_layer.values()):
@@ -112,10 +112,9 @@ def _write(path: Path | None, text: str) -> None:
 
 def _path(key: str, suffix: str = ".json") -> Path | None:
     """Return where it is kept; None where there is no home."""
-    folder = os.environ.get("REPVGG_ENGINE_CACHE")
-    if not folder:
-        try:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
-        except RuntimeError:
-            return None
-    return Path(folder) / f"{key}{suffix}"
+    own = os.environ.get("REPVGG_ENGINE_CACHE")
+    try:
+        folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg_engine"
+    except RuntimeError:
+        return None
+    return folder / f"{key}{suffix}"
