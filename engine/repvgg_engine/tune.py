@@ -34,7 +34,7 @@ from repvgg_engine.machine import one_blas_thread, return_memory
 from repvgg_engine.net import Net
 from repvgg_engine.speed import Clock, Say, Shares, ending_of, geometry, input_size, shrunk, silent
 
-VERSION = 10
+VERSION = 11
 # What the output's error may be: a multiple of the direct algorithm's, and for "fast" at least a number.
 TIMES_DIRECT = {
     ("fp32", "high"): 4.4,
@@ -110,13 +110,15 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
     if kept:
         net.choose_all(kept)
         return kept
-    # Those that cannot leave the budget, whatever the layer adds: of few tiles' growth, or of float32 beside another precision.
+    # Those that should not leave the budget, whatever the layer adds: of few tiles' growth, or of another precision than the net's.
     most, own = TIMES_DIRECT[net.precision, accuracy], errors.ending
     safe = [
         [o for o in of_layer if not o.algorithm.endswith(own) or GROWTH.get(o.algorithm.removesuffix(own), 1.0) <= most]
         for of_layer in options
     ]
     names = choose(safe, np.full_like(room, np.inf), memory_limit)
+    if float(errors.of(names).max()) > 1:  # as the largest tiles of int16 may beside direct int8
+        names = errors.direct
     net.choose_all(names)
     return names
 

@@ -16,6 +16,7 @@ from nets import images, model_file, plain_net
 from repvgg_engine import Net, load
 
 CALLERS, MOST_GROWTH = 3, 24 << 20
+WARM = 100  # calls of each before memory is looked at, however busy the machine is
 SIZES = ((32, 32), (16, 48), (33, 31), (64, 64), (7, 9), (40, 24))  # more than a net keeps plans for
 
 
@@ -24,7 +25,7 @@ def resident() -> int:
 
 
 def soak(seconds: float, seed: int, path: Path) -> tuple[int, int]:
-    """Return how many calls were made, and bytes that the process has grown by since a quarter of the time."""
+    """Return how many calls were made, and bytes that the process has grown by since a quarter of them or of the time."""
     model_file(path, plain_net())
     exact = Net(plain_net(), threads=1)
     batches = [images(n, seed=n, size=size) for n in (1, 3, 8, 33) for size in SIZES]
@@ -32,9 +33,11 @@ def soak(seconds: float, seed: int, path: Path) -> tuple[int, int]:
     nets = [load(path, accuracy="exact", threads=threads) for threads in (1, 2, 3)]
     ends = time.monotonic() + seconds
 
-    def call(caller: int) -> int:
-        choose, calls = random.Random(f"{seed} {caller}"), 0
-        while time.monotonic() < ends:
+    made = [0] * CALLERS
+
+    def call(caller: int) -> None:
+        choose = random.Random(f"{seed} {caller}")
+        while time.monotonic() < ends or made[caller] < 4 * WARM:
             kind, i = choose.random(), choose.randrange(len(batches))
             if kind < 0.02:
                 nets[choose.randrange(len(nets))] = load(path, accuracy="exact", threads=choose.randint(1, 4))
@@ -42,15 +45,17 @@ def soak(seconds: float, seed: int, path: Path) -> tuple[int, int]:
             if kind > 0.95:
                 net.choose(1, choose.choice(("F2", "F4", "direct")))
             assert np.allclose(net(batches[i]), wanted[i], rtol=1e-3, atol=1e-3)
-            calls += 1
-        return calls
+            made[caller] += 1
 
     with ThreadPoolExecutor(CALLERS) as pool:
         running = [pool.submit(call, caller) for caller in range(CALLERS)]
         time.sleep(seconds / 4)
+        while min(made) < WARM and not any(caller.done() for caller in running):
+            time.sleep(0.01)
         before = resident()
-        calls = sum(caller.result() for caller in running)
-    return calls, resident() - before
+        for caller in running:
+            caller.result()
+    return sum(made), resident() - before
 
 
 def main() -> None:

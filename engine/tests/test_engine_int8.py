@@ -202,8 +202,13 @@ def test_hostile_ranges_of_a_layer(value: float) -> None:
 
 
 @pytest.mark.parametrize("accuracy", ["high", "fast"])
-def test_the_tuner_keeps_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: str) -> None:
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_tuner_keeps_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: str, passes: bool) -> None:
+    """Even where no check of a choice passes."""
     monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path / "cache"))
+    if not passes:
+        monkeypatch.setattr(tune, "MOST_CHECKS", 0)
+        monkeypatch.setattr(tune, "MOST_PUT_RIGHT", 0)
     path = model_file(tmp_path / "net.safetensors", calibrated(plain_net()))
     net, exact = (load(path, precision="int8", accuracy=a) for a in (accuracy, "exact"))
     assert exact.chosen[1] == "direct int8"

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_a_terminal_that_closes_ends_it_but_not_under_nohup() -> None:
         "entry._run = lambda words: (print('on', flush=True), time.sleep(100))\nentry.main([])"
     )
     for ignored, code_of_hangup in ((False, 129), (True, 143)):
-        before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+        before = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # these tests may be under it
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, preexec_fn=before) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "on\n"

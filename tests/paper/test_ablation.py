@@ -154,7 +154,10 @@ def test_with_the_papers_settings(quick: bool, tmp_path: Path, monkeypatch: pyte
 def test_without_data_it_shows_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cell(name: str, top1: float) -> None:
         (tmp_path / "ablation" / name).mkdir(parents=True)
-        for file, facts in (("summary", {"last_top1": top1, "seconds": 1.0}), ("forms", {"equal": 9, "images": 9})):
+        for file, facts in (
+            ("summary", {"finished": True, "last_top1": top1, "seconds": 1.0}),
+            ("forms", {"equal": 9, "images": 9}),
+        ):
             (tmp_path / "ablation" / name / f"{file}.json").write_text(json.dumps(facts))
 
     for name, top1 in (("plain-0", 0.5), ("plain-1", 0.6), ("repvgg-0", 0.75)):
