@@ -118,8 +118,7 @@ def test_what_compiles_for_long_is_left_out_unless_nothing_else_runs(model: nn.M
     only(monkeypatch, "compile")
     built(monkeypatch, compile=right)
     assert list(measure(deploy, options, silent)) == ["compile"]
-    monkeypatch.setattr(choosing, "BUILDING", -1.0)  # no time is left for a second one
-    monkeypatch.setattr(choosing, "MEASURING", -1.0)  # nor for a second round
-    only(monkeypatch, "eager", "ncnn")
-    built(monkeypatch, eager=right, ncnn=late)
-    assert list(measure(deploy, options, silent)) == ["eager"]
+    only(monkeypatch, "eager", "native")
+    built(monkeypatch, native=right, eager=late)
+    # No time is left for a second engine, nor for a second round: the likeliest was first.
+    assert list(measure(deploy, options, silent, seconds=-4.0)) == ["native"]

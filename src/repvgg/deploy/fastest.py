@@ -22,23 +22,24 @@ from repvgg.terminal import live
 
 # Compile for tens of seconds. On a CPU they are built where nothing else can be, or by name.
 COMPILERS = ("compile", "compile-max", "aotinductor", "cudagraphs")
-BUILDING, MEASURING = 8.0, 11.0  # seconds from the start, after which no other engine is built, and no other round begun
+BUILDING, MEASURING = 8.0, 3.0  # seconds after which no other engine is built, and so many later no other round begun
 # Rounds of the search, and how many times slower than the best an engine may be in them to go on to the next.
 KNOCKOUT = ((1, 2.0), (5, 1.15), (15, 1.0))
 
 
-def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
+def fastest(model: nn.Module, options: Options, log: Log = print, seconds: float = BUILDING) -> str:
     """Return the name of the engine that runs a folded model fastest, of those that are installed, have the precision and compute
     what PyTorch does in float64.
 
     Measured once for a model, its batch and this machine: the engines take turns. The figures are kept in ~/.cache/repvgg/engines.
+    seconds: after which no other engine is built; those left out are told.
     """
-    path = cache_folder() / "engines" / f"{_digest(model, options)}.json"
+    path = cache_folder() / "engines" / f"{_digest(model, options, seconds)}.json"
     with suppress(OSError, ValueError, KeyError):
         return str(json.loads(path.read_text())["fastest"])
     log("measuring the engines, once for this model on this machine")
     with live() as tell:
-        found = measure(model, options, log, tell)
+        found = measure(model, options, log, tell, seconds)
     best = next(iter(found))
     text = json.dumps({"fastest": best, "engines": found, "options": asdict(options), "machine": this_machine()}, indent=2)
     with suppress(OSError, ValueError):  # a cache that cannot be written costs time and nothing else
@@ -48,11 +49,13 @@ def fastest(model: nn.Module, options: Options, log: Log = print) -> str:
     return best
 
 
-def measure(model: nn.Module, options: Options, log: Log = print, tell: Log = str) -> dict[str, dict[str, float]]:
+def measure(
+    model: nn.Module, options: Options, log: Log = print, tell: Log = str, seconds: float = BUILDING
+) -> dict[str, dict[str, float]]:
     """Return images a second and relative error of the engines that are right, the fastest first; each as in the last rounds that
     it took part in.
 
-    tell: hears what is being built or timed. Raises ValueError if none is right.
+    tell: hears what is being built or timed. seconds: after which no other engine is built. Raises ValueError if none is right.
     """
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, options.batch_size), *options.input_size, generator=random)
@@ -61,7 +64,7 @@ def measure(model: nn.Module, options: Options, log: Log = print, tell: Log = st
     errors: dict[str, float] = {}
     started = time.perf_counter()
     for name in _in_order(engines.installed(options.precision, options.device, log)):
-        if calls and (time.perf_counter() - started > BUILDING or (name in COMPILERS and options.device == "cpu")):
+        if calls and (time.perf_counter() - started > seconds or (name in COMPILERS and options.device == "cpu")):
             log(f"left out: {name} (it would take long to build; name it to have it: --engine {name})")
             continue
         tell(f"building {name}")
@@ -81,7 +84,7 @@ def measure(model: nn.Module, options: Options, log: Log = print, tell: Log = st
     figures: dict[str, dict[str, float]] = {}
     batches = 2
     for rounds, slower in KNOCKOUT:
-        if figures and time.perf_counter() - started > MEASURING:
+        if figures and time.perf_counter() - started > seconds + MEASURING:
             break
         tell(f"timing {', '.join(calls)}")
         timed = interleave(calls, rounds=rounds, batches=batches, warmup=1, synchronise=synchroniser(options.device))
@@ -95,14 +98,19 @@ def measure(model: nn.Module, options: Options, log: Log = print, tell: Log = st
 
 
 def _in_order(names: Sequence[str]) -> list[str]:
-    """Return the names, those that compile for long at the end."""
-    return sorted(names, key=lambda name: name in COMPILERS)
+    """Return the names: the likeliest first, lest the time is up before it, and those that compile for long at the end."""
+    return sorted(names, key=lambda name: (name in COMPILERS, name != "native"))
 
 
-def _digest(model: nn.Module, options: Options) -> str:
+def _digest(model: nn.Module, options: Options, seconds: float) -> str:
     """Return a digest of whatever the choice may depend on: the network and its weights, options, machine and versions."""
     machine = this_machine()
-    facts = [asdict(options), {key: machine[key] for key in ("processor", "cores", "threads", "gpu", "versions")}, str(model)]
+    facts = [
+        asdict(options),
+        seconds,
+        {key: machine[key] for key in ("processor", "cores", "threads", "gpu", "versions")},
+        str(model),
+    ]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
