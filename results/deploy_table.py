@@ -52,13 +52,13 @@ def _each(r: Record) -> str:
 
 
 def _older(r: Record, native: Record) -> str:
-    """Say that our engine is faster since, where its own record is newer than this one."""
+    """Say where our engine was measured since, where its own record is newer than this one."""
     if not native or r["machine"]["date"] >= native["machine"]["date"]:
         return ""
     cold = native["start"]["native cold, batch 1"]["seconds"]
     return (
-        " This run is older than the one in\n[results](results.md#the-native-engine-beside-the-others): `native` is faster since. "
-        f"Without caches its first\nprediction comes {cold:.1f} s after the start of a process."
+        "\n`native` was measured again [since](results.md#the-native-engine-beside-the-others): without caches its first "
+        f"prediction comes\n{cold:.1f} s after the start of a process."
     )
 
 

@@ -1,5 +1,6 @@
 """data/images.py: right pixels from every kind of image, one ImageError from everything else."""
 
+import errno
 import os
 import struct
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from repvgg.data.images import ImageError, decode, is_image
+from repvgg.disk import FileError
 from repvgg.terminal import printable
 
 
@@ -231,3 +233,16 @@ def test_postscript_is_not_handed_to_ghostscript() -> None:
 def test_other_numbers_of_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="not 4"):
         decode(encoded(Image.fromarray(noise(3)), "PNG"), 4)
+
+
+def test_a_machine_that_fails_says_nothing_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later it may be read: it is no bad image, which a list of predictions would call it for good."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(FileError, match=r"a\.png: cannot be read \(Input/output error\)"):
+        decode(path)

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -64,7 +63,7 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
     if kind == "cifar10" and (not rest or any(Path(rest).glob("*.parquet"))):
         kind, rest = "hf", rest or HUB_NAME
     if kind in ("hf", "hf-stream") and rest:
-        return _of_hf(spec, rest, split, size) if kind == "hf" else _of_stream(spec, {"path": rest}, split, _tables(rest))
+        return _of_hf(spec, rest, split, size) if kind == "hf" else _of_stream(spec, {"path": rest}, split, _tables(rest), {})
     if kind == "wds" and rest:
         files = _tar_files(rest, split)
         return _of_stream(spec, {"path": "webdataset", "data_files": {split: files}}, split, _facts(files), _short(files))
@@ -136,7 +135,7 @@ def _of_hf(spec: str, name: str, split: str, size: int) -> Shards:
     return _in_rows(spec, len(table), size, items, [table[i][image] for i in (0, len(table) - 1)] if len(table) else [])
 
 
-def _of_stream(spec: str, load: dict[str, Any], split: str, facts: Any, names: Mapping[str, str] = MappingProxyType({})) -> Shards:
+def _of_stream(spec: str, load: dict[str, Any], split: str, facts: Any, names: Mapping[str, str]) -> Shards:
     """Keys are SHARD.tar/KEY, of parquet SHARD/ROW. facts: what tells the data from others; names: of shards, by their paths."""
     table = _split(spec, {**load, "streaming": True}, split)
     try:

@@ -81,15 +81,19 @@ class Manifest:
         arch, channels = self.arch or {}, self.preprocessing.input_size[0]
         if arch.get("in_chans", channels) != channels:
             raise ValueError(f"preprocessing for {channels} channels does not fit in_chans={arch['in_chans']}")
-        outputs = arch.get("num_classes") or (self.layers[-1].get("out_features") if self.layers else None)
-        if self.classes is not None and outputs not in (None, len(self.classes)):
-            raise ValueError(f"{len(self.classes)} class names do not fit {outputs} outputs")
+        if self.classes is not None and self.outputs not in (None, len(self.classes)):
+            raise ValueError(f"{len(self.classes)} class names do not fit {self.outputs} outputs")
         _refuse_misfits(self.layers or [], self.preprocessing.input_size)
 
     @property
     def task(self) -> Task:
         """Return what the model gives for an image: labels, or masks. The one place where that is asked."""
         return task_of((self.arch or {}).get("name"))
+
+    @property
+    def outputs(self) -> int | None:
+        """Return how many classes the model tells apart; None of a backbone."""
+        return (self.arch or {}).get("num_classes") or (self.layers[-1].get("out_features") if self.layers else None)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

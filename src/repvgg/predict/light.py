@@ -83,7 +83,7 @@ def _onnx(model: Path) -> Opened:
     manifest = Manifest.from_json(session.get_modelmeta().custom_metadata_map["repvgg"])
     images = session.get_inputs()[0]
     p = manifest.preprocessing
-    if images.type != "tensor(float)" or isinstance(images.shape[0], int) or manifest.task != "labels" or not _classifies(manifest):
+    if images.type != "tensor(float)" or isinstance(images.shape[0], int) or manifest.task != "labels" or not manifest.outputs:
         raise ValueError("takes something else than a batch of normalised images")
     mean, std = (np.array([255 * x for x in values], np.float32) for values in (p.mean, p.std))
 
@@ -93,13 +93,6 @@ def _onnx(model: Path) -> Opened:
 
     channels, height, width = p.input_size
     return run, (height, width, p.resize, p.interpolation, channels), manifest.classes, "onnxruntime"
-
-
-def _classifies(manifest: Any) -> bool:
-    """Tell a classifier from a backbone."""
-    if manifest.arch is not None:
-        return bool(manifest.arch.get("num_classes"))
-    return bool(manifest.layers and manifest.layers[-1].get("out_features"))
 
 
 def _prepared(path: Path, preprocessing: tuple[int, int, int, str, int]) -> Any:

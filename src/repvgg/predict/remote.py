@@ -29,6 +29,8 @@ def open_url(url: str, size: int) -> Shards:
     Keys are paths below the URL, of Parquet followed by the number of the row; the label of an image file is the folder that it is
     in. Raises `DataError` where there is nothing, or it cannot be reached.
     """
+    if size < 1:
+        raise DataError(f"--part-size {size}: at least 1")
     store, root = filesystem(url)
     try:
         found = store.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
@@ -37,8 +39,6 @@ def open_url(url: str, size: int) -> Shards:
     sizes = {str(PurePosixPath(f.path).relative_to(root)): f.size for f in found if f.type == pyarrow.fs.FileType.File}
     tables = sorted(name for name in sizes if name.endswith(".parquet"))
     images = sorted(name for name in sizes if PurePosixPath(name).suffix.lower() in SUFFIXES)
-    if size < 1:
-        raise DataError(f"--part-size {size}: at least 1")
     if not tables and not images:
         raise DataError(f"{url}: holds neither Parquet files nor images")
     names = tables or images

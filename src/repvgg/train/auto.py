@@ -145,7 +145,7 @@ def _looked_at(source: Source) -> tuple[list[int], float]:
         transform(image)
     if not sides:
         raise damaged
-    return sides, (time.perf_counter() - started) / count
+    return sides, (time.perf_counter() - started) / len(sides)
 
 
 def _sizes(native: int) -> list[int]:
