@@ -200,4 +200,4 @@ def test_a_page_that_cannot_be_written_ends_no_training(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     report_at_the_end(tmp_path, open_source("digits"), "cpu", said.append)
     assert [line.partition(" (")[0].partition(",")[0] for line in said] == [f"{tmp_path}: without a page"] * 3
-    assert "pip install matplotlib" in said[1]
+    assert "pip install matplotlib" in said[2]
