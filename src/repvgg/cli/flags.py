@@ -93,7 +93,7 @@ class Engine:
 
     engine: str = ""
     """auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own (predict
-    runs up to 32 files of a deploy form in native)."""
+    shows up to 32 images to a deploy form in native)."""
     precision: Precision = "fp32"
     """Precision of the engine's weights and activations."""
 
