@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repvgg.disk import FileError, Log, describe, out_of_memory
 from repvgg.models import checkpoint, hub, keys, weights
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.names import FAMILY, NETWORKS, embedded, resolve_name, task_of
+from repvgg.models.names import FAMILY, NETWORKS, embedded, in_run_folder, resolve_name, task_of
 from repvgg.models.plain import LARGEST_INPUT, PlainNet, layer_list, set_largest_inputs
 from repvgg.models.pretrained import imagenet_classes
 from repvgg.models.repvgg import RepVGG
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     place its tensor: raises `FileError` otherwise. What a stranger's file holds beside the network is left out, and named in
     `manifest.training["left_out"]`. Where dtypes are mixed, the model is in the widest. A run folder stands for its best model.
     """
-    path = _in_run_folder(path)
+    path = in_run_folder(path)
     tensors, manifest, left_out = weights.read(path)
     try:
         return _restore(tensors, manifest or _manifest_from_content(tensors, left_out))
@@ -141,15 +141,9 @@ def is_file(name_or_path: str) -> bool:
 def file_of(name_or_path: str) -> Path:
     """Return the path of the model file that is meant; of a hub repository, its local copy."""
     if not name_or_path.startswith(HUB):
-        return embedded(name_or_path) or _in_run_folder(name_or_path)
+        return embedded(name_or_path) or in_run_folder(name_or_path)
     repo, _, pinned = name_or_path.removeprefix(HUB).partition("@")
     return hub.fetch(repo, pinned or "main")
-
-
-def _in_run_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the best model of a run folder; any other path as it is."""
-    best = Path(path) / "best.safetensors"
-    return best if os.path.isfile(best) else Path(path)  # noqa: PTH113 - Path.is_file raises for names that are too long
 
 
 def _restore(tensors: dict[str, Tensor], manifest: Manifest) -> nn.Module:
