@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long it trains, and in which steps."""
+    """The length of a training, and its steps."""
 
     epochs: int = 120
     """Passes over the training images."""
@@ -38,7 +38,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Optimization:
-    """How the weights are moved, and towards what."""
+    """The way in which weights are moved, and what they are moved towards."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, as in the paper; or AdamW, whose learning rate is nearer 0.001."""
@@ -76,7 +76,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What becomes of an image before the network sees it."""
+    """The changes to an image before the network sees it."""
 
     image_size: int = 0
     """Height and width that images are trained and tested at; 0: what suits the data, or the model that it starts from."""
@@ -108,7 +108,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Machine:
-    """How the machine computes it."""
+    """The way in which the machine computes."""
 
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16, fp16: autocast; weights and optimizer stay in fp32. fp64: all of it."""
