@@ -62,9 +62,7 @@ def train(photos: Path, run: Path, start: list[str], minutes: float, seed: int) 
     """Train as a user would, and return how good that is, how long it took, and what was said."""
     words = [*start, "--data", photos, "--image-size", SIDE, "--minutes", minutes, "--seed", seed, "--out", run, "--no-report"]
     started = time.perf_counter()
-    said = subprocess.run(
-        [sys.executable, "-m", "repvgg", "train", *map(str, words)], check=True, capture_output=True, text=True
-    )
+    said = subprocess.run([sys.executable, "-m", "repvgg", "train", *map(str, words)], check=True, capture_output=True, text=True)
     spent = (time.perf_counter() - started) / 60
     return {
         "seed": seed,

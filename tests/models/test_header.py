@@ -74,7 +74,11 @@ def test_costs_of_branches_are_those_that_are_counted(name: str, options: Option
 
 
 def test_other_networks_are_left_to_those_who_build_them(tmp_path: Path) -> None:
-    for name, block, keys in (("repvgg_micro", "acb", "repvgg"), ("repvgg_b0_residual", None, "repvgg"), ("repvgg_micro", None, "timm")):
+    for name, block, keys in (
+        ("repvgg_micro", "acb", "repvgg"),
+        ("repvgg_b0_residual", None, "repvgg"),
+        ("repvgg_micro", None, "timm"),
+    ):
         repvgg.save(repvgg.create_model(name, width=1 / 16, block=block), tmp_path / "a.safetensors", to_keys=keys)
         assert costs_of(header_of(tmp_path / "a.safetensors")) is None
     repvgg.save(repvgg.create_model("repvgg_micro", width=1 / 16), tmp_path / "a.safetensors")

@@ -283,5 +283,5 @@ def test_synchronised_batch_norms_are_of_the_training_form(tmp_path: Path) -> No
 
 
 def test_torch_jit_script_says_what_to_do_instead() -> None:
-    with pytest.raises(ValueError, match="torch.jit.script cannot compile a PSPNet: repvgg export --to pt2"):
+    with pytest.raises(ValueError, match=r"torch\.jit\.script cannot compile a PSPNet: repvgg export --to pt2"):
         torch.jit.script(repvgg.create_model("pspnet_repvgg_micro", num_classes=2, width=0.125, deploy=True))

@@ -12,7 +12,7 @@ from rounding import REPORTED
 from torch import nn
 
 from repvgg.data import open_source
-from repvgg.data.images import ImageError, decode
+from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import create_model, manifest_of, remember

@@ -81,7 +81,9 @@ def test_the_unusual_is_left_alone(deploy: Path, files: Path, pictures: Path, tm
     assert predict_lightly(model, [photo], top=0) is None
 
 
-def test_a_gpu_is_left_to_pytorch_unless_the_cpu_is_asked_for(deploy: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_left_to_pytorch_unless_the_cpu_is_asked_for(
+    deploy: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("repvgg_engine")
     words = (str(deploy / "colour.safetensors"), [str(pictures / "wide.png")])
     assert predict_lightly(*words, device="cuda") is None

@@ -76,9 +76,9 @@ def predictions(
 
     images: files, folders (all images below them) and globs. top: labels for each image. batch_size: images at a time. engine:
     "auto" or a name. views: in which a PSPNet sees a photo. explain: "cam" also writes a picture of the evidence. out: a folder for
-    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 images are
-    shown to a deploy form by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU or `device`
-    is "cpu". Raises `ImageError` where a pattern fits nothing.
+    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 images are shown to a
+    deploy form by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU or `device` is
+    "cpu". Raises `ImageError` where a pattern fits nothing.
     """
     patterns = [os.fspath(images)] if isinstance(images, (str, os.PathLike)) else list(images)
     if explain:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
@@ -39,10 +39,10 @@ SHOWN = "What is not given is as in the recipe; shown are the values of the one 
 class Settings:
     """Fields of the recipe, in groups. given: the names of those that were given."""
 
-    schedule: Annotated[Schedule, arg(prefix_name=False, help=f"{Schedule.__doc__} {SHOWN}")] = Schedule()
-    optimization: Annotated[Optimization, arg(prefix_name=False)] = Optimization()
-    augmentation: Annotated[Augmentation, arg(prefix_name=False)] = Augmentation()
-    machine: Annotated[Machine, arg(prefix_name=False)] = Machine()
+    schedule: Annotated[Schedule, arg(prefix_name=False, help=f"{Schedule.__doc__} {SHOWN}")] = field(default_factory=Schedule)
+    optimization: Annotated[Optimization, arg(prefix_name=False)] = field(default_factory=Optimization)
+    augmentation: Annotated[Augmentation, arg(prefix_name=False)] = field(default_factory=Augmentation)
+    machine: Annotated[Machine, arg(prefix_name=False)] = field(default_factory=Machine)
     given: Suppress[tuple[str, ...]] = ()
 
     @classmethod

@@ -145,9 +145,7 @@ def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
         print_json({**asdict(manifest), **summary, "cost": [asdict(layer) for layer in c.layers]})
         return
     modules = dict(model.named_modules())
-    rows = [
-        (x.path, x.operator, _geometry(modules[x.path]), x.output_shape, x.params, x.macs, x.winograd_muls) for x in c.layers
-    ]
+    rows = [(x.path, x.operator, _geometry(modules[x.path]), x.output_shape, x.params, x.macs, x.winograd_muls) for x in c.layers]
     _print_layers(name, manifest, rows)
     print(c)
     _print_origin(manifest)

@@ -23,9 +23,7 @@ FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 Opened = tuple[Callable[[Any], Any], Any, "list[str] | None", str]
 
 
-def predict_lightly(
-    model: str, images: Sequence[str], top: int = 5, engine: str = "", device: str = ""
-) -> list[Prediction] | None:
+def predict_lightly(model: str, images: Sequence[str], top: int = 5, engine: str = "", device: str = "") -> list[Prediction] | None:
     """Return predictions for files, folders and globs; None for whatever is not done here."""
     if top < 1 or device not in ("", "cpu") or (not device and NVIDIA.exists()):  # a GPU is the default device where there is one
         return None
