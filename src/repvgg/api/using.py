@@ -76,9 +76,9 @@ def predictions(
 
     images: files, folders (all images below them) and globs. top: labels for each image. batch_size: images at a time. engine:
     "auto" or a name. views: in which a PSPNet sees a photo. explain: "cam" also writes a picture of the evidence. out: a folder for
-    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 files of a deploy form are
-    run by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU. Raises `ImageError` where
-    a pattern fits nothing.
+    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 images are shown to a
+    deploy form by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU or `device` is
+    "cpu". Raises `ImageError` where a pattern fits nothing.
     """
     patterns = [os.fspath(images)] if isinstance(images, (str, os.PathLike)) else list(images)
     if explain:
@@ -92,15 +92,16 @@ def predictions(
     if isinstance(model, (str, os.PathLike)) and views is None and not out and precision == "fp32" and batch_size > 0:
         from repvgg.predict.light import predict_lightly
 
-        answers = predict_lightly(os.fspath(model), patterns, top, engine) if device in ("", "cpu") else None
+        answers = predict_lightly(os.fspath(model), patterns, top, engine, device)
         if answers is not None:
             yield from answers
             return
     from repvgg.models.views import WHOLE
     from repvgg.models.zoo import manifest_of
     from repvgg.predict import labels, masks
+    from repvgg.predict.paths import expand
 
-    at_once = min(batch_size, len(labels.expand(patterns))) if patterns else batch_size
+    at_once = min(batch_size, len(expand(patterns))) if patterns else batch_size
     where = device_named(device)
     network = _answering(model, engine, precision, at_once, where, log)
     if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:

@@ -19,6 +19,7 @@ from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import open_model as open_pytorch
+from repvgg.models.load import tell_left_out
 
 
 def load_engine(
@@ -46,7 +47,7 @@ def load_engine(
         engines.check(engine, precision, device)
     if not isinstance(model, nn.Module) and (file := exported_file(model)) is not None:
         return open_exported(file, engine, Options(batch_size=batch_size, precision=precision, threads=threads, device=device))
-    network = model if isinstance(model, nn.Module) else open_pytorch(os.fspath(model))
+    network = model if isinstance(model, nn.Module) else _opened(os.fspath(model), log)
     manifest = zoo.manifest_of(network) if "manifest" in vars(network) else None
     size = input_size or (manifest.preprocessing.input_size if manifest else Options().input_size)
     options = Options(size, batch_size, precision, threads, device=device)
@@ -66,7 +67,7 @@ def open_model(model: nn.Module | str, engine: str, precision: str, batch_size: 
     exported = exported_file(model) if isinstance(model, str) else None
     if not engine and not exported and precision != "fp32":
         raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
-    found = exported or (open_pytorch(model) if isinstance(model, str) else model)
+    found = exported or (_opened(model, log) if isinstance(model, str) else model)
     if isinstance(found, nn.Module) and not engine:
         return found
     if isinstance(found, nn.Module) and zoo.manifest_of(found).task == "masks":
@@ -79,3 +80,9 @@ def open_model(model: nn.Module | str, engine: str, precision: str, batch_size: 
     if exported and runner.manifest and runner.manifest.task == "masks":
         raise ValueError(f"{exported}: masks of images of any size are made by PyTorch: name the model file")
     return runner
+
+
+def _opened(name_or_path: str, log: Log) -> nn.Module:
+    model = open_pytorch(name_or_path)
+    tell_left_out(model, log)
+    return model
