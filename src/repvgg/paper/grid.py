@@ -32,6 +32,7 @@ from repvgg.measure.machine import write_record
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.models.names import NETWORKS, resolve_name
+from repvgg.numerics import full_float32
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.terminal import Progress
 from repvgg.train.evaluate import batches
@@ -187,6 +188,7 @@ def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_s
         deploy = reparameterize(model.eval())
     except ReparamError as error:
         return {"refused": str(error)}
+    full_float32(device)
     networks = [m.to(device, memory_format=torch.channels_last) for m in (model, deploy)]  # type: ignore[call-overload]
     images, equal, off, size = 0, 0, 0.0, 0.0
     with torch.no_grad():
