@@ -126,7 +126,7 @@ def cifar10(r: Record) -> str:
             f"seed {e['seed']}, stored in {e['stored_as']} ({e['bytes'] / 1e6:.1f} MB): {e['top1']:.2%}, measured from that file"
             + (f" ({e['unfinished']})." if "unfinished" in e else ".")
         )
-    return f"{text.strip()}\n\n![accuracy against images seen](../results/cifar10.png)"
+    return f"{text.strip()}\n\n![accuracy against minutes](../results/cifar10.png)"
 
 
 def camvid(r: Record) -> str:
