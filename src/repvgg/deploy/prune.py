@@ -250,5 +250,5 @@ def prune(
     on = device if engines.precisions(engine, device) else "cpu"  # the engine's own, where it has none of that kind
     runners = [load_engine(network.cpu(), engine, batch_size=BATCH, device=on, log=log) for network in (deploy, best)]
     report = PruningReport(path, before, cut, after, costs, speedup(*runners), engine, keep)
-    write_record(Path(out) / "pruning.json", report.to_json())
+    write_record(Path(out) / "pruning.json", report.to_json(), device)
     return report

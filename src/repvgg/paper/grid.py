@@ -243,10 +243,10 @@ def _work(cell: Cell, source: Source) -> None:
             try:
                 train(arch, source, grid.recipe, cell.folder, **how)
             except FloatingPointError as error:  # a result too
-                write_record(cell.folder / "diverged.json", {"reason": str(error)})
+                write_record(cell.folder / "diverged.json", {"reason": str(error)}, grid.device)
                 return
         forms = compare_forms(load(cell.folder / "last.safetensors"), source, grid.device)
-        write_record(cell.folder / "forms.json", forms)
+        write_record(cell.folder / "forms.json", forms, grid.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- settings
