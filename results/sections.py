@@ -101,8 +101,8 @@ def _structures(s: Record) -> str:
     return (
         f"\n\nThe paper says that shortcuts stand in the way of pruning (section 3.1). B0's plain layers and Table 7's residual "
         f"reorganisation of them, at width {s['width']:g}, trained alike for {many(s['recipe']['epochs'], 'epoch')} of "
-        f"{s['train_images']:,} images, cut to {s['plain']['keep']:.0%} of every set of channels by the same method, trained for "
-        f"{many(s['after']['epochs'], 'epoch')} more (n = {s['n']}):\n\n"
+        f"{s['train_images']:,} images, cut by the same method to {s['plain']['keep']:.0%} and {s['residual']['keep']:.0%} of every "
+        f"set of channels, which leaves as many MACs, trained for {many(s['after']['epochs'], 'epoch')} more (n = {s['n']}):\n\n"
         + table(["structure", "top-1 before", "cut", "after training on", "MACs", "parameters"], rows)
     )
 
