@@ -158,6 +158,25 @@ def camvid(r: Record) -> str:
     )
 
 
+def table8(r: Record) -> str:
+    """One row for ResNet-50 and one for RepVGG, trained alike, under the paper's figures of the whole networks."""
+    rows = []
+    for run in r["runs"]:
+        test, paper = run["test"]["deploy form"], run["paper"]
+        printed = f"{paper['mean_iou']:.2f}%" if paper else ""
+        shares = [f"{test[name]:.2%}" for name in ("mean_iou", "pixel_accuracy")]
+        costs = [f"{run['parameters'] / 1e6:.2f} M", f"{run['macs'] / 1e9:.2f} B", f"{run['minutes']:.0f}"]
+        rows.append([f"`{run['arch']}`", printed, *shares, *costs])
+    header = ["model", "mean IoU, paper (Cityscapes)", "mean IoU", "pixel accuracy", "parameters", "MACs", "minutes of training"]
+    first, s, recipe = r["runs"][0], r["speed"], r["runs"][0]["recipe"]
+    return (
+        f"CamVid again, at width {r['width']:g}, both from random weights by the same recipe: {many(recipe['epochs'], 'epoch')} of the "
+        f"same photos in the same order, one seed each (n = 1), so that a few points either way say nothing. {r['photos']} test "
+        f"photos, deploy form:\n\n{table(header, rows)}\n\nIn deploy form the second runs {interval(s['ratio'])} times as fast as "
+        f"`{first['arch']}`, taking turns, at {' x '.join(map(str, s['input_size'][1:]))} in {s['engine']}."
+    )
+
+
 ENOUGH_EPOCHS = 15  # before which the variants have not separated
 
 
