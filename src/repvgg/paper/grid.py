@@ -36,6 +36,7 @@ from repvgg.numerics import full_float32
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.terminal import Progress
 from repvgg.train.evaluate import batches
+from repvgg.train.logs import read_lines
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe
 
@@ -139,6 +140,12 @@ class Cell:
             return None
         forms.pop("machine", None)
         return Outcome(self.variant, self.seed, summary["last_top1"], summary["seconds"], forms)
+
+    @property
+    def by_epoch(self) -> list[float]:
+        """The top-1 on the validation split after each epoch so far."""
+        lines = read_lines(self.folder / "metrics.jsonl")
+        return list({line["epoch"]: line["val_top1"] for line in lines if "val_top1" in line}.values())
 
     @property
     def state(self) -> str:
