@@ -175,8 +175,8 @@ def table8(r: Record) -> str:
     return (
         f"CamVid again, at width {r['width']:g}, both from random weights by the same recipe: {many(recipe['epochs'], 'epoch')} of "
         f"the same photos in the same order, one seed each (n = 1), so that a few points either way say nothing. {r['photos']} "
-        f"test photos, deploy form:\n\n{table(header, rows)}\n\nIn deploy form the second runs {interval(s['ratio'])} times as fast "
-        f"as `{first['arch']}`, taking turns, at {' x '.join(map(str, s['input_size'][1:]))} in {s['engine']}."
+        f"test photos, deploy form:\n\n{table(header, rows)}\n\nIn deploy form the second runs {interval(s['ratio'])} times as "
+        f"fast as `{first['arch']}`, taking turns, at {' x '.join(map(str, s['input_size'][1:]))} in {s['engine']}."
     )
 
 

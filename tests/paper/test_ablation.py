@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from repvgg import cli
@@ -80,7 +81,7 @@ def test_the_pilot_and_the_curves() -> None:
     assert "Not finished: 3 of 6 trainings of the pilot" in result.why
     assert "a pilot with seed 0 at each learning rate of 0.1, 0.2, as many epochs each" in result.how
     axes = result.figures["x-curves"].axes[0]
-    drawn = {line.get_label(): [round(y, 9) for y in line.get_ydata()] for line in axes.lines}
+    drawn = {line.get_label(): np.round(np.asarray(line.get_ydata(), float), 9).tolist() for line in axes.lines}
     assert list(drawn.items()) == [("repvgg (n = 1)", [20, 80]), ("plain (n = 2)", [20, 60])]
     data = json.loads(json.dumps(result.data))
     assert data["pilot"]["plain"] == {"0.1": 0.5, "0.2": None}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repvgg.paper import agreement
-from repvgg.paper.agreement import B0S, PRINTED, correlation, rates_of, spearman, words
+from repvgg.paper.agreement import B0S, PRINTED, Pilot, correlation, rates_of, spearman, words
 from repvgg.paper.grid import TABLES
 
 numbers = st.lists(st.integers(0, 5), min_size=3, max_size=12)
@@ -34,7 +34,10 @@ def test_the_papers_own_order() -> None:
     assert "Within one place of the paper's: relu_in_branch, repvgg, no_1x1, residual, identity_no_bn, dirac, acb," in said
     assert "Two places" not in said
     # two standard errors of the difference of two means of three values, of a standard deviation of a half
-    assert f"repvgg minus plain: +2.75 points (+2.75 in the paper), n = 3 and 3: more than two standard errors ({(2 / 3) ** 0.5:.2f})." in said
+    assert (
+        f"repvgg minus plain: +2.75 points (+2.75 in the paper), n = 3 and 3: more than two standard errors ({(2 / 3) ** 0.5:.2f})."
+        in said
+    )
 
 
 def test_another_order() -> None:
@@ -51,7 +54,11 @@ def test_another_order() -> None:
 @pytest.mark.parametrize(
     ("full", "plain", "said"),
     [
-        ([75.0, 76.0, 77.0], [75.0, 75.5, 76.0], "+0.50 points (+2.75 in the paper), n = 3 and 3: within two standard errors (1.29)"),
+        (
+            [75.0, 76.0, 77.0],
+            [75.0, 75.5, 76.0],
+            "+0.50 points (+2.75 in the paper), n = 3 and 3: within two standard errors (1.29)",
+        ),
         ([75.0, 76.0], [72.0, 72.0, 72.0], "+3.50 points (+2.75 in the paper), n = 2 and 3: too few seeds to tell"),
         ([75.0, None, None], [72.0], "+3.00 points (+2.75 in the paper), n = 1 and 1: too few seeds to tell"),
     ],
@@ -61,7 +68,7 @@ def test_the_full_block_against_the_plain_one(full: list[float | None], plain: l
 
 
 def test_what_is_not_finished() -> None:
-    pilot = {"plain": {"0.1": 0.5, "0.05": None}, "repvgg": {"0.2": 0.6}, "acb": {}}
+    pilot: Pilot = {"plain": {"0.1": 0.5, "0.05": None}, "repvgg": {"0.2": 0.6}, "acb": {}}
     assert rates_of(pilot) == ["0.05", "0.1", "0.2"]
     said = words({"plain": [50.0, 51.0], "repvgg": [60.0]}, pilot)
     assert said.startswith("Not finished: 3 of 9 trainings of the pilot (each variant at each learning rate, seed 0), 1 of 6 with")

@@ -152,4 +152,3 @@ def test_top1_of_models_that_are_given(tmp_path: Path, monkeypatch: pytest.Monke
 
 def whole(source: Source) -> list[tuple[Tensor, int]]:
     return [source.val[i] for i in range(len(source.val))]
-

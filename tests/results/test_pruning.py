@@ -28,8 +28,9 @@ def test_the_residual_network_keeps_as_many_macs_as_the_plain_one() -> None:
     def left(model: Any, keep: float) -> int:
         return repvgg.cost(repvgg.reparameterize(pruned(model, images, keep)), (3, 32, 32)).macs
 
+    how: dict[str, Any] = {"num_classes": 3, "width": 0.125, "small_input": True}
     plain, residual = (
-        randomize(repvgg.create_model(**network, num_classes=3, width=0.125, small_input=True), (2, 3, 32, 32))
+        randomize(repvgg.create_model(network["arch"], block="plain", **how), (2, 3, 32, 32))
         for network in measure_pruning.STRUCTURES.values()
     )
     macs = left(plain, measure_pruning.KEEP)

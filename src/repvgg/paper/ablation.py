@@ -254,9 +254,9 @@ def draw_curves(found: Findings) -> Figure:
     curves = {name: curve for name in found.outcomes if (curve := found.curve(name))}
     figure, (axes,) = plot(1000, 460)
     for number, name in enumerate(sorted(curves, key=lambda name: -curves[name][-1])):
-        look = {"color": LINES[number % len(LINES)], "linestyle": "-" if number < len(LINES) else "--"}
+        colour, line = LINES[number % len(LINES)], "-" if number < len(LINES) else "--"
         label, width = f"{name} (n = {len(found.curves[name])})", 2.6 if name in (FULL, PLAIN) else 1.3
-        axes.plot(range(1, len(curves[name]) + 1), curves[name], label=label, linewidth=width, **look)
+        axes.plot(range(1, len(curves[name]) + 1), curves[name], label=label, linewidth=width, color=colour, linestyle=line)
     axes.grid(color=RULE, linewidth=0.4)
     axes.set_axisbelow(True)
     axes.set_title("top-1 on the validation split, %: mean over seeds", fontsize=11, color=INK, loc="left")
