@@ -41,7 +41,8 @@ def fastest(model: nn.Module, options: Options, log: Log = print, seconds: float
     with live() as tell:
         found = measure(model, options, log, tell, seconds)
     best = next(iter(found))
-    text = json.dumps({"fastest": best, "engines": found, "options": asdict(options), "machine": this_machine()}, indent=2)
+    record = {"fastest": best, "engines": found, "options": asdict(options), "machine": this_machine(options.device)}
+    text = json.dumps(record, indent=2)
     with suppress(OSError, ValueError):  # a cache that cannot be written costs time and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         atomically(path, lambda temporary: temporary.write_text(text))

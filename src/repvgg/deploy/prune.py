@@ -252,5 +252,5 @@ def prune(
         log(f"the engine {engine} knows no {device}: the speeds are of the CPU")
     runners = [load_engine(network.cpu(), engine, batch_size=BATCH, device=on, log=log) for network in (deploy, best)]
     report = PruningReport(path, before, cut, after, costs, speedup(*runners), engine, keep)
-    write_record(Path(out) / "pruning.json", report.to_json())
+    write_record(Path(out) / "pruning.json", report.to_json(), device)
     return report
