@@ -115,7 +115,7 @@ def test_data_are_divided_as_when_the_model_was_trained(trained: Any, photos: Pa
     assert not said
     other: Any = repvgg.evaluate(run.model, str(photos), val=0.5, log=said.append)
     assert other.images == 20
-    assert said == [f"{photos}: --val 0.5 is another division than the model was trained by (0.25): it has seen some of these images"]
+    assert said == [f"{photos}: --val 0.5 is not how the model's images were divided (0.25): it has seen some of these"]
 
 
 def test_predict(trained: Any, photos: Path) -> None:

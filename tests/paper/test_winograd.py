@@ -35,7 +35,9 @@ def run(machine: Machine, monkeypatch: pytest.MonkeyPatch, out: Path, **settings
 
 
 @pytest.mark.parametrize(("gain", "answer"), [(1.0, "no"), (1.1, "no"), (2.25, "yes"), (1.8, "yes")])
-def test_a_library_that_uses_it_and_one_that_does_not(gain: float, answer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_uses_it_and_one_that_does_not(
+    gain: float, answer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     result = run(Machine(gain), monkeypatch, tmp_path)
     tests = result.data["tests"]
     assert [t["verdict"] for t in tests] == [answer] * len(tests)

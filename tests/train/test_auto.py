@@ -143,7 +143,7 @@ def test_what_cannot_be_trained_is_refused_before_a_step_is_timed(paced: Any, tm
     save(reparameterize(create_model("repvgg_micro", num_classes=6).eval()), tmp_path / "deploy.safetensors")
     with pytest.raises(ValueError, match="takes images of 1 channels, those of photos have 3"):
         paced(photos(60), 0.01, init=str(tmp_path / "grey.safetensors"))
-    with pytest.raises(ValueError, match="is in deploy form.*--allow-deploy"):
+    with pytest.raises(ValueError, match=r"is in deploy form.*--allow-deploy"):
         paced(photos(60), 0.01, init=str(tmp_path / "deploy.safetensors"))
     paced(photos(60), 0.01, init=str(tmp_path / "deploy.safetensors"), allow_deploy=True)
     with pytest.raises(ValueError, match="photos has labels, and a PSPNet gives masks"):

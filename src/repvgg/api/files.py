@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from repvgg.api.opening import device_named, open_data, opened
 from repvgg.api.training import settled
 from repvgg.disk import Log
-from repvgg.train.recipes import Keeping, Recipe, resolve
+from repvgg.train.recipes import Keeping, Recipe
 
 if TYPE_CHECKING:
     from repvgg.api.opening import Data, Model

@@ -36,7 +36,7 @@ def open_data(
     if source.splitting and told and val in (None, float(told[0])):
         source = open_source(spec, float(told[0]), int(told[1]))
     elif source.splitting and told:
-        log(f"{spec}: --val {val:g} is another division than the model was trained by ({told[0]:g}): it has seen some of these images")
+        log(f"{spec}: --val {val:g} is not how the model's images were divided ({told[0]:g}): it has seen some of these")
     if run is not None:
         from repvgg.data.listing import reopened
 

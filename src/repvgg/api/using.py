@@ -119,9 +119,10 @@ def _answering(model: "Model", engine: str, precision: str, batch_size: int, dev
     from repvgg.models.zoo import manifest_of
 
     given = model if isinstance(model, nn.Module) else os.fspath(model)
-    network, named = open_model(given, engine, precision, batch_size, device, log), given if isinstance(given, str) else "this model"
+    network = open_model(given, engine, precision, batch_size, device, log)
     manifest = manifest_of(network)
     last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
     if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
+        named = given if isinstance(given, str) else "this model"
         raise ValueError(f"{named}: a backbone, which gives no labels: train a head on it first (repvgg train --init {named} ...)")
     return network

@@ -137,7 +137,9 @@ def _engines(settings: PaperSettings) -> list[str]:
 def _tests(engine: str, settings: PaperSettings, shelf: Shelf) -> list[Comparison]:
     """Return the test of every shape; none of an engine that runs whole networks alone."""
     try:
-        return [_compare(engine, convolution, settings, shelf) for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)]
+        return [
+            _compare(engine, convolution, settings, shelf) for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)
+        ]
     except ValueError as error:
         if settings.named_engine:
             raise
