@@ -14,7 +14,6 @@ measured is there, and the same command goes on. Its log, and what training goes
 
 import argparse
 import contextlib
-import glob
 import os
 import signal
 import subprocess
@@ -82,7 +81,9 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=25, metavar="MINUTES", help="minutes for all steps together")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder for the figures; a second run there goes on")
-    parser.add_argument("--data", default="", help="files made by --pack (a pattern), or what repvgg train --data takes; tiny: digits")
+    parser.add_argument(
+        "--data", default="", help="files made by --pack (a pattern), or what repvgg train --data takes; tiny: digits"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny networks and images: whether everything runs, not how fast")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels to take first, without what they need")
@@ -91,7 +92,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
-    if args.data.endswith(".npz") and not glob.glob(args.data):
+    if args.data.endswith(".npz") and not any(Path(args.data).parent.glob(Path(args.data).name)):
         parser.error(f"--data {args.data}: there is no such file")
     args.data = args.data or ("digits" if args.tiny else "")
     args.out = args.out.resolve()

@@ -185,7 +185,10 @@ def training(record: Record, asked: Asked) -> None:
     record.each(
         asked,
         (
-            (f"{model}, {name}", partial(fitting, partial(_both, model, recipe, mode, asked), 2 if asked.tiny else 256, model, print))
+            (
+                f"{model}, {name}",
+                partial(fitting, partial(_both, model, recipe, mode, asked), 2 if asked.tiny else 256, model, print),
+            )
             for name, (recipe, mode) in STEPS.items()
             if not (asked.tiny and mode)
             for model in models

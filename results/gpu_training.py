@@ -3,7 +3,6 @@
 The seeds of a variant train at once, each in a process of its own: one alone cannot fill a large GPU with such small images.
 """
 
-import glob
 import hashlib
 import json
 import multiprocessing
@@ -214,7 +213,7 @@ class Data:
 
 def read(asked: Asked) -> Data:
     """Put packed files, or any data that repvgg knows, on the device, each channel with mean 0 and deviation 1."""
-    arrays = _packed(sorted(glob.glob(asked.data))) if asked.data.endswith(".npz") else _arrays(asked.data)
+    arrays = _packed(Path(asked.data)) if asked.data.endswith(".npz") else _arrays(asked.data)
     pixels, labels, held_out, held_out_labels = (
         torch.from_numpy(arrays[name]).to(asked.device) for name in ("images", "labels", "held_out", "held_out_labels")
     )
@@ -238,7 +237,8 @@ def _arrays(spec: str) -> dict[str, Any]:
     return arrays
 
 
-def _packed(files: list[str]) -> dict[str, Any]:
+def _packed(pattern: Path) -> dict[str, Any]:
+    files = sorted(pattern.parent.glob(pattern.name))
     parts = [dict(np.load(file)) for file in files]
     if wrong := [file for file, part in zip(files, parts, strict=True) if int(part.pop("parts")) != len(files)]:
         raise ValueError(f"{wrong[0]} is not one of {len(files)} parts: they are to be there all, and no others")

@@ -18,9 +18,11 @@ def speed(r: Record) -> str:
         rows.append([name, _ratio(f["paper"]), interval(f["ratio"]), speeds + _unequal(f), memory])
     return (
         "Everything folded but what is called a training form, the two of a row taking turns; images are on the GPU already. The "
-        "paper's ratios are in fp32 at batch 128 on a GTX 1080Ti. Memory is the allocator's peak while a network is built and first "
-        "run, with the algorithms that cuDNN tries then.\n\n"
-        + table(["pair, engine, precision, batch, format", "paper", "ratio (95% interval)", "images/s of both", "MiB of both"], rows)
+        "paper's ratios are in fp32 at batch 128 on a GTX 1080Ti. Memory is the allocator's peak while a network is built and run "
+        "once, with the algorithms that cuDNN tries then.\n\n"
+        + table(
+            ["pair, engine, precision, batch, format", "paper", "ratio (95% interval)", "images/s of both", "MiB of both"], rows
+        )
         + _left_out(r)
     )
 

@@ -63,7 +63,9 @@ def test_the_whole_of_it_and_again(tmp_path: Path) -> None:
         if set(found) == set(STEPS) and sum(f["finished"] for f in found["ablation"]["figures"].values()) > len(VARIANTS):
             break
     assert set(found) == set(STEPS)
-    assert sorted(path.name for path in out.iterdir()) == sorted(f"{step}.json" for step in STEPS)  # all that has to be carried back
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        f"{step}.json" for step in STEPS
+    )  # all that has to be carried back
     first, pair = next(iter(found["speed"]["figures"].items()))
     assert first == "repvgg_micro over resnet18, eager, fp32, batch 128, NCHW"
     assert pair["ratio"]["value"] > 0
@@ -94,9 +96,7 @@ def words(step: str, record: dict[str, Any]) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("moment", [1.0, 6.0, "speed.json", "cifar10.json"])
-def test_killed_at_any_point_it_leaves_whole_files_and_no_process(
-    how: signal.Signals, moment: float | str, tmp_path: Path
-) -> None:
+def test_killed_at_any_point_it_leaves_whole_files_and_no_process(how: signal.Signals, moment: float | str, tmp_path: Path) -> None:
     pytest.importorskip("psutil")
     out = tmp_path / "out"
     began = time.monotonic()
@@ -159,7 +159,9 @@ def test_wheels_that_lie_there_are_taken(tmp_path: Path) -> None:
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "timm-99-py3-none-any.whl", "w") as wheel:
         wheel.writestr("timm.py", "raise ImportError('this is the one that was brought')")
-        wheel.writestr(f"{meta}/METADATA", "Metadata-Version: 2.1\nName: timm\nVersion: 99\nRequires-Dist: there-is-no-such-thing\n")
+        wheel.writestr(
+            f"{meta}/METADATA", "Metadata-Version: 2.1\nName: timm\nVersion: 99\nRequires-Dist: there-is-no-such-thing\n"
+        )
         wheel.writestr(f"{meta}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{meta}/RECORD", "")
     more = ("--wheels", str(wheels))
