@@ -94,16 +94,27 @@ def words(step: str, record: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("moment", [1.0, 6.0, "speed.json", "cifar10.json"])
-def test_killed_at_any_point_it_leaves_whole_files_and_no_process(how: signal.Signals, moment: float | str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "file", "seconds"),
+    [
+        (signal.SIGTERM, "out-work", 1.0),  # before the first step
+        (signal.SIGKILL, "out-work/speed.log", 4.0),  # in its first figure
+        (signal.SIGINT, "out/speed.json", 0.0),
+        (signal.SIGKILL, "out/speed.json", 1.0),
+        (signal.SIGTERM, "out-work/cifar10.log", 5.0),  # while processes of processes train
+        (signal.SIGKILL, "out-work/cifar10.log", 5.0),
+    ],
+)
+def test_killed_at_any_point_it_leaves_whole_files_and_no_process(
+    how: signal.Signals, file: str, seconds: float, tmp_path: Path
+) -> None:
     pytest.importorskip("psutil")
     out = tmp_path / "out"
-    began = time.monotonic()
     process = subprocess.Popen(command(out, 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone(tmp_path))
-    while not (out / moment).exists() if isinstance(moment, str) else time.monotonic() - began < moment:
+    while not (tmp_path / file).exists():
         assert process.poll() is None
         time.sleep(0.05)
+    time.sleep(seconds)
     process.send_signal(how)
     process.wait(30)
     deadline = time.monotonic() + 10
