@@ -39,6 +39,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("startup", "Start-up", sections.startup, "measure_startup.py"),
     ("timing", "The timing loop", sections.timing, "measure_timing.py"),
     ("gpu/speed", "On a GPU: speed", gpu_words.speed, "gpu.py"),
+    ("gpu/training", "On a GPU: a training step", gpu_words.training, "gpu.py"),
     ("gpu/cifar10", "On a GPU: CIFAR-10", gpu_words.cifar10, "gpu.py"),
     ("gpu/ablation", "On a GPU: Tables 6 and 7", gpu_words.ablation, "gpu.py"),
     ("gpu/pspnet", "On a GPU: Table 8", gpu_words.pspnet, "gpu.py"),

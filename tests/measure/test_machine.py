@@ -56,14 +56,18 @@ def test_the_commit_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.Monk
     code.parent.mkdir()
     code.write_text("first")
     monkeypatch.setattr(machine, "__file__", str(code))
-    assert machine._commit() is None  # no checkout
+    monkeypatch.setenv("REPVGG_COMMIT", "as the copy was told")
+    assert machine._commit() == "as the copy was told"  # no checkout
     git("init", "-q")
     (tmp_path / "theirs").write_text("")
     git("add", "theirs")
     git("commit", "-qm", "a checkout that the code is not part of")
+    assert machine._commit() == "as the copy was told"
+    monkeypatch.delenv("REPVGG_COMMIT")
     assert machine._commit() is None
     git("add", "src")
     git("commit", "-qm", "now it is")
+    monkeypatch.setenv("REPVGG_COMMIT", "something else")
     assert machine._commit() == git("rev-parse", "--short", "HEAD")
     code.write_text("changed")
     assert machine._commit() == git("rev-parse", "--short", "HEAD") + "+"
@@ -71,6 +75,7 @@ def test_the_commit_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("REPVGG_COMMIT", raising=False)
     assert machine._commit() is None
 
 

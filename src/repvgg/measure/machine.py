@@ -77,7 +77,10 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, if any, with "+" where files were changed since."""
+    """Return the commit of the checkout that this package runs from, with "+" where files were changed since.
+
+    Of a copy that is no checkout, what REPVGG_COMMIT says; else None.
+    """
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         # Installed inside somebody's checkout, it is not that checkout's commit.
@@ -85,5 +88,5 @@ def _commit() -> str | None:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
         dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("REPVGG_COMMIT") or None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
