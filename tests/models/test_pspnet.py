@@ -309,3 +309,8 @@ def test_synchronised_batch_norms_are_of_the_training_form(tmp_path: Path) -> No
     deploy = reparameterize(synchronised)
     assert zoo.manifest_of(deploy).form == "deploy"
     assert relative_error(deploy(x), model(x)) <= rounding(model, x)
+
+
+def test_torch_jit_script_says_what_to_do_instead() -> None:
+    with pytest.raises(ValueError, match=r"torch\.jit\.script cannot compile a PSPNet: repvgg export --to pt2"):
+        torch.jit.script(repvgg.create_model("pspnet_repvgg_micro", num_classes=2, width=0.125, deploy=True))

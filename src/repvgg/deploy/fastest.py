@@ -58,12 +58,12 @@ def measure(
 
     tell: hears what is being built or timed. seconds: after which no other engine is built. Raises ValueError if none is right.
     """
+    started = time.perf_counter()
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, options.batch_size), *options.input_size, generator=random)
     wanted = reference(model, images, options.precision)
     calls: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
-    started = time.perf_counter()
     for name in _in_order(engines.installed(options.precision, options.device, log)):
         if calls and (time.perf_counter() - started > seconds or (name in COMPILERS and options.device == "cpu")):
             log(f"left out: {name} (it would take long to build; name it to have it: --engine {name})")

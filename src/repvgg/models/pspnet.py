@@ -91,6 +91,9 @@ class PSPNet(nn.Module):
             return logits, _upsampled(self.auxiliary(middle), x)[..., :height, :width]
         return logits
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError("torch.jit.script cannot compile a PSPNet: repvgg export --to pt2 keeps it as a program")
+
     def _features(self, x: Tensor) -> list[Tensor]:
         """Return the feature maps of the last two stages."""
         if isinstance(self.backbone, RepVGG):
