@@ -18,7 +18,7 @@ from repvgg.disk import atomically
 from repvgg.measure.machine import write_record
 from repvgg.paper.ablation import draw, draw_curves, record
 from repvgg.paper.findings import kept
-from repvgg.paper.grid import TABLES, Grid, Outcome, run
+from repvgg.paper.grid import TABLES, Grid, Outcome, run, settle
 from repvgg.paper.result import PaperSettings
 from repvgg.train.recipes import get_recipe
 
@@ -39,8 +39,9 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=Path(__file__).with_name("ablation.json"))
     asked = parser.parse_args()
     variants = tuple(asked.variants.split(","))
+    grids = begun(asked, variants)
     if not asked.as_is:
-        train(asked, variants)
+        train(grids, asked.seeds)
     found = kept(asked.out, variants, PaperSettings(out=asked.out))
     write_record(asked.record, record(found))
     for name, figure in (("", draw(found)), ("-curves", draw_curves(found))):
@@ -48,8 +49,8 @@ def main() -> None:
         atomically(path, partial(figure.savefig, format="png", dpi=200))
 
 
-def train(asked: argparse.Namespace, variants: tuple[str, ...]) -> None:
-    """Train the pilot, then the further seeds of each variant at its best rate; what is finished is kept."""
+def begun(asked: argparse.Namespace, variants: tuple[str, ...]) -> dict[float, Grid]:
+    """Return the grid of each learning rate; their folders say what there is to be trained."""
     grids = {
         lr: Grid(
             asked.out / f"lr-{lr:g}",
@@ -62,6 +63,14 @@ def train(asked: argparse.Namespace, variants: tuple[str, ...]) -> None:
         )
         for lr in RATES
     }
+    for grid in grids.values():
+        grid.out.mkdir(parents=True, exist_ok=True)
+        settle(grid)
+    return grids
+
+
+def train(grids: dict[float, Grid], seeds: int) -> None:
+    """Train the pilot, then the further seeds of each variant at its best rate; what is finished is kept."""
     pilot: dict[str, dict[float, Outcome]] = {}
     for lr, grid in grids.items():
         for outcome in run(grid):
@@ -69,7 +78,7 @@ def train(asked: argparse.Namespace, variants: tuple[str, ...]) -> None:
     best = {variant: max(by_rate, key=lambda lr: by_rate[lr].top1 or 0.0) for variant, by_rate in pilot.items()}
     for lr, grid in grids.items():
         if chosen := tuple(variant for variant in best if best[variant] == lr):
-            run(replace(grid, variants=chosen, seeds=asked.seeds))
+            run(replace(grid, variants=chosen, seeds=seeds))
 
 
 if __name__ == "__main__":

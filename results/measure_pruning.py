@@ -69,13 +69,13 @@ def structures(out: Path, data: str) -> None:
 
 
 def share_left(model: nn.Module, macs: int) -> float:
-    """Return the share of its channels with which a model has, in deploy form, as many MACs as it can up to `macs`."""
+    """Return the share of its channels with which a network of plain layers has as many MACs as it can up to `macs`."""
     size = manifest_of(model).preprocessing.input_size
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))  # which channels stay has no part in the count
     low, high = 0.0, 1.0  # bisected: more channels never have fewer MACs
     for _ in range(HALVINGS):
         keep = (low + high) / 2
-        if cost(reparameterize(pruned(model, images, keep)), size).macs > macs:
+        if cost(pruned(model, images, keep), size).macs > macs:
             high = keep
         else:
             low = keep

@@ -214,8 +214,9 @@ def ablation(r: Record) -> str:
 def _pilot(pilot: agreement.Pilot, taken: dict[str, float], epochs: int) -> str:
     rates, rows = agreement.rates_of(pilot), []
     for name, by_rate in pilot.items():
-        shown = {rate: "diverged" if top1 is None else f"{100 * top1:.2f}" for rate, top1 in by_rate.items()}
-        rows.append([f"`{name}`", *(shown.get(rate, "") for rate in rates), f"{taken[name]:g}" if name in taken else ""])
+        rows.append(
+            [f"`{name}`", *(agreement.percent(by_rate[rate]) for rate in rates), f"{taken[name]:g}" if name in taken else ""]
+        )
     told = f"The pilot, by which the learning rates were chosen: top-1, %, of seed 0 after {many(epochs, 'epoch')} at each rate."
     return f"\n\n{told}\n\n" + table(["variant", *rates, "taken"], rows)
 

@@ -71,20 +71,20 @@ def test_the_pilot_and_the_curves() -> None:
     f = replace(
         found("plain", "repvgg"),
         rates={"plain": 0.1, "repvgg": 0.2},
-        pilot={"plain": {"0.1": 0.5, "0.2": None}, "repvgg": {"0.2": 0.75}, "acb": {}},
+        pilot={"plain": {"0.1": 0.5, "0.2": "diverged"}, "repvgg": {"0.1": None, "0.2": 0.75}, "acb": {"0.1": None, "0.2": None}},
         curves={"plain": [[0.1, 0.5], [0.3, 0.7]], "repvgg": [[0.2, 0.8]]},
     )
     result = ablation.report("Both", f, PaperSettings(), (ablation.table6,), "x")
     pilot = result.tables[-1]
     assert pilot.header == ("variant", "learning rate 0.1", "learning rate 0.2", "taken")
-    assert pilot.rows == [("plain", "50.00", "diverged", "0.1"), ("repvgg", None, "75.00", "0.2"), ("acb", None, None, None)]
-    assert "Not finished: 3 of 6 trainings of the pilot" in result.why
+    assert pilot.rows == [("plain", "50.00", "diverged", "0.1"), ("repvgg", "", "75.00", "0.2"), ("acb", "", "", None)]
+    assert "Finished so far: 3 of 6 trainings of the pilot" in result.why
     assert "a pilot with seed 0 at each learning rate of 0.1, 0.2, as many epochs each" in result.how
     axes = result.figures["x-curves"].axes[0]
     drawn = {line.get_label(): np.round(np.asarray(line.get_ydata(), float), 9).tolist() for line in axes.lines}
     assert list(drawn.items()) == [("repvgg (n = 1)", [20, 80]), ("plain (n = 2)", [20, 60])]
     data = json.loads(json.dumps(result.data))
-    assert data["pilot"]["plain"] == {"0.1": 0.5, "0.2": None}
+    assert data["pilot"]["plain"] == {"0.1": 0.5, "0.2": "diverged"}
     assert data["variants"]["plain"]["top1_by_epoch"] == [[0.1, 0.5], [0.3, 0.7]]
 
 

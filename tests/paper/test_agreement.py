@@ -68,13 +68,22 @@ def test_the_full_block_against_the_plain_one(full: list[float | None], plain: l
 
 
 def test_what_is_not_finished() -> None:
-    pilot: Pilot = {"plain": {"0.1": 0.5, "0.05": None}, "repvgg": {"0.2": 0.6}, "acb": {}}
+    pilot: Pilot = {
+        "plain": {"0.1": 0.5, "0.05": "diverged", "0.2": None},
+        "repvgg": {"0.05": None, "0.1": None, "0.2": 0.6},
+        "acb": dict.fromkeys(("0.05", "0.1", "0.2")),
+    }
     assert rates_of(pilot) == ["0.05", "0.1", "0.2"]
     said = words({"plain": [50.0, 51.0], "repvgg": [60.0]}, pilot)
-    assert said.startswith("Not finished: 3 of 9 trainings of the pilot (each variant at each learning rate, seed 0), 1 of 6 with")
-    assert "Each variant has the best of the learning rates 0.05, 0.1, 0.2 for seed 0, by accuracy on the same images" in said
+    assert said.startswith(
+        "Finished so far: 3 of 9 trainings of the pilot (each variant at each learning rate, seed 0), 1 of 6 with"
+    )
+    assert (
+        "Each variant has the best finished of the learning rates 0.05, 0.1, 0.2 for seed 0, by accuracy on the same images" in said
+    )
     whole = {name: dict.fromkeys(("0.1", "0.2"), 0.5) for name in B0S}
-    assert "finished" not in words(as_printed(), whole)
+    assert "inished" not in words(as_printed(), whole)
+    assert "has the best of the learning rates 0.1, 0.2 for seed 0" in words(as_printed(), whole)
     assert "seed 0 counts among the n" in words(as_printed(), whole)
     assert words({}, {}) == words({"plain": [None]}, {}) == ""
 

@@ -112,14 +112,10 @@ def pilot(found: Findings) -> list[Table]:
     rates = agreement.rates_of(found.pilot)
     rows = []
     for name, by_rate in found.pilot.items():
-        top1 = [_percent(by_rate[rate]) if rate in by_rate else None for rate in rates]
+        top1 = [agreement.percent(by_rate[rate]) for rate in rates]
         rows.append((name, *top1, f"{found.rates[name]:g}" if name in found.rates else None))
     header = ("variant", *(f"learning rate {rate}" for rate in rates), "taken")
     return [Table("The pilot: top-1, %, of seed 0", header, rows)] if len(rates) > 1 else []
-
-
-def _percent(share: float | None) -> str:
-    return "diverged" if share is None else f"{100 * share:.2f}"
 
 
 def _structures(found: Findings, variants: Sequence[str], reference: str, title: str) -> list[Table]:

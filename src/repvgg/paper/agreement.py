@@ -22,7 +22,8 @@ PRINTED: dict[str, tuple[str, float]] = {
 SEEDS = 3  # of each variant are wanted; a standard error of fewer tells nothing
 
 Cells = Mapping[str, Sequence[float | None]]  # of each variant, the top-1 of its seeds in percent, None where training diverged
-Pilot = Mapping[str, Mapping[str, float | None]]  # of each variant, seed 0's share by learning rate; those that are finished
+# Of each variant, seed 0's share by learning rate, or "diverged"; None of a training that is not finished.
+Pilot = Mapping[str, Mapping[str, float | str | None]]
 
 
 def words(cells: Cells, pilot: Pilot) -> str:
@@ -45,6 +46,17 @@ def rates_of(pilot: Pilot) -> list[str]:
     return sorted({rate for by_rate in pilot.values() for rate in by_rate}, key=float)
 
 
+def trained(pilot: Pilot) -> tuple[int, int]:
+    """Return how many trainings of a pilot are finished, and how many there are to be."""
+    found = [top1 for by_rate in pilot.values() for top1 in by_rate.values()]
+    return sum(top1 is not None for top1 in found), len(found)
+
+
+def percent(top1: float | str | None) -> str:
+    """Write what a pilot's training came to."""
+    return f"{100 * top1:.2f}" if isinstance(top1, float) else top1 or ""
+
+
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the rank correlation, ties sharing their mean rank; NaN of fewer than two values, or where all are equal."""
     try:
@@ -61,12 +73,12 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def _finished(cells: Cells, pilot: Pilot) -> str:
-    done, planned = sum(map(len, pilot.values())), len(pilot) * len(rates_of(pilot))
+    done, planned = trained(pilot)
     more, wanted = sum(max(0, len(cells.get(name, ())) - 1) for name in pilot), len(pilot) * (SEEDS - 1)
     if done == planned and more >= wanted:
         return ""
     return (
-        f"Not finished: {done} of {planned} trainings of the pilot (each variant at each learning rate, seed 0), {more} of "
+        f"Finished so far: {done} of {planned} trainings of the pilot (each variant at each learning rate, seed 0), {more} of "
         f"{wanted} with further seeds."
     )
 
@@ -84,7 +96,8 @@ def _orders(top1: Mapping[str, Sequence[float]]) -> str:
         "Two places or more lower here": [moved[name] for name in there if here[name] - there[name] > 1],
     }
     agreed = f"By mean top-1, the order of {count} variants has a rank correlation of {rank:.2f} with the paper's (1: the same)."
-    return " ".join([agreed, *(f"{what}: {', '.join(names)}." for what, names in groups.items() if names)])
+    few = "Places of fewer than three seeds may be luck." if min(map(len, top1.values())) < SEEDS else ""
+    return " ".join(filter(None, [agreed, few, *(f"{what}: {', '.join(names)}." for what, names in groups.items() if names)]))
 
 
 def _places(values: Mapping[str, float]) -> dict[str, int]:
@@ -109,10 +122,11 @@ def _lead(top1: Mapping[str, Sequence[float]]) -> str:
 
 
 def _chosen(pilot: Pilot) -> str:
-    rates = rates_of(pilot)
+    rates, (done, planned) = rates_of(pilot), trained(pilot)
     if len(rates) < 2:
         return ""
+    which = "finished " if done < planned else ""
     return (
-        f"Each variant has the best of the learning rates {', '.join(rates)} for seed 0, by accuracy on the same images that top-1 "
-        "is told of, and seed 0 counts among the n: that favours every variant a little."
+        f"Each variant has the best {which}of the learning rates {', '.join(rates)} for seed 0, by accuracy on the "
+        "same images that top-1 is told of, and seed 0 counts among the n: that favours every variant a little."
     )

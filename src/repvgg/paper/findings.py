@@ -25,9 +25,8 @@ class Findings:
     """Everything found in one grid.
 
     outcomes: the finished cells of each variant; speeds: seconds a batch of `batch_size`, training form; rates: the learning rate
-    of each variant, where that is not the grid's. pilot: of each variant asked for, seed 0's top-1 at the learning rates that are
-    finished (None where it diverged), empty where there was one rate. curves: of each variant's seeds, the share
-    after each epoch.
+    of each variant, where that is not the grid's. pilot: see agreement.py, empty where there was one rate. curves:
+    of each variant's seeds, the share after each epoch.
     """
 
     grid: Grid
@@ -35,7 +34,7 @@ class Findings:
     speeds: dict[str, Times]
     batch_size: int
     rates: dict[str, float] = field(default_factory=dict)
-    pilot: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    pilot: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @property
@@ -97,12 +96,16 @@ def _worth(outcomes: Sequence[Outcome]) -> tuple[int, float]:
     return len(outcomes), statistics.mean(outcome.top1 or 0.0 for outcome in outcomes)
 
 
-def _pilot(grids: Sequence[Grid], variants: Sequence[str]) -> dict[str, dict[str, float | None]]:
+def _pilot(grids: Sequence[Grid], variants: Sequence[str]) -> dict[str, dict[str, float | str | None]]:
     """Return seed 0's top-1 by learning rate, where there are several and the grids differ in nothing else."""
     if len(grids) < 2 or len({json.dumps({**grid.settings, "lr": 0}) for grid in grids}) > 1:
         return {}
-    found = {name: {f"{g.recipe.lr:g}": o.top1 for g in grids if (o := Cell(g, name, 0).outcome)} for name in variants}
-    return {name: by_rate for name, by_rate in found.items() if by_rate or name in TABLES}  # ResNet-50 needs no pilot
+    found = {name: {f"{grid.recipe.lr:g}": _share(Cell(grid, name, 0).outcome) for grid in grids} for name in variants}
+    return {name: row for name, row in found.items() if any(row.values()) or name in TABLES}  # ResNet-50 needs no pilot
+
+
+def _share(outcome: Outcome | None) -> float | str | None:
+    return None if outcome is None else "diverged" if outcome.top1 is None else outcome.top1
 
 
 def _curves(grid: Grid, outcomes: Sequence[Outcome]) -> list[list[float]]:

@@ -176,7 +176,7 @@ def run(grid: Grid, log: Log = print, ray: str = "") -> list[Outcome]:
     _try_out(grid, source)
     _make_folder(grid.out)
     with hold(grid.out):
-        _settle(grid)
+        settle(grid)
         left = [cell for cell in grid.cells if cell.outcome is None]
         with Progress(len(grid.cells), log, len(grid.cells) - len(left), partial(_table, grid)) as progress:
             if ray and left:
@@ -274,7 +274,7 @@ def _make_folder(out: Path) -> None:
         raise FileError(f"{out}: cannot hold a grid ({error.strerror})") from None
 
 
-def _settle(grid: Grid) -> None:
+def settle(grid: Grid) -> None:
     """Make the folder this grid's. Raises ValueError, naming what differs, if it is another's."""
     path = grid.out / "grid.json"
     wanted = json.loads(json.dumps(grid.settings))
