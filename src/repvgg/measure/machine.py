@@ -15,11 +15,15 @@ PACKAGES = ("repvgg", "repvgg-engine", "torch", "torchvision", "timm", "onnxrunt
 
 
 def this_machine() -> dict[str, Any]:
-    """Return processor, cores, threads, memory, GPU, system, versions of what computes, commit of the code."""
+    """Return processor, cores, threads, memory, GPU, system, versions of what computes, commit of the code.
+
+    Where our engine is installed, also the processor's family, model, caches and instruction sets.
+    """
     import torch
 
     return {
         "processor": _processor(),
+        **_kind(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
@@ -63,6 +67,16 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _kind() -> dict[str, Any]:
+    """Return what tells processors of one brand apart, where our engine is there to say it: an "AMD EPYC" may be any of many."""
+    try:
+        import repvgg_engine
+        from repvgg_engine.machine import processor
+    except ImportError:
+        return {}
+    return {"kind": processor(), "instruction_sets": repvgg_engine.instruction_sets()}
 
 
 def _version(name: str) -> str | None:
