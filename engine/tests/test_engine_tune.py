@@ -293,9 +293,9 @@ def test_no_weights_are_watched_that_take_more_than_half_of_the_limit(tmp_path: 
 
 def test_the_time_limit_holds_where_threads_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take no time of the processors then."""
-    monkeypatch.setattr(speed.time, "process_time", lambda: 0.0)
+    monkeypatch.setattr("repvgg_engine.speed.time.process_time", lambda: 0.0)
     now = [100.0]
-    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("repvgg_engine.speed.time.monotonic", lambda: now[0])
     clock = speed.Clock(2, 1)
     assert clock.has()
     now[0] += 2 * speed.WALL_TIMES - 0.1

@@ -16,6 +16,7 @@ from repvgg import cli
 from repvgg.deploy.export import Shape
 from repvgg.deploy.web_folder import write_web
 from repvgg.models import zoo
+from repvgg.predict.prediction import Prediction
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
@@ -49,8 +50,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         write_web(
             repvgg.create_model("repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path / "site", Shape(batch_size=2), silent
         )
-    for num_classes, words in ((0, {}), (0, {"global_pool": ""})):
-        backbone = repvgg.create_model("repvgg_micro", num_classes=num_classes, width=0.125, **words).eval()
+    for pool in ("avg", ""):
+        backbone = repvgg.create_model("repvgg_micro", num_classes=0, global_pool=pool, width=0.125).eval()
         with pytest.raises(ValueError, match="ends before its classes: give it num_classes, or export it --to onnx"):
             write_web(backbone, tmp_path / "site", log=silent)
     assert not (tmp_path / "site").exists()
@@ -86,4 +87,5 @@ def test_the_page_says_what_predict_says(tmp_path: Path, monkeypatch: pytest.Mon
     answers = repvgg.predict(model, list(map(str, files)), top=4, log=silent)
     for lines, wanted in zip(said, answers, strict=True):
         shown = {label: float(share.removesuffix("%")) for label, share in (line.rsplit(" ", 1) for line in lines)}
+        assert isinstance(wanted, Prediction)
         assert shown == pytest.approx({label: 100 * share for label, share in wanted.labels}, abs=0.2)

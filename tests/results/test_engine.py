@@ -61,7 +61,7 @@ def test_each_part_keeps_its_commit_and_date(tmp_path: Path, monkeypatch: pytest
     run: dict[str, Any] = {"batch 1": {}}
     monkeypatch.setattr(measure_engine, "PARTS", {"a0": lambda folder: run})
     monkeypatch.setattr(measure_engine, "member", lambda word, folder: {word: {}})
-    monkeypatch.setattr(measure_engine.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr("measure_engine.torch.set_num_threads", lambda count: None)
     monkeypatch.setattr("sys.argv", ["measure_engine.py", "a0", "repvgg_b1"])
     measure_engine.main()
     record = json.loads(out.read_text())

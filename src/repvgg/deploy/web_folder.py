@@ -57,9 +57,7 @@ def write_model(model: nn.Module, folder: Path) -> Parity:
         raise ValueError("a page classifies, and a PSPNet makes masks: export it --to onnx, for onnxruntime-web")
     deploy = folded(model)
     if (layers := layer_list(deploy)) and layers[-1]["op"] != "linear":
-        raise ValueError(
-            "a page classifies, and this model ends before its classes: give it num_classes, or export it --to onnx"
-        )
+        raise ValueError("a page classifies, and this model ends before its classes: give it num_classes, or export it --to onnx")
     save(deploy, folder / MODEL)
     plan = repvgg_engine.plan(folder / MODEL, isa="portable", threads=1, memory_limit=MEMORY_LIMIT)
     (folder / PLAN).write_text(plan.to_json())
