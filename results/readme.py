@@ -32,6 +32,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("pruning", "Pruning", sections.pruning, "measure_pruning.py"),
     ("photos", "900 photos from nothing", sections.photos, "measure_photos.py"),
     ("camvid", "CamVid", sections.camvid, "measure_camvid.py"),
+    ("table8", "Table 8: ResNet-50 beside RepVGG", sections.table8, "measure_table8.py"),
     ("ablation", "Tables 6 and 7", sections.ablation, "measure_ablation.py"),
     ("training", "A training step", sections.training, "measure_training.py"),
     ("data", "Loading images, and predicting whole data sets", sections.data, "measure_data.py"),

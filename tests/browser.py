@@ -17,6 +17,7 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrom
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
+    """Have a folder on a web server; yields its address."""
     with app.server(folder) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
@@ -28,7 +29,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 class Browser:
-    """A page of it."""
+    """One page of it."""
 
     def __init__(self, socket: Any) -> None:
         self.socket, self.number = socket, 0
@@ -47,9 +48,9 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return json.loads(found["result"].get("value", "null"))
 
-    async def until(self, script: str, wanted: Any = True) -> None:
+    async def until(self, state: Any, of: str = "document.body ? document.body.dataset.state ?? null : null") -> None:
         for _ in range(600):
-            if await self.value(f"document.body ? {script} : null") == wanted:
+            if await self.value(of) == state:
                 return
             await asyncio.sleep(0.1)
         raise AssertionError(await self.value("document.body.innerText"))
@@ -67,8 +68,8 @@ class Browser:
 
 
 @asynccontextmanager
-async def opened(folder: Path, profile: Path) -> AsyncIterator[Browser]:
-    """The page of a folder."""
+async def browsing(profile: Path) -> AsyncIterator[Browser]:
+    """Start a browser with an empty page. profile: a folder of its own."""
     import aiohttp
 
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
@@ -80,14 +81,11 @@ async def opened(folder: Path, profile: Path) -> AsyncIterator[Browser]:
                 break
             await asyncio.sleep(0.1)
         port = (profile / "DevToolsActivePort").read_text().split()[0]
-        with served(folder) as address:
-            async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                    pages = [target for target in await answer.json() if target["type"] == "page"]
-                async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                    browser = Browser(socket)
-                    await browser.do("Page.navigate", url=address)
-                    yield browser
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+                pages = [target for target in await answer.json() if target["type"] == "page"]
+            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                yield Browser(socket)
     finally:
         process.terminate()
         process.wait()

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from repvgg.data import open_source
+from repvgg.fold import proof
 from repvgg.numerics import full_float32, repeatable
+from repvgg.paper.grid import compare_forms
 from repvgg.train.evaluate import evaluate
 from repvgg.train.recipes import Recipe
 from repvgg.train.trainer import Trainer
@@ -57,3 +60,19 @@ def test_training_asks_for_both() -> None:
 def test_evaluation_on_cuda_is_in_float32() -> None:
     evaluate(torch.nn.Flatten(), [(torch.zeros(2, 10, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda"))], 10)
     assert tf32() == (False, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_the_forms_of_a_grids_networks_are_compared_in_float32() -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        compare_forms(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), open_source("digits"), "cuda")
+    assert tf32() == (False, False)
+
+
+def test_proofs_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switches are asked for on the device of the model that is judged."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(proof, "full_float32", asked.append)
+    model = torch.nn.Conv2d(1, 1, 1).eval()
+    assert proof.verify(model, model, (1, 4, 4)).ok
+    assert asked == [torch.device("cpu")]

@@ -139,7 +139,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Cap
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
 
     monkeypatch.setattr("repvgg.predict.labels.expand", without)
-    assert refused(capsys, "predict", run / "deploy.safetensors", scans) == "this needs torchvision: pip install torchvision"
+    assert refused(capsys, "predict", run / "run/best.safetensors", scans) == "this needs torchvision: pip install torchvision"
 
 
 def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

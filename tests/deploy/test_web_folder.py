@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, opened
+from browser import CHROMIUM, browsing, served
 from conftest import randomize
 from PIL import Image
 
@@ -59,15 +59,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 async def listed(folder: Path, profile: Path, files: list[Path]) -> list[list[str]]:
     """Return what the page says of each file."""
-    async with opened(folder, profile) as browser:
-        await browser.until("document.querySelector('output').textContent.startsWith('Choose')")
-        found = []
-        for file in files:
-            await browser.value("document.querySelector('ol').replaceChildren()")
-            await browser.choose(file)
-            await browser.until("document.querySelectorAll('li').length > 0")
-            found.append(await browser.value("[...document.querySelectorAll('li')].map(item => item.textContent)"))
-        return found
+    found = []
+    with served(folder) as address:
+        async with browsing(profile) as browser:
+            await browser.do("Page.navigate", url=address)
+            await browser.until(True, "document.querySelector('output')?.textContent.startsWith('Choose') ?? false")
+            for file in files:
+                await browser.value("document.querySelector('ol').replaceChildren()")
+                await browser.choose(file)
+                await browser.until(True, "document.querySelectorAll('li').length > 0")
+                found.append(await browser.value("[...document.querySelectorAll('li')].map(item => item.textContent)"))
+    return found
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")

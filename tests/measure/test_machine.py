@@ -43,6 +43,14 @@ def test_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "kind" not in this_machine()
 
 
+def test_a_gpu_that_had_no_part_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU {device}")
+    assert [this_machine(device)["gpu"] for device in ("", "cpu", "cuda:1")] == ["the GPU None", None, "the GPU cuda:1"]
+    write_record(tmp_path / "a.json", {}, "cpu")
+    assert json.loads((tmp_path / "a.json").read_text())["machine"]["gpu"] is None
+
+
 def test_figures_are_written_with_the_machine(tmp_path: Path) -> None:
     path = tmp_path / "new" / "figures.json"
     write_record(path, {"top1": 0.9, "times": [1, 2]})

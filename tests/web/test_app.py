@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, opened, served
+from browser import CHROMIUM, browsing, served
 from conftest import randomize, relative_error
 from PIL import Image
 from rounding import REPORTED
@@ -161,25 +161,26 @@ def test_the_server(tmp_path: Path) -> None:
 
 async def visit(folder: Path, images: list[Path], profile: Path, picture: Path | None = None) -> list[dict[str, Any]]:
     """What the page says of images that are dropped on it."""
-    state = "document.body.dataset.state ?? null"
-    async with opened(folder, profile) as browser:
-        await browser.until(state, "ready")
-        found = []
-        for image in images:
-            await browser.value("document.body.dataset.state = 'waiting'")
-            await browser.drop(image)
-            await browser.until(state, "done")
-            found.append({**await browser.value("self.answer"), "text": await browser.value("document.body.innerText")})
-        shown = "[...document.querySelectorAll('#examples button')].map(button => button.ariaPressed)"
-        found[-1]["pressed"] = [await browser.value(shown)]
-        await browser.value("document.querySelector('#examples button').click()")
-        found[-1]["pressed"].append(await browser.value(shown))
-        if picture:
-            import base64
+    with served(folder) as address:
+        async with browsing(profile) as browser:
+            await browser.do("Page.navigate", url=address)
+            await browser.until("ready")
+            found = []
+            for image in images:
+                await browser.value("document.body.dataset.state = 'waiting'")
+                await browser.drop(image)
+                await browser.until("done")
+                found.append({**await browser.value("self.answer"), "text": await browser.value("document.body.innerText")})
+            shown = "[...document.querySelectorAll('#examples button')].map(button => button.ariaPressed)"
+            found[-1]["pressed"] = [await browser.value(shown)]
+            await browser.value("document.querySelector('#examples button').click()")
+            found[-1]["pressed"].append(await browser.value(shown))
+            if picture:
+                import base64
 
-            shot = await browser.do("Page.captureScreenshot", captureBeyondViewport=True)
-            picture.write_bytes(base64.b64decode(shot["data"]))
-        return found
+                shot = await browser.do("Page.captureScreenshot", captureBeyondViewport=True)
+                picture.write_bytes(base64.b64decode(shot["data"]))
+    return found
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")

@@ -112,6 +112,7 @@ class BenchReport:
     reference: Candidate
     rounds: int
     batches: int
+    device: str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -137,7 +138,7 @@ class BenchReport:
                 }
                 for row in self.rows
             ],
-            "machine": this_machine(),
+            "machine": this_machine(self.device),
         }
 
 
@@ -225,7 +226,7 @@ def bench(
         )
         for c, r in ready.items()
     ]
-    return BenchReport(rows, first, rounds, batches)
+    return BenchReport(rows, first, rounds, batches, device)
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:

@@ -14,13 +14,15 @@ from repvgg.disk import atomically
 PACKAGES = ("repvgg", "repvgg-engine", "torch", "torchvision", "timm", "onnxruntime", "openvino", "ncnn", "MNN", "nncf", "numpy")
 
 
-def this_machine() -> dict[str, Any]:
+def this_machine(device: str = "") -> dict[str, Any]:
     """Return processor, cores, threads, memory, GPU, system, versions of what computes, commit of the code.
 
+    device: that the figures are of, where one was chosen; a GPU that had no part in them is not named.
     Where our engine is installed, also the processor's family, model, caches and instruction sets.
     """
     import torch
 
+    gpu = torch.cuda.is_available() and (not device or device.startswith("cuda"))
     return {
         "processor": _processor(),
         **_kind(),
@@ -29,7 +31,7 @@ def this_machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
         if hasattr(os, "sysconf")
         else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device or None) if gpu else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
@@ -54,9 +56,9 @@ def threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-def write_record(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures as JSON, with the machine that they were measured on."""
-    text = json.dumps({**figures, "machine": this_machine()}, indent=2) + "\n"
+def write_record(path: Path, figures: dict[str, Any], device: str = "") -> None:
+    """Write figures as JSON, with the machine that they were measured on; device: see `this_machine`."""
+    text = json.dumps({**figures, "machine": this_machine(device)}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomically(path, lambda temporary: temporary.write_text(text))
 

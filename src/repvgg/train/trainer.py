@@ -180,9 +180,8 @@ class Trainer:
     def settle(self) -> None:
         """Prepare for evaluating and saving: eval mode, one process's statistics in all, and numbers that a file may hold.
 
-        A channel that has been constant for a thousand steps has a running variance of 0.9^1000, which is zero to the last bit,
-        and a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is
-        added. Raises FloatingPointError for numbers that are not finite.
+        Where a synchronised batch norm saw a constant channel, rounding may leave its variance below zero, which no file may hold:
+        zero takes its place. Raises FloatingPointError for numbers that are not finite.
         """
         for model in dict.fromkeys((self.model, self.best_model)):  # in one order: processes exchange buffers here
             model.eval()
@@ -190,7 +189,7 @@ class Trainer:
             refuse_infinite(model.state_dict())
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-                    module.running_var.clamp_(min=torch.finfo(module.running_var.dtype).tiny)
+                    module.running_var.clamp_(min=0)
 
     # ------------------------------------------------------------------------------------------------------------ its state
 
