@@ -1,4 +1,4 @@
-"""Write the measured figures of README.md and of results.md, deploy.md and scale.md in docs/ from results/*.json.
+"""Write the measured figures of README.md and of results.md, deploy.md, engine.md and scale.md in docs/ from results/*.json.
 
 python results/readme.py            # rewrites them
 python results/readme.py --check    # exit code 1 if one is out of date
@@ -15,6 +15,7 @@ import rivals
 import sections
 from deploy_table import engines, sizing
 from layout import machine, many, table
+from targets import targets
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
@@ -105,6 +106,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     ROOT / "README.md": headline,
     ROOT / "docs" / "results.md": measured,
     ROOT / "docs" / "deploy.md": lambda: engines(record("engines") or {}, record("engine") or {}),
+    ROOT / "docs" / "engine.md": lambda: targets(*(record(name) or {} for name in ("engine", "predictions", "wasm"))),
     ROOT / "docs" / "scale.md": lambda: sizing(record("engines") or {}, record("gpu/speed"), record("data")),
 }
 
