@@ -84,7 +84,7 @@ def test_other_networks_are_left_to_those_who_build_them(tmp_path: Path) -> None
     repvgg.save(repvgg.create_model("repvgg_micro", width=1 / 16), tmp_path / "a.safetensors")
     header = header_of(tmp_path / "a.safetensors")
     assert costs_of(header)
-    lies: list[Options] = [{"name": "repvgg_a0"}, {"name": []}, {"width": "wide"}, {"width": 0.5}, {"num_classes": None}]
+    lies: list[dict[str, object]] = [{"name": "repvgg_a0"}, {"name": []}, {"width": "wide"}, {"width": 0.5}, {"num_classes": None}]
     for lie in lies:
         manifest = replace(header.manifest, arch={**(header.manifest.arch or {}), **lie})
         assert costs_of(replace(header, manifest=manifest)) is None, lie

@@ -100,10 +100,16 @@ def test_without_the_images_there_is_a_page_without_pictures_of_them(runs: tuple
         recorded.source("nothing-of-the-kind", said.append)
 
 
-def test_a_run_that_was_stopped_has_a_page_that_says_so(runs: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_run_that_was_ended_early_has_a_page_that_says_so(how: str, runs: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs[1], folder)
-    (folder / "summary.json").unlink()
+    summary = folder / "summary.json"
+    if how == "killed":
+        summary.unlink()
+    else:
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "finished": False}))
+    assert "has not come to its end" not in write_report(runs[1]).read_text()
     html = write_report(folder).read_text()
     assert "The run has not come to its end." in html
     assert "What it confuses" in html

@@ -45,7 +45,7 @@ def evaluate(
 
     where = device_named(device, workers)
     network = _answering(model, engine, precision, batch_size, where, log)
-    source = open_data(data, val, limit, seed, model=network)
+    source = open_data(data, val, limit, seed, model=network, log=log)
     how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": where, "views": views or WHOLE}
     found: Any = task_of(source).evaluate_model(network, source, split, **how)
     return replace(found, classes=tuple(source.classes))  # type: ignore[no-any-return]
@@ -115,16 +115,14 @@ def _answering(model: "Model", engine: str, precision: str, batch_size: int, dev
     """Return a model, or an engine of it. Raises ValueError for a backbone, which gives maps and neither labels nor masks."""
     from torch import nn
 
-    from repvgg.deploy import load
+    from repvgg.deploy.load import open_model
     from repvgg.models.zoo import manifest_of
 
-    if isinstance(model, nn.Module):
-        named, network = "this model", model if not engine else load.load_engine(model, engine, precision, batch_size=batch_size)
-    else:
-        named = os.fspath(model)
-        network = load.open_model(named, engine, precision, batch_size, device, log)
+    given = model if isinstance(model, nn.Module) else os.fspath(model)
+    network = open_model(given, engine, precision, batch_size, device, log)
     manifest = manifest_of(network)
     last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
     if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
+        named = given if isinstance(given, str) else "this model"
         raise ValueError(f"{named}: a backbone, which gives no labels: train a head on it first (repvgg train --init {named} ...)")
     return network
