@@ -4,12 +4,28 @@ import asyncio
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from repvgg.web import app
+
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Have a folder on a web server; yields its address."""
+    with app.server(folder) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join()
 
 
 class Browser:
@@ -32,7 +48,7 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return json.loads(found["result"].get("value", "null"))
 
-    async def until(self, state: str, of: str = "document.body ? document.body.dataset.state ?? null : null") -> None:
+    async def until(self, state: Any, of: str = "document.body ? document.body.dataset.state ?? null : null") -> None:
         for _ in range(600):
             if await self.value(of) == state:
                 return
@@ -43,6 +59,12 @@ class Browser:
         data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             await self.do("Input.dispatchDragEvent", type=kind, x=300, y=300, data=data)
+
+    async def choose(self, file: Path) -> None:
+        """Give a file to the page's input for files."""
+        root = (await self.do("DOM.getDocument"))["root"]["nodeId"]
+        field = (await self.do("DOM.querySelector", nodeId=root, selector="input[type=file]"))["nodeId"]
+        await self.do("DOM.setFileInputFiles", nodeId=field, files=[str(file)])
 
 
 @asynccontextmanager

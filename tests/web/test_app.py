@@ -5,17 +5,14 @@ import importlib.util
 import json
 import os
 import tarfile
-import threading
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, browsing
+from browser import CHROMIUM, browsing, served
 from conftest import randomize, relative_error
 from PIL import Image
 from rounding import REPORTED
@@ -145,18 +142,6 @@ def test_npm_is_asked_once(runtime: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"npm cannot fetch onnxruntime-web@.* \(npm error network\): check the connection"):
         app.runtime_files(log=silent)
     assert not (tmp_path / "other").exists()
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    with app.server(folder) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{running.server_port}"
-        finally:
-            running.shutdown()
-            thread.join()
 
 
 def test_the_server(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from repvgg.models import zoo
 from repvgg.models.load import is_file
 from repvgg.models.names import resolve_name
 from repvgg.models.pretrained import pretrained_file
+from repvgg.numerics import repeatable
 from repvgg.train.augment import train_transform
 from repvgg.train.finetune import started_from
 from repvgg.train.recipes import RECIPES, Recipe
@@ -189,7 +190,7 @@ def _model(arch: str, init: str, source: Source, size: int, allow_deploy: bool, 
 def _seconds(model: nn.Module, source: Source, size: int, device: str, precision: str) -> float:
     """Return the seconds that one image takes in a step of training, which changes the model."""
     channels, classes = source.preprocessing.input_size[0], zoo.manifest_of(model).arch or {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), repeatable(device):
         recipe = replace(RECIPES["cifar"], precision=precision)  # type: ignore[arg-type]
         trainer = Trainer(model, recipe, classes.get("num_classes", len(source.classes)), device=device)
         parts = [(torch.randn(TRIAL, channels, size, size, device=device), torch.zeros(TRIAL, dtype=torch.long, device=device))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from repvgg.numerics import full_float32, repeatable
+from repvgg.numerics import full_float32
 from repvgg.train.augment import mixing
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.optimizer import custom_l2, freeze, keep_still, make_optimizer
@@ -38,7 +38,6 @@ class Trainer:
         self.recipe, self.num_classes, self.task, self.world, self.seed = recipe, num_classes, task, world, seed
         self.device = torch.device(device)
         full_float32(self.device)
-        repeatable(self.device)
         self.model = self._placed(model)
         freeze(self.model, recipe.frozen_stages)
         self.ema = (
