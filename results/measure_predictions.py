@@ -50,7 +50,7 @@ def compared(logits: NDArray[Any], exact: NDArray[Any]) -> dict[str, Any]:
 
 
 def main(file: str, data: str) -> None:
-    model = reparameterize(load(file))
+    model = reparameterize(load(file).float())  # the embedded one is stored in half precision
     source, p = open_source(data), manifest_of(model).preprocessing
     transform = eval_transform(p)
     images = torch.stack([transform(source.val[i][0]) for i in range(len(source.val))])
@@ -62,7 +62,7 @@ def main(file: str, data: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deploy.safetensors"
         save(model, path)
-        calibrated = quantize(load(file), source, "native", folder).path
+        calibrated = quantize(load(file).float(), source, "native", folder).path
         for precision, accuracy in ENGINES:
             if precision == "bf16" and "bf16" not in repvgg_engine.instruction_sets():
                 continue
