@@ -89,8 +89,12 @@ def test_random_norms_are_neither_fresh_nor_zero_and_keep_their_momentum() -> No
 # ---------------------------------------------------------------------------------------------------- figures and record
 
 
-def test_report() -> None:
-    report = quick(MICRO, TRAINING)
+@pytest.fixture(scope="module")
+def report() -> BenchReport:
+    return quick(MICRO, TRAINING)
+
+
+def test_report(report: BenchReport) -> None:
     deploy, training = report.rows
     assert report.reference == MICRO
     assert (deploy.ratio.low, deploy.ratio.value, deploy.ratio.high) == (1, 1, 1)
@@ -103,8 +107,8 @@ def test_report() -> None:
     assert deploy.cost.params < training.cost.params
 
 
-def test_json_record() -> None:
-    record = json.loads(json.dumps(quick(MICRO, TRAINING).to_json()))
+def test_json_record(report: BenchReport) -> None:
+    record = json.loads(json.dumps(report.to_json()))
     assert record["reference"]["model"] == "repvgg_micro"
     assert (record["rounds"], record["batches_a_round"]) == (3, 2)
     assert {"processor", "cores", "threads", "versions", "commit", "date"} <= record["machine"].keys()
@@ -121,8 +125,8 @@ def test_each_model_has_its_own_input_size_and_names_in_the_papers_spelling_are_
     assert [row.input_size for row in report.rows] == [(3, 224, 224)]
 
 
-def test_table_marks_what_is_not_deploy_form(capsys: pytest.CaptureFixture[str]) -> None:
-    show_reports([quick(MICRO, TRAINING)], None, as_json=False)
+def test_table_marks_what_is_not_deploy_form(report: BenchReport, capsys: pytest.CaptureFixture[str]) -> None:
+    show_reports([report], None, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert sum("(training form)" in line for line in lines) == 1
     assert any("1.00x (1.00 to 1.00)" in line for line in lines)
@@ -230,8 +234,8 @@ def running_out(above: int, error: BaseException) -> Callable[..., engines.Engin
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
         ),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        MemoryError("std::bad_alloc"),
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), marks=pytest.mark.slow),
+        pytest.param(MemoryError("std::bad_alloc"), marks=pytest.mark.slow),  # which errors are of memory: test_memory.py
     ],
 )
 def test_a_batch_too_large_lowers_itself_with_a_word(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
