@@ -37,6 +37,7 @@ def pytest_collection_finish() -> None:
     """What all tests have imported stays, so the garbage collector need not look through its millions of objects each time."""
     global _set_aside
     _set_aside = len(sys.modules)
+    gc.set_threshold(50_000)  # networks are made by the thousand, and few are cycles
     gc.collect()
     gc.freeze()
 

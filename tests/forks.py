@@ -128,7 +128,7 @@ class Forks:
             return program.wait()
 
     def start(self, what: list[str] | str, folder: Path, environment: dict[str, str] | None = None) -> Started:
-        """Start `repvgg WORDS`, or a program, in the folder, with these variables besides those that are there; it leads a group."""
+        """Start `repvgg WORDS`, or a program, in the folder, with these variables besides; it leads a process group."""
         job = {"words": what} if isinstance(what, list) else {"code": what}
         return Started(self._send, _job(folder, environment=environment or {}, **job))
 

@@ -106,9 +106,9 @@ def test_what_makes_no_sense_is_said(
     ):
         with pytest.raises(ValueError, match=complaint):
             run(replace(job, **{"out": str(tmp_path / "new"), **change}))  # type: ignore[arg-type]
-    for words in (["--data", "digits"], ["photo.jpg", "--data", "digits", "--out", str(tmp_path / "out")]):
+    for given in (["--data", "digits"], ["photo.jpg", "--data", "digits", "--out", str(tmp_path / "out")]):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["predict", job.model, *words])
+            cli.main(["predict", job.model, *given])
         assert stop.value.code == 2
         assert "--data D --out FOLDER" in capsys.readouterr().err
 

@@ -8,45 +8,22 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import equality
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from forks import Forks
-from ranks import both, environment, free_port, start_both
+from forks import Forks, Started
+from ranks import COMMAND, ENV, TORCHRUN, WORDS, both, environment, free_port, run, start_both, torchrun, weights
 from safetensors.torch import load_file
 
-from repvgg.models.load import load
 from repvgg.train.distributed import ALONE, joined, local_device
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_worker_niceness": "0"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-WORDS = (
-    "train --no-report --arch repvgg_micro --width 0.25 --data digits --limit 127 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
-    "--warmup-epochs 0 --recipe demo --device cpu --save-steps 2 --out"
-).split()
-COMMAND = ["-m", "repvgg", *WORDS]
-
-
-def torchrun(*words: str, restarts: int = 0) -> list[str]:
-    where = f"--nproc-per-node 2 --max-restarts {restarts} --master-addr 127.0.0.1 --master-port {free_port()}"
-    return [*TORCHRUN, *where.split(), *words]
-
-
-def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, **options)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": t for name in ("best", "last") for key, t in load(out / f"{name}.safetensors").state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,26 +58,52 @@ def test_the_run_of_two_is_a_run(undisturbed: Path) -> None:
     assert [line["step"] for line in metrics if "val_top1" in line] == [7, 14, 21]
 
 
-def started(out: Path, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two processes, once they have saved a state."""
-    command = torchrun(*COMMAND, str(out), restarts=restarts)
-    agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
-    while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
-        assert agent.poll() is None
-        time.sleep(0.005)
-    return agent
+AGENT = """
+from repvgg import cli
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+where = {"rdzv_backend": "static", "rdzv_endpoint": "127.0.0.1:%d", "rdzv_configs": {"rank": 0, "timeout": 60}}
+elastic_launch(LaunchConfig(1, 1, 2, max_restarts=2, start_method="fork", **where), cli.main)(%r)
+"""
 
 
-def workers_of(agent: subprocess.Popen[str]) -> list[psutil.Process]:
-    workers = [p for p in psutil.Process(agent.pid).children() if "repvgg" in p.cmdline()]
+@contextmanager
+def agent_at_work(forks: Forks, out: Path) -> Iterator[Started]:
+    """What torchrun runs, with its two processes as forks, once they have saved a state."""
+    with forks.start(AGENT % (free_port(), [*WORDS, str(out)]), out.parent) as agent:
+        while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
+            assert agent.poll() is None, agent.said()
+            time.sleep(0.005)
+        yield agent
+
+
+def workers_of(agent: int) -> list[psutil.Process]:
+    workers = psutil.Process(agent).children()
     assert len(workers) == 2
     return workers
 
 
-def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(
+    undisturbed: Path, tmp_path: Path, forks: Forks
+) -> None:
     out = tmp_path / "run"
-    with started(out, restarts=2) as agent:
-        workers_of(agent)[-1].send_signal(signal.SIGKILL)
+    with agent_at_work(forks, out) as agent:
+        workers_of(agent.pid)[-1].send_signal(signal.SIGKILL)
+        ended = agent.wait()
+    assert ended.code == 0, ended.err
+    assert "goes on after step" in ended.err
+    a, b = weights(out), weights(undisturbed)
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+@pytest.mark.slow  # the test above proves the point
+def test_under_torchrun_too(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(*COMMAND, str(out), restarts=2)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV) as agent:
+        while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
+            assert agent.poll() is None
+            time.sleep(0.005)
+        workers_of(agent.pid)[-1].send_signal(signal.SIGKILL)
         _, said = agent.communicate(timeout=300)
     assert agent.returncode == 0, said
     assert "goes on after step" in said
@@ -125,26 +128,9 @@ def test_a_kill_at_any_moment(undisturbed: Path, tmp_path: Path, seed: int) -> N
     assert all(torch.equal(t, b[name]) for name, t in a.items())
 
 
-AGENT = """
-import os, time
-from repvgg import cli
-from ranks import environment
-for rank in range(2):
-    if os.fork() == 0:
-        os.environ |= environment(rank, %d)
-        cli.main(%r)
-        os._exit(0)
-time.sleep(600)
-"""
-
-
 def test_workers_end_when_their_agent_dies(tmp_path: Path, forks: Forks) -> None:
-    with forks.start(AGENT % (free_port(), [*WORDS, str(tmp_path / "run")]), tmp_path) as agent:
-        while not list((tmp_path / "run/state").glob("[0-9]*.safetensors")):
-            assert agent.poll() is None
-            time.sleep(0.005)
-        workers = psutil.Process(agent.pid).children()
-        assert len(workers) == 2
+    with agent_at_work(forks, tmp_path / "run") as agent:
+        workers = workers_of(agent.pid)
         os.kill(agent.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive
@@ -241,24 +227,6 @@ def test_a_group_that_is_there_is_joined_and_left_as_it_was() -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ray_train_runs_our_loop(tmp_path: Path) -> None:
-    """The text of docs/scale.md, with fewer images."""
-    pytest.importorskip("ray")
-    page = (Path(__file__).parents[2] / "docs/scale.md").read_text()
-    (text,) = (block for block in page.split("```") if "TorchTrainer(work" in block)
-    text = text.replace("/shared/digits", str(tmp_path / "run")).replace(
-        'open_source("digits")', 'open_source("digits").limited(128)'
-    )
-    start = 'import ray; ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)'
-    (tmp_path / "script.py").write_text(f"{start}\n{text}")
-    done = run([sys.executable, str(tmp_path / "script.py")], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (summary["processes"], summary["data"]) == (2, "digits")
-    assert load(tmp_path / "run/last.safetensors") is not None
 
 
 SHARED = """
