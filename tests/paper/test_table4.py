@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomize
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -129,8 +130,8 @@ def test_top1_of_models_that_are_given(tmp_path: Path, monkeypatch: pytest.Monke
     source, said = open_source("digits"), list[str]()
     torch.manual_seed(0)
     for name in ("repvgg_a0", "repvgg_micro"):
-        model = create_model(name, num_classes=10, in_chans=1, small_input=True, width=0.25)
-        save(model.eval(), tmp_path / f"{name}.safetensors", preprocessing=source.preprocessing)
+        model = randomize(create_model(name, num_classes=10, in_chans=1, small_input=True, width=0.25), (16, 1, 16, 16))
+        save(model, tmp_path / f"{name}.safetensors", preprocessing=source.preprocessing)
     wanted = PaperSettings(
         engine="eager",
         models=("repvgg_a0",),
