@@ -54,6 +54,10 @@ def test_rooms_are_verbs_too() -> None:
     for verb, function in ((repvgg.train, training.train), (repvgg.predict, using.predict)):
         assert inspect.ismodule(verb)
         assert inspect.signature(verb) == inspect.signature(function)
+
+
+@pytest.mark.slow
+def test_rooms_are_verbs_whatever_is_imported_first() -> None:
     code = "import repvgg.predict.rows, repvgg; import repvgg.train.recipes as r; assert callable(repvgg.predict); "
     subprocess.run([sys.executable, "-c", code + "assert callable(repvgg.train); assert repvgg.train.recipes is r"], check=True)
 

@@ -54,7 +54,7 @@ def test_trap_8_what_is_timed_as_deploy_form_has_no_branches_left(built: list[nn
     assert not any(m.training for model in built for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
 def test_trap_9_baselines_are_folded(name: str, built: list[nn.Module]) -> None:
     pytest.importorskip("timm")
     row = quick(Candidate(name), rounds=1, batches=1, warmup=0).rows[0]

@@ -140,7 +140,7 @@ def test_a_pruned_net_is_a_file_of_its_own(form: str, images: Tensor, tmp_path: 
     assert cost(smaller, SIZE).macs < 0.5 * cost(again, SIZE).macs
 
 
-QUICK = ("eager", "native", "onnxruntime")  # a pruned net is a plain one, as test_engines.py runs in all of them
+QUICK = ("eager", "native")  # a pruned net is a plain one, as test_engines.py runs in all of them
 
 
 @pytest.mark.parametrize("engine", [pytest.param(e, marks=[] if e in QUICK else pytest.mark.slow) for e in engines.ENGINES])

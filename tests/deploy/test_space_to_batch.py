@@ -53,7 +53,9 @@ def test_there_and_back(memory_format: torch.memory_format) -> None:
     assert back.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("name", ["pspnet_repvgg_a0", "pspnet_repvgg_micro_fast", "pspnet_resnet18", "repvgg_b1g2"])
+@pytest.mark.parametrize(
+    "name", ["pspnet_repvgg_a0", "pspnet_repvgg_micro_fast", "repvgg_b1g2", pytest.param("pspnet_resnet18", marks=pytest.mark.slow)]
+)
 def test_whole_networks(name: str) -> None:
     options: dict[str, Any] = {} if "resnet" in name else {"width": 0.125}
     if "resnet" in name:

@@ -155,7 +155,7 @@ def test_timms_own_reparam_folds_our_blocks(ours: Any) -> None:
         timm.utils.reparameterize_model(repvgg.create_model("repvgg_micro", width=0.25))
 
 
-@pytest.mark.parametrize("name", ["rep_repvgg_a0", "repvgg_a0", "resnet18"])
+@pytest.mark.parametrize("name", ["rep_repvgg_a0", "resnet18", pytest.param("repvgg_a0", marks=pytest.mark.slow)])
 def test_extractors_of_timm_fold(name: str) -> None:
     repvgg.register_with_timm()
     torch.manual_seed(0)

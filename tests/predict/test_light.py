@@ -78,7 +78,7 @@ def test_the_unusual_is_left_alone(deploy: Path, files: Path, pictures: Path, tm
     assert predict_lightly(model, [photo], top=0) is None
 
 
-@pytest.mark.parametrize("pool", ["avg", ""])
+@pytest.mark.parametrize("pool", ["avg", pytest.param("", marks=pytest.mark.slow)])
 def test_a_backbone_has_no_labels(pool: str, pictures: Path, tmp_path: Path) -> None:
     model = randomize(repvgg.create_model("repvgg_micro", num_classes=0, global_pool=pool, width=0.25), (4, 3, 64, 64))
     repvgg.save(repvgg.reparameterize(model), tmp_path / "backbone.safetensors")
