@@ -77,7 +77,7 @@ def agent_at_work(forks: Forks, out: Path) -> Iterator[Started]:
 
 
 def workers_of(agent: int) -> list[psutil.Process]:
-    workers = psutil.Process(agent).children()
+    workers: list[psutil.Process] = psutil.Process(agent).children()
     assert len(workers) == 2
     return workers
 
