@@ -1,13 +1,15 @@
 """Measure everything that this project wants to know of a GPU, most valuable first, in a given number of minutes.
 
-python results/gpu.py --budget 25 --out results/gpu                        # a machine with one CUDA GPU
-python results/gpu.py --budget 25 --out results/gpu --data cifar10.npz     # with CIFAR-10; without it nothing is trained
-python results/gpu.py --pack hf:../shared/data/cifar10 cifar10.npz         # where the data are: into one file, to carry there
-python results/gpu.py --device cpu --tiny --budget 3 --out /tmp/gpu        # tries all of it
+python results/gpu.py --budget 25 --out results/gpu                             # a machine with one CUDA GPU
+python results/gpu.py --budget 25 --out results/gpu --data 'cifar10-*.npz'      # with CIFAR-10; without it nothing is trained
+python results/gpu.py --pack hf:../shared/data/cifar10 cifar10.npz              # where the data are: cifar10-00.npz, ... and COMMIT
+python results/gpu.py --device cpu --tiny --budget 3 --out /tmp/gpu             # tries all of it
 
-It needs torch, timm, numpy, rich, safetensors, filelock, pillow and psutil, and `src` in PYTHONPATH; nothing is fetched. Each
-step is a process of its own and leaves OUT/STEP.json, rewritten whole after each figure: whenever it is killed, what was
-measured is there, and the same command goes on. OUT/STEP.log says what happened.
+It needs torch, torchvision, timm, numpy, safetensors and what these need, with --device cpu psutil too; `--wheels DIR` puts the
+wheels that lie there into a folder of its own and takes them first. Nothing is fetched, and this package need not be installed.
+
+Each step is a process of its own and leaves OUT/STEP.json, rewritten whole after each figure: whenever it is killed, what was
+measured is there, and the same command goes on. Its log, and what training goes on from, are in the folder OUT-work.
 """
 
 import argparse
@@ -16,12 +18,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 GRACE = 20.0  # seconds beyond its share after which a step that does not look at the clock is ended
+WATCH = 0.2  # seconds between two looks at whether the process that started a step is still there
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -44,43 +49,111 @@ STEPS = (
 
 
 def main(words: list[str]) -> int:
-    """Run the steps; return 1 if one of them failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=25, metavar="MINUTES", help="minutes for all steps together")
-    parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder for the figures; a second run there goes on")
-    parser.add_argument("--data", default="", help="an .npz made by --pack, or what repvgg train --data takes; tiny: digits")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks and images: whether everything runs, not how fast")
-    parser.add_argument("--pack", nargs=2, metavar=("SPEC", "FILE"), help="put the images of a data set into one .npz, and stop")
-    parser.add_argument("--step", choices=[step.name for step in STEPS], help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
-    args = parser.parse_args(words)
-    if args.pack:
-        import_module("gpu_training").pack(args.pack[0], Path(args.pack[1]))
-        return 0
-    args.data = args.data or ("digits" if args.tiny else "")
-    args.out.mkdir(parents=True, exist_ok=True)
+    """Run the steps; return 1 if one of them failed, 2 if none can be run."""
+    began, args = time.time(), _parsed(words)
     if args.step:
         _run(next(step for step in STEPS if step.name == args.step), args)
         return 0
-    return _run_all([step for step in STEPS if args.data or not step.needs_data], args, words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is to be ended is ended on the way out
+    _find([str(HERE.parent / "src"), str(HERE)])
+    if args.pack:
+        import_module("gpu_training").pack(args.pack[0], Path(args.pack[1]))
+        return 0
+    from repvgg.disk import FileError, hold
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(args.out):
+            if args.wheels:
+                _install(args.wheels, args.work / "site")
+            if trouble := _trouble(args):
+                print(trouble, file=sys.stderr)
+                return 2
+            steps = [step for step in STEPS if args.data or not step.needs_data]
+            return _run_all(steps, args, words, began + 60 * args.budget)
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=25, metavar="MINUTES", help="minutes for all steps together")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder for the figures; a second run there goes on")
+    parser.add_argument(
+        "--data", default="", help="files made by --pack (a pattern), or what repvgg train --data takes; tiny: digits"
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and images: whether everything runs, not how fast")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of wheels to take first, without what they need")
+    parser.add_argument("--pack", nargs=2, metavar=("SPEC", "FILE"), help="put the images of a data set into .npz files, and stop")
+    parser.add_argument("--step", choices=[step.name for step in STEPS], help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    if args.data.endswith(".npz") and not any(Path(args.data).parent.glob(Path(args.data).name)):
+        parser.error(f"--data {args.data}: there is no such file")
+    args.data = args.data or ("digits" if args.tiny else "")
+    args.out = args.out.resolve()
+    args.work = args.out.with_name(f"{args.out.name}-work")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------- what it needs
+
+
+def _find(folders: list[str]) -> None:
+    """Let this process, and those that it starts, import from these folders first."""
+    sys.path[:0] = folders
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _install(wheels: Path, site: Path) -> None:
+    """Put the wheels of a folder where no other program sees them."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
+    subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    _find([str(site)])
+
+
+def _trouble(args: argparse.Namespace) -> str:
+    """Say in a line why nothing can be measured here, if so. It also lets steps know which commit a copy was made of."""
+    commit = Path(args.data).parent / "COMMIT"
+    if commit.exists():
+        os.environ.setdefault("REPVGG_COMMIT", commit.read_text().strip())
+    code = "import sys, torch, timm, gpu_steps; torch.zeros(1, device=sys.argv[1])"  # not here: it would take memory of the GPU
+    done = subprocess.run([sys.executable, "-c", code, args.device], capture_output=True, text=True)
+    return f"--device {args.device}: {done.stderr.strip().splitlines()[-1]}" if done.returncode else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- the steps
 
 
 def _run(step: Step, args: argparse.Namespace) -> None:
+    """Run a step in this process, which ends with the one that started it."""
+    if args.parent:
+        threading.Thread(target=_end_after, args=(args.parent,), daemon=True).start()
     from gpu_steps import Asked, Record  # here: whoever starts the steps needs no PyTorch, and waits for none
 
-    asked = Asked(args.device, args.tiny, args.data, args.out, args.until)
+    asked = Asked(args.device, args.tiny, args.data if step.needs_data else "", args.work, args.until)
     getattr(import_module(step.module), step.name)(Record(args.out / f"{step.name}.json", asked), asked)
 
 
-def _run_all(steps: list[Step], args: argparse.Namespace, words: list[str]) -> int:
-    end, failed = time.time() + 60 * args.budget, []
+def _end_after(parent: int) -> None:
+    """End this process, and all that it started, once its parent is gone: one that was killed could not do it."""
+    while os.getppid() == parent:
+        time.sleep(WATCH)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _run_all(steps: list[Step], args: argparse.Namespace, words: list[str], end: float) -> int:
+    failed = []
     for number, step in enumerate(steps):
         left = end - time.time()
         until = time.time() + left * step.share / sum(s.share for s in steps[number:])
         print(f"{step.name}: {(until - time.time()) / 60:.1f} of {left / 60:.1f} minutes left", flush=True)
-        command = [sys.executable, __file__, *words, "--step", step.name, "--until", str(until)]
-        with (args.out / f"{step.name}.log").open("a") as log:
+        command = [sys.executable, __file__, *words, "--step", step.name, "--until", str(until), "--parent", str(os.getpid())]
+        with (args.work / f"{step.name}.log").open("a") as log:
             code = _finish(command, log, min(until + GRACE, end) - time.time())
         print(f"{step.name}: {_ending(code)}", flush=True)
         if code not in (0, None):

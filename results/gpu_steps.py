@@ -1,7 +1,11 @@
 """The steps of gpu.py that need no data: speeds of Tables 4 and 5, training throughput, and Table 8's speeds."""
 
+import functools
+import gc
+import itertools
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,38 +15,52 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg.bench.models import Candidate, bench
+from repvgg.bench.memory import fitting, held, peak
+from repvgg.bench.models import Candidate, bench, prepared
 from repvgg.deploy import engines
 from repvgg.measure.machine import write_record
 from repvgg.measure.timing import interleave, ratio, synchroniser
 from repvgg.models import zoo
-from repvgg.paper.numbers import HEADLINES, TABLE8
+from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, TABLE8
 from repvgg.train.optimizer import make_optimizer
 from repvgg.train.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The words of the command, and when the step's time is over (seconds since 1970)."""
+    """The words of the command, a folder for what training goes on from, and when the time is over (seconds since 1970)."""
 
     device: str
     tiny: bool
     data: str
-    out: Path
+    work: Path
     until: float
 
     @property
     def over(self) -> bool:
         return time.time() > self.until
 
+    @property
+    def on_cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
 
 class Record:
-    """A step's figures by name, in a file that is rewritten whole after each; figures of other settings are not mixed in."""
+    """A step's figures by name, in a file that is rewritten whole after each.
+
+    Figures of other settings are not mixed in: their file stays, under another name.
+    """
 
     def __init__(self, path: Path, asked: Asked) -> None:
-        self.path, self.settings = path, {"device": asked.device, "tiny": asked.tiny, "torch": torch.__version__}
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        self.figures: dict[str, Any] = kept["figures"] if kept.get("settings") == self.settings else {}
+        self.path, self.figures = path, dict[str, Any]()
+        gpu = torch.cuda.get_device_name(asked.device) if asked.on_cuda else None
+        self.settings = {"device": asked.device, "gpu": gpu, "tiny": asked.tiny, "data": asked.data, "torch": torch.__version__}
+        kept = json.loads(path.read_text()) if path.exists() else {"settings": self.settings, "figures": {}}
+        if kept.get("settings") == self.settings:
+            self.figures = kept["figures"]
+        else:
+            names = (path.with_stem(f"{path.stem}.{i}") for i in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
 
     def put(self, name: str, figures: Any) -> None:
         """Add figures and write the file."""
@@ -51,123 +69,171 @@ class Record:
         print(f"{name}: {json.dumps(figures)[:200]}", flush=True)
 
     def each(self, asked: Asked, units: Iterator[tuple[str, Callable[[], Any]]]) -> None:
-        """Measure what is not here yet, until the time is over; what cannot be measured leaves its reason."""
+        """Measure what is not here yet, until the time is over; what cannot be measured leaves its reason, and is tried again."""
         for name, measure in units:
             if asked.over:
                 print(f"time is over before {name}", flush=True)
                 return
-            if name not in self.figures:
-                try:
-                    self.put(name, measure())
-                except (RuntimeError, ValueError) as error:
-                    self.put(name, {"error": str(error)[:500]})
+            if "error" not in self.figures.get(name, {"error": "not tried"}):
+                continue
+            try:
+                self.put(name, measure())
+            except Exception as error:  # of compilers and drivers: any; the next figure may be had all the same
+                traceback.print_exc()
+                self.put(name, {"error": f"{type(error).__name__}: {error}"[:500]})
+            torch.compiler.reset()  # lest what was compiled, and its CUDA graphs, stay
+            gc.collect()
+            if asked.on_cuda:
+                torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------------ Tables 4 and 5
 
-PAIRS = tuple((h.fast, h.slow, h.ratio) for h in HEADLINES)
-TINY_PAIRS = (("repvgg_micro", "resnet18", None),)
-# Precision, engine, batch size, NHWC: the paper's protocol first, then what people deploy with.
+CLAIMS = tuple((h.fast, h.slow, h.ratio) for h in HEADLINES)
+ROWS = {row.model: row.speed for row in (*TABLE4, *TABLE5)}
+CLAIMED = {name for claim in CLAIMS for name in claim[:2]}
+OTHERS = tuple((name, "resnet50", speed / ROWS["resnet50"]) for name, speed in ROWS.items() if name not in CLAIMED)
+# Precision, engine, batch size, NHWC: the paper's protocol, then what people deploy with, then what takes long to compile.
+PAPER = ("fp32", "eager", 128, False)
 PROTOCOLS = (
-    ("fp32", "eager", 128, True),
-    ("fp32", "eager", 1, True),
     ("bf16", "cudagraphs", 1, True),
-    ("bf16", "eager", 128, True),
-    ("fp32", "cudagraphs", 1, True),
+    ("bf16", "cudagraphs", 128, True),
+    ("fp32", "eager", 128, True),
     ("tf32", "eager", 128, True),
-    ("fp32", "eager", 128, False),
+    ("fp32", "cudagraphs", 1, True),
+    ("tf32", "cudagraphs", 1, True),
+    ("bf16", "eager", 128, True),
+    ("fp32", "eager", 1, True),
     ("bf16", "compile-max", 128, True),
     ("bf16", "compile-max", 1, True),
     ("bf16", "compile", 128, True),
     ("tf32", "compile-max", 128, True),
     ("fp32", "compile-max", 128, True),
 )
+TWICE = ("repvgg_a0", "repvgg_b0", "repvgg_b1")  # timed in both forms
+PREPARE = functools.cache(prepared)  # a network is folded, and run in float64 on the processor, once for all protocols
 
 
 def speed(record: Record, asked: Asked) -> None:
-    """Time the pairs of the paper's claims, folded, taking turns; then the family's forms."""
+    """Time the pairs of the paper's claims, and its other networks over ResNet-50, folded, taking turns."""
     record.each(asked, _speeds(asked))
 
 
 def _speeds(asked: Asked) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for precision, engine, batch, nhwc in PROTOCOLS:
+    claims, others = ((("repvgg_micro", "resnet18", None),), ()) if asked.tiny else (CLAIMS, OTHERS)
+    yield from _pairs((*claims, *others), [PAPER], asked)
+    for model in ("repvgg_micro",) if asked.tiny else TWICE:
+        forms = (Candidate(model, form="training"), Candidate(model))
+        yield f"{model} folded over its training form", partial(_pair, forms, None, asked, 128, False)
+    yield from _pairs(claims, PROTOCOLS, asked)
+    yield from _pairs(others, PROTOCOLS, asked)
+
+
+def _pairs(pairs: Any, protocols: Any, asked: Asked) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for precision, engine, batch, nhwc in protocols:
         if precision not in engines.precisions(engine, asked.device):
             continue
-        for fast, slow, paper in TINY_PAIRS if asked.tiny else PAIRS:
+        for fast, slow, paper in pairs:
             pair = (Candidate(slow, engine, precision), Candidate(fast, engine, precision))
             name = f"{fast} over {slow}, {engine}, {precision}, batch {batch}, {'NHWC' if nhwc else 'NCHW'}"
-            yield name, partial(_pair, pair, batch, nhwc, paper, asked)
-    for model in ("repvgg_micro",) if asked.tiny else ("repvgg_a0", "repvgg_b0", "repvgg_b1"):
-        forms = (Candidate(model, form="training"), Candidate(model))
-        yield f"{model} folded over its training form", partial(_pair, forms, 128, True, None, asked)
+            yield name, partial(_pair, pair, paper, asked, batch, nhwc)
 
 
-def _pair(pair: tuple[Candidate, Candidate], batch: int, nhwc: bool, paper: float | None, asked: Asked) -> dict[str, Any]:
+def _pair(
+    pair: tuple[Candidate, Candidate],
+    paper: float | None,
+    asked: Asked,
+    batch: int,
+    nhwc: bool,
+    side: int = 0,
+    often: tuple[int, int, int] = (5, 10, 50),
+) -> dict[str, Any]:
+    """Time the second of a pair over the first. side: of the images, 0 for the networks' own; often: rounds, batches, warm-up."""
+    rounds, batches, warmup = (2, 1, 1) if asked.tiny else often
     report = bench(
         pair,
         batch_size=2 if asked.tiny else batch,
-        rounds=2 if asked.tiny else 5,
-        batches=1 if asked.tiny else 10,
-        warmup=1 if asked.tiny else 50 if batch > 1 else 20,
+        rounds=rounds,
+        batches=batches,
+        warmup=warmup,
         channels_last=nhwc,
         device=asked.device,
-        input_size=(3, 64, 64) if asked.tiny else None,
+        input_size=(3, side, side) if side else (3, 64, 64) if asked.tiny else None,
         log=print,
+        prepare=PREPARE,
     )
     rows = [
         {name: value for name, value in row.items() if name != "seconds_per_batch_by_round"} for row in report.to_json()["rows"]
     ]
-    return {"paper": paper, "ratio": asdict(report.rows[-1].ratio), "rows": rows}
+    unequal = len({row["batch_size"] for row in rows}) > 1  # memory ran out for one of them
+    return {"paper": paper, "ratio": asdict(report.rows[-1].ratio), "batch_unequal": unequal, "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------- training steps
 
+# Recipe, and how it is compiled ("" for not at all): the paper's, then what one trains with.
+STEPS = {
+    "fp32, NCHW": (Recipe(channels_last=False), ""),
+    "bf16, NHWC": (Recipe(precision="bf16"), ""),
+    "bf16, NHWC, compiled": (Recipe(precision="bf16"), "default"),
+}
+
 
 def training(record: Record, asked: Asked) -> None:
     """Time a training step of A0 and B1 beside timm's own networks of these names, taking turns."""
+    models = ("repvgg_a0",) if asked.tiny else ("repvgg_a0", "repvgg_b1")
     record.each(
         asked,
-        ((model, partial(_training, model, asked)) for model in (["repvgg_a0"] if asked.tiny else ["repvgg_a0", "repvgg_b1"])),
+        (
+            (
+                f"{model}, {name}",
+                partial(fitting, partial(_both, model, recipe, mode, asked), 2 if asked.tiny else 256, model, print),
+            )
+            for name, (recipe, mode) in STEPS.items()
+            if not (asked.tiny and mode)
+            for model in models
+        ),
     )
 
 
-def _training(model: str, asked: Asked) -> dict[str, Any]:
+def _both(model: str, recipe: Recipe, mode: str, asked: Asked, batch: int) -> dict[str, Any]:
+    """Time a step of timm's network and of ours."""
     import timm
 
-    batch, side = (2, 64) if asked.tiny else (256, 224)
-    makers: dict[str, Callable[[], nn.Module]] = {"timm": lambda: timm.create_model(model), "ours": lambda: zoo.create_model(model)}
-    plain, fast = Recipe(channels_last=False), Recipe(precision="bf16")
-    variants = {
-        f"{who}, {'bf16, NHWC' if recipe is fast else 'fp32, NCHW'}{', compiled' if compiled else ''}": Stepper(
-            make(), recipe, asked.device, compiled
-        )
-        for recipe, compiled in ((plain, False), (fast, False), *(() if asked.tiny else ((fast, True),)))
-        for who, make in makers.items()
-    }
-    x = torch.randn(batch, 3, side, side, device=asked.device)
-    y = torch.randint(1000, (batch,), device=asked.device)
+    side = 64 if asked.tiny else 224
+    x, y = torch.randn(batch, 3, side, side, device=asked.device), torch.randint(1000, (batch,), device=asked.device)
+    steps, memory = dict[str, Callable[[], Any]](), dict[str, int]()
+    for who, make in (("timm", timm.create_model), ("ours", zoo.create_model)):
+        before = held(asked.device)
+        steps[who] = partial(Stepper(make(model), recipe, asked.device, mode), x, y, 0.01)
+        steps[who]()
+        held(asked.device)  # the peak is counted from here on: in the first step cuDNN tries algorithms that take much memory
+        steps[who]()
+        memory[who] = peak(asked.device) - before
     times = interleave(
-        {name: partial(step, x, y, 0.01) for name, step in variants.items()},
+        steps,
         rounds=2 if asked.tiny else 5,
         batches=1 if asked.tiny else 10,
         warmup=1 if asked.tiny else 10,
         synchronise=synchroniser(asked.device),
     )
-    first = next(iter(times))
     return {
-        name: {"images_per_second": batch / t.median, f"over {first}": asdict(ratio(times[first], t))} for name, t in times.items()
+        "batch_size": batch,
+        "images_per_second": {who: batch / t.median for who, t in times.items()},
+        "memory_bytes": memory,
+        "ratio": asdict(ratio(times["timm"], times["ours"])),
     }
 
 
 class Stepper:
-    """Steps of SGD that never wait for the device: nothing is read back."""
+    """Steps of SGD that never wait for the device: nothing is read back. mode: of torch.compile, "" for not compiled."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: str, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, device: str, mode: str = "") -> None:
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self.recipe, self.device, self.layout = recipe, torch.device(device), layout
         self.optimizer = make_optimizer(self.model, recipe)
-        self.network: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.network: Any = torch.compile(self.model, dynamic=False, mode=mode) if mode else self.model
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         torch.backends.cudnn.benchmark = True
 
@@ -197,33 +263,10 @@ def pspnet(record: Record, asked: Asked) -> None:
 
 def _pspnets(asked: Asked) -> Iterator[tuple[str, Callable[[], Any]]]:
     rows = {row.model: row.speed for row in TABLE8}
-    for model in ("pspnet_repvgg_micro",) if asked.tiny else (name for name in rows if name != "pspnet_resnet50"):
-        for precision in ("fp32",) if asked.tiny else ("fp32", "bf16"):
-            pair = (
-                Candidate("pspnet_resnet18" if asked.tiny else "pspnet_resnet50", precision=precision),
-                Candidate(model, precision=precision),
-            )
-            paper = rows[model] / rows["pspnet_resnet50"] if model in rows else None
-            yield f"{model}, {precision}", partial(_segmentation, pair, paper, asked)
-
-
-def _segmentation(pair: tuple[Candidate, Candidate], paper: float | None, asked: Asked) -> dict[str, Any]:
-    side = 65 if asked.tiny else 713
-    rounds, batches, warmup = (2, 1, 1) if asked.tiny else (3, 2, 3)
-    report = bench(
-        pair,
-        batch_size=1 if asked.tiny else 16,
-        rounds=rounds,
-        batches=batches,
-        warmup=warmup,
-        device=asked.device,
-        input_size=(3, side, side),
-        log=print,
-    )
-    speeds = {row.candidate.model: row.images_per_second for row in report.rows}
-    return {
-        "paper": paper,
-        "ratio": asdict(report.rows[-1].ratio),
-        "images_per_second": speeds,
-        "batch_size": report.rows[-1].batch_size,
-    }
+    slow = "pspnet_resnet18" if asked.tiny else "pspnet_resnet50"
+    for precision in ("fp32",) if asked.tiny else ("fp32", "bf16"):
+        for model in ("pspnet_repvgg_micro",) if asked.tiny else (name for name in rows if name != slow):
+            pair = (Candidate(slow, precision=precision), Candidate(model, precision=precision))
+            paper = rows[model] / rows[slow] if model in rows else None
+            side = 65 if asked.tiny else 713
+            yield f"{model}, {precision}", partial(_pair, pair, paper, asked, 16, precision == "bf16", side, (3, 2, 3))

@@ -3,9 +3,11 @@
 The seeds of a variant train at once, each in a process of its own: one alone cannot fill a large GPU with such small images.
 """
 
+import hashlib
 import json
 import multiprocessing
-from dataclasses import dataclass, replace
+import time
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from repvgg.disk import atomically
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.paper.numbers import TABLE6, TABLE7
 from repvgg.train.recipes import Recipe, get_recipe
@@ -25,6 +28,9 @@ from repvgg.train.recipes import Recipe, get_recipe
 # What `Stepper` does of it: no moving average, one size of images.
 RECIPE = replace(get_recipe("cifar"), lr=0.1, batch_size=128, decay="cosine", ema=0.0, small_first=0.0)
 SHIFT = 8  # a crop moves by up to an eighth of the side
+COMPILING = 180.0  # seconds that a process must have for compiling to pay: it takes up to a minute
+SAVING = 15.0  # seconds of training that a kill may cost at most, beside an epoch
+PART = 48_000_000  # bytes of images in a packed file: what carries files to a machine may refuse larger ones
 
 
 @dataclass(frozen=True)
@@ -41,51 +47,76 @@ class Job:
 def cifar10(record: Record, asked: Asked) -> None:
     """Train A0 for small images with three seeds, and count the predictions that folding changes."""
     arch, epochs, seeds = ("repvgg_micro", 1, 1) if asked.tiny else ("repvgg_a0", 200, 3)
-    recipe = replace(RECIPE, epochs=epochs)
-    _seeds(record, asked, arch, arch, {"small_input": True}, recipe, seeds)
+    _refuse(_seeds(record, asked, arch, arch, {"small_input": True}, replace(RECIPE, epochs=epochs), seeds))
 
 
 def ablation(record: Record, asked: Asked) -> None:
-    """Train B0 at full depth and half its width with each block of Tables 6 and 7, three seeds of each."""
+    """Train B0 at full depth and half its width with each block of Tables 6 and 7, three seeds of each.
+
+    They share the time, so that all have a part of their epochs, those that have had fewest first; each goes on the next time.
+    """
     epochs, seeds = (1, 1) if asked.tiny else (60, 3)
-    recipe = replace(RECIPE, epochs=epochs)
+    recipe, lost = replace(RECIPE, epochs=epochs), list[str]()
     rows = [("repvgg_b0", row.block, row.top1) for row in TABLE6] + [(row.model, row.block, row.top1) for row in TABLE7]
-    for arch, block, top1 in rows[:2] if asked.tiny else rows:
-        name = "residual" if arch.endswith("residual") else block
+    variants = {"residual" if arch.endswith("residual") else block: (arch, block, top1) for arch, block, top1 in rows}
+    left = [name for name in variants if not record.figures.get(name, {}).get("finished")]
+    for i, name in enumerate(sorted(left, key=lambda name: record.figures.get(name, {}).get("epochs_done", 0))):
+        if asked.over:
+            break
+        arch, block, top1 = variants[name]
+        turn = replace(asked, until=time.time() + (asked.until - time.time()) / (len(left) - i))
         options = {"small_input": True, "block": block, "width": 0.125 if asked.tiny else 0.5}
-        if not asked.over:
-            _seeds(record, asked, name, arch, options, recipe, seeds, paper=top1)
+        lost += _seeds(record, turn, name, arch, options, recipe, seeds, paper=top1)
+    _refuse(lost)
 
 
 def _seeds(
     record: Record, asked: Asked, name: str, arch: str, options: dict[str, Any], recipe: Recipe, seeds: int, **more: Any
-) -> None:
-    """Train all seeds at once until the time is over; what one of them has not finished goes on the next time."""
+) -> list[str]:
+    """Train all seeds at once, an epoch at least, until the time is over; what is not finished goes on the next time.
+
+    Return a line for each process that did not end well; what the others did is recorded all the same.
+    """
     if record.figures.get(name, {}).get("finished"):
-        return
-    jobs = [
-        Job(arch, options, recipe, seed, asked.out / "runs" / f"{record.path.stem}-{name}-{seed}.json") for seed in range(seeds)
-    ]
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=train, args=(job, asked)) for job in jobs]
+        return []
+    asks = json.dumps([record.settings, arch, options, asdict(recipe)], sort_keys=True)
+    stem = f"{record.path.stem}-{name}-{hashlib.sha256(asks.encode()).hexdigest()[:8]}"  # other networks or data have other files
+    jobs = [Job(arch, options, recipe, seed, asked.work / "runs" / f"{stem}-{seed}.json") for seed in range(seeds)]
+    server = multiprocessing.get_context("forkserver")  # a process of it starts at once: PyTorch is there, and CUDA not yet begun
+    server.set_forkserver_preload(["gpu_training"])
+    processes = [server.Process(target=train, args=(job, asked)) for job in jobs]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
-    runs = [json.loads(job.out.read_text()) for job in jobs if job.out.exists()]
-    finished = len(runs) == seeds and all(run["finished"] for run in runs)
-    top1 = [run["top1_by_epoch"][-1] for run in runs if run["top1_by_epoch"]]
+        while process.is_alive():
+            process.join(SAVING)
+            record.put(name, _figures(jobs) | more)  # whoever ends this process finds what there was
+    record.put(name, _figures(jobs) | more)
+    return [f"{name}, seed {i}: exit code {p.exitcode}" for i, p in enumerate(processes) if p.exitcode]
+
+
+def _figures(jobs: list[Job]) -> dict[str, Any]:
+    epochs, runs = jobs[0].recipe.epochs, [json.loads(job.out.read_text()) for job in jobs if job.out.exists()]
+    done = min([len(run["top1_by_epoch"]) for run in runs] + [0] * (len(jobs) > len(runs)))
+    top1 = [run["top1_by_epoch"][-1] for run in runs]
     mean = sum(top1) / len(top1) if top1 else None
-    record.put(name, {"finished": finished, "n": len(top1), "mean_top1": mean, "epochs": recipe.epochs, "runs": runs, **more})
+    return {"finished": done == epochs, "epochs_done": done, "epochs": epochs, "n": len(top1), "mean_top1": mean, "runs": runs}
+
+
+def _refuse(lost: list[str]) -> None:
+    if lost:
+        raise RuntimeError("; ".join(lost))
 
 
 def train(job: Job, asked: Asked) -> None:
-    """Train one network, writing its figures and its state after each epoch; go on with one that was stopped."""
+    """Train one network for an epoch, and for more until the time is over; go on with one that was stopped."""
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    data = read(asked, job.recipe)
+    data = read(asked)
     torch.manual_seed(job.seed)
     model = zoo.create_model(job.arch, num_classes=data.classes, in_chans=data.images.shape[1], **job.options)
-    stepper = Stepper(model, job.recipe, asked.device)
+    # CUDA graphs: such small images leave a GPU waiting for Python otherwise.
+    compiled = asked.on_cuda and asked.until - time.time() > COMPILING
+    stepper = Stepper(model, job.recipe, asked.device, "reduce-overhead" if compiled else "")
     state_file = job.out.with_suffix(".state")
     run: dict[str, Any] = {"seed": job.seed, "top1_by_epoch": [], "finished": False}
     if state_file.exists():
@@ -93,21 +124,32 @@ def train(job: Job, asked: Asked) -> None:
         model.load_state_dict(state["model"])
         stepper.optimizer.load_state_dict(state["optimizer"])
         run = json.loads(state["run"])
+        atomically(job.out, partial(Path.write_text, data=state["run"]))  # it may be older, or was never written
+    saved = time.time()
     for epoch in range(len(run["top1_by_epoch"]), job.recipe.epochs):
-        if asked.over:
-            return
-        _epoch(stepper, data, job, epoch)
+        _epoch_or_uncompiled(stepper, data, job, epoch)
         run["top1_by_epoch"].append(float((_predictions(model, data.held_out) == data.held_out_labels).float().mean()))
         if epoch + 1 == job.recipe.epochs:
             run |= {"finished": True, **_folded(model, data)}
-        text = json.dumps(run)
-        state = {"model": model.state_dict(), "optimizer": stepper.optimizer.state_dict(), "run": text}
-        atomically(state_file, partial(torch.save, state))
-        atomically(job.out, partial(_write, text))
+        if run["finished"] or asked.over or time.time() - saved > SAVING:
+            text, saved = json.dumps(run | {"compiled": stepper.network is not model}), time.time()
+            state = {"model": model.state_dict(), "optimizer": stepper.optimizer.state_dict(), "run": text}
+            atomically(state_file, partial(torch.save, state))
+            atomically(job.out, partial(Path.write_text, data=text))
+        if asked.over:
+            return
 
 
-def _write(text: str, path: Path) -> None:
-    path.write_text(text)
+def _epoch_or_uncompiled(stepper: Stepper, data: "Data", job: Job, epoch: int) -> None:
+    """Pass over the images once; where that cannot be compiled (there is no C compiler, say) without, from here on."""
+    try:
+        _epoch(stepper, data, job, epoch)
+    except RuntimeError as error:
+        if stepper.network is stepper.model:
+            raise
+        print(f"not compiled: {error}", flush=True)
+        stepper.network = stepper.model
+        _epoch(stepper, data, job, epoch)
 
 
 def _epoch(stepper: Stepper, data: "Data", job: Job, epoch: int) -> None:
@@ -169,9 +211,9 @@ class Data:
     mirror: bool
 
 
-def read(asked: Asked, recipe: Recipe) -> Data:
-    """Put a packed file, or any data that repvgg knows, on the device, each channel with mean 0 and deviation 1."""
-    arrays = dict(np.load(asked.data)) if asked.data.endswith(".npz") else _arrays(asked.data)
+def read(asked: Asked) -> Data:
+    """Put packed files, or any data that repvgg knows, on the device, each channel with mean 0 and deviation 1."""
+    arrays = _packed(Path(asked.data)) if asked.data.endswith(".npz") else _arrays(asked.data)
     pixels, labels, held_out, held_out_labels = (
         torch.from_numpy(arrays[name]).to(asked.device) for name in ("images", "labels", "held_out", "held_out_labels")
     )
@@ -195,12 +237,26 @@ def _arrays(spec: str) -> dict[str, Any]:
     return arrays
 
 
+def _packed(pattern: Path) -> dict[str, Any]:
+    files = sorted(pattern.parent.glob(pattern.name))
+    parts = [dict(np.load(file)) for file in files]
+    if wrong := [file for file, part in zip(files, parts, strict=True) if int(part.pop("parts")) != len(files)]:
+        raise ValueError(f"{wrong[0]} is not one of {len(files)} parts: they are to be there all, and no others")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def pack(spec: str, path: Path) -> None:
-    """Write the images of a data set, all of one size, into one compressed file."""
+    """Write the images of a data set, all of one size, into compressed files, and beside them which commit this is."""
+    arrays = _arrays(spec)
+    count = -(-sum(array.nbytes for array in arrays.values()) // PART)
+    for i in range(count):
+        part = {name: np.array_split(array, count)[i] for name, array in arrays.items()}
+        atomically(file := path.with_stem(f"{path.stem}-{i:02}"), partial(_compress, {"parts": np.array(count), **part}))
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    if commit := this_machine()["commit"]:
+        path.with_name("COMMIT").write_text(commit + "\n")
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **_arrays(spec))
 
-    atomically(path, write)
-    print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")
+def _compress(arrays: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # of another name NumPy would make its own
+        np.savez_compressed(file, **arrays)

@@ -5,23 +5,40 @@ from typing import Any
 from layout import interval, table
 
 Record = dict[str, Any]
+MIB = 2**20
 
 
 def speed(r: Record) -> str:
     """A row for each pair and protocol that could be measured."""
-    rows, failed = [], []
-    for name, f in r["figures"].items():
-        if "error" in f:
-            failed.append(name)
-            continue
-        speeds = " and ".join(f"{row['images_per_second']:,.0f}" for row in reversed(f["rows"]))
-        rows.append([name, "" if f["paper"] is None else f"{f['paper']:.2f}", interval(f["ratio"]), speeds])
-    left_out = f"\n\nCould not be measured: {'; '.join(failed)}." if failed else ""
+    rows = []
+    for name, f in _measured(r):
+        slow, fast = f["rows"]
+        speeds = " and ".join(f"{row['images_per_second']:,.0f}" for row in (fast, slow))
+        memory = " and ".join(f"{row['memory_bytes'] / MIB:,.0f}" for row in (fast, slow))
+        rows.append([name, _ratio(f["paper"]), interval(f["ratio"]), speeds + _unequal(f), memory])
     return (
-        "Everything folded, the two of a row taking turns; images are on the GPU already. The paper's ratios are in fp32 at batch "
-        "128 on a GTX 1080Ti.\n\n"
-        + table(["pair, engine, precision, batch", "paper", "ratio (95% interval)", "images/s of both"], rows)
-        + left_out
+        "Everything folded but what is called a training form, the two of a row taking turns; images are on the GPU already. The "
+        "paper's ratios are in fp32 at batch 128 on a GTX 1080Ti. Memory is the allocator's peak while a network is built and run "
+        "once, with the algorithms that cuDNN tries then.\n\n"
+        + table(
+            ["pair, engine, precision, batch, format", "paper", "ratio (95% interval)", "images/s of both", "MiB of both"], rows
+        )
+        + _left_out(r)
+    )
+
+
+def training(r: Record) -> str:
+    """A row for each network and kind of step."""
+    rows = []
+    for name, f in _measured(r):
+        speeds = " and ".join(f"{f['images_per_second'][who]:,.0f}" for who in ("ours", "timm"))
+        memory = " and ".join(f"{f['memory_bytes'][who] / MIB:,.0f}" for who in ("ours", "timm"))
+        rows.append([name, interval(f["ratio"]), speeds, memory, str(f["batch_size"])])
+    return (
+        "A step of SGD in training form at 224 px, beside timm's own network of the same name, the two taking turns; images are on "
+        "the GPU already. Memory is the allocator's peak in a step.\n\n"
+        + table(["network, step", "ours over timm's (95% interval)", "images/s, ours and timm's", "MiB of both", "batch"], rows)
+        + _left_out(r)
     )
 
 
@@ -38,25 +55,40 @@ def ablation(r: Record) -> str:
 def _trained(r: Record) -> str:
     rows = []
     for name, f in r["figures"].items():
-        paper = f"{f['paper']:.2f}%" if f.get("paper") else ""
-        ended = (
-            ""
-            if f["finished"]
-            else f" (stopped after {min(len(run['top1_by_epoch']) for run in f['runs'])} epochs)" * bool(f["runs"])
-        )
         top1 = [100 * run["top1_by_epoch"][-1] for run in f["runs"] if run["top1_by_epoch"]]
         spread = f"{min(top1):.2f} to {max(top1):.2f}%" if top1 else "none yet"
-        rows.append([f"`{name}`", paper, spread + ended, str(f["n"]), str(f["epochs"])])
+        ended = "" if f["finished"] else f" (stopped after {f['epochs_done']})"
+        paper = "" if f.get("paper") is None else f"{f['paper']:.2f}%"
+        rows.append([f"`{name}`", paper, spread, str(f["n"]), f"{f['epochs']}{ended}"])
     return table(["network or block", "top-1 in the paper, ImageNet", "top-1 here, lowest to highest seed", "n", "epochs"], rows)
 
 
 def pspnet(r: Record) -> str:
     """A row for each network and precision."""
     rows = [
-        [name, f"{f['paper']:.2f}", interval(f["ratio"]), str(f["batch_size"])]
-        for name, f in r["figures"].items()
-        if "error" not in f
+        [name, _ratio(f["paper"]), interval(f["ratio"]), f"{f['rows'][-1]['batch_size']}{_unequal(f)}"] for name, f in _measured(r)
     ]
-    return "Speed over PSPNet on ResNet-50, 713 x 713 pixels, deploy form.\n\n" + table(
-        ["network", "paper", "here (95% interval)", "batch"], rows
+    return (
+        "Speed over PSPNet on ResNet-50, 713 x 713 pixels, deploy form.\n\n"
+        + table(["network", "paper", "here (95% interval)", "batch"], rows)
+        + _left_out(r)
     )
+
+
+def _measured(r: Record) -> list[tuple[str, Record]]:
+    return [(name, f) for name, f in r["figures"].items() if "error" not in f]
+
+
+def _left_out(r: Record) -> str:
+    failed = [name for name, f in r["figures"].items() if "error" in f]
+    return f"\n\nCould not be measured: {'; '.join(failed)}." if failed else ""
+
+
+def _ratio(paper: float | None) -> str:
+    return "" if paper is None else f"{paper:.2f}"
+
+
+def _unequal(f: Record) -> str:
+    """Say where memory ran out for one of a pair."""
+    sizes = " and ".join(str(row["batch_size"]) for row in reversed(f["rows"]))
+    return f" (unequal batches: {sizes})" if f["batch_unequal"] else ""

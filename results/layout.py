@@ -1,5 +1,6 @@
 """Markdown: tables, counts in words, intervals, machines."""
 
+import re
 from typing import Any
 
 
@@ -23,4 +24,11 @@ def machine(m: dict[str, Any]) -> str:
     if "node" in m:
         return f"{m['processor']}, Node {m['node']}"
     gpu = f"{m['gpu']}, " if m.get("gpu") else ""
-    return f"{gpu}{m['processor']}, {many(m['cores'], 'core')}, Python {m['python']}, PyTorch {m['versions']['torch']}"
+    return f"{gpu}{m['processor']}{_kind(m)}, {many(m['cores'], 'core')}, Python {m['python']}, PyTorch {m['versions']['torch']}"
+
+
+def _kind(m: dict[str, Any]) -> str:
+    """Return a processor's family and model, and its instruction sets; nothing of records that do not have them."""
+    words = [part.removeprefix("cpu ") for part in m.get("kind", "").split(", ") if re.match("cpu family|model|CPU ", part)]
+    told = ", ".join([*words, *m.get("instruction_sets", ())])
+    return f" ({told})" if told else ""

@@ -86,14 +86,14 @@ def embed(run: Path, source: Source, labels: Tensor) -> dict[str, Any]:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the accuracy of each run against the images that it has seen, as PNG."""
+    """Draw the accuracy of each run against its minutes, as PNG; of the first run only the end is known."""
     figure, (axes,) = plot(700, 400)
     for run, (_, colour) in zip(runs, cycle((WIDEST, POINTWISE, IDENTITY)), strict=False):
-        x, y = zip(*((point["images"] / 1e6, 100 * point["top1"]) for point in run["curve"]), strict=True)
+        points = [(point["minutes"], 100 * point["top1"]) for point in run["curve"] if point["minutes"] is not None]
         label = f"{run['arch']}, {run['recipe']['epochs']} epochs, seed {run['seed']}"
-        axes.plot(x, y, marker=".", color=colour, label=label)
+        axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
     axes.set_title("top-1 on CIFAR-10's test images, %", fontsize=11, color=INK, loc="left")
-    axes.set_xlabel("million images seen", fontsize=9, color=MUTED)
+    axes.set_xlabel("minutes of training", fontsize=9, color=MUTED)
     axes.grid(color=RULE, linewidth=0.4)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=200)

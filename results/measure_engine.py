@@ -2,6 +2,7 @@
 
 python results/measure_engine.py [PART ...]       # on a machine that does nothing else; PARTS and MEMBERS; by default all that
                                                   # can be begun within 18 minutes; each is saved when it is done
+REPVGG_ENGINE_ISA=avx2 python results/measure_engine.py a0      # RepVGG-A0 with AVX2 alone: the part avx2
 
 Weights are random, but every batch norm has the statistics that its input has, so that each layer keeps the variance; errors are
 judged against float64, relative to how much outputs differ from image to image. In each run the engines take turns. Each rival
@@ -31,15 +32,18 @@ from repvgg.bench.models import Candidate, network, randomise_norms
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.measure.machine import write_record
+from repvgg.measure.machine import this_machine, write_record
 from repvgg.measure.timing import Times, interleave
 from repvgg.measure.timing import ratio as ratio_of_times
 from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 THREADS, ROUNDS, ROUNDS_OF_MEMBERS = 2, 9, 3
 TURN = 0.4  # seconds that an engine runs in each round, at least one call
+MICRO = "repvgg_micro"  # as small networks run: 64 images of 32 pixels at a time, on one thread
 RIVALS = ("openvino", "onnxruntime", "ncnn", "mnn")
 CALIBRATION_IMAGES = 32  # of INT8
+IMAGES = 64  # that are drawn for every run, whatever its batch: errors of two runs are of the same images
+REPEATS = 5  # of a process that answers once
 Run = dict[str, dict[str, Any]]  # of an engine: images_per_second, by_round, rms_error
 OUT = Path(__file__).with_name("engine.json")
 BUDGET = 18 * 60  # seconds after which nothing more is begun, unless it was asked for by name
@@ -47,10 +51,21 @@ MEMBERS = tuple(f"repvgg_{name}" for name in ("a2", "b0", "b1", "b1g4", "a1", "b
 WINOGRAD = ("direct", "F2", "F4", "F5", "F6", "F7")
 
 
+def size(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of a network's images."""
+    return (3, 32, 32) if name == MICRO else (3, 224, 224)
+
+
+def threads(name: str) -> int:
+    """That a network is timed on."""
+    return 1 if name == MICRO else THREADS
+
+
 def deploy_form(name: str) -> nn.Module:
     """A member of the family with weights that keep the variance."""
     torch.manual_seed(0)
-    return repvgg.reparameterize(randomise_norms(repvgg.create_model(name), (4, 3, 224, 224)))
+    model = repvgg.create_model(name, num_classes=10, small_input=True) if name == MICRO else repvgg.create_model(name)
+    return repvgg.reparameterize(randomise_norms(model, (4, *size(name))))
 
 
 def model_file(name: str, folder: Path) -> Path:
@@ -87,8 +102,9 @@ def int8_files(name: str, folder: Path) -> tuple[Path, Path]:
 
     plain, path, ours = folder / f"{name}.xml", folder / f"{name}.int8.xml", folder / f"{name}.int8.safetensors"
     if not path.exists():
-        images, deploy = torch.randn(CALIBRATION_IMAGES, 1, 3, 224, 224).numpy(), deploy_form(name)
-        openvino.write(deploy, Signature((3, 224, 224)), plain)
+        deploy = deploy_form(name)
+        images = torch.randn(CALIBRATION_IMAGES, 1, *size(name), generator=torch.Generator().manual_seed(1)).numpy()
+        openvino.write(deploy, Signature(size(name)), plain)
         net = nncf.quantize(openvino.read(plain), nncf.Dataset(list(images)), subset_size=CALIBRATION_IMAGES)
         openvino.save(net, path, "")
         native_int8.write(deploy, net, ours)
@@ -98,7 +114,8 @@ def int8_files(name: str, folder: Path) -> tuple[Path, Path]:
 def openvino_int8(name: str, batch: Tensor, folder: Path) -> Runner:
     from repvgg.deploy.engines import openvino
 
-    return rival(openvino.open_file(int8_files(name, folder)[0], Options(batch_size=len(batch), threads=THREADS)), batch)
+    options = Options(size(name), len(batch), threads=threads(name))
+    return rival(openvino.open_file(int8_files(name, folder)[0], options), batch)
 
 
 def compare(name: str, folder: Path, batch_size: int, natives: Sequence[str], rivals: Sequence[str], rounds: int = ROUNDS) -> Run:
@@ -106,16 +123,17 @@ def compare(name: str, folder: Path, batch_size: int, natives: Sequence[str], ri
 
     natives: precision and accuracy, such as "int16 high". rivals: an engine, and its precision where it is not float32.
     """
-    torch.manual_seed(0)
-    path, images = model_file(name, folder), torch.randn(max(batch_size, 4), 3, 224, 224)
-    batch, judged, model = images[:batch_size], images[:4], deploy_form(name)
+    path, model = model_file(name, folder), deploy_form(name)
     files = {"int8": int8_files(name, folder)[1]} if "int8 high" in natives else {}
+    torch.manual_seed(0)  # after what draws other numbers, and not always
+    images = torch.randn(IMAGES, *size(name))
+    batch, judged = images[:batch_size], images[:4]
     pairs = list(map(str.split, natives))
-    nets = [load(files.get(own, path), precision=own, accuracy=accuracy, threads=THREADS) for own, accuracy in pairs]
+    nets = [load(files.get(own, path), precision=own, accuracy=accuracy, threads=threads(name)) for own, accuracy in pairs]
     runners = {f"native {words}": native(net, batch) for words, net in zip(natives, nets, strict=True)}
     for words in rivals:
         engine, _, precision = words.partition(" ")
-        options = Options((3, 224, 224), batch_size, precision or "fp32", THREADS)
+        options = Options(size(name), batch_size, precision or "fp32", threads(name))
         int8 = precision == "int8"
         runners[words] = openvino_int8(name, batch, folder) if int8 else rival(engines.build(engine, model, options), batch)
     wanted = reference.run(nets[0].layers, judged.numpy())
@@ -141,11 +159,11 @@ def described(times: Times, batch_size: int, error: float) -> dict[str, Any]:
 
 
 def all_engines(name: str, folder: Path) -> dict[str, Run]:
-    """Return a run at batch 32 and one at batch 1, of every engine in every precision."""
+    """Return a run of many images and one of one image at a time, of every engine in every precision."""
     natives, rivals = ["fp32 high", "fp32 fast", "fp32 exact", "int16 high", "int16 fast", "int8 high"], [*RIVALS, "openvino int8"]
     if has_bf16():
         natives, rivals = [*natives, "bf16 high"], [*rivals, "openvino bf16"]
-    return {f"batch {n}": compare(name, folder, n, natives, rivals) for n in (32, 1)}
+    return {f"batch {n}": compare(name, folder, n, natives, rivals) for n in (64 if name == MICRO else 32, 1)}
 
 
 def has_bf16() -> bool:
@@ -217,7 +235,8 @@ def start(folder: Path) -> dict[str, Any]:
     cases = [(f"{name}, batch {n}", file, n) for n in (1, 32) for name, file in engines_of_a0.items()]
     cases += [(f"native cold, {name}, batch 1", model_file(name, folder), 1) for name in LARGE]
     for words, file, batch_size in cases:
-        runs = [first(words.replace(",", "").split()[0], file, batch_size, folder, "cold" in words) for _ in range(5)]
+        answers = [first(words.replace(",", "").split()[0], file, batch_size, folder, "cold" in words) for _ in range(1 + REPEATS)]
+        runs = answers[1:]  # the first found no plan, and no file in memory
         seconds, peak = statistics.median(r[0] for r in runs), statistics.median(r[1] for r in runs)
         found[words] = {"seconds": seconds, "spread": [min(runs)[0], max(runs)[0]], "peak_kib": peak}
         say(f"{words}: first answer after {seconds:.2f} s, peak {peak / 1024:.0f} MiB")
@@ -266,6 +285,9 @@ def _by(name: str, precision: str, path: Path) -> Net:
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "a0": partial(all_engines, "repvgg_a0"),
     "a2": partial(all_engines, "repvgg_a2"),
+    "b0": partial(all_engines, "repvgg_b0"),
+    "b1": partial(all_engines, "repvgg_b1"),
+    "micro": partial(all_engines, MICRO),
     "avx2": avx2,
     "start": start,
     "against_resnets": against_resnets,
@@ -273,19 +295,36 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+def asked(words: Sequence[str], isa: str) -> list[str]:
+    """Return the parts that are measured. isa: of REPVGG_ENGINE_ISA, by which no part may be overwritten that has all.
+
+    Exits with a line where they cannot be.
+    """
+    if unknown := [word for word in words if word not in (*PARTS, *MEMBERS)]:
+        sys.exit(f"no part {unknown[0]!r}: {', '.join((*PARTS, *MEMBERS))}")
+    if not isa:
+        return list(words) or [*PARTS, *MEMBERS]
+    if isa != "avx2" or not set(words) <= {"a0", "avx2"} or not words:
+        sys.exit(f"with REPVGG_ENGINE_ISA={isa} only a0 with avx2 is measured, as the part avx2: unset it for the others")
+    return ["avx2"]
+
+
 def main() -> None:
     torch.set_num_threads(THREADS)
     began = time.monotonic()
+    parts = asked(sys.argv[1:], os.environ.get("REPVGG_ENGINE_ISA", ""))
     figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for word in sys.argv[1:] or [*PARTS, *MEMBERS]:
+        for word in parts:
             if not sys.argv[1:] and time.monotonic() - began > BUDGET:
                 say(f"{word}: left out, for want of time; python results/measure_engine.py {word}")
                 continue
             part, measure = (word, PARTS[word]) if word in PARTS else ("members", partial(member, word))
             load_before = os.getloadavg()[0]
-            others = figures.get(part, {}) if part == "members" else {}
-            figures[part] = {**others, **measure(Path(folder)), "load_before": load_before}
+            others = {name: run for name, run in figures.get(part, {}).items() if part == "members" and isinstance(run, dict)}
+            figures[part] = {**others, **measure(Path(folder))}
+            when = {key: value for key, value in this_machine().items() if key in ("commit", "date")}
+            figures["measured"] = {**figures.get("measured", {}), word: {**when, "load_before": load_before}}
             protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "about": __doc__}
             write_record(OUT, {**figures, "protocol": protocol})
     if "algorithms" in figures:

@@ -1,4 +1,4 @@
-"""The constants of the native engine's plans (engine/src/plan.cpp, net.cpp, pool.cpp), each swept alone; writes results/plan.json.
+"""The constants of the native engine's plans (engine/src: pieces, plan, net, pool), each swept alone; writes results/plan.json.
 
 python results/measure_plan.py [CONSTANT ...]      # on a machine that does nothing else; four minutes, most of it compiling
 
@@ -35,12 +35,12 @@ WORK = {
 }
 # The file of each constant and the values that are tried.
 SWEEPS = {
-    "BLOCK_BYTES": ("plan.cpp", ["160 << 10", "320 << 10", "640 << 10", "1280 << 10"]),
-    "BLOCKS_OF_WEIGHTS": ("plan.cpp", ["8", "32", "128"]),
-    "SMALLEST_BLOCK": ("plan.cpp", ["8", "16", "48", "96"]),
-    "FEW_TILES": ("plan.cpp", ["2", "8", "32"]),
-    "MANY_WEIGHTS": ("plan.cpp", ["2", "8", "32"]),
-    "WHOLE_GROUPS": ("plan.cpp", ["1", "4", "16"]),
+    "BLOCK_BYTES": ("pieces.cpp", ["160 << 10", "320 << 10", "640 << 10", "1280 << 10"]),
+    "BLOCKS_OF_WEIGHTS": ("pieces.cpp", ["8", "32", "128"]),
+    "SMALLEST_BLOCK": ("pieces.cpp", ["8", "16", "48", "96"]),
+    "FEW_TILES": ("pieces.cpp", ["2", "8", "32"]),
+    "MANY_WEIGHTS": ("pieces.cpp", ["2", "8", "32"]),
+    "WHOLE_GROUPS": ("pieces.cpp", ["1", "4", "16"]),
     "WORTH_A_PIECE": ("plan.cpp", ["1 << 13", "1 << 16", "1 << 19"]),
     "FEW_IMAGES": ("net.cpp", ["4", "8", "16", "32"]),
     "PATIENCE": ("pool.cpp", ["20", "200", "2000"]),

@@ -4,7 +4,7 @@ python results/measure_pruning.py forms runs/cifar10 hf:../shared/data/cifar10  
 python results/measure_pruning.py structures runs/structures hf:../shared/data/cifar10 # plain against residual (section 3.1)
 
 Each stops and starts at will. The structures are RepVGG-B0's plain layers and Table 7's residual reorganisation of them, trained
-and pruned alike, with the same share of each set of channels left.
+and pruned alike, the residual one to as many MACs as the plain one has left.
 """
 
 import json
@@ -14,9 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from repvgg import load, reparameterize
 from repvgg.data import open_source
-from repvgg.deploy.prune import prune
+from repvgg.deploy.prune import prune, pruned
+from repvgg.measure.costs import cost
 from repvgg.measure.machine import write_record
 from repvgg.models.zoo import manifest_of
 from repvgg.train.loop import train
@@ -29,6 +33,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "residual": {"arch": "repvgg_b0_residual"},
 }
 WIDTH, FIRST_EPOCHS, AFTER_EPOCHS = 0.25, 2, 1
+HALVINGS = 10  # of the span of shares that are looked through
 
 
 def record(**figures: Any) -> None:
@@ -54,12 +59,27 @@ def structures(out: Path, data: str) -> None:
     recipe = replace(get_recipe("cifar"), epochs=FIRST_EPOCHS, warmup_epochs=0.5, ema=0.0, small_first=0.0)
     after = replace(recipe, epochs=AFTER_EPOCHS, warmup_epochs=0, lr=recipe.lr / 4)
     found: dict[str, Any] = {}
-    for name, network in STRUCTURES.items():
+    for name, network in STRUCTURES.items():  # the plain one first, whose MACs the other one is brought to
         train(source=source, recipe=recipe, out=out / name, width=WIDTH, small_input=False, **network)
-        report = prune(load(out / name / "last.safetensors"), source, out / f"{name}-pruned", KEEP, after)
-        found[name] = report.to_json()
+        model = load(out / name / "last.safetensors")
+        keep = share_left(model, found["plain"]["macs"][1]) if found else KEEP
+        found[name] = prune(model, source, out / f"{name}-pruned", keep, after).to_json()
     about = {"width": WIDTH, "train_images": len(source.train), "recipe": asdict(recipe), "after": asdict(after), "n": 1}
     record(structures={**about, **found})
+
+
+def share_left(model: nn.Module, macs: int) -> float:
+    """Return the share of its channels with which a network of plain layers has as many MACs as it can up to `macs`."""
+    size = manifest_of(model).preprocessing.input_size
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))  # which channels stay has no part in the count
+    low, high = 0.0, 1.0  # bisected: more channels never have fewer MACs
+    for _ in range(HALVINGS):
+        keep = (low + high) / 2
+        if cost(pruned(model, images, keep), size).macs > macs:
+            high = keep
+        else:
+            low = keep
+    return low
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ import {join, resolve} from 'node:path';
 import {pathToFileURL} from 'node:url';
 
 const [site, runtime, rounds = '15'] = process.argv.slice(2);
+if (!runtime || !(Number(rounds) >= 1)) {
+  console.error('usage: node results/measure_wasm.mjs SITE RUNTIME [ROUNDS]   (SITE: of repvgg export --to web and --to onnx; RUNTIME: where npm put onnxruntime-web)');
+  process.exit(2);
+}
 const WARMUP = 3, WANTED = 2.3;
 const load_before = loadavg()[0];
 const here = name => readFileSync(join(site, name));

@@ -1,4 +1,4 @@
-"""Write the measured figures of README.md and of results.md, deploy.md and scale.md in docs/ from results/*.json.
+"""Write the measured figures of README.md and of results.md, deploy.md, engine.md and scale.md in docs/ from results/*.json.
 
 python results/readme.py            # rewrites them
 python results/readme.py --check    # exit code 1 if one is out of date
@@ -15,6 +15,7 @@ import rivals
 import sections
 from deploy_table import engines, sizing
 from layout import machine, many, table
+from targets import targets
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
@@ -31,6 +32,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("pruning", "Pruning", sections.pruning, "measure_pruning.py"),
     ("photos", "900 photos from nothing", sections.photos, "measure_photos.py"),
     ("camvid", "CamVid", sections.camvid, "measure_camvid.py"),
+    ("table8", "Table 8: ResNet-50 beside RepVGG", sections.table8, "measure_table8.py"),
     ("ablation", "Tables 6 and 7", sections.ablation, "measure_ablation.py"),
     ("training", "A training step", sections.training, "measure_training.py"),
     ("data", "Loading images, and predicting whole data sets", sections.data, "measure_data.py"),
@@ -38,6 +40,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("startup", "Start-up", sections.startup, "measure_startup.py"),
     ("timing", "The timing loop", sections.timing, "measure_timing.py"),
     ("gpu/speed", "On a GPU: speed", gpu_words.speed, "gpu.py"),
+    ("gpu/training", "On a GPU: a training step", gpu_words.training, "gpu.py"),
     ("gpu/cifar10", "On a GPU: CIFAR-10", gpu_words.cifar10, "gpu.py"),
     ("gpu/ablation", "On a GPU: Tables 6 and 7", gpu_words.ablation, "gpu.py"),
     ("gpu/pspnet", "On a GPU: Table 8", gpu_words.pspnet, "gpu.py"),
@@ -103,6 +106,7 @@ PAGES: dict[Path, Callable[[], str]] = {
     ROOT / "README.md": headline,
     ROOT / "docs" / "results.md": measured,
     ROOT / "docs" / "deploy.md": lambda: engines(record("engines") or {}, record("engine") or {}),
+    ROOT / "docs" / "engine.md": lambda: targets(*(record(name) or {} for name in ("engine", "predictions", "wasm"))),
     ROOT / "docs" / "scale.md": lambda: sizing(record("engines") or {}, record("gpu/speed"), record("data")),
 }
 

@@ -22,7 +22,14 @@ NAMES = {
     "eager": "PyTorch",
     "compile": "torch.compile",
 }
-RUNS = {"a0": "RepVGG-A0", "a2": "RepVGG-A2", "avx2": "RepVGG-A0 with AVX2 alone"}
+RUNS = {
+    "a0": "RepVGG-A0",
+    "a2": "RepVGG-A2",
+    "b0": "RepVGG-B0",
+    "b1": "RepVGG-B1",
+    "micro": "`repvgg_micro` at 32 px, one thread",
+    "avx2": "RepVGG-A0, ours and OpenVINO with AVX2 alone",
+}
 AGAINST = {
     "fp32 high": "",
     "bf16 high": "bf16",
@@ -70,10 +77,10 @@ def short(r: dict[str, Any]) -> list[list[str]]:
 def engine(r: dict[str, Any]) -> str:
     """Return the native engine's section: every engine of every run; the family; the ResNets; start-up."""
     parts = [
-        f"On {many(r['protocol']['threads'], 'thread')}, medians of {many(r['protocol']['rounds'], 'round')} in which all engines "
-        "of a table took turns. A ratio is the speed of our engine over that of the fastest of the others in the same table, which "
-        "the column names, whatever its error. Errors are root mean squares of the logits against float64, relative to how much "
-        "the logits differ from image to image.",
+        f"On {many(r['protocol']['threads'], 'thread')} where no other number is named; medians of "
+        f"{many(r['protocol']['rounds'], 'round')} in which all engines of a table took turns. A ratio is the speed of our engine "
+        "over that of the fastest of the others in the same table, which the column names, whatever its error. Errors are root "
+        "mean squares of the logits against float64, relative to how much the logits differ from image to image.",
         *(_table(f"{RUNS[part]}, {_images(batch)}", run) for part in RUNS for batch, run in _runs(r, part)),
         *_members(r),
         _resnets(r),

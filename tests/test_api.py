@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import repvgg
-from repvgg.api import training, using
+from repvgg.api import opening, training, using
 from repvgg.data import open_source
 from repvgg.models.zoo import manifest_of
 from repvgg.train.recipes import Recipe
@@ -102,13 +102,24 @@ def test_evaluation_is_of_the_images_that_were_held_out(trained: Any, photos: Pa
     run, out, _, _ = trained
     deploy = repvgg.reparameterize(run.model)
     repvgg.save(deploy, tmp_path / "deploy.safetensors")
-    for model in (out, tmp_path / "deploy.safetensors", run.model):
-        accuracy: Any = repvgg.evaluate(model, str(photos))
-        assert accuracy.images == 10
-        assert accuracy.classes == ("dark", "light")
-        assert accuracy.confusion.tolist() == run.best.confusion.tolist() or model is not out
-    other: Any = repvgg.evaluate(run.model, str(photos), val=0.5)
+    found: list[Any] = [repvgg.evaluate(m, str(photos)) for m in (out, tmp_path / "deploy.safetensors", run.model)]
+    assert {(accuracy.images, accuracy.classes) for accuracy in found} == {(10, ("dark", "light"))}
+    assert torch.equal(found[0].confusion, run.best.confusion)
+    assert torch.equal(found[1].confusion, found[2].confusion)
+    with pytest.raises(ValueError, match="--precision bf16 is an engine's"):
+        repvgg.evaluate(run.model, str(photos), precision="bf16")
+
+
+def test_data_are_divided_as_when_the_model_was_trained(trained: Any, photos: Path) -> None:
+    """With another seed, most images of the validation split would be those that it has seen."""
+    run, _, _, _ = trained
+    said: list[str] = []
+    for val, seed in ((None, 0), (0.25, 0), (0.25, 1)):
+        assert opening.open_data(str(photos), val, seed=seed, model=run.model, log=said.append).splitting == (0.25, 3)
+    assert not said
+    other: Any = repvgg.evaluate(run.model, str(photos), val=0.5, log=said.append)
     assert other.images == 20
+    assert said == [f"{photos}: --val 0.5 is not how the model's images were divided (0.25): it has seen some of these"]
 
 
 def test_predict(trained: Any, photos: Path) -> None:
@@ -131,6 +142,8 @@ def test_export(trained: Any, tmp_path: Path) -> None:
 
 def test_prune_and_quantize(trained: Any, photos: Path, tmp_path: Path) -> None:
     _, out, _, _ = trained
+    with pytest.raises(ValueError, match="--recipe auto is for train alone"):
+        repvgg.prune(out, str(photos), tmp_path / "auto", recipe="auto")
     silent: dict[str, Any] = {"log": lambda line: None}
     pruned = repvgg.prune(out, str(photos), tmp_path / "pruned", 0.5, recipe=ONE, **silent)
     assert pruned.costs[1].params < pruned.costs[0].params
@@ -182,10 +195,13 @@ def test_a_page_that_cannot_be_written_ends_no_training(tmp_path: Path, monkeypa
 
     said: list[str] = []
     report_at_the_end(tmp_path, open_source("digits"), "cpu", said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr("repvgg.web.report.write_report", lambda *args, **options: [][0])
+        report_at_the_end(tmp_path, open_source("digits"), "cpu", said.append)
     monkeypatch.delitem(sys.modules, "repvgg.web.report", raising=False)
     monkeypatch.delitem(sys.modules, "repvgg.web.charts", raising=False)
     monkeypatch.delattr("repvgg.web.charts", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     report_at_the_end(tmp_path, open_source("digits"), "cpu", said.append)
-    assert [line.partition(" (")[0].partition(",")[0] for line in said] == [f"{tmp_path}: without a page"] * 2
-    assert "pip install matplotlib" in said[1]
+    assert [line.partition(" (")[0].partition(",")[0] for line in said] == [f"{tmp_path}: without a page"] * 3
+    assert "pip install matplotlib" in said[2]

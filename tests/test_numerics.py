@@ -2,14 +2,20 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from repvgg.data import open_source
+from repvgg.fold import proof
 from repvgg.numerics import full_float32, repeatable
+from repvgg.paper.grid import compare_forms
+from repvgg.train import loop
 from repvgg.train.evaluate import evaluate
 from repvgg.train.recipes import Recipe
-from repvgg.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -34,26 +40,57 @@ def test_float32_on_cuda_has_no_tf32() -> None:
     assert tf32() == (False, False)
 
 
-def test_a_run_on_cuda_can_be_repeated() -> None:
-    repeatable("cpu")
+def test_a_run_on_cuda_can_be_repeated_and_what_follows_is_as_before() -> None:
+    with repeatable("cpu"):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with suppress(RuntimeError), repeatable("cuda"):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        raise RuntimeError("it stops")
     assert not torch.are_deterministic_algorithms_enabled()
-    repeatable("cuda")
+    assert torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    with repeatable("cuda"):
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.are_deterministic_algorithms_enabled()
-    assert torch.is_deterministic_algorithms_warn_only_enabled()
-    assert not torch.backends.cudnn.benchmark
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_training_asks_for_both() -> None:
+def test_training_asks_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device of the name "cuda" that is not there: the switches are set before it is first used."""
+    seen: list[bool] = []
+
+    def feed(*_: Any) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    monkeypatch.setattr(loop, "Feed", feed)
     with pytest.raises((RuntimeError, AssertionError)):
-        Trainer(torch.nn.Linear(1, 1), Recipe(), 2, device="cuda")
+        loop.train("repvgg_micro", open_source("digits"), Recipe(), tmp_path, device="cuda", log=str)
+    assert seen == [True]
     assert tf32() == (False, False)
-    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_evaluation_on_cuda_is_in_float32() -> None:
     evaluate(torch.nn.Flatten(), [(torch.zeros(2, 10, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda"))], 10)
     assert tf32() == (False, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_the_forms_of_a_grids_networks_are_compared_in_float32() -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        compare_forms(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), open_source("digits"), "cuda")
+    assert tf32() == (False, False)
+
+
+def test_proofs_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switches are asked for on the device of the model that is judged."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(proof, "full_float32", asked.append)
+    model = torch.nn.Conv2d(1, 1, 1).eval()
+    assert proof.verify(model, model, (1, 4, 4)).ok
+    assert asked == [torch.device("cpu")]

@@ -1,4 +1,4 @@
-"""The fastest way to run a RepVGG in deploy form on a CPU; no PyTorch.
+"""A small engine for RepVGGs in deploy form on CPUs, without PyTorch.
 
 import repvgg_engine
 net = repvgg_engine.load("a0.safetensors")

@@ -30,13 +30,30 @@ def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
             with Image.open(path, formats=FORMATS) as opened:
                 if not 0 < opened.width * opened.height <= MAX_PIXELS:
                     raise EngineError(f"{path}: {opened.width} x {opened.height} pixels; up to {MAX_PIXELS:,} can be decoded")
-                image: Any = ImageOps.exif_transpose(opened).convert("L" if len(preprocessing.mean) == 1 else "RGB")
+                image = on_white(ImageOps.exif_transpose(opened), "L" if len(preprocessing.mean) == 1 else "RGB")
         pixels = np.array(image, np.uint8)  # decodes what is left
     except EngineError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise EngineError(f"{path}: not an image, or a damaged one ({str(error)[:120]})") from None
     return prepare(pixels.reshape(*pixels.shape[:2], -1), preprocessing)
+
+
+def on_white(image: Any, mode: str) -> Any:
+    """Return an image in grey or RGB as `repvgg predict` shows it to a model: on white where it is transparent, and one of 16 or 32
+    bits, which Pillow would clip, scaled to 8."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):
+        numbers = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+        usual = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
+        largest = float(numbers.max())
+        white = next((white for white in usual if largest <= white), largest)
+        image = Image.fromarray((numbers * (255 / white)).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
 
 
 def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:

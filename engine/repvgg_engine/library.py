@@ -114,6 +114,7 @@ def _open() -> ctypes.CDLL:
     library.repvgg_weight_bytes.restype = c_int64
     library.repvgg_profile.argtypes = [c_void_p, POINTER(c_double)]
     library.repvgg_profile.restype = None
+    library.repvgg_work.argtypes = [c_void_p, c_int32, POINTER(ImagesStruct), POINTER(c_int64), c_int32, *failing]
     library.repvgg_available_threads.argtypes = [c_char_p]
     library.repvgg_available_memory.argtypes = [c_char_p]
     library.repvgg_available_memory.restype = c_int64

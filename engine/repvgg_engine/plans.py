@@ -4,12 +4,14 @@
     Path("a0.plan.json").write_text(plan.to_json())
     net = repvgg_engine.load("a0.safetensors", plan="a0.plan.json")      # measures nothing
 
-By one plan an image gives the same bits in any batch, on any number of threads, on any machine that has the plan's instruction set.
+By one plan an image gives the same bits in any batch, on any number of threads, and, of one build of the engine, on any machine
+with the plan's instruction set. ("portable" is another one on x86, on aarch64 and in a browser.)
 """
 
 import json
 import math
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -105,7 +107,7 @@ def keep_speeds(key: str, speeds: list[dict[str, float]]) -> None:
 def _write(path: Path | None, text: str) -> None:
     if path is None:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)

@@ -17,8 +17,8 @@ from repvgg_engine.layers import Array, Conv, Layer
 from repvgg_engine.machine import available_threads
 from repvgg_engine.net import Net
 
-# For all of it; what a turn that has begun still takes comes on top.
-SECONDS = 0.8
+# For all of it; what a turn that has begun still takes comes on top. And at most so many times that by the clock on the wall.
+SECONDS, WALL_TIMES = 0.8, 4
 # Images that are timed at a time have at most so many MACs each, where that leaves the least side; many: enough for every thread.
 MOST_TIMED_MACS, MANY, LEAST_SIDE = 6e9, 4, 56
 # No map of an image has more numbers than this, where that leaves something: a file of a few bytes may name images of any size.
@@ -33,11 +33,12 @@ Say = Callable[[str], None]
 
 
 class Clock:
-    """Tells whether there is time left: of this process's own, so that others that compute too do not make choices worse."""
+    """Tells whether there is time left: of this process's own, so that others that compute too do not make choices worse; and no
+    more than some times as much by the clock on the wall, for where threads wait for each other."""
 
     def __init__(self, seconds: float, threads: int) -> None:
         self.threads = min(threads, available_threads())  # more of them compute no faster
-        self.end = self.now() + seconds
+        self.end, self.wall_end = self.now() + seconds, time.monotonic() + WALL_TIMES * seconds
 
     def now(self) -> float:
         """Return seconds as they would pass if all threads had worked all the time."""
@@ -45,7 +46,7 @@ class Clock:
 
     def has(self, seconds: float = 0) -> bool:
         """Tell whether so many are left."""
-        return self.now() + seconds < self.end
+        return self.now() + seconds < self.end and time.monotonic() < self.wall_end
 
 
 def silent(step: str) -> None:

@@ -51,7 +51,7 @@ FAST = 2e-4
 # float32 and in bfloat16, with AVX-512, AVX2 and SSE2, for 192 channels and for 512. The check in the end does not rest on it.
 GROWTH = {"direct": 1.0, "F2": 1.7, "F4": 4.9, "F5": 9.6, "F6": 20.5, "F7": 49.0}
 # An error is watched through the net in one layer computed by the first of these that it has: large enough to show. Weights of more
-# bytes are not made for it.
+# bytes than that, or than half of the limit, are not made for it.
 WATCHED, MOST_WATCHED_BYTES = ("F5", "F4", "F2"), 64 << 20
 # Of each kind of calibration images. They have at most so many MACs in all, where that leaves the least side; or they are half as
 # many.
@@ -85,7 +85,7 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
     """
     clock = Clock(SECONDS_INT8 if net.precision == "int8" else SECONDS, net.threads)
     say("the reference in float64")
-    errors = _Errors(net, calibration_images(net), accuracy)
+    errors = _Errors(net, calibration_images(net), accuracy, memory_limit)
     added = errors.added(seconds, clock, say)
     options = [
         [Option(name, of_layer[name], added[i][name], net.weight_bytes(i, name)) for name in of_layer]
@@ -126,8 +126,8 @@ def choose_algorithms(net: Net, accuracy: str, memory_limit: int, seconds: Share
 class _Errors:
     """Squares of the output's error on each kind of images, 1 being what is allowed."""
 
-    def __init__(self, net: Net, images: Array, accuracy: str) -> None:
-        self.net = net
+    def __init__(self, net: Net, images: Array, accuracy: str, memory_limit: int) -> None:
+        self.net, self.most_bytes = net, min(MOST_WATCHED_BYTES, memory_limit // 2)
         self.direct = [names[0] if names else "" for names in net.known]
         self.exact = ["direct" if name else "" for name in self.direct]  # in float32
         self.ending = "" if net.precision == "fp32" else f" {net.precision}"
@@ -203,7 +203,7 @@ class _Errors:
         if ending == "" != self.ending:
             return np.zeros_like(self.of_exact)  # float32 adds nothing beside the other precision
         name = next((n for n in WATCHED if n + ending in self.net.known[layer]), "direct") + ending
-        if self.net.weight_bytes(layer, name) > MOST_WATCHED_BYTES:
+        if self.net.weight_bytes(layer, name) > self.most_bytes:
             return None
         grown = GROWTH[name.removesuffix(ending)] ** 2 - (ending == "")
         return self._watched(layer, name) / grown if grown else np.zeros_like(self.of_exact)

@@ -1,4 +1,5 @@
 // The C interface to nets of layers at hand; that to model files is in open.cpp.
+#include <algorithm>
 #include <stdexcept>
 
 #include "api.h"
@@ -16,7 +17,7 @@ int32_t repvgg_abi_version(size_t sizes[3]) {
 repvgg_net *repvgg_create(const repvgg_layer *layers, int32_t count, const repvgg_options *options, char *error,
                           size_t size) {
     repvgg_net *net = nullptr;
-    guarded(error, size, nullptr, [&] {
+    guarded(error, size, nullptr, "a net of these layers", [&] {
         if (!layers || !options) throw std::invalid_argument("no layers, or no options");
         net = new repvgg_net{nullptr, {layers, count, *options}};
     });
@@ -27,14 +28,14 @@ void repvgg_destroy(repvgg_net *net) { delete net; }
 
 int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_t width, int32_t shape[3], char *error,
                         size_t size) {
-    return guarded(error, size, nullptr, [&] {
+    return guarded(error, size, nullptr, "its shape", [&] {
         if (!net || !shape) throw std::invalid_argument("no net, or no shape");
         net->net.output_shape(height, width, shape);
     });
 }
 
 int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size) {
-    return guarded(error, size, nullptr, [&] {
+    return guarded(error, size, nullptr, "images of that size and number", [&] {
         if (!net || !images || !images->data || !output) throw std::invalid_argument("no net, no images or no output");
         if (images->bytes && !(images->scale && images->shift))
             throw std::invalid_argument("images of bytes have a scale and a shift");
@@ -43,7 +44,7 @@ int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char
 }
 
 int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size) {
-    return guarded(error, size, nullptr, [&] {
+    return guarded(error, size, nullptr, "the choice", [&] {
         if (!net || !algorithm) throw std::invalid_argument("no net, or no algorithm");
         net->net.choose(layer, algorithm);
     });
@@ -63,6 +64,19 @@ int64_t repvgg_weight_bytes(const repvgg_net *net, int32_t layer, const char *na
 
 void repvgg_profile(repvgg_net *net, double *seconds) {
     if (net && seconds) net->net.profile(seconds);
+}
+
+int repvgg_work(repvgg_net *net, int32_t layer, const repvgg_images *images, int64_t *work, int32_t room, char *error,
+                size_t size) {
+    int32_t count = -1;
+    guarded(error, size, nullptr, "images of that size and number", [&] {
+        if (!net || !images || !work) throw std::invalid_argument("no net, no images or no room for their work");
+        const int sides[2] = {images->height, images->width};
+        const auto found = net->net.work(layer, images->n, sides);
+        count = static_cast<int32_t>(found.size());
+        std::copy(found.begin(), found.begin() + std::clamp(room, 0, count), work);
+    });
+    return count;
 }
 
 const char *repvgg_instruction_sets(void) { return repvgg::instruction_sets(); }

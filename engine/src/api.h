@@ -26,19 +26,18 @@ struct repvgg_net {
 
 namespace repvgg {
 
-/// where: what the words are about, or null.
+/// where: what the words are about, or null. memory: what there may not be enough memory for.
 template <class Work>
-int guarded(char *error, size_t size, const char *where, const Work &work) {
-    const auto say = [&](const char *text) {
-        if (error && size) std::snprintf(error, size, "%s%s%s", where ? where : "", where ? ": " : "", text);
+int guarded(char *error, size_t size, const char *where, const char *memory, const Work &work) {
+    const auto say = [&](const char *text, const char *more = "") {
+        if (error && size) std::snprintf(error, size, "%s%s%s%s", where ? where : "", where ? ": " : "", text, more);
         return -1;
     };
     try {
         work();
         return 0;
     } catch (const std::bad_alloc &) {
-        return say(where ? "there is not enough memory for its weights"
-                         : "there is not enough memory for images of that size and number");
+        return say("there is not enough memory for ", memory);
     } catch (const std::exception &caught) {
         return say(caught.what());
     }

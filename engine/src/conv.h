@@ -9,6 +9,7 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "targets.h"
 #include "winograd.h"
 
 namespace repvgg::REPVGG_ISA {
@@ -50,39 +51,6 @@ struct Block {
     int64_t floats() const { return end - reinterpret_cast<float *>(tile); }
 };
 
-/// Where one tile of V lies: the vector `index` of its channels, of product p.
-template <class Element>
-struct Target {
-    static constexpr int numbers = 1;  // in a lane of what is put
-    float *at;
-    int64_t product, block;
-    REPVGG_INLINE void put(int p, int index, Vec v) const {
-        Element::put(at + p * product + index / Element::pack * block, index % Element::pack, v);
-    }
-};
-
-/// The same as floats, for one tile that is scaled afterwards. Lanes beyond the last channel hold what lies there,
-/// perhaps another image's pixels: they become 0.
-struct Staged {
-    static constexpr int numbers = 1;
-    float *at;
-    int64_t product;
-    int vectors;
-    Ints last;  // the lanes that count in the last vector
-    REPVGG_INLINE void put(int p, int index, Vec v) const {
-        const Ints counting = index + 1 < vectors ? ~Ints{} : last;
-        store(at + p * product + index * WIDTH, (Vec)((Ints)v & counting));
-    }
-};
-
-/// The same for maps of bytes, four of which are in a lane and stay so.
-struct Copied {
-    static constexpr int numbers = BYTES;
-    float *at;
-    int64_t product, block;
-    REPVGG_INLINE void put(int p, int index, Vec v) const { store(at + p * product + index * block, v); }
-};
-
 /// The transformed inputs of tile `index`, the `row`-th of `rows` in its group; `next`: the tile that comes after it.
 template <class Algorithm, class Element>
 REPVGG_INLINE void transform(const Conv &c, const Block<Algorithm, Element> &block, int64_t index, int64_t row,
@@ -90,14 +58,15 @@ REPVGG_INLINE void transform(const Conv &c, const Block<Algorithm, Element> &blo
     const Tile &tile = block.tile[index], &next = block.tile[index + (index + 1 < block.tiles)];
     float *v = block.v + (index - row) * block.depth + row * WIDTH;
     if constexpr (Element::scaled) {
-        const int vectors = static_cast<int>(ceil_div(c.depth, WIDTH));
-        const Ints last = lanes_between(0, c.depth - (vectors - 1) * WIDTH);
-        Algorithm::input(c, tile, next, Staged{block.staged, block.staged_product, vectors, last});
+        Algorithm::input(c, tile, next, Staged{block.staged, block.staged_product, Lanes(c.depth)});
         Element::quantise(block.staged, block.staged_product, c.products, c.depth, v, block.v_product, rows * WIDTH,
                           block.scales + index, block.tiles);
     } else {
         using To = std::conditional_t<Element::bytes, Copied, Target<Element>>;
-        Algorithm::input(c, tile, next, To{v, block.v_product, rows * WIDTH});
+        const To to{v, block.v_product, rows * WIDTH};
+        if constexpr (!Element::bytes && Element::pack > 1)
+            if (c.depth % Element::pack) return Algorithm::input(c, tile, next, Odd<Element>{to, Lanes(c.depth)});
+        Algorithm::input(c, tile, next, to);
     }
 }
 

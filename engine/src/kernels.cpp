@@ -2,8 +2,6 @@
 // everything hidden.
 #include "kernels.h"
 
-#include <math.h>
-
 #include "conv.h"
 #if defined(REPVGG_INT8)
 #include "bytes.h"
@@ -134,6 +132,20 @@ void max_pool(const MaxPool &p, const float *map, float *out) {
         }
 }
 
+/// e^x, to half a unit in the last place. A C library's may differ from processor to processor; this one does not.
+float exponential(float x) {
+    if (!(x > -87.0f && x < 88.0f)) return x != x ? x : x > 0 ? __builtin_inff() : 0.0f;
+    const double twos = static_cast<double>(x) * 1.4426950408889634;
+    const int whole = static_cast<int>(twos + (twos < 0 ? -0.5 : 0.5));
+    const double rest = static_cast<double>(x) - whole * 0.6931471805599453;  // at most 0.35 in size
+    double sum = 1;
+    for (int i = 10; i > 0; i--) sum = 1 + sum * rest / i;  // Taylor
+    const uint64_t bits = static_cast<uint64_t>(1023 + whole) << 52;
+    double power;
+    memcpy(&power, &bits, sizeof power);
+    return static_cast<float>(sum * power);
+}
+
 void excite(const Excite &e, float *map, const Map &strides, const int size[2], float *scratch) {
     float *means = scratch, *hidden = means + e.channels + WIDTH, *gate = hidden + e.hidden + WIDTH;
     pool(map, strides, e.channels, size, means);
@@ -145,7 +157,7 @@ void excite(const Excite &e, float *map, const Map &strides, const int size[2], 
     for (int64_t c = 0; c < e.channels; c++) {
         float sum = e.expand_bias[c];
         for (int64_t h = 0; h < e.hidden; h++) sum += e.expand[c * e.hidden + h] * hidden[h];
-        gate[c] = 1 / (1 + expf(-sum));
+        gate[c] = 1 / (1 + exponential(-sum));
     }
     for (int64_t c = e.channels; c < e.channels + WIDTH; c++) gate[c] = 0;  // lanes beyond the last channel stay zero
     for (int64_t y = 0; y < size[0]; y++)

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <exception>
 #include <fstream>
 #include <thread>
 #include <vector>
@@ -78,7 +79,19 @@ int64_t available_memory(const std::string &root) {
 
 extern "C" {
 
-int32_t repvgg_available_threads(const char *root) { return repvgg::available_threads(root ? root : ""); }
+int32_t repvgg_available_threads(const char *root) {
+    try {
+        return repvgg::available_threads(root ? root : "");
+    } catch (const std::exception &) {  // not even for a path is there memory
+        return 1;
+    }
+}
 
-int64_t repvgg_available_memory(const char *root) { return repvgg::available_memory(root ? root : ""); }
+int64_t repvgg_available_memory(const char *root) {
+    try {
+        return repvgg::available_memory(root ? root : "");
+    } catch (const std::exception &) {
+        return 0;
+    }
+}
 }

@@ -170,6 +170,13 @@ void Net::run(const repvgg_images &images, float *output) {
     }
 }
 
+std::vector<int64_t> Net::work(int layer, int n, const int size[2]) {
+    int shape[3], choice;
+    output_shape(size[0], size[1], shape);
+    if (!fitting(layer, 0) || n < 1) refuse("no images, or layer " + std::to_string(layer) + " is no convolution");
+    return take_plan(runtime(), n, size, choice)->work(layer);
+}
+
 void Net::profile(double *seconds) {
     profiled_ = true;
     for (size_t i = 0; i < layers_.size(); i++)

@@ -24,6 +24,8 @@ class Net {
     const char *isa() const;
     int64_t weight_bytes(int layer, const Algorithm &algorithm) const;
     void profile(double *seconds);
+    /// The multiplications of each piece that a convolution of n images is cut into, in vectors.
+    std::vector<int64_t> work(int layer, int n, const int size[2]);
 
   private:
     /// Threads, and what they share. A forked process has none of its parent's threads, and its locks may be held by

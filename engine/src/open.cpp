@@ -14,16 +14,16 @@ namespace {
 constexpr int ENOUGH_CHANNELS = 16;
 
 /// A caller's struct, which may be of an older or a newer header than this library's: what it has beyond ours must be
-/// zero, what it lacks is.
+/// zero, what it lacks is. name: what it is called in words.
 template <class Struct>
-Struct versioned(const Struct *given) {
+Struct versioned(const Struct *given, const std::string &name) {
     Struct ours{};
     if (!given) return ours;
-    if (given->size < sizeof given->size) refuse("options without their size: set options.size = sizeof options");
+    if (given->size < sizeof given->size) refuse(name + " without its size: set size to the sizeof of its struct");
     const auto *bytes = reinterpret_cast<const unsigned char *>(given);
     if (given->size > 4096 ||
         std::any_of(bytes + std::min(sizeof ours, given->size), bytes + given->size, [](auto b) { return b != 0; }))
-        refuse("options that this version of the library does not know: upgrade it");
+        refuse(name + " that this version of the library does not know: upgrade it");
     std::memcpy(&ours, bytes, std::min(sizeof ours, given->size));
     return ours;
 }
@@ -95,7 +95,7 @@ extern "C" {
 
 repvgg_model *repvgg_read(const char *path, char *error, size_t size) {
     repvgg_model *model = nullptr;
-    guarded(error, size, path, [&] {
+    guarded(error, size, path, "its weights", [&] {
         if (!path) refuse("no path");
         model = new repvgg_model(repvgg::read_model(*repvgg::open_file(path)));
     });
@@ -104,7 +104,7 @@ repvgg_model *repvgg_read(const char *path, char *error, size_t size) {
 
 repvgg_model *repvgg_read_bytes(const void *bytes, size_t count, char *error, size_t size) {
     repvgg_model *model = nullptr;
-    guarded(error, size, "the model", [&] {
+    guarded(error, size, "the model", "its weights", [&] {
         if (!bytes) refuse("no bytes");
         model = new repvgg_model(repvgg::read_model(*repvgg::open_bytes(bytes, count)));
     });
@@ -131,10 +131,9 @@ int repvgg_describe(const repvgg_model *model, repvgg_description *description) 
 
 int repvgg_prepare(const repvgg_description *description, const uint8_t *pixels, int32_t height, int32_t width,
                    uint8_t *out, char *error, size_t size) {
-    return guarded(error, size, nullptr, [&] {
-        if (!description || description->size < sizeof *description || !description->interpolation || !pixels || !out)
-            refuse("no description, no pixels or no room for the input");
-        const repvgg_description &d = *description;
+    return guarded(error, size, nullptr, "resizing that image", [&] {
+        const repvgg_description d = versioned(description, "a description");
+        if (!d.interpolation || !pixels || !out) refuse("no description, no pixels or no room for the input");
         repvgg::prepare({d.channels, d.height, d.width, d.resize, d.interpolation, {}, {}, {}, {}}, pixels, height,
                         width, out);
     });
@@ -148,9 +147,9 @@ repvgg_net *repvgg_open(const char *path, const repvgg_open_options *options, ch
 repvgg_net *repvgg_open_model(repvgg_model *model, const repvgg_open_options *options, char *error, size_t size) {
     std::unique_ptr<repvgg_model> owned(model);
     repvgg_net *net = nullptr;
-    guarded(error, size, nullptr, [&] {
+    guarded(error, size, nullptr, "a net of that model", [&] {
         if (!owned) refuse("no model");
-        net = opened(std::move(owned), versioned(options));
+        net = opened(std::move(owned), versioned(options, "a struct of options"));
     });
     return net;
 }

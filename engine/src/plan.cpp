@@ -11,19 +11,7 @@ namespace repvgg {
 
 namespace {
 
-/// Transformed tiles and their products should stay in a core's second-level cache.
-constexpr int64_t BLOCK_BYTES = 640 << 10;
-/// But each block reads all weights; where those come from memory rather than the cache, fewer and larger blocks do.
-constexpr int64_t BLOCKS_OF_WEIGHTS = 32;
-/// And so many tiles make a block whatever its size: with fewer, the micro-kernel's last group is a large part of it.
-constexpr int64_t SMALLEST_BLOCK = 48;
-/// Fewer rows than this for each thread, or so many times more weights than transformed inputs, and threads share out
-/// output channels rather than tiles: each weight is then read once, though each input is transformed by every thread.
-constexpr int64_t FEW_TILES = 8, MANY_WEIGHTS = 8;
-/// From so many blocks a thread on, blocks are of whole groups of tiles; fewer would then be unequal work for the
-/// threads.
-constexpr int64_t WHOLE_GROUPS = 4;
-/// Floats of output that are worth handing to a thread: some ten microseconds' work.
+/// Floats that are worth handing to a thread: some ten microseconds' work.
 constexpr int64_t WORTH_A_PIECE = 1 << 16;
 constexpr int64_t ALIGNMENT = 1024;
 constexpr int64_t MOST_FLOATS = int64_t{1} << 36;
@@ -47,8 +35,6 @@ int64_t own_time() {
     return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 #endif
 }
-
-int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 }  // namespace
 
@@ -172,6 +158,7 @@ void Plan::place(int threads) {
         } else {
             const repvgg_layer &spec =
                 layers_[step.layer]->spec;  // room for squeeze-excite's means, hidden numbers and gates
+            cut_pool(step, threads);
             scratch =
                 std::max(scratch, 4 * static_cast<int64_t>(spec.in_channels) + spec.out_channels + 4 * kernels_.width);
         }
@@ -180,38 +167,13 @@ void Plan::place(int threads) {
     memory_ = std::make_unique<Memory>(slot_offset_ + threads * slot_floats_);
 }
 
-/// Cuts a convolution into pieces: as few as fit the cache, but no fewer than there are threads.
-void Plan::cut(Step &step, int threads) {
-    Conv &c = step.conv;
-    c.in = tensors_[step.in].map, c.out = tensors_[step.out].map;
-    c.origins[0] = step.origins[0].data(), c.origins[1] = step.origins[1].data();
-    c.weights = weights_[step.layer]->packed->floats(), c.bias = layers_[step.layer]->bias.data();
-    if (tensors_[step.out].bytes) c.bytes_of_one = LARGEST_BYTE / layers_[step.layer + 1]->spec.largest_input;
-    const bool local = &step - steps_.data() < local_steps_;
-    step.tiles = static_cast<int64_t>(c.tiles[0]) * c.tiles[1] * (local ? 1 : n_);
-    const int64_t tile_bytes =
-        (step.algorithm->scratch(c, 2) - step.algorithm->scratch(c, 1)) * static_cast<int64_t>(sizeof(float));
-    const int wanted = local ? 1 : static_cast<int>(ceil_div(threads, c.groups));
-    step.splits = 1;
-    const int64_t weight_bytes = packed_floats(c, *step.algorithm, 1) * static_cast<int64_t>(sizeof(float));
-    int64_t blocks = ceil_div(
-        step.tiles, std::max(SMALLEST_BLOCK, std::max(BLOCK_BYTES, weight_bytes / BLOCKS_OF_WEIGHTS) / tile_bytes));
-    if (blocks < wanted) {
-        // By panels first, and where there are more threads than panels by tiles too.
-        if (step.tiles < FEW_TILES * wanted || step.tiles * MANY_WEIGHTS < c.out_channels)
-            step.splits = std::min<int>(wanted, c.panels);
-        blocks = std::min(step.tiles, std::max(blocks, ceil_div(wanted, step.splits)));
-    } else {
-        blocks = round_up(blocks, wanted);
-    }
-    step.block = ceil_div(step.tiles, blocks);
-    if (blocks >= WHOLE_GROUPS * wanted) step.block = round_up(step.block, c.rows);
-    step.blocks = static_cast<int>(ceil_div(step.tiles, step.block));
-}
-
-int Plan::items(const Step &step) const {
-    if (layers_[step.layer]->is_conv()) return step.conv.groups * step.splits * step.blocks;
-    return &step - steps_.data() < local_steps_ ? 1 : n_;
+/// Cuts a pool or a max-pool into pieces of channels, where those are worth it; squeeze-excite is one piece an image.
+void Plan::cut_pool(Step &step, int threads) {
+    const Tensor &in = tensors_[step.in];
+    const int64_t pieces = static_cast<int64_t>(in.channels) * in.size[0] * in.size[1] / WORTH_A_PIECE;
+    const int64_t most = std::min(ceil_div(in.channels, kernels_.width), ceil_div(threads, n_));
+    const bool whole = in.local || layers_[step.layer]->spec.op == REPVGG_SQUEEZE_EXCITE;
+    step.splits = whole ? 1 : static_cast<int>(std::clamp<int64_t>(pieces, 1, most));
 }
 
 float *Plan::corner(const Tensor &tensor, int slot, int image) const {
@@ -236,20 +198,21 @@ void Plan::compute(const Step &step, int item, int slot, int image) {
     const Tensor &in = tensors_[step.in], &out = tensors_[step.out];
     float *scratch = memory_->floats() + slot_offset_ + slot * slot_floats_ + scratch_offset_;
     if (layer.is_conv()) {
-        // Blocks change fastest, so that threads work with the same weights.
-        const int block = item % step.blocks, split = item / step.blocks % step.splits;
-        Piece piece;
+        Piece piece = piece_of(step, item);
         piece.in = corner(in, slot, image), piece.out = inside(out, slot, image), piece.scratch = scratch;
-        piece.group = item / step.blocks / step.splits;
-        piece.first_panel = panel_start(step.conv.panels, step.splits, split),
-        piece.last_panel = panel_start(step.conv.panels, step.splits, split + 1);
-        piece.first = block * step.block, piece.last = std::min(step.tiles, piece.first + step.block);
         step.algorithm->run(step.conv, piece);
-    } else if (layer.spec.op == REPVGG_POOL) {
-        kernels_.pool(inside(in, slot, image + item), in.map, in.channels, in.size, inside(out, slot, image + item));
+        return;
+    }
+    image += item / step.splits;
+    const int vectors = static_cast<int>(ceil_div(in.channels, kernels_.width)), split = item % step.splits;
+    const int first = panel_start(vectors, step.splits, split) * kernels_.width;
+    const int channels = std::min(in.channels, panel_start(vectors, step.splits, split + 1) * kernels_.width) - first;
+    float *from = inside(in, slot, image) + first, *to = inside(out, slot, image) + first;
+    if (layer.spec.op == REPVGG_POOL) {
+        kernels_.pool(from, in.map, channels, in.size, to);
     } else if (layer.spec.op == REPVGG_MAX_POOL) {
         const repvgg_layer &s = layer.spec;
-        const MaxPool pool{in.channels,
+        const MaxPool pool{channels,
                            {s.kernel[0], s.kernel[1]},
                            {s.stride[0], s.stride[1]},
                            {s.padding[0], s.padding[1]},
@@ -257,11 +220,11 @@ void Plan::compute(const Step &step, int item, int slot, int image) {
                            {out.size[0], out.size[1]},
                            in.map,
                            out.map};
-        kernels_.max_pool(pool, inside(in, slot, image + item), inside(out, slot, image + item));
+        kernels_.max_pool(pool, from, to);
     } else {
         const repvgg_layer &s = layer.spec;
         const Excite excite{s.in_channels, s.out_channels, s.relu != 0, s.weight, s.bias, s.weight2, s.bias2};
-        kernels_.excite(excite, inside(in, slot, image + item), in.map, in.size, scratch);
+        kernels_.excite(excite, from, in.map, in.size, scratch);
     }
 }
 

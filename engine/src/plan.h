@@ -10,6 +10,8 @@
 
 namespace repvgg {
 
+static inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
 /// A convolution's weights as one algorithm wants them.
 struct Weights {
     Weights(const Algorithm *algorithm, int forks) : algorithm(algorithm), forks(forks) {}
@@ -31,6 +33,9 @@ class Plan {
     bool fits(int n, int height, int width) const {
         return n == n_ && height == tensors_[0].size[0] && width == tensors_[0].size[1];
     }
+
+    /// Of a convolution: the multiplications of each piece, in vectors.
+    std::vector<int64_t> work(int layer) const;
 
   private:
     /// A feature map of each image, with the zero border that the layer that reads it wants.
@@ -64,8 +69,11 @@ class Plan {
     void choose_local(int threads);
     void place(int threads);
     void cut(Step &step, int threads);
+    void cut_pool(Step &step, int threads);
     int64_t layout(bool local);
+    static int best_splits(const Step &step, int wanted, int64_t blocks);
     int items(const Step &step) const;
+    Piece piece_of(const Step &step, int item) const;
     void run_item(const Step &step, int item, int slot, int image);
     void compute(const Step &step, int item, int slot, int image);
     void read(const repvgg_images &images, int image, int band, int bands, int slot);

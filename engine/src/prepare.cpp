@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t MOST_PIXELS = 100000000;
 constexpr int MOST_SIDE = 8192;
+constexpr int64_t MOST_RESIZED = int64_t{1} << 31;
 constexpr int64_t LONGEST = 32;  // times the short side: what is beyond is cut off first
 constexpr int BITS = 22;         // of the weights of samples
 
@@ -112,6 +113,8 @@ void prepare(const Preprocessing &p, const uint8_t *pixels, int height, int widt
     if (filter == std::end(FILTERS)) refuse("no interpolation '" + p.interpolation + "': nearest, bilinear, bicubic");
     const Axis columns = axis_of(width, height, p.resize, p.width), rows = axis_of(height, width, p.resize, p.height);
     const int64_t channels = p.channels, line = columns.wanted * channels;
+    if (std::max(rows.before, rows.wanted) * line > MOST_RESIZED)  // of 32 bits, some addresses would begin again at 0
+        refuse("an image that takes more than 2 GiB while it is resized");
     std::vector<uint8_t> half(static_cast<size_t>(rows.before * line));
     resample(*filter, columns, rows.before, channels, pixels + rows.skip * width * channels, width * channels, channels,
              half.data(), line, channels);

@@ -123,11 +123,11 @@ REPVGG_API int repvgg_output_shape(const repvgg_net *net, int32_t height, int32_
 REPVGG_API int repvgg_run(repvgg_net *net, const repvgg_images *images, float *output, char *error, size_t size);
 
 /* How a convolution is computed, for any number of images: "direct", or by Winograd's algorithm with tiles of m x m
- * outputs, "F2", "F4",
- * ...; where products may be of another precision also "direct bf16" or "direct int16", which is then the default,
- * "F2 bf16", ...; of int8 "direct int8" and "F2 int8" for layers whose largest input is known, and those of int16. An
- * algorithm that does not fit the layer is an error. By the same algorithms an image gives the same bits in any batch,
- * on any number of threads, and on any machine with the instruction set. */
+ * outputs, "F2", "F4", ...; where products may be of another precision also "direct bf16" or "direct int16", which is
+ * then the default, "F2 bf16", ...; of int8 "direct int8" and "F2 int8" for layers whose largest input is known, and
+ * those of int16. An algorithm that does not fit the layer is an error. By the same algorithms an image gives the same
+ * bits in any batch, on any number of threads, and, of one build of this library, on any machine with the instruction
+ * set. */
 REPVGG_API int repvgg_choose(repvgg_net *net, int32_t layer, const char *algorithm, char *error, size_t size);
 
 /* The instruction set that the net runs on, as in repvgg_options. */
@@ -139,6 +139,11 @@ REPVGG_API int64_t repvgg_weight_bytes(const repvgg_net *net, int32_t layer, con
 
 /* Seconds that threads have computed in each layer since the last call of this function; none before the first. */
 REPVGG_API void repvgg_profile(repvgg_net *net, double *seconds);
+
+/* How equally threads share a convolution of such images: returns how many pieces it is cut into, and notes of as many
+ * as there is room for the multiplications, in vectors. */
+REPVGG_API int repvgg_work(repvgg_net *net, int32_t layer, const repvgg_images *images, int64_t *work, int32_t room,
+                           char *error, size_t size);
 
 /* Instruction sets that this processor has, best first, separated by spaces; "bf16" among them where it multiplies
  * bfloat16. */

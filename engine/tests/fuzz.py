@@ -1,4 +1,4 @@
-"""Hostile layers, model files and plans through the C interface: an `EngineError` or an answer, never anything else.
+"""Hostile layers, model files, plans and pictures through the C interface: an `EngineError` or an answer, never anything else.
 
 python fuzz.py [--cases 1000] [--seed N]        # run by `make sanitize` in builds that watch memory; a seed repeats a run
 """
@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from nets import calibrated, images, model_file, plain_net
 from repvgg_engine import EngineError, Plan, load
-from repvgg_engine.library import LIBRARY, ImagesStruct, LayerStruct, Message, OpenOptionsStruct, OptionsStruct
+from repvgg_engine.library import (
+    LIBRARY,
+    DescriptionStruct,
+    ImagesStruct,
+    LayerStruct,
+    Message,
+    OpenOptionsStruct,
+    OptionsStruct,
+)
 
 ODD = (-(2**31), -1, 0, 1, 2, 3, 7, 16, 17, 255, 2**15, 46341, 2**16, 2**16 + 1, 2**20, 2**20 + 1, 2**31 - 1)
 ODD_RANGES = (-1.0, 1e-30, 1e-15, 1e15, 1e30, float("inf"), float("nan"))
@@ -30,11 +38,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     words = parser.parse_args()
     print(f"fuzz: {words.cases} cases of each kind, --seed {words.seed}", flush=True)
-    ran = fuzz_layers(words.cases, words.seed)
+    ran, prepared = fuzz_layers(words.cases, words.seed), fuzz_pictures(words.cases, words.seed)
     with tempfile.TemporaryDirectory() as folder:
         opened = fuzz_files(words.cases, words.seed, Path(folder))
         planned = fuzz_plans(words.cases, words.seed, Path(folder))
-    print(f"fuzz: {ran} nets ran, {opened} files and {planned} plans opened, the others were refused in words")
+    print(f"fuzz: {ran} nets ran, {opened} files and {planned} plans opened, {prepared} pictures prepared, the others were refused")
 
 
 def fuzz_layers(cases: int, seed: int) -> int:
@@ -79,6 +87,30 @@ def fuzz_plans(cases: int, seed: int, folder: Path) -> int:
             LIBRARY.repvgg_destroy(message.check(LIBRARY.repvgg_open(str(path).encode(), options, *message.room)))
             opened += 1
     return opened
+
+
+def fuzz_pictures(cases: int, seed: int) -> int:
+    """Return how many pictures of odd sizes could be prepared, by descriptions with odd numbers."""
+    choose, prepared, size = random.Random(seed), 0, ctypes.sizeof(DescriptionStruct)
+    pixels, out = NUMBERS.view(np.uint8), np.empty(NUMBERS.nbytes, np.uint8)
+    for _ in range(cases):
+        odds = choose.choice((0, 0, 0.05, 0.3))
+        height, width, channels, *of_input = (
+            choose.choice(ODD) if choose.random() < odds else choose.choice(usual)
+            for usual in ((1, 2, 9, 40, 333), (1, 3, 16, 70, 500), (1, 3, 3, 4), (1, 8, 33, 224), (1, 8, 32, 200), (1, 9, 32, 256))
+        )
+        rows, columns, resize = of_input
+        about = DescriptionStruct(size, channels=channels, height=rows, width=columns, resize=resize)
+        about.size = choose.choice((0, 7, 8, size - 16, 5000)) if choose.random() < odds else size
+        about.interpolation = choose.choice((b"nearest", b"bilinear", b"bicubic", *((b"lanczos", b"", None) if odds else ())))
+        refused = min(height, width) < 1 or height * width > 10**8 or not all(1 <= n <= 8192 for n in (channels, *of_input))
+        if not refused and max(height * width, rows * columns) * channels > out.size:
+            continue  # it would read or write more than there is
+        message = Message()
+        with suppress(EngineError):
+            message.check(LIBRARY.repvgg_prepare(about, pixels.ctypes.data, height, width, out.ctypes.data, *message.room))
+            prepared += 1
+    return prepared
 
 
 def _one_net(choose: random.Random, odds: float) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 from repvgg_engine import EngineError, Plan, load
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.images import prepare, read_image
-from repvgg_engine.library import LIBRARY, Message, OpenOptionsStruct
+from repvgg_engine.library import LIBRARY, DescriptionStruct, Message, OpenOptionsStruct
 
 EXAMPLE = Path(__file__).parent.parent / "examples/classify.c"
 CLASSES = [f"class number {i}" for i in range(10)]
@@ -107,6 +107,62 @@ def test_images_that_cannot_be_prepared() -> None:
             prepare(image, p)
 
 
+def test_an_image_that_takes_too_much_memory() -> None:
+    with pytest.raises(EngineError, match="more than 2 GiB while it is resized"):
+        prepare(np.zeros((1, 1, 33), np.uint8), Preprocessing(8192, 8192, 8192, "nearest", (0.5,), (0.5,)))
+
+
+def pictures() -> dict[str, Image.Image]:
+    """One of each kind that is no plain RGB."""
+    random = np.random.default_rng(0)
+    colours, alpha = (random.integers(0, 256, (32, 32, n), np.uint8) for n in (3, 1))
+    deep = random.integers(0, 65536, (32, 32), np.uint16)
+    palette = Image.fromarray(colours).quantize(16)
+    palette.info["transparency"] = 3
+    return {
+        "RGBA": Image.fromarray(np.concatenate([colours, alpha], 2)),
+        "LA": Image.fromarray(np.concatenate([colours[..., :1], alpha], 2)),
+        "P": palette,
+        "I;16": Image.fromarray(deep),
+        "F": Image.fromarray(deep.astype(np.float32) / 65535),
+        "1": Image.fromarray(colours[..., 0]).convert("1"),
+        "CMYK": Image.fromarray(colours).convert("CMYK"),
+    }
+
+
+@pytest.mark.parametrize("mode", list(pictures()))
+def test_pictures_of_other_kinds(mode: str, tmp_path: Path) -> None:
+    """On white where they are transparent; 16 bits and floats from black to white."""
+    image, file = pictures()[mode], tmp_path / "picture.tiff" if mode in ("F", "CMYK") else tmp_path / "picture.png"
+    assert image.mode == mode
+    image.save(file)
+    wanted = np.asarray(image.convert("RGBA"), np.float64)
+    if mode in ("I;16", "F"):
+        grey = np.asarray(image, np.float64)
+        wanted = np.repeat(grey[..., None] * (255 / 65535 if mode == "I;16" else 255), 4, 2)
+        wanted[..., 3] = 255
+    share = wanted[..., 3:] / 255
+    got = read_image(file, PREPROCESSING)
+    assert np.abs(got - (wanted[..., :3] * share + 255 * (1 - share))).max() <= 1
+    repvgg_images = pytest.importorskip("repvgg.data.images")
+    assert np.array_equal(got, repvgg_images.decode(file).permute(1, 2, 0).numpy())
+
+
+def test_a_description_of_an_older_program() -> None:
+    """Without what it does not use."""
+    pixels, out, message = np.zeros((4, 4, 3), np.uint8), np.ones((2, 2, 3), np.uint8), Message()
+    about = DescriptionStruct(channels=3, height=2, width=2, resize=2, interpolation=b"nearest")
+    for size in (DescriptionStruct.classes.offset, ctypes.sizeof(DescriptionStruct)):
+        about.size = size
+        message.check(LIBRARY.repvgg_prepare(about, pixels.ctypes.data, 4, 4, out.ctypes.data, *message.room))
+        assert not out.any()
+        out[:] = 1
+    for size, reason in ((0, "a description without its size"), (5000, "a description that this version"), (16, "no description")):
+        about.size = size
+        with pytest.raises(EngineError, match=reason):
+            message.check(LIBRARY.repvgg_prepare(about, pixels.ctypes.data, 4, 4, out.ctypes.data, *message.room))
+
+
 class LaterOptions(OpenOptionsStruct):
     _fields_ = [("of_a_later_version", ctypes.c_int64)]
 
@@ -129,7 +185,7 @@ def test_options_of_other_versions(tmp_path: Path) -> None:
     assert opened(path, size=OpenOptionsStruct.threads.offset, threads=-1) == 10  # an older program's, without threads
     for options, reason in (
         ({"of_a_later_version": 1}, "options that this version of the library does not know"),
-        ({"size": 0}, "options without their size"),
+        ({"size": 0}, "a struct of options without its size"),
         ({"threads": -1}, "threads is -1"),
         ({"isa": b"none"}, "none"),
         ({"plan": str(tmp_path).encode()}, "is a folder"),

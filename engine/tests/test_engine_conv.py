@@ -140,3 +140,23 @@ def test_infinities_and_nans_stay() -> None:
     got = Net([conv(random, 3, 5, padding=(1, 1), relu=True)])(images)
     assert np.isnan(got[0, :, 3:6, 3:6]).all()
     assert np.isfinite(got[0, :, :3]).all()
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="no AVX512-BF16 here, or not to be used")
+def test_a_nan_beside_the_last_of_odd_channels() -> None:
+    """Two channels share 32 bits; what is beside the last is the next pixel's, or the next group's, and counts for nothing."""
+    random = np.random.default_rng(0)
+    images = random.standard_normal((1, 3, 8, 9)).astype(np.float32)
+    images[0, 0, 4, 6] = np.nan
+    wide = conv(random, 3, 5, kernel=5, padding=(2, 2))  # too many numbers for one sum: row by row
+    got = Net([wide], precision="bf16")(images)
+    assert np.array_equal(np.isnan(got), np.isnan(reference.run([wide], images)))
+    tiles = Net([conv(random, 3, 5, padding=(1, 1))], precision="bf16")
+    tiles.choose(0, "F2 bf16")
+    images[0, 0, 4] = images[0, 0, 0]
+    images[0, 0, :, 3] = np.nan  # beside the samples of the tiles that begin at 0
+    assert np.isfinite(tiles(images)[..., :2]).all()
+    grouped = conv(random, 6, 8, kernel=5, padding=(2, 2), groups=2)
+    both = random.standard_normal((1, 6, 8, 9)).astype(np.float32)
+    both[0, 3] = np.inf
+    assert np.isfinite(Net([grouped], precision="bf16")(both)[:, :4]).all()

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
-from fuzz import fuzz_files, fuzz_layers, fuzz_plans
+from fuzz import fuzz_files, fuzz_layers, fuzz_pictures, fuzz_plans
 from soak import MOST_GROWTH, soak
 
 
@@ -20,6 +20,10 @@ def test_hostile_files(tmp_path: Path) -> None:
 
 def test_hostile_plans(tmp_path: Path) -> None:
     assert 5 < fuzz_plans(300, seed=0, folder=tmp_path) < 290
+
+
+def test_hostile_pictures() -> None:
+    assert 100 < fuzz_pictures(800, seed=0) < 790
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")

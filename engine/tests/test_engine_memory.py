@@ -1,15 +1,17 @@
 """Memory at its peak, measured in processes of their own."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 import repvgg_engine
-from nets import model_file, plain_net
+from nets import conv, model_file, plain_net
 from repvgg_engine import load, machine
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
@@ -78,3 +80,42 @@ def test_the_limit_follows_the_container(tmp_path: Path, monkeypatch: pytest.Mon
     net = load(path)
     net.prepare()
     assert sum(net.weight_bytes(i, name) for i, name in enumerate(net.chosen) if name) <= least
+
+
+def test_the_words_for_too_little_memory(tmp_path: Path) -> None:
+    """A net may be too large where no image has been seen; and where there is no memory for a path, there is a number still."""
+    script = f"""
+import ctypes, json, resource
+from repvgg_engine.library import CONV, LIBRARY, EngineError, LayerStruct, Message, OptionsStruct
+COUNT = 1 << 20
+few = np.zeros(COUNT, np.float32)  # each group's bias takes a whole vector, of 4 to 16 numbers
+layers = (LayerStruct * 64)()
+for layer in layers:
+    layer.op, layer.in_channels, layer.out_channels, layer.groups = CONV, COUNT, COUNT, COUNT
+    layer.kernel[:] = layer.stride[:] = layer.dilation[:] = 1, 1
+    layer.weight = layer.bias = few.ctypes.data
+path = b"x" * (150 << 20)  # a copy of it does not fit
+used = int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (140 << 20), -1))
+def said(call):
+    message = Message()
+    try:
+        message.check(call(message.room))
+    except EngineError as error:
+        return str(error)
+print(json.dumps([
+    said(lambda room: LIBRARY.repvgg_create(layers, len(layers), OptionsStruct(1, 0, 0, b"portable"), *room)),
+    said(lambda room: LIBRARY.repvgg_open({str(tmp_path / "net.safetensors")!r}.encode(), None, *room)),
+]))
+print(LIBRARY.repvgg_available_threads(path), LIBRARY.repvgg_available_memory(path))
+"""
+    random = np.random.default_rng(0)
+    wide = conv(random, 4, 1 << 20, kernel=1, groups=4)
+    narrow = conv(random, 1 << 20, 1 << 20, kernel=1, groups=1 << 20)
+    model_file(tmp_path / "net.safetensors", [conv(random, 3, 4, kernel=1), wide, *([narrow] * 8)])
+    done = subprocess.run([sys.executable, "-c", HEAD + script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words, numbers = done.stdout.splitlines()
+    wanted = ["a net of these layers", "a net of that model"]
+    assert json.loads(words) == [f"there is not enough memory for {what}" for what in wanted]
+    assert numbers == "1 0"

@@ -15,7 +15,7 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 import repvgg_engine
 from nets import PREPROCESSING, conv, images, model_file, plain_net
 from repvgg_engine import EngineError, Net, instruction_sets, load, reference
-from repvgg_engine.layers import Layer, MaxPool, Pool
+from repvgg_engine.layers import Conv, Layer, MaxPool, Pool, SqueezeExcite
 
 # Times what float32's rounding alone does on this machine.
 DIRECT, WINOGRAD = 4, 20
@@ -50,6 +50,29 @@ def test_max_pools(isa: str) -> None:
     x[0, 0, 3, 3] = np.nan
     assert np.isnan(net(x)[0]).any()
     assert not np.isnan(net(x)[1:]).any()
+
+
+def test_pools_in_pieces() -> None:
+    """Of large maps, cut by channels: the bits stay the same."""
+    random = np.random.default_rng(0)
+    layers: list[Layer] = [conv(random, 3, 84, padding=(1, 1)), MaxPool(84, (3, 3), (2, 2), (1, 1)), Pool(84)]
+    for n, size in ((1, (97, 98)), (3, (61, 64))):
+        x = images(n, size=size)
+        results = [Net(layers, threads=threads)(x) for threads in (1, 2, 7)]
+        assert relative(results[0], reference.run(layers, x)) < DIRECT * own_rounding(layers, x)
+        assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_the_gates_of_squeeze_excite() -> None:
+    """From one end of float32 to the other."""
+    b, channels = np.linspace(-86, 86, 64).astype(np.float32), 64
+    b[:3] = -1000, 1000, np.nan
+    same = Conv(np.eye(channels, dtype=np.float32)[..., None, None], np.zeros(channels, np.float32))
+    none, hidden = np.zeros((1, channels), np.float32), np.zeros(1, np.float32)
+    gates = Net([same, SqueezeExcite(none, hidden, none.T.copy(), b)])(np.ones((1, channels, 1, 1), np.float32))[0, :, 0, 0]
+    with np.errstate(over="ignore"):
+        wanted = 1 / (1 + np.exp(-b.astype(np.float64)))
+    assert gates == pytest.approx(wanted, rel=2e-7, nan_ok=True)
 
 
 def test_feature_maps_of_any_size() -> None:

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 from nets import conv, images, model_file, plain_net
-from repvgg_engine import Net, load, loader, plan, reference, speed, tune
+from repvgg_engine import Net, Plan, load, loader, plan, plans, reference, speed, tune
 from repvgg_engine.costs import estimated_cost, macs
 from repvgg_engine.layers import Array, Layer, Pool
 from repvgg_engine.machine import available_threads
@@ -269,3 +271,50 @@ def test_the_memory_limit_is_kept(tmp_path: Path) -> None:
     assert np.allclose(net(images()), wanted, atol=1e-4)
     assert sum(net.weight_bytes(i, name) for i, name in enumerate(net.chosen) if name) <= least
     assert plan(path, memory_limit=least).algorithms == tuple(net.chosen)
+
+
+def test_no_weights_are_watched_that_take_more_than_half_of_the_limit(tmp_path: Path) -> None:
+    net, largest = Net(deep_net(layers=3)), list[int]()
+    choose = net.choose
+
+    def watched(layer: int, algorithm: str) -> None:
+        largest.append(net.weight_bytes(layer, algorithm))
+        choose(layer, algorithm)
+
+    net.choose = watched  # type: ignore[method-assign]
+    least = net.weight_bytes(1, "direct")
+    for limit in (1 << 30, 8 * least):
+        largest.clear()
+        shares = [dict.fromkeys(speed.worth_timing(net, i, (64, 64), limit), 1.0) for i in range(len(net.layers))]
+        errors = tune._Errors(net, tune.calibration_images(net), "high", limit)
+        errors.added(shares, speed.Clock(60, 1), speed.silent)
+        assert max(largest) == net.weight_bytes(1, "F5" if limit == 1 << 30 else "direct")
+
+
+def test_the_time_limit_holds_where_threads_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take no time of the processors then."""
+    monkeypatch.setattr("repvgg_engine.speed.time.process_time", lambda: 0.0)
+    now = [100.0]
+    monkeypatch.setattr("repvgg_engine.speed.time.monotonic", lambda: now[0])
+    clock = speed.Clock(2, 1)
+    assert clock.has()
+    now[0] += 2 * speed.WALL_TIMES - 0.1
+    assert clock.has()
+    now[0] += 0.2
+    assert not clock.has()
+
+
+def test_threads_that_keep_a_plan_at_once_write_files_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, names, replace = threading.Barrier(2, timeout=30), list[Path](), Path.replace
+
+    def renamed(path: Path, target: Path) -> Path:
+        names.append(path)
+        both.wait()  # until the other has written too
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", renamed)
+    plans_ = [Plan("portable", "fp32", (name,)) for name in ("F2", "F4" * 1000)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda plan: plans.keep("key", plan), plans_))
+    assert len(set(names)) == 2
+    assert plans.cached("key") in plans_

@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 import repvgg_engine
-from nets import images, model_file, plain_net
+from nets import conv, images, model_file, plain_net
 from repvgg_engine import Plan, load
 from repvgg_engine.images import prepare
+from repvgg_engine.layers import Layer, Pool
 
 BROWSER = Path(repvgg_engine.__file__).parent / "browser"
 SCRIPT = """
@@ -126,6 +127,36 @@ for (let i = 0; i < 6000; i++) refused('large', () => net.run(long, 1, 65537, 1)
 const after = net.run(x);
 console.log(JSON.stringify({said, same: before.every((y, i) => y === after[i])}));
 """
+
+
+UNUSABLE = """
+import {readFileSync} from 'node:fs';
+const [engine, model] = process.argv.slice(2);
+const {load} = await import(engine.replace(/(.relaxed)?.wasm$/, '.mjs'));
+let said = '';
+try {
+  const net = await load(readFileSync(engine), readFileSync(model));
+  net.logits({data: new Uint8ClampedArray(4 * 4 * 4), height: 4, width: 4});
+} catch (problem) { said = problem.message; }
+console.log(said);
+"""
+
+
+def test_models_that_are_no_classifiers_or_take_all_memory(node: list[str], tmp_path: Path) -> None:
+    """In 32 bits, 64 channels of 8192 x 8192 pixels would take 0 bytes."""
+    random, path, (*command, engine) = np.random.default_rng(0), tmp_path / "net.safetensors", node
+    (tmp_path / "run.mjs").write_text(UNUSABLE)
+    large = {"input_size": [64, 8192, 8192], "resize": 8192, "interpolation": "bilinear", "mean": [0.5] * 64, "std": [1] * 64}
+    wide: list[Layer] = [conv(random, 64, 4, kernel=1), Pool(4), conv(random, 4, 2, kernel=1)]
+    for layers, changes, reason in (
+        (plain_net()[:-1], {}, "ends before its classes"),
+        (plain_net()[:-2], {}, "ends before its classes"),
+        (wide, {"preprocessing": large}, "images that take more than 2 GiB"),
+    ):
+        model_file(path, layers, **changes)
+        words = [*command, tmp_path / "run.mjs", BROWSER / engine, path]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+        assert reason in done.stdout, done.stdout + done.stderr
 
 
 def test_images_that_do_not_fit(node: list[str], tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 // What JavaScript calls (repvgg_engine.mjs). There are no exceptions here: a throw ends in the host's `refuse`, which
 // throws one of its own through all that is on the stack.
+#include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <initializer_list>
 #include <typeinfo>
 #include <vector>
 
@@ -20,8 +22,17 @@ void __cxa_free_exception(void *thrown) noexcept { std::free(thrown); }
     refuse_in_host(static_cast<std::exception *>(thrown)->what());
 }
 
-static float *room_for(size_t floats) {
-    auto *room = static_cast<float *>(std::malloc(sizeof(float) * floats));
+/// Their product. Addresses have 32 bits: it would begin again at 0.
+static size_t bytes_of(std::initializer_list<int32_t> sizes) {
+    constexpr uint64_t MOST = uint64_t{1} << 31;
+    uint64_t bytes = 1;
+    for (const int32_t size : sizes)
+        if ((bytes *= static_cast<uint32_t>(size)) > MOST) refuse_in_host("images that take more than 2 GiB");
+    return static_cast<size_t>(bytes);
+}
+
+static float *room_for(int32_t n, const int32_t shape[3]) {
+    auto *room = static_cast<float *>(std::malloc(bytes_of({sizeof(float), n, shape[0], shape[1], shape[2]})));
     if (!room) refuse_in_host("there is not enough memory");
     return room;
 }
@@ -43,8 +54,12 @@ EXPORT(about) const int32_t *about(const repvgg_net *net) {
     repvgg_description d{};
     d.size = sizeof d;
     repvgg_describe(repvgg_net_model(net), &d);
+    const repvgg_layer *end = d.layers + d.layer_count, &last = end[-1];
+    const bool pools = std::any_of(d.layers, end, [](const repvgg_layer &layer) { return layer.op == REPVGG_POOL; });
+    if (!pools || last.op != REPVGG_CONV)
+        refuse_in_host("the model ends before its classes: export one that was made with num_classes");
     numbers[0] = d.channels, numbers[1] = d.height, numbers[2] = d.width;
-    numbers[3] = d.layers[d.layer_count - 1].out_channels;
+    numbers[3] = last.out_channels;
     numbers[4] = static_cast<int32_t>(reinterpret_cast<uintptr_t>(d.classes));
     return numbers;
 }
@@ -55,7 +70,7 @@ EXPORT(run) float *run(repvgg_net *net, const float *data, int32_t n, int32_t he
     images.data = data, images.n = n, images.height = height, images.width = width;
     int32_t shape[3];
     repvgg_output_shape(net, height, width, shape, nullptr, 0);
-    float *output = room_for(static_cast<size_t>(n) * shape[0] * shape[1] * shape[2]);
+    float *output = room_for(n, shape);
     repvgg_run(net, &images, output, nullptr, 0);
     return output;
 }
@@ -65,9 +80,9 @@ EXPORT(classify) float *classify(repvgg_net *net, const uint8_t *rgba, int32_t h
     repvgg_description d{};
     d.size = sizeof d;
     repvgg_describe(repvgg_net_model(net), &d);
-    const size_t count = static_cast<size_t>(height) * width;
     static std::vector<uint8_t> pixels, input;  // kept: a refusal destroys nothing that is on the stack
-    pixels.resize(count * d.channels), input.resize(static_cast<size_t>(d.height) * d.width * d.channels);
+    pixels.resize(bytes_of({height, width, d.channels})), input.resize(bytes_of({d.height, d.width, d.channels}));
+    const size_t count = bytes_of({height, width});
     for (size_t i = 0; i < count; i++)
         for (int c = 0; c < d.channels; c++)
             pixels[i * d.channels + c] =
@@ -80,7 +95,7 @@ EXPORT(classify) float *classify(repvgg_net *net, const uint8_t *rgba, int32_t h
     images.scale = d.scale, images.shift = d.shift;
     int32_t shape[3];
     repvgg_output_shape(net, d.height, d.width, shape, nullptr, 0);
-    float *output = room_for(static_cast<size_t>(shape[0]) * shape[1] * shape[2]);
+    float *output = room_for(1, shape);
     repvgg_run(net, &images, output, nullptr, 0);
     return output;
 }

@@ -88,7 +88,7 @@ def run(out: Path, seed: int = 0) -> None:
     block = _two_channel_block(source, out / "two-channels", seed)
     story = Story(trained, deploy, proof, accuracies, same, _layer_errors(model, deploy, images), times, speedup, block, shown)
     atomically(out / "index.html", lambda path: path.write_text(_page(story, model)))
-    write_record(out / "demo.json", _figures(story))
+    write_record(out / "demo.json", _figures(story), "cpu")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {out / 'index.html'}, or go on:")
     print(f"  repvgg info {out / 'deploy.safetensors'}")
     print(f"  repvgg predict {out / 'deploy.safetensors'} {out / 'scans'}")
@@ -214,7 +214,7 @@ def _page(s: Story, model: nn.Module) -> str:
         for scan, true, read, p in s.shown
     ]
     reading = page.paragraph(f"The {GRID // 2} scans that the network was least sure of, then the surest.") + page.grid(pieces)
-    where = page.machine(this_machine())
+    where = page.machine(this_machine("cpu"))
     sections = [
         ("It learns", learning),
         ("One layer, before and after", structure),

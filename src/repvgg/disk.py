@@ -1,4 +1,4 @@
-"""Files written whole or not at all, the cache folder, and how errors of files are told."""
+"""Files written whole or not at all, the cache folder, how errors of files are told, and which files are images."""
 
 import errno
 import glob
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STALE = 600  # seconds: a process on another machine may be writing to a shared folder
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # by their suffixes
 RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
@@ -161,3 +162,8 @@ def out_of_memory(error: BaseException) -> bool:
 def cache_folder() -> Path:
     """Return the folder for what took long to find out: ~/.cache/repvgg (XDG_CACHE_HOME is honoured)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg"
+
+
+def is_image(path: Path) -> bool:
+    """Tell an image by its name: a suffix of `IMAGES`, and not hidden (macOS leaves a `._name` beside every file)."""
+    return path.suffix.lower() in IMAGES and not path.name.startswith(".")

@@ -1,6 +1,8 @@
 """Switches of PyTorch that decide what float32 means on a GPU, and whether a run can be repeated there."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,12 +16,24 @@ def full_float32(device: str | torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def repeatable(device: str | torch.device) -> None:
-    """Make a CUDA device take algorithms that give the same bits each time, wherever PyTorch has one.
+@contextmanager
+def repeatable(device: str | torch.device) -> Iterator[None]:
+    """Make a CUDA device take algorithms that give the same bits each time, wherever PyTorch has one, in the `with` block.
 
-    The upsampling of masks has none: PyTorch warns, and such a run can differ in its last bits.
+    It has none for the loss over masks (nll_loss2d) and the backward passes of PSPNet's pooling (adaptive_avg_pool2d) and, in some
+    versions, of the upsampling: PyTorch warns, and such a run can differ in its last bits. The switches are global: what is timed
+    after the block has the algorithms that it had before.
     """
-    if torch.device(device).type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-        torch.backends.cudnn.benchmark = False  # which algorithm is fastest differs from run to run
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before = cudnn.benchmark, torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    cudnn.benchmark = False  # which algorithm is fastest differs from run to run
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before[0]
+        torch.use_deterministic_algorithms(deterministic, warn_only=before[1])

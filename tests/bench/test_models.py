@@ -1,5 +1,6 @@
 """bench/models.py: what is timed is what it says, and a wish that cannot be met is one clear line."""
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg.bench.models import BenchReport, Candidate, bench, candidates, network, randomise_norms
+from repvgg.bench.models import BenchReport, Candidate, Prepared, bench, candidates, network, prepared, randomise_norms
 from repvgg.cli.show_results import show_reports
 from repvgg.deploy import engines
 from repvgg.fold.as_linear import Branches
@@ -105,6 +106,22 @@ def test_report(report: BenchReport) -> None:
         assert 0 < low <= row.images_per_second <= high
     assert deploy.cost.macs < training.cost.macs
     assert deploy.cost.params < training.cost.params
+
+
+def test_with_a_cache_a_network_is_folded_once_for_all_calls_and_engines(built: list[nn.Module]) -> None:
+    prepare, said = functools.cache(prepared), list[Candidate]()
+
+    def counted(*asked: Any) -> Prepared:
+        said.append(asked[0])
+        return prepare(*asked)
+
+    first = quick(MICRO, Candidate("repvgg_micro", precision="bf16"), prepare=counted).rows
+    again = quick(MICRO, TRAINING, prepare=counted, batch_size=1).rows
+    assert said == [MICRO, MICRO, MICRO, TRAINING]
+    assert prepare.cache_info().misses == 2
+    assert built[0] is built[1] is built[2] is not built[3]
+    assert first[0].cost == again[0].cost
+    assert max(first[0].error, again[0].error) < 1e-3 < first[1].error
 
 
 def test_json_record(report: BenchReport) -> None:

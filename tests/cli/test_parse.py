@@ -1,7 +1,7 @@
 """parse.py: words that make no command get one line that says which ones, and what was meant."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from repvgg.cli import entry
 from repvgg.cli.parse import UsageError, parse
+from repvgg.train.recipes import FIELDS, Augmentation, Machine, Optimization, Schedule
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,25 @@ def test_every_help_has_an_example_and_names_its_positionals(name: str, capsys: 
     entry._command(name)  # and the example is one that it takes:
     words = example.removeprefix("Example: repvgg ").split()[1:]
     assert callable(parse(entry._command(name), name, words).run)
+
+
+@pytest.mark.parametrize("name", entry.WITH_RECIPE)
+def test_the_recipes_fields_are_in_groups(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # on a wide terminal groups stand side by side
+    with pytest.raises(SystemExit):
+        parse(entry._command(name), name, ["--help"])
+    parts = re.split(r"^\W+([\w-]+) options\W*$", capsys.readouterr().out, flags=re.MULTILINE)
+    shown = {
+        title: re.findall(r"^\W*?(--[a-z][\w-]+)", text, re.MULTILINE) for title, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    for kind in (Schedule, Optimization, Augmentation, Machine):
+        assert shown[kind.__name__.lower()] == [f"--{f.name.replace('_', '-')}" for f in fields(kind)]
+    assert "settings" not in shown
+    assert [f.name for kind in (Schedule, Optimization, Augmentation, Machine) for f in fields(kind)] == list(FIELDS)
+
+
+def test_fields_of_every_group_change_the_recipe_that_is_named() -> None:
+    words = "train --data digits --out x --recipe cifar --no-flip --epochs 3 --lr 0.5 --precision fp32 --seed 2"
+    settings = entry.understood(words.split()).settings
+    assert settings.changes == {"flip": False, "epochs": 3, "lr": 0.5, "precision": "fp32"}
+    assert settings.optimization.nesterov  # as in cifar

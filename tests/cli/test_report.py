@@ -16,6 +16,9 @@ def test_a_run_and_two_runs(run: Path, tmp_path: Path, capsys: Captured) -> None
     assert repvgg("report", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "two.html") == 0
     assert str(tmp_path / "two.html") in capsys.readouterr().out
     assert "no run folder" in refused(capsys, "report", tmp_path)
+    assert "which run? repvgg report RUN" in refused(capsys, "report")
+    assert "--out is for several runs" in refused(capsys, "report", tmp_path / "a", "--out", tmp_path / "one.html")
+    assert "--data is for the page of one run" in refused(capsys, "report", tmp_path / "a", tmp_path / "b", "--data", "digits")
 
 
 def test_predictions_with_their_reasons(run: Path, scans: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -25,3 +28,7 @@ def test_predictions_with_their_reasons(run: Path, scans: Path, tmp_path: Path, 
     assert {line["explanation"] for line in lines} == {str(path) for path in tmp_path.glob("*_cam.png")}
     assert len(lines) == 6
     assert "leave out --engine" in refused(capsys, *words, "--engine", "eager")
+    whole_set = ("predict", run / "deploy.safetensors", "--data", "digits", "--out", tmp_path / "parts", "--explain", "cam")
+    assert "--explain cam is for images that are named" in refused(capsys, *whole_set)
+    for flags in (("--split", "test"), ("--part-size", 8), ("--workers", 1), ("--ray", "auto")):
+        assert "are for a whole data set" in refused(capsys, "predict", run / "deploy.safetensors", scans, *flags)

@@ -14,8 +14,8 @@ from pictures import HEIGHT, WIDTH, Array, encoded, noise, png
 from PIL import Image
 from torch import Tensor
 
-from repvgg.data.images import ImageError, decode, is_image
-from repvgg.disk import FileError
+from repvgg.data.images import ImageError, decode
+from repvgg.disk import FileError, is_image
 from repvgg.terminal import printable
 
 

@@ -62,6 +62,17 @@ def test_a_graph_gives_what_eager_gives(precision: str, folded: nn.Module, image
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ENGINES["aotinductor"].on_cuda)
+def test_compiled_ahead_of_time_for_cuda(precision: str, folded: nn.Module, images: Tensor) -> None:
+    options = Options(SIZE, len(images), precision, device="cuda")
+    with torch.no_grad():
+        wanted = copy.deepcopy(folded).double()(images.double())
+    ours, eager = (engines.build(name, folded, options)(images) for name in ("aotinductor", "eager"))
+    assert relative_error(ours, wanted) <= OTHERS * max(relative_error(eager, wanted), torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.slow
 def test_the_most_thorough_mode_computes_the_same(folded: nn.Module, images: Tensor) -> None:
     """It runs on a CPU too, where it is not offered: it takes minutes there and gains little."""
     from repvgg.deploy.engines import compiled_max

@@ -18,7 +18,7 @@ from repvgg.deploy.export import export
 from repvgg.deploy.load import load_engine, open_model
 from repvgg.deploy.runner import Runner
 from repvgg.fold.algebra import ReparamError
-from repvgg.models import zoo
+from repvgg.models import keys, zoo
 from repvgg.models.load import save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.pspnet import PSPNet
@@ -95,6 +95,22 @@ def test_what_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="the engine eager has no int8 on cpu"):
         load_engine(model, "eager", "int8")
     assert "eager" in repr(load_engine(model, "eager"))
+
+
+def test_what_is_left_out_of_a_strangers_file_is_told(model: nn.Module, tmp_path: Path) -> None:
+    tensors = keys.to_foreign(model.state_dict(), "official")
+    nested = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    torch.save({**nested, "loss.weight": torch.ones(2)}, tmp_path / "theirs.pth")
+    torch.save(tensors, tmp_path / "plain.pth")
+    for name, told in (("theirs.pth", ["left out, as no part of the network: loss.weight"]), ("plain.pth", [])):
+        for engine in ("", "eager"):
+            said: list[str] = []
+            open_model(str(tmp_path / name), engine, "fp32", 1, "cpu", said.append)
+            load_engine(model, "eager", log=said.append)
+            assert said == told
+        said.clear()
+        load_engine(tmp_path / name, "eager", log=said.append)
+        assert said == told
 
 
 def test_masks_are_left_to_pytorch(tmp_path: Path) -> None:

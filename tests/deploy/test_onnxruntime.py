@@ -107,8 +107,13 @@ def test_nothing_runs_on_the_cpu_instead(deploy: nn.Module, file: bytes, monkeyp
     session = module._session(file, options)
     assert (session.config, session.fallback) == ("1", False)
     monkeypatch.setattr(Session, "starts", ())
-    with pytest.raises(ValueError, match="could not start its CUDAExecutionProvider"):
+    with pytest.raises(engines.DeviceError, match="could not start its CUDAExecutionProvider"):
         engines.build("onnxruntime", deploy, options)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])  # listed without its libraries
+    monkeypatch.setattr(Session, "starts", (CUDA,))
+    module._session(file, Options((3, 32, 32), precision="tf32", device="cuda"))
+    with pytest.raises(engines.DeviceError, match="could not start its TensorrtExecutionProvider"):
+        module._session(file, Options((3, 32, 32), precision="fp16", device="cuda"))
 
 
 def test_images_that_stay_on_the_device_give_the_same_logits(deploy: nn.Module, file: bytes) -> None:

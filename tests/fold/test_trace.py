@@ -1,5 +1,6 @@
 """trace.py: whatever forwards do with their parts, a network that is folded or given blocks computes the same."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,26 @@ def test_a_list_that_is_read_is_not_one_that_is_changed() -> None:
     assert len(report_of(folded).pairs) == 2
     assert relative_error(outputs(folded, x), outputs(net, x)) <= EXACT
     assert len(report_of(reparameterize(randomize(Routed(grows=True), SMALL))).pairs) == 0
+
+
+def test_one_thread_traces_at_a_time() -> None:
+    """Tracing changes `nn.Module` and fx for as long as it lasts."""
+    order: list[int] = []
+    second_is_in = threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if order:
+                second_is_in.set()
+            order.append(threading.get_ident())
+            second_is_in.wait(0.3)  # which is over before the second comes, where it may not
+            order.append(threading.get_ident())
+            return x + 1
+
+    threads = [threading.Thread(target=trace, args=(Waits(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    turns = [ident for ident, before in zip(order, [None, *order], strict=False) if ident != before]
+    assert len(turns) == 2

@@ -26,8 +26,7 @@ NARROW = ("pspnet_repvgg_micro", "pspnet_repvgg_a0_fast", "pspnet_repvgg_b1g2")
 
 def narrow(name: str, num_classes: int = 5, **options: Any) -> PSPNet:
     """Random statistics, few channels."""
-    width = {} if "resnet" in name else {"width": 0.125}
-    model = repvgg.create_model(name, num_classes=num_classes, **{**width, **options})
+    model = repvgg.create_model(name, num_classes=num_classes, **{"width": 0.125, **options})
     assert isinstance(model, PSPNet)
     return randomize(model, (4, model_channels(model), 65, 65))
 
@@ -173,6 +172,34 @@ def test_resnets_fold_whole(name: str) -> None:
         assert [f.shape[-1] for f in model._features(F.pad(x, (0, 3)))] == [5, 5]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_narrow_resnet_has_that_share_of_every_maps_channels(name: str) -> None:
+    """Counted from timm's own: a convolution has a sixteenth of its weights, the stem, which reads the image, a quarter."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        whole = timm.create_model(name, num_classes=0)
+        model = repvgg.create_model(f"pspnet_{name}", num_classes=11, width=0.25)
+    assert isinstance(model, PSPNet)
+    shares = {path: 4 if path == "conv1.weight" or p.dim() == 1 else 16 for path, p in whole.named_parameters()}
+    wanted = {path: p.numel() // shares[path] for path, p in whole.named_parameters()}
+    assert {path: p.numel() for path, p in model.backbone.named_parameters()} == wanted
+    last = whole.num_features // 4
+    assert model.head.get_submodule("conv").weight.shape == (128, 2 * last, 3, 3)
+    assert model.auxiliary is not None
+    assert model.auxiliary.get_submodule("conv").weight.shape == (64, last // 2, 3, 3)
+    assert zoo.manifest_of(model).arch == {"name": f"pspnet_{name}", "num_classes": 11, "in_chans": 3, "width": 0.25}
+
+
+def test_a_narrow_resnet_starts_as_timms_do() -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    tensors = repvgg.create_model("pspnet_resnet50", width=0.25).state_dict()
+    assert float(tensors["backbone.layer3.0.conv2.weight"].std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+    assert not tensors["backbone.layer3.0.bn3.weight"].any()
+    assert tensors["backbone.bn1.weight"].eq(1).all()
+    assert tensors["backbone.layer4.2.bn3.running_var"].shape == (512,)
+
+
 def test_the_auxiliary_head_is_for_training_only() -> None:
     model = narrow("pspnet_repvgg_micro")
     x = torch.randn(2, 3, 33, 40)
@@ -268,7 +295,9 @@ def test_options_that_do_not_fit_are_named() -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("pspnet_repvgg_a0", {"output_stride": 16}, "pspnet_repvgg_a0 takes no output_stride"),
         ("pspnet_repvgg_a0", {"small_input": True}, "pspnet_repvgg_a0 takes no small_input"),
-        ("pspnet_resnet18", {"width": 0.5}, "pspnet_resnet18 takes no width"),
+        ("pspnet_resnet18", {"block": "acb"}, "pspnet_resnet18 takes no block"),
+        ("pspnet_resnet18", {"width": 0}, "width is above 0 and at most 16"),
+        ("pspnet_resnet18", {"width": 0.5, "pretrained": True}, "pspnet_resnet18: pretrained weights fit width=1 only"),
         ("pspnet_resnet18", {"pretrained": "main"}, "pretrained=True takes no revision"),
         ("pspnet_repvgg_a0", {"num_classes": 0}, "at least 1"),
         ("pspnet_resnet34", {}, "no model 'pspnet_resnet34': did you mean"),
@@ -303,3 +332,8 @@ def test_synchronised_batch_norms_are_of_the_training_form(tmp_path: Path) -> No
     deploy = reparameterize(synchronised)
     assert zoo.manifest_of(deploy).form == "deploy"
     assert relative_error(deploy(x), model(x)) <= rounding(model, x)
+
+
+def test_torch_jit_script_says_what_to_do_instead() -> None:
+    with pytest.raises(ValueError, match=r"torch\.jit\.script cannot compile a PSPNet: repvgg export --to pt2"):
+        torch.jit.script(repvgg.create_model("pspnet_repvgg_micro", num_classes=2, width=0.125, deploy=True))

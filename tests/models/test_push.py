@@ -68,6 +68,7 @@ def test_there_and_back(server: HubServer, model: nn.Module) -> None:
     assert training.training
     assert same(repvgg.from_pretrained("me/trained"), model)
     assert (config["form"], config["classes"], config["arch"]["name"]) == ("training", ["cat", "dog", "owl"], "repvgg_micro")
+    assert config["keys"] == "repvgg"
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,7 @@ def test_timm_opens_it_without_repvgg(server: HubServer, shared: nn.Module, tmp_
     push_to_hub(shared, "me/shared")
     write_model(shared, tmp_path)
     again = repvgg.from_pretrained("me/shared")
+    assert json.loads((tmp_path / "config.json").read_text())["keys"] == "timm"
     assert same(again, shared)
     assert zoo.manifest_of(again) == zoo.manifest_of(shared)
     x = torch.randn(2, 3, 64, 64)

@@ -219,7 +219,7 @@ def test_every_member_folds_in_float64(name: str) -> None:
     assert relative_error(outputs(reparameterize(model), x), outputs(model, x)) <= rounding(model, x)
 
 
-@pytest.mark.parametrize("kind", [{}, {"squeeze_excite": True}, {"residual": True}])
+@pytest.mark.parametrize("kind", [{}, {"squeeze_excite": True}, {"squeeze_excite": True, "plus": True}, {"residual": True}])
 def test_torch_jit_scripts_the_deploy_form(kind: Any, tmp_path: Path) -> None:
     model = randomize(RepVGG(Member((2, 1, 1, 1), 0.125, 0.0625, **kind), num_classes=4), (8, 3, 32, 32))
     deploy = reparameterize(model.eval())

@@ -86,7 +86,8 @@ def test_what_is_left_out_is_told(official: dict[str, Tensor], tmp_path: Path) -
     said: list[str] = []
     convert(tmp_path / "a.pth", tmp_path / "b.safetensors", log=said.append)
     assert said[0] == "left out, as no part of the network: stage1.1.rbr_dense.id_tensor and 1 more"
-    repvgg.load(tmp_path / "b.safetensors")
+    assert manifest_of(repvgg.load(tmp_path / "a.pth")).training == {"left_out": "stage1.1.rbr_dense.id_tensor and 1 more"}
+    assert manifest_of(repvgg.load(tmp_path / "b.safetensors")).training == {}  # nothing of that file was left out
 
 
 @pytest.mark.parametrize("scheme", ["repvgg", *keys.SCHEMES])

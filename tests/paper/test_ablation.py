@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from repvgg import cli
 from repvgg.measure.timing import Times
 from repvgg.paper import ablation, table6, table7
-from repvgg.paper.ablation import PRINTED, Findings
+from repvgg.paper.agreement import PRINTED
+from repvgg.paper.findings import Findings
 from repvgg.paper.grid import TABLES, Grid, Outcome
 from repvgg.paper.numbers import TABLE6
 from repvgg.paper.result import NothingChosenError, PaperSettings
@@ -37,15 +39,6 @@ def found(*variants: str, out: Path = Path("x"), spread: float = 0.0) -> Finding
     )
 
 
-def test_where_the_papers_numbers_come_from() -> None:
-    assert PRINTED["plain"] == ("Neither (plain)", 72.39)
-    assert PRINTED["no_1x1"] == ("Identity alone", 74.79)
-    assert PRINTED["no_identity"] == ("1x1 alone", 73.15)
-    assert PRINTED["repvgg"] == ("Full-featured reparam", 75.14)
-    assert PRINTED["residual"] == ("Residual Reorg", 74.56)
-    assert set(TABLES) < set(PRINTED)
-
-
 def test_says_what_the_paper_says() -> None:
     result = ablation.report(
         "Both", found(*TABLES, spread=0.5), PaperSettings(), (ablation.table6, ablation.table7, ablation.beyond), "x"
@@ -64,7 +57,8 @@ def test_says_what_the_paper_says() -> None:
         printed_difference = f"{PRINTED[name][1] - 75.14:+.2f}"
         assert rows[name][5:7] == (printed_difference, f"{printed_difference} ± 0.00")  # of pairs, the spread cancels
     assert rows["relu_in_branch"][-1] == "cannot be folded"
-    assert "The order of 11 variants has a rank correlation of 1.00 with the paper's." in result.why
+    assert "the order of 11 variants has a rank correlation of 1.00 with the paper's" in result.why
+    assert list(result.figures) == ["x"]  # there are no curves here
     data = json.loads(json.dumps(result.data))
     assert data["rank_correlation"] == {"variants": 11, "spearman": pytest.approx(1)}
     assert data["variants"]["acb"]["n"] == 3
@@ -73,11 +67,25 @@ def test_says_what_the_paper_says() -> None:
     assert result.figures["x"].axes[0].get_yticklabels()[0].get_text() == "+ReLU in branch"  # the paper's best on top
 
 
-def test_the_order_may_be_another() -> None:
-    f = found(*TABLES)
-    turned = {name: [replace(o, top1=1 - o.top1) for o in cells if o.top1 is not None] for name, cells in f.outcomes.items()}
-    count, rank = ablation.correlation(replace(f, outcomes=turned))
-    assert (count, round(rank, 9)) == (11, -1)
+def test_the_pilot_and_the_curves() -> None:
+    f = replace(
+        found("plain", "repvgg"),
+        rates={"plain": 0.1, "repvgg": 0.2},
+        pilot={"plain": {"0.1": 0.5, "0.2": "diverged"}, "repvgg": {"0.1": None, "0.2": 0.75}, "acb": {"0.1": None, "0.2": None}},
+        curves={"plain": [[0.1, 0.5], [0.3, 0.7]], "repvgg": [[0.2, 0.8]]},
+    )
+    result = ablation.report("Both", f, PaperSettings(), (ablation.table6,), "x")
+    pilot = result.tables[-1]
+    assert pilot.header == ("variant", "learning rate 0.1", "learning rate 0.2", "taken")
+    assert pilot.rows == [("plain", "50.00", "diverged", "0.1"), ("repvgg", "", "75.00", "0.2"), ("acb", "", "", None)]
+    assert "Finished so far: 3 of 6 trainings of the pilot" in result.why
+    assert "a pilot with seed 0 at each learning rate of 0.1, 0.2, as many epochs each" in result.how
+    axes = result.figures["x-curves"].axes[0]
+    drawn = {line.get_label(): np.round(np.asarray(line.get_ydata(), float), 9).tolist() for line in axes.lines}
+    assert list(drawn.items()) == [("repvgg (n = 1)", [20, 80]), ("plain (n = 2)", [20, 60])]
+    data = json.loads(json.dumps(result.data))
+    assert data["pilot"]["plain"] == {"0.1": 0.5, "0.2": "diverged"}
+    assert data["variants"]["plain"]["top1_by_epoch"] == [[0.1, 0.5], [0.3, 0.7]]
 
 
 def test_part_of_a_grid() -> None:
@@ -107,24 +115,6 @@ def test_those_that_diverged_are_told() -> None:
     assert result.data["variants"]["repvgg"]["mean"] is None
 
 
-def test_speeds_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Grid] = []
-
-    def measured(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
-        calls.append(grid)
-        return {name: Times([[1.0], [2.0]]) for name in grid.variants}
-
-    monkeypatch.setattr(ablation, "_time", measured)
-    settings = PaperSettings(log=lambda line: None)
-    for variants in (("plain",), ("plain", "acb"), ("plain",)):
-        grid = found(*variants, out=tmp_path).grid
-        found_speeds = ablation.training_speeds(grid, settings)
-        assert [(name, t.by_round) for name, t in found_speeds.items()] == [(name, [1, 2]) for name in variants]
-    assert len(calls) == 2
-    ablation.training_speeds(grid, replace(settings, batch_size=3))
-    assert len(calls) == 3
-
-
 @pytest.mark.parametrize("quick", [True, False])
 def test_with_the_papers_settings(quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grids: list[Grid] = []
@@ -151,39 +141,6 @@ def test_with_the_papers_settings(quick: bool, tmp_path: Path, monkeypatch: pyte
             table6.run(replace(settings, data=""))
 
 
-def test_without_data_it_shows_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cell(name: str, top1: float) -> None:
-        (tmp_path / "ablation" / name).mkdir(parents=True)
-        for file, facts in (
-            ("summary", {"finished": True, "last_top1": top1, "seconds": 1.0}),
-            ("forms", {"equal": 9, "images": 9}),
-        ):
-            (tmp_path / "ablation" / name / f"{file}.json").write_text(json.dumps(facts))
-
-    for name, top1 in (("plain-0", 0.5), ("plain-1", 0.6), ("repvgg-0", 0.75)):
-        cell(name, top1)
-    (tmp_path / "ablation" / "no_1x1-0").mkdir()  # begun
-    grid = Grid(tmp_path / "ablation", "digits", replace(get_recipe("demo"), epochs=3), width=0.25, seeds=3)
-    (tmp_path / "ablation" / "grid.json").write_text(json.dumps(grid.settings))
-    times = {"plain": Times([[1.0]]), "repvgg": Times([[2.0]])}
-    monkeypatch.setattr(ablation, "_time", lambda grid, settings: {name: times[name] for name in grid.variants})
-    result = table6.run(PaperSettings(out=tmp_path, log=lambda line: None))
-    rows = result.tables[0].rows
-    assert [(row[:2], row[3], row[4]) for row in rows] == [(("no", "no"), "55.00 ± 7.07", "2"), (("yes", "yes"), "75.00", "1")]
-    assert "repvgg_b0, width 0.25, on digits, 3 epochs" in result.how
-    assert table7.run(PaperSettings(out=tmp_path, log=lambda line: None)).data["variants"].keys() == {"repvgg"}
-
-    (tmp_path / "ablation").rename(tmp_path / "lr-0.1")
-    cell("lr-0.2/plain-0", 0.9)  # better, but of fewer seeds
-    cell("lr-0.2/repvgg-0", 0.8)
-    (tmp_path / "lr-0.1").rename(tmp_path / "ablation" / "lr-0.1")
-    other = replace(grid, recipe=replace(grid.recipe, lr=0.2))
-    (tmp_path / "ablation" / "lr-0.2" / "grid.json").write_text(json.dumps(other.settings))
-    result = table6.run(PaperSettings(out=tmp_path, log=lambda line: None))
-    assert [(row[3], row[4]) for row in result.tables[0].rows] == [("55.00 ± 7.07", "2"), ("80.00", "1")]
-    assert "learning rate plain 0.1, repvgg 0.2;" in result.how
-
-
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     words = ["ablate", "--data", "digits", "--arch", "repvgg_micro", "--width", "0.125", "--limit", "64", "--epochs", "1"]
     words += ["--seeds", "1", "--device", "cpu", "--out", str(tmp_path / "abl")]
@@ -198,6 +155,7 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     assert "cannot be folded" in shown.out
     assert shown.err.count("recipe: demo") == 1
     assert {path.name for path in (tmp_path / "abl").glob("ablation.*")} == {"ablation.json", "ablation.png", "ablation.svg"}
+    assert (tmp_path / "abl" / "ablation-curves.png").exists()
     cli.main([*words, "--variants", "plain,relu_in_branch", "--json"])
     record = json.loads(capsys.readouterr().out)
     assert record["data"]["variants"]["plain"]["cells"][0]["forms"]["equal"] == 64

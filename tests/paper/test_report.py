@@ -42,7 +42,18 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_every_part_has_its_file_and_only_those() -> None:
     files = {path.stem for path in Path(report.__file__).parent.glob("*.py")}
-    assert set(PARTS) == files - {"__init__", "ablation", "drawing", "grid", "numbers", "report", "result", "speeds"}
+    assert set(PARTS) == files - {
+        "__init__",
+        "ablation",
+        "agreement",
+        "drawing",
+        "findings",
+        "grid",
+        "numbers",
+        "report",
+        "result",
+        "speeds",
+    }
 
 
 def test_one_part(made_up: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,9 @@ def settings(out: Path, **more: object) -> PaperSettings:
 
 def test_says_what_the_paper_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_the_papers_machine(candidate: Candidate, reference: Candidate, settings: PaperSettings) -> Speed:
-        assert settings.input_size == 713
+        assert settings.input_size == 353
         seconds = [[1 / PRINTED[c.model].speed] * 3 for c in (candidate, reference)]
-        return Speed(candidate.model, 16, (3, 713, 713), seconds[0], reference.name, seconds[1], 1_000_000, 2_000_000_000, 1, "")
+        return Speed(candidate.model, 16, (3, 353, 353), seconds[0], reference.name, seconds[1], 1_000_000, 2_000_000_000, 1, "")
 
     monkeypatch.setattr(speeds, "_time", on_the_papers_machine)
     monkeypatch.setattr(table8, "_engines", lambda settings: [])
@@ -40,7 +40,7 @@ def test_says_what_the_paper_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert cells[7:] == ("1.0", "2.0")
     assert all(str(cells[4]).startswith("1.00x") for cells in forms.rows)
     assert by_engine.rows == []
-    assert "images of 713 x 713 at batch 1:" in result.how
+    assert "images of 353 x 353 at batch 1:" in result.how
 
 
 @pytest.mark.slow  # the tables are proved by the test above, training by the one below, space-to-batch by its own tests

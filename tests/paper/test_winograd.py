@@ -1,6 +1,7 @@
 """Footnote 3's test on machines whose use of Winograd is known, and one convolution for real."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -28,14 +29,16 @@ class Machine:
         return batch * (c.macs / 1e11 / (self.gain if dense_3x3 else 1) + traffic / self.bandwidth)
 
 
-def run(machine: Machine, monkeypatch: pytest.MonkeyPatch, **settings: object) -> Result:
+def run(machine: Machine, monkeypatch: pytest.MonkeyPatch, out: Path, **settings: object) -> Result:
     monkeypatch.setattr(winograd, "time_convolutions", machine)
-    return winograd.run(PaperSettings(**{"quick": True, "log": lambda line: None, **settings}))  # type: ignore[arg-type]
+    return winograd.run(PaperSettings(**{"quick": True, "log": lambda line: None, "out": out, **settings}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("gain", "answer"), [(1.0, "no"), (1.1, "no"), (2.25, "yes"), (1.8, "yes")])
-def test_a_library_that_uses_it_and_one_that_does_not(gain: float, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run(Machine(gain), monkeypatch)
+def test_a_library_that_uses_it_and_one_that_does_not(
+    gain: float, answer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = run(Machine(gain), monkeypatch, tmp_path)
     tests = result.data["tests"]
     assert [t["verdict"] for t in tests] == [answer] * len(tests)
     for t in tests:
@@ -46,9 +49,9 @@ def test_a_library_that_uses_it_and_one_that_does_not(gain: float, answer: str, 
     assert f"eager: {words}" in result.why
 
 
-def test_memory_alone_is_not_taken_for_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_alone_is_not_taken_for_winograd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With slow memory the counterpart takes several times as long, for want of bandwidth."""
-    result = run(Machine(1.0, bandwidth=1e8), monkeypatch)
+    result = run(Machine(1.0, bandwidth=1e8), monkeypatch, tmp_path)
     assert min(t["plain"]["ratio"] for t in result.data["tests"]) > THRESHOLD
     assert {t["verdict"] for t in result.data["tests"]} == {"no"}
 
@@ -81,19 +84,22 @@ def test_shapes_are_the_familys() -> None:
     ]
 
 
-def test_one_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_for_real_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(winograd, "MEMBERS", ("repvgg_micro",))
     words: list[str] = []
-    result = winograd.run(PaperSettings(quick=True, batch_size=1, rounds=1, log=words.append))
+    settings = PaperSettings(quick=True, batch_size=1, rounds=1, log=words.append, out=tmp_path)
+    result = winograd.run(settings)
     assert [t["convolution"]["in_channels"] for t in result.data["tests"]] == [32, 64, 128]
     assert all(len(times) == 2 for t in result.data["tests"] for times in t["seconds"].values())
     assert len(words) == 3
     assert set(result.figures) == {"winograd"}
+    monkeypatch.setattr(winograd, "time_convolutions", None)  # which would be an error to call
+    assert winograd.run(settings).data == result.data
 
 
-def test_engines_that_are_not_there_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_are_not_there_are_left_out_with_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("repvgg.deploy.engines.find_spec", lambda name: None)
     words: list[str] = []
-    result = run(Machine(1.0), monkeypatch, quick=False, log=words.append)
+    result = run(Machine(1.0), monkeypatch, tmp_path, quick=False, log=words.append)
     assert set(result.data["conclusions"]) == {"eager", "compile", "aotinductor"}
     assert any(w.startswith("left out: the engine openvino needs") for w in words)

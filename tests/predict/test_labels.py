@@ -12,11 +12,11 @@ from rounding import REPORTED
 from torch import nn
 
 from repvgg.data import open_source
-from repvgg.data.images import ImageError, decode
+from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import create_model, manifest_of, remember
-from repvgg.predict.labels import expand, predict
+from repvgg.predict.labels import predict
 from repvgg.predict.prediction import Prediction
 from repvgg.train.loop import new_model
 
@@ -45,31 +45,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._a.jpg").write_bytes(b"macOS left this")
     return tmp_path
-
-
-def names(paths: list[str], folder: Path) -> list[str]:
-    return [str(Path(path).relative_to(folder)) for path in paths]
-
-
-def test_files_folders_and_globs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = ["a.jpg", "b.png", "deep/c.png", "deep/d.GIF"]
-    assert names(expand([str(folder)]), folder) == every
-    assert names(expand([f"{folder}/*.png"]), folder) == ["b.png"]
-    assert names(expand([f"{folder}/**/*.png"]), folder) == ["b.png", "deep/c.png"]
-    assert names(expand([f"{folder}/deep", f"{folder}/b.png"]), folder) == ["deep/c.png", "deep/d.GIF", "b.png"]
-    assert names(expand([f"{folder}/d*"]), folder) == ["deep/c.png", "deep/d.GIF"]  # a glob that fits a folder
-    assert names(expand([f"{folder}/notes.txt"]), folder) == ["notes.txt"]  # named: its error comes when it is read
-    monkeypatch.chdir(folder)
-    assert expand(["b.png", "./b.png", "*.png", "."]) == [every[1], every[0], *every[2:]]  # each once
-    (folder / "[1].png").write_bytes((folder / "b.png").read_bytes())
-    assert expand(["[1].png"]) == ["[1].png"]  # a file's name before a pattern
-
-
-@pytest.mark.parametrize("pattern", ["missing.png", "no/*.png", "empty"])
-def test_a_pattern_that_fits_nothing(pattern: str, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageError, match=r"no such file, and no file fits it|a folder without images"):
-        expand([str(tmp_path / pattern)])
 
 
 def test_probabilities_against_the_model_itself(colour: nn.Module, folder: Path) -> None:

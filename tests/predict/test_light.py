@@ -48,7 +48,7 @@ def test_the_answers_of_pytorch(deploy: Path, pictures: Path, tmp_path: Path) ->
         paths = list(map(str, sorted(pictures.iterdir())))
         wanted = list(predict(load(file), paths, top=3))
         for model, engine in ((file, "native"), (exported, "onnxruntime")):
-            found = predict_lightly(str(model), paths, top=3)
+            found = predict_lightly(str(model), [str(pictures)], top=3)
             assert found is not None
             for got, exact in zip(found, wanted, strict=True):
                 assert (got.path, got.engine, got.error) == (exact.path, engine, None)
@@ -63,19 +63,34 @@ def test_the_unusual_is_left_alone(deploy: Path, files: Path, pictures: Path, tm
     image.convert("RGBA").save(tmp_path / "alpha.png")
     image.resize((900, 20)).save(tmp_path / "long.png")
     image.save(tmp_path / "bitmap.bmp")
+    (tmp_path / "many").mkdir()
+    for i in range(33):
+        image.save(tmp_path / "many" / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(Path(photo).read_bytes()[:500])
     for words in (
         (str(files / "colour.safetensors"), [photo]),  # in training form
         (str(files / "masks.safetensors"), [photo]),
         ("repvgg_a0", [photo]),
-        (model, [str(pictures)]),
-        (model, [photo] * 40),
+        (model, [str(tmp_path / "many")]),
+        (model, [str(tmp_path / "nowhere.png")]),
         (model, []),
         *((model, [photo, str(tmp_path / name)]) for name in ("palette.png", "alpha.png", "long.png", "bitmap.bmp", "bad.png")),
     ):
         assert predict_lightly(*words) is None
     assert predict_lightly(model, [photo], engine="eager") is None
     assert predict_lightly(model, [photo], top=0) is None
+
+
+def test_a_gpu_is_left_to_pytorch_unless_the_cpu_is_asked_for(
+    deploy: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("repvgg_engine")
+    words = (str(deploy / "colour.safetensors"), [str(pictures / "wide.png")])
+    assert predict_lightly(*words, device="cuda") is None
+    monkeypatch.setattr("repvgg.predict.light.NVIDIA", pictures)  # as if its driver were here
+    assert predict_lightly(*words) is None
+    (answer,) = predict_lightly(*words, device="cpu") or []
+    assert answer.engine == "native"
 
 
 @pytest.mark.parametrize("pool", ["avg", pytest.param("", marks=pytest.mark.slow)])
@@ -90,20 +105,22 @@ def test_a_backbone_has_no_labels(pool: str, pictures: Path, tmp_path: Path) -> 
 WITHOUT = "import sys; from repvgg.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
 
 
-def predicted(code: str, deploy: Path, pictures: Path, *words: str) -> str:
-    """Return the engine that a process of its own has predicted with."""
+def predicted(code: str, deploy: Path, pictures: Path, *words: str) -> set[str]:
+    """Return the engines that a process of its own has predicted a folder with."""
     pytest.importorskip("repvgg_engine")
-    given = ["predict", str(deploy / "colour.safetensors"), str(pictures / "wide.png"), "--json", *words]
+    given = ["predict", str(deploy / "colour.safetensors"), str(pictures), "--json", *words]
     done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return str(json.loads(done.stdout)["engine"])
+    answers = list(map(json.loads, done.stdout.splitlines()))
+    assert [answer["path"] for answer in answers] == list(map(str, sorted(pictures.iterdir())))
+    return {answer["engine"] for answer in answers}
 
 
 def test_pytorch_is_not_imported(deploy: Path, pictures: Path) -> None:
-    assert predicted(WITHOUT, deploy, pictures) == "native"
+    assert predicted(WITHOUT, deploy, pictures) == {"native"}
 
 
 @pytest.mark.slow
 def test_where_it_is_needed_pytorch_is_imported(deploy: Path, pictures: Path) -> None:
     """So that the test above can fail."""
-    assert predicted(WITHOUT.replace("not in", "in"), deploy, pictures, "--engine", "eager") == "eager"
+    assert predicted(WITHOUT.replace("not in", "in"), deploy, pictures, "--engine", "eager") == {"eager"}

@@ -61,7 +61,14 @@ def test_nothing_there(bucket: str) -> None:
         open_data("nonsense://bucket", "val", 8)
 
 
-def test_a_store_that_fails_is_not_an_image_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class HttpError(Exception):
+    """As gcsfs has one, which is no OSError."""
+
+
+@pytest.mark.parametrize("kind", [OSError, HttpError])
+def test_a_store_that_fails_is_not_an_image_that_does(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rows of what was not reached would stay as they are for good."""
     for i in range(2):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
@@ -73,7 +80,7 @@ def test_a_store_that_fails_is_not_an_image_that_does(tmp_path: Path, monkeypatc
             return getattr(store, name)
 
         def open_input_stream(self, path: str) -> Any:
-            raise OSError("503 Slow Down")
+            raise kind("503 Slow Down")
 
     assert all(len(item.image) for item in open_data(url, "val", 2).read(0))
     monkeypatch.setattr("repvgg.predict.remote.filesystem", lambda url: (Failing(), str(tmp_path)))

@@ -1,6 +1,7 @@
 """train/auto.py: what is chosen for which images, at speeds of our own making."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from repvgg.data import Decoded, Source, Subset
 from repvgg.data.images import ImageError
 from repvgg.disk import FileError
+from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.load import save
 from repvgg.models.manifest import Preprocessing
+from repvgg.models.zoo import create_model
 from repvgg.train import auto
 from repvgg.train.auto import Choice, choose
 
@@ -131,3 +135,16 @@ def test_a_step_is_timed_for_real() -> None:
 def test_minutes_that_are_none(minutes: float) -> None:
     with pytest.raises(ValueError, match=r"--minutes .*: above 0"):
         choose("repvgg_micro", photos(8), minutes=minutes)
+
+
+def test_what_cannot_be_trained_is_refused_before_a_step_is_timed(paced: Any, tmp_path: Path) -> None:
+    grey = create_model("repvgg_micro", num_classes=6, in_chans=1).eval()
+    save(grey, tmp_path / "grey.safetensors")
+    save(reparameterize(create_model("repvgg_micro", num_classes=6).eval()), tmp_path / "deploy.safetensors")
+    with pytest.raises(ValueError, match="takes images of 1 channels, those of photos have 3"):
+        paced(photos(60), 0.01, init=str(tmp_path / "grey.safetensors"))
+    with pytest.raises(ValueError, match=r"is in deploy form.*--allow-deploy"):
+        paced(photos(60), 0.01, init=str(tmp_path / "deploy.safetensors"))
+    paced(photos(60), 0.01, init=str(tmp_path / "deploy.safetensors"), allow_deploy=True)
+    with pytest.raises(ValueError, match="photos has labels, and a PSPNet gives masks"):
+        choose("pspnet_resnet18", photos(60), init="none")

@@ -10,7 +10,7 @@ from conftest import randomize
 
 from repvgg.data import Decoded, Source, open_source
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.models import zoo
+from repvgg.models import keys, zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
 from repvgg.train.finetune import started_from
@@ -48,6 +48,17 @@ def test_a_new_head_on_the_old_body(trained: Path) -> None:
     assert all(torch.equal(tensor, new[name]) for name, tensor in old.items() if not name.startswith("head."))
     assert zoo.manifest_of(model).classes == ["even", "odd"] == source.classes
     assert model.training
+
+
+def test_what_is_left_out_of_a_strangers_file_is_told(trained: Path, tmp_path: Path) -> None:
+    tensors = keys.to_foreign(load(trained).state_dict(), "official")
+    nested = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    torch.save({**nested, "loss.weight": torch.ones(2)}, tmp_path / "theirs.pth")
+    said: list[str] = []
+    model, _ = started_from(str(tmp_path / "theirs.pth"), "repvgg_micro", odd_or_even(), log=said.append)
+    assert said == ["left out, as no part of the network: loss.weight", "new head: 2 classes"]
+    save(model.eval(), tmp_path / "ours.safetensors")
+    assert "left_out" not in zoo.manifest_of(load(tmp_path / "ours.safetensors")).training
 
 
 def test_the_same_classes_keep_the_head(trained: Path) -> None:

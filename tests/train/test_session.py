@@ -107,8 +107,7 @@ def test_a_channel_that_is_constant_throughout_still_gives_a_file_that_loads_and
     model = load(tmp_path / "last.safetensors")
     assert isinstance(model, RepVGG)
     variance = model.get_buffer("stem.block.conv_kxk.bn.running_var")
-    assert variance.gt(0).all()
-    assert variance.max() < 1e-30
+    assert not variance.any()
     assert torch.equal(evaluate_model(model, digits).confusion, evaluate_model(run.model, digits).confusion)
     deploy = reparameterize(model)
     assert verify(model, deploy, (1, 16, 16)).max_rel_err < REPORTED

@@ -262,6 +262,16 @@ def test_processes_exchange_buffers_in_the_same_order(monkeypatch: pytest.Monkey
         assert [id(model) for model in asked] == [id(trainer.model), id(trainer.ema.module)]
 
 
+def test_a_variance_below_zero_is_settled_and_zero_stays() -> None:
+    trainer = Trainer(narrow(), EXACT, 10)
+    variance = trainer.model.get_buffer("stem.block.conv_kxk.bn.running_var")
+    variance[:3] = torch.tensor([-1e-9, 0.0, 1e-9])
+    rest = variance[2:].clone()
+    trainer.settle()
+    assert variance[:2].tolist() == [0, 0]
+    assert torch.equal(variance[2:], rest)
+
+
 def test_means_are_of_the_steps_since_the_last_look_and_of_their_parts() -> None:
     trainer, apart = Trainer(narrow(), EXACT, 10), list[tuple[float, float]]()
     alone = Trainer(narrow(), EXACT, 10)

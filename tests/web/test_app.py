@@ -4,19 +4,15 @@ import asyncio
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import tarfile
-import threading
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, browsing, served
 from conftest import randomize, relative_error
 from PIL import Image
 from rounding import REPORTED
@@ -34,7 +30,6 @@ from repvgg.web import app
 
 CLASSES = ["cat", "<b>dog</b>", "owl"]
 HAS_NATIVE = importlib.util.find_spec("repvgg_engine") is not None
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
 @pytest.fixture(autouse=True)
@@ -149,18 +144,6 @@ def test_npm_is_asked_once(runtime: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "other").exists()
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    with app.server(folder) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{running.server_port}"
-        finally:
-            running.shutdown()
-            thread.join()
-
-
 def test_the_server(tmp_path: Path) -> None:
     (tmp_path / "x.mjs").write_text("1")
     with served(tmp_path) as address:
@@ -176,79 +159,28 @@ def test_the_server(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------------- the browser
 
 
-class Browser:
-    """Chromium without a window, by its DevTools protocol."""
-
-    def __init__(self, socket: Any) -> None:
-        self.socket, self.number = socket, 0
-
-    async def do(self, method: str, **parameters: Any) -> Any:
-        self.number += 1
-        await self.socket.send_json({"id": self.number, "method": method, "params": parameters})
-        while True:
-            answer = await self.socket.receive_json(timeout=60)
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    async def value(self, script: str) -> Any:
-        found = await self.do("Runtime.evaluate", expression=f"JSON.stringify({script})", awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return json.loads(found["result"].get("value", "null"))
-
-    async def until(self, state: str) -> None:
-        for _ in range(600):
-            if await self.value("document.body ? document.body.dataset.state ?? null : null") == state:
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError(await self.value("document.body.innerText"))
-
-    async def drop(self, file: Path) -> None:
-        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
-        for kind in ("dragEnter", "dragOver", "drop"):
-            await self.do("Input.dispatchDragEvent", type=kind, x=300, y=300, data=data)
-
-
 async def visit(folder: Path, images: list[Path], profile: Path, picture: Path | None = None) -> list[dict[str, Any]]:
     """What the page says of images that are dropped on it."""
-    import aiohttp
+    with served(folder) as address:
+        async with browsing(profile) as browser:
+            await browser.do("Page.navigate", url=address)
+            await browser.until("ready")
+            found = []
+            for image in images:
+                await browser.value("document.body.dataset.state = 'waiting'")
+                await browser.drop(image)
+                await browser.until("done")
+                found.append({**await browser.value("self.answer"), "text": await browser.value("document.body.innerText")})
+            shown = "[...document.querySelectorAll('#examples button')].map(button => button.ariaPressed)"
+            found[-1]["pressed"] = [await browser.value(shown)]
+            await browser.value("document.querySelector('#examples button').click()")
+            found[-1]["pressed"].append(await browser.value(shown))
+            if picture:
+                import base64
 
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
-    command = [str(CHROMIUM), *flags, "--window-size=1100,1250", "about:blank"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            if (profile / "DevToolsActivePort").exists() and (profile / "DevToolsActivePort").read_text().strip():
-                break
-            await asyncio.sleep(0.1)
-        port = (profile / "DevToolsActivePort").read_text().split()[0]
-        with served(folder) as address:
-            async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                    pages = [target for target in await answer.json() if target["type"] == "page"]
-                async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                    browser = Browser(socket)
-                    await browser.do("Page.navigate", url=address)
-                    await browser.until("ready")
-                    found = []
-                    for image in images:
-                        await browser.value("document.body.dataset.state = 'waiting'")
-                        await browser.drop(image)
-                        await browser.until("done")
-                        found.append({**await browser.value("self.answer"), "text": await browser.value("document.body.innerText")})
-                    shown = "[...document.querySelectorAll('#examples button')].map(button => button.ariaPressed)"
-                    found[-1]["pressed"] = [await browser.value(shown)]
-                    await browser.value("document.querySelector('#examples button').click()")
-                    found[-1]["pressed"].append(await browser.value(shown))
-                    if picture:
-                        import base64
-
-                        shot = await browser.do("Page.captureScreenshot", captureBeyondViewport=True)
-                        picture.write_bytes(base64.b64decode(shot["data"]))
-        return found
-    finally:
-        process.terminate()
-        process.wait()
+                shot = await browser.do("Page.captureScreenshot", captureBeyondViewport=True)
+                picture.write_bytes(base64.b64decode(shot["data"]))
+    return found
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")

@@ -1,13 +1,16 @@
 """The page of a run: its figures are those of the run's own files, and of an evaluation made anew."""
 
+import asyncio
 import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from browser import CHROMIUM, browsing
 from PIL import Image
 
 from repvgg.data import open_source
@@ -97,10 +100,16 @@ def test_without_the_images_there_is_a_page_without_pictures_of_them(runs: tuple
         recorded.source("nothing-of-the-kind", said.append)
 
 
-def test_a_run_that_was_stopped_has_a_page_that_says_so(runs: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_run_that_was_ended_early_has_a_page_that_says_so(how: str, runs: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs[1], folder)
-    (folder / "summary.json").unlink()
+    summary = folder / "summary.json"
+    if how == "killed":
+        summary.unlink()
+    else:
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "finished": False}))
+    assert "has not come to its end" not in write_report(runs[1]).read_text()
     html = write_report(folder).read_text()
     assert "The run has not come to its end." in html
     assert "What it confuses" in html
@@ -123,6 +132,35 @@ def test_runs_side_by_side(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert html.count("<svg") == 2
     (differs,) = re.findall(r"What differs</h2>\n(.*?)</section>", html, re.DOTALL)
     assert re.findall(r"<tr><td[^>]*>([\w ]+)</td>", differs) == ["lr"]
+
+
+async def shown_on_a_telephone(path: Path, profile: Path) -> dict[str, Any]:
+    """What each colour scheme makes of the page: its background, its width, and the width that each card holds and has room for."""
+    found = {}
+    async with browsing(profile) as browser:
+        await browser.do("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
+        await browser.do("Page.navigate", url=path.as_uri())
+        await browser.until("complete", "location.protocol == 'file:' ? document.readyState : null")
+        for scheme in ("light", "dark"):
+            await browser.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            found[scheme] = (
+                await browser.value("getComputedStyle(document.body).backgroundColor"),
+                await browser.value("document.documentElement.scrollWidth"),
+                await browser.value("[...document.querySelectorAll('.card')].map(card => [card.scrollWidth, card.clientWidth])"),
+            )
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_no_chart_is_cut_on_a_telephone(runs: tuple[Path, Path], page: str, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    found = asyncio.run(shown_on_a_telephone(runs[0] / "run.html", tmp_path))
+    assert len({background for background, _, _ in found.values()}) == 2
+    for _, width, cards in found.values():
+        assert width <= 360
+        assert len(cards) == page.count("<svg") == 4
+        assert [card for card in cards if card[0] > card[1]] == []
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(42, "42 s"), (738, "12.3 min"), (18000, "5.0 h")])

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg.api.opening import device_named, open_data, opened
-from repvgg.api.training import resolved
+from repvgg.api.training import settled
 from repvgg.disk import Log
-from repvgg.train.recipes import Keeping, Recipe, resolve
+from repvgg.train.recipes import Keeping, Recipe
 
 if TYPE_CHECKING:
     from repvgg.api.opening import Data, Model
@@ -93,7 +93,7 @@ def quantize(
     from repvgg.deploy.quantize import quantize as write
 
     network, where = opened(model), device_named(device)
-    source = open_data(data, val, limit, seed, model=network)
+    source = open_data(data, val, limit, seed, model=network, log=log)
     stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
     return write(network, source, to, out, stem, settings or Quantization(), where, log)
 
@@ -123,7 +123,7 @@ def prune(
     from repvgg.deploy.prune import prune as work
 
     network, where = opened(model), device_named(device, workers)
-    source = open_data(data, val, limit, seed, model=network)
-    plain = resolved(recipe, source, False, changes, log) or resolve("finetune", **changes)
+    source = open_data(data, val, limit, seed, model=network, log=log)
+    plain = settled(recipe, source, "finetune", changes, log)
     how: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log}
     return work(network, source, Path(out), keep, plain, engine=engine, **how)

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from repvgg.disk import Log
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,6 +22,7 @@ def open_data(
     seed: int = 0,
     run: Path | None = None,
     model: "nn.Module | None" = None,
+    log: Log = print,
 ) -> "Source":
     """Open data, divided as it was when the model was trained or the run in a folder begun, and draw from it."""
     from repvgg.data import Source, open_source
@@ -28,10 +31,12 @@ def open_data(
     if isinstance(data, Source):
         return data.limited(limit, seed)
     spec = os.fspath(data)
-    told = manifest_of(model).training.get("splitting") if model is not None and val is None else None
+    told = manifest_of(model).training.get("splitting") if model is not None else None
     source = open_source(spec, val, seed if model is None else 0)
-    if source.splitting and told:
+    if source.splitting and told and val in (None, float(told[0])):
         source = open_source(spec, float(told[0]), int(told[1]))
+    elif source.splitting and told:
+        log(f"{spec}: --val {val:g} is not how the model's images were divided ({told[0]:g}): it has seen some of these")
     if run is not None:
         from repvgg.data.listing import reopened
 

@@ -67,6 +67,7 @@ def train(
         plain, start = resolved(recipe, source, bool(init), changes, log), init
         if plain is None:
             how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
+            how["allow_deploy"] = keeping.allow_deploy
             plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
         if isinstance(start, str) and start == "none":
             start = ""
@@ -86,7 +87,7 @@ def report_at_the_end(folder: Path, source: "Source", device: str, log: Log) -> 
     except ModuleNotFoundError as error:
         needed = str(error.name).partition(".")[0]
         log(f"{folder}: without a page, which needs {needed}: pip install {needed}, then repvgg report {folder}")
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever drawing and evaluating once more raise
         log(f"{folder}: without a page ({error}); repvgg report {folder} makes it")
 
 
@@ -103,6 +104,18 @@ def resolved(
         recipe = "finetune" if trained and not source.masks else source.recipe
         log(f"recipe: {recipe}")
     return resolve(recipe, **changes)
+
+
+def settled(
+    recipe: "str | os.PathLike[str] | Recipe", source: "Source", otherwise: str, changes: dict[str, Any], log: Log
+) -> Recipe:
+    """Return the recipe that is meant, by default `otherwise` for photos. Raises ValueError for `auto`, which plans a training."""
+    if recipe == "auto":
+        raise ValueError("--recipe auto is for train alone: name a recipe (repvgg recipe lists them), or a file")
+    found = resolved(recipe, source, False, changes, log)
+    if found is None:
+        log(f"recipe: {otherwise}")
+    return found or resolve(otherwise, **changes)
 
 
 def _chosen(

@@ -45,7 +45,7 @@ def evaluate(
 
     where = device_named(device, workers)
     network = _answering(model, engine, precision, batch_size, where, log)
-    source = open_data(data, val, limit, seed, model=network)
+    source = open_data(data, val, limit, seed, model=network, log=log)
     how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": where, "views": views or WHOLE}
     found: Any = task_of(source).evaluate_model(network, source, split, **how)
     return replace(found, classes=tuple(source.classes))  # type: ignore[no-any-return]
@@ -76,9 +76,9 @@ def predictions(
 
     images: files, folders (all images below them) and globs. top: labels for each image. batch_size: images at a time. engine:
     "auto" or a name. views: in which a PSPNet sees a photo. explain: "cam" also writes a picture of the evidence. out: a folder for
-    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 files of a deploy form are
-    run by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU. Raises `ImageError` where
-    a pattern fits nothing.
+    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 images are shown to a
+    deploy form by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU or `device` is
+    "cpu". Raises `ImageError` where a pattern fits nothing.
     """
     patterns = [os.fspath(images)] if isinstance(images, (str, os.PathLike)) else list(images)
     if explain:
@@ -92,15 +92,16 @@ def predictions(
     if isinstance(model, (str, os.PathLike)) and views is None and not out and precision == "fp32" and batch_size > 0:
         from repvgg.predict.light import predict_lightly
 
-        answers = predict_lightly(os.fspath(model), patterns, top, engine) if device in ("", "cpu") else None
+        answers = predict_lightly(os.fspath(model), patterns, top, engine, device)
         if answers is not None:
             yield from answers
             return
     from repvgg.models.views import WHOLE
     from repvgg.models.zoo import manifest_of
     from repvgg.predict import labels, masks
+    from repvgg.predict.paths import expand
 
-    at_once = min(batch_size, len(labels.expand(patterns))) if patterns else batch_size
+    at_once = min(batch_size, len(expand(patterns))) if patterns else batch_size
     where = device_named(device)
     network = _answering(model, engine, precision, at_once, where, log)
     if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:
@@ -114,16 +115,14 @@ def _answering(model: "Model", engine: str, precision: str, batch_size: int, dev
     """Return a model, or an engine of it. Raises ValueError for a backbone, which gives maps and neither labels nor masks."""
     from torch import nn
 
-    from repvgg.deploy import load
+    from repvgg.deploy.load import open_model
     from repvgg.models.zoo import manifest_of
 
-    if isinstance(model, nn.Module):
-        named, network = "this model", model if not engine else load.load_engine(model, engine, precision, batch_size=batch_size)
-    else:
-        named = os.fspath(model)
-        network = load.open_model(named, engine, precision, batch_size, device, log)
+    given = model if isinstance(model, nn.Module) else os.fspath(model)
+    network = open_model(given, engine, precision, batch_size, device, log)
     manifest = manifest_of(network)
     last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
     if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
+        named = given if isinstance(given, str) else "this model"
         raise ValueError(f"{named}: a backbone, which gives no labels: train a head on it first (repvgg train --init {named} ...)")
     return network

@@ -8,13 +8,13 @@ Here the timed batches are spread over rounds in which the candidates take turns
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repvgg.bench.memory import fitting, held, peak
 from repvgg.deploy import engines, from_timm
@@ -112,6 +112,7 @@ class BenchReport:
     reference: Candidate
     rounds: int
     batches: int
+    device: str
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -137,7 +138,7 @@ class BenchReport:
                 }
                 for row in self.rows
             ],
-            "machine": this_machine(),
+            "machine": this_machine(self.device),
         }
 
 
@@ -151,6 +152,27 @@ class _Ready:
     error: float
     left_unfolded: int
     cost: Cost
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network and all that is known of it before an engine runs it. images: two; logits: theirs in float64."""
+
+    model: nn.Module
+    left_unfolded: int
+    cost: Cost
+    images: Tensor
+    logits: Tensor
+
+
+def prepared(candidate: Candidate, input_size: tuple[int, int, int], allow_unfolded: bool = False) -> Prepared:
+    """Build, fold and count a candidate's network; its engine and precision do not matter here. Raises what `network` raises."""
+    model, left = network(candidate, allow_unfolded)
+    images = torch.randn(2, *input_size)
+    return Prepared(model, left, cost(model, input_size), images, reference(model, images).logits)
+
+
+Prepare = Callable[[Candidate, tuple[int, int, int], bool], Prepared]
 
 
 def bench(
@@ -167,12 +189,13 @@ def bench(
     allow_unfolded: bool = False,
     log: Log = print,
     progress: Log | None = None,
+    prepare: Prepare = prepared,
 ) -> BenchReport:
     """Time the candidates, taking turns; the first is the reference.
 
     An engine that cannot run a model is left out of it, with a word, if another one can. input_size: of all, or None for each
     model's own. Where memory runs out a candidate's batch is halved, with a word. log: told what one must know; progress: told
-    where the work stands, by default `log` too.
+    where the work stands, by default `log` too. prepare: `prepared`, or a cache of it for several calls with the same networks.
 
     Raises ValueError for unknown models and engines (before anything runs), for a model that no engine runs, and for one that
     does not fold, unless allow_unfolded.
@@ -193,7 +216,7 @@ def bench(
     for c in candidates:
         progress(f"building {c.name}")
         try:
-            ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log)
+            ready[c] = _ready(c, replace(options, input_size=sizes[c], precision=c.precision), allow_unfolded, log, prepare)
         except ValueError as error:
             failed[c] = error
     for c, why in failed.items():
@@ -225,7 +248,7 @@ def bench(
         )
         for c, r in ready.items()
     ]
-    return BenchReport(rows, first, rounds, batches)
+    return BenchReport(rows, first, rounds, batches, device)
 
 
 def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Module, int]:
@@ -277,20 +300,19 @@ def randomise_norms(model: nn.Module, shape: tuple[int, ...] = (4, 3, 64, 64)) -
     return model.eval()
 
 
-def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Log) -> _Ready:
+def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Log, prepare: Prepare) -> _Ready:
     """The engine built and run once, at the largest batch that fits."""
-    model, left = network(candidate, allow_unfolded)
-    counted = cost(model, options.input_size)
-    images = torch.randn(options.batch_size, *options.input_size)
-    wanted = reference(model, images[:2]).logits
+    p = prepare(replace(candidate, engine="eager", precision="fp32"), options.input_size, allow_unfolded)  # one for all engines
+    images = torch.cat([p.images, torch.randn(options.batch_size, *options.input_size)])
 
     def make(batch_size: int) -> _Ready:
         before, started = held(options.device), time.perf_counter()
-        engine = engines.build(candidate.engine, model, replace(options, batch_size=batch_size))
+        engine = engines.build(candidate.engine, p.model, replace(options, batch_size=batch_size))
         inputs = engine.prepare(images[:batch_size])
         logits = engine.finish(engine.run(inputs))
         seconds, memory = time.perf_counter() - started, peak(options.device) - before
-        error = float((logits[:2] - wanted[:batch_size]).abs().max() / wanted[:batch_size].abs().max())
-        return _Ready(engine, inputs, batch_size, memory, seconds, error, left, counted)
+        wanted = p.logits[:batch_size]
+        error = float((logits[:2] - wanted).abs().max() / wanted.abs().max())
+        return _Ready(engine, inputs, batch_size, memory, seconds, error, p.left_unfolded, p.cost)
 
     return fitting(make, options.batch_size, candidate.name, log)

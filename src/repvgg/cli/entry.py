@@ -129,7 +129,7 @@ def _settings(words: list[str]) -> Settings:
     shown = resolve("light" if named in ("", "auto") else named)
     flags = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
     given = dict.fromkeys(name for flag in flags for name in (flag, flag.removeprefix("no_")) if name in FIELDS)
-    return Settings(**vars(shown), given=tuple(given))
+    return Settings.over(shown, tuple(given))
 
 
 def _told(error: Exception) -> str:

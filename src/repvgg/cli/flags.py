@@ -2,13 +2,13 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from repvgg import terminal
-from repvgg.train.recipes import Recipe
+from repvgg.train.recipes import Augmentation, Machine, Optimization, Recipe, Schedule
 
 if TYPE_CHECKING:
     from repvgg.models.views import Views
@@ -32,20 +32,33 @@ class Command(Protocol):
     def run(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Settings(Recipe):
-    """Fields of the recipe. What is not given here is as in the recipe; shown are the values of the one that is named, or of
-    light."""
+SHOWN = "What is not given is as in the recipe; shown are the values of the one that is named, or of light."
 
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields of the recipe, in groups. given: the names of those that were given."""
+
+    schedule: Annotated[Schedule, arg(prefix_name=False, help=f"{Schedule.__doc__} {SHOWN}")] = field(default_factory=Schedule)
+    optimization: Annotated[Optimization, arg(prefix_name=False)] = field(default_factory=Optimization)
+    augmentation: Annotated[Augmentation, arg(prefix_name=False)] = field(default_factory=Augmentation)
+    machine: Annotated[Machine, arg(prefix_name=False)] = field(default_factory=Machine)
     given: Suppress[tuple[str, ...]] = ()
 
-    def __post_init__(self) -> None:
-        """Leave the values unchecked: tyro would make a box of what a recipe complains of in a line."""
+    @classmethod
+    def over(cls, recipe: Recipe, given: tuple[str, ...]) -> "Settings":
+        """Return the fields of a recipe."""
+
+        def part(kind: Any) -> Any:
+            return kind(**{f.name: getattr(recipe, f.name) for f in fields(kind)})
+
+        return cls(part(Schedule), part(Optimization), part(Augmentation), part(Machine), given)
 
     @property
     def changes(self) -> dict[str, Any]:
         """Return the fields that were given."""
-        return {name: getattr(self, name) for name in self.given}
+        values = {**vars(self.schedule), **vars(self.optimization), **vars(self.augmentation), **vars(self.machine)}
+        return {name: values[name] for name in self.given}
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Engine:
 
     engine: str = ""
     """auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own (predict
-    runs up to 32 files of a deploy form in native)."""
+    shows up to 32 images to a deploy form in native)."""
     precision: Precision = "fp32"
     """Precision of the engine's weights and activations."""
 

@@ -85,19 +85,26 @@ class Report:
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN", help="Run folders; run.html goes into a single one.")]
     data: str = ""
     """Of one run: where its images are now, if they have moved."""
-    out: Path = Path("compare.html")
-    """Of several runs: the page to write."""
+    out: Path | None = None
+    """Of several runs: the page to write; by default compare.html."""
     where: OnDevice = field(default_factory=Where)
 
     def run(self) -> None:
         from repvgg.cli.show_results import show_runs
         from repvgg.web.report import write_comparison, write_report
 
+        if not self.runs:
+            raise ValueError("which run? repvgg report RUN, a folder that repvgg train made")
+        if len(self.runs) > 1 and self.data:
+            raise ValueError("--data is for the page of one run: name one")
         if len(self.runs) == 1:
+            if self.out is not None:
+                raise ValueError(f"--out is for several runs: the page of one is written to {self.runs[0] / 'run.html'}")
             print(write_report(self.runs[0], data=self.data, device=self.where.chosen(), log=say))
             return
-        show_runs(write_comparison(self.runs, self.out))
-        print(self.out)
+        out = self.out or Path("compare.html")
+        show_runs(write_comparison(self.runs, out))
+        print(out)
 
 
 @dataclass(frozen=True, kw_only=True)

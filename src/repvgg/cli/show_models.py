@@ -5,9 +5,9 @@ from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.models.header import Header, costs_of, read_header
+from repvgg.models.header import Header, Row, costs_of, read_header
 from repvgg.models.manifest import Manifest
-from repvgg.models.names import EMBEDDED, embedded, resolve_name
+from repvgg.models.names import EMBEDDED, embedded, in_run_folder, resolve_name
 from repvgg.models.pretrained import RELEASED
 from repvgg.terminal import billions, millions, print_json, print_table, printable
 from repvgg.train.recipes import RECIPES, get_recipe
@@ -21,9 +21,10 @@ def show(name_or_file: str, as_json: bool) -> None:
     if not name_or_file:
         _show_family(as_json)
         return
-    path = embedded(name_or_file) or Path(name_or_file)
-    if not as_json and (header := read_header(path)) and header.manifest.layers:  # at once, where PyTorch is not needed
-        _show_listed(name_or_file, header)
+    path = embedded(name_or_file) or in_run_folder(name_or_file)
+    header = read_header(path)
+    if header and (rows := costs_of(header)):  # at once, as PyTorch is not needed
+        _show_file(name_or_file, header, rows, as_json)
         return
     if not path.exists() and not path.suffix and ":" not in name_or_file:
         resolve_name(name_or_file)  # a mistyped name is told before PyTorch is imported
@@ -122,10 +123,12 @@ def _show_family(as_json: bool) -> None:
     print(f"Trained, in the package: {', '.join(EMBEDDED)}")
 
 
-def _show_listed(name: str, header: Header) -> None:
-    rows = costs_of(header)
-    _print_layers(name, header.manifest, map(astuple, rows))
+def _show_file(name: str, header: Header, rows: list[Row], as_json: bool) -> None:
     params, macs, muls = (sum(numbers) for numbers in zip(*((r.params, r.macs, r.winograd_muls) for r in rows), strict=True))
+    if as_json:
+        print_json({**asdict(header.manifest), "params": params, "macs": macs, "winograd_muls": muls, "cost": [*map(asdict, rows)]})
+        return
+    _print_layers(name, header.manifest, map(astuple, rows))
     print(f"parameters        {params / 1e6:10.2f} M\nMACs              {macs / 1e9:10.2f} G   multiply-adds counted once")
     print(f"Winograd MULs     {muls / 1e9:10.2f} G   F(2x2, 3x3)")
     _print_origin(header.manifest)
@@ -142,9 +145,7 @@ def _show_model(name: str, model: "nn.Module", as_json: bool) -> None:
         print_json({**asdict(manifest), **summary, "cost": [asdict(layer) for layer in c.layers]})
         return
     modules = dict(model.named_modules())
-    rows = [
-        (x.path, x.operator, _geometry(modules[x.path]), x.output_shape[1:], x.params, x.macs, x.winograd_muls) for x in c.layers
-    ]
+    rows = [(x.path, x.operator, _geometry(modules[x.path]), x.output_shape, x.params, x.macs, x.winograd_muls) for x in c.layers]
     _print_layers(name, manifest, rows)
     print(c)
     _print_origin(manifest)
@@ -156,12 +157,12 @@ def _print_layers(name: str, manifest: Manifest, rows: Iterable[tuple[Any, ...]]
             path or "(model)",
             operator,
             geometry,
-            "x".join(map(str, output)),
+            "x".join(map(str, output_shape[1:])),
             f"{params:,}" if params else "",
             f"{macs / 1e6:,.1f}" if macs else "",
             f"{muls / 1e6:,.1f}" if macs else "",
         )
-        for path, operator, geometry, output, params, macs, muls in rows
+        for path, operator, geometry, output_shape, params, macs, muls in rows
     ]
     size = " x ".join(map(str, manifest.preprocessing.input_size))
     header = ("layer", "operator", "geometry", "output", "params", "MACs (M)", "Winograd MULs (M)")

@@ -95,7 +95,7 @@ class Prune:
     keep: float = 0.5
     """Share of each layer's channels that stay."""
     recipe: str = ""
-    """As for train; empty: what suits the data, for photos finetune. Its fields are the flags below."""
+    """A name or a file, as for train; empty: what suits the data, for photos finetune. Its fields are the flags below."""
     engine: str = "eager"
     """Engine that the speeds are measured with, as in repvgg bench."""
     draw: Drawn = field(default_factory=Draw)
@@ -186,7 +186,7 @@ class Ablate:
     seeds: int = 3
     """How many, from 0 on. More may follow later."""
     recipe: str = ""
-    """As for train; empty: what suits the data, for photos light. Its fields are the flags below."""
+    """A name or a file, as for train; empty: what suits the data, for photos light. Its fields are the flags below."""
     limit: int | None = None
     """At most this many images of each split, the same for all variants."""
     ray: str = ""
@@ -197,16 +197,14 @@ class Ablate:
     settings: WithRecipe = field(default_factory=Settings)
 
     def run(self) -> None:
-        from repvgg.api.training import resolved
+        from repvgg.api.training import settled
         from repvgg.data import open_source
         from repvgg.paper.ablation import ablate
         from repvgg.paper.grid import Grid
         from repvgg.paper.report import keep, show
         from repvgg.paper.result import PaperSettings as How
-        from repvgg.train.recipes import resolve
 
-        changes = self.settings.changes
-        recipe = resolved(self.recipe, open_source(self.data), False, changes, say) or resolve("light", **changes)
+        recipe = settled(self.recipe, open_source(self.data), "light", self.settings.changes, say)
         device = self.where.chosen()
         grid = Grid(
             out=self.out,

@@ -94,6 +94,8 @@ class Predict:
     def run(self) -> None:
         if self.data:
             self._whole_set()
+        elif self.cluster != Cluster() or (self.split, self.part_size, self.where.workers) != ("val", 1024, 0):
+            raise ValueError("--split, --part-size, --workers and --ray are for a whole data set: --data D --out FOLDER")
         else:
             self._images()
 
@@ -118,6 +120,8 @@ class Predict:
     def _whole_set(self) -> None:
         if self.images or not self.out:
             raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
+        if self.explain:
+            raise ValueError(f"--explain {self.explain} is for images that are named, not for those of --data")
         from repvgg.cli.show_results import show_predicted
         from repvgg.predict.job import Job
 

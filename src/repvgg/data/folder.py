@@ -10,9 +10,9 @@ from torchvision.datasets import ImageFolder
 
 from repvgg.data import DataError, Source
 from repvgg.data.cache import Arrays, Names, kept, once
-from repvgg.data.images import SUFFIXES, decode, is_image
+from repvgg.data.images import decode
 from repvgg.data.listing import Splitting, divided, open_table
-from repvgg.disk import escaped
+from repvgg.disk import IMAGES, escaped, is_image
 from repvgg.models.manifest import Preprocessing
 
 VALIDATION = ("val", "valid", "validation")  # what a validation split is called
@@ -32,7 +32,7 @@ class Folder:
         own = classes or self.classes
         self.names = Names(found["names"], found["ends"])
         self.labels = np.array([own.index(name) for name in self.classes], dtype=np.int32)[found["labels"]]
-        suffixes = ", ".join(sorted(SUFFIXES))
+        suffixes = ", ".join(sorted(IMAGES))
         if not len(self.names):
             raise DataError(f"{root}: holds no images ({suffixes})")
         if classes is None and (empty := sorted(set(range(len(own))) - set(np.unique(self.labels).tolist()))):

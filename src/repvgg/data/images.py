@@ -26,7 +26,6 @@ from repvgg.terminal import printable
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: 300 MB once decoded, up to 9 bytes a pixel while it is
 LONGEST = 32  # times as long as wide: resized by its short side, a longer image would fill the memory
 STRIP = 4_000_000  # pixels that are converted at once
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
 ORIENTATION = 0x0112  # EXIF's tag
 # Pillow's names of these. It reads more, for one EPS, which it hands to Ghostscript: a program for a stranger to run.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
@@ -39,11 +38,6 @@ class ImageError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
-
-
-def is_image(path: Path) -> bool:
-    """Tell an image by its name: a suffix of `SUFFIXES`, and not hidden (macOS leaves a `._name` beside every file)."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from torchvision.tv_tensors import Mask
 
 from repvgg.data import DataError, Source
 from repvgg.data.cache import kept
-from repvgg.data.images import LONGEST, ImageError, decode, decode_mask, is_image, size_of
+from repvgg.data.images import LONGEST, ImageError, decode, decode_mask, size_of
+from repvgg.disk import is_image
 from repvgg.models.manifest import Preprocessing
 
 IGNORED = 255

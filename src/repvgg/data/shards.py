@@ -21,9 +21,8 @@ from torch import Tensor
 from repvgg.data import DataError, open_source
 from repvgg.data.cifar10 import HUB_NAME
 from repvgg.data.hf import VALIDATION_SPLITS, find_columns
-from repvgg.data.images import is_image
 from repvgg.data.stream import expanded, refuse_damaged
-from repvgg.disk import describe, escaped
+from repvgg.disk import describe, escaped, is_image
 from repvgg.terminal import printable
 
 

@@ -41,7 +41,8 @@ def fastest(model: nn.Module, options: Options, log: Log = print, seconds: float
     with live() as tell:
         found = measure(model, options, log, tell, seconds)
     best = next(iter(found))
-    text = json.dumps({"fastest": best, "engines": found, "options": asdict(options), "machine": this_machine()}, indent=2)
+    record = {"fastest": best, "engines": found, "options": asdict(options), "machine": this_machine(options.device)}
+    text = json.dumps(record, indent=2)
     with suppress(OSError, ValueError):  # a cache that cannot be written costs time and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         atomically(path, lambda temporary: temporary.write_text(text))
@@ -57,12 +58,12 @@ def measure(
 
     tell: hears what is being built or timed. seconds: after which no other engine is built. Raises ValueError if none is right.
     """
+    started = time.perf_counter()
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(2, options.batch_size), *options.input_size, generator=random)
     wanted = reference(model, images, options.precision)
     calls: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
-    started = time.perf_counter()
     for name in _in_order(engines.installed(options.precision, options.device, log)):
         if calls and (time.perf_counter() - started > seconds or (name in COMPILERS and options.device == "cpu")):
             log(f"left out: {name} (it would take long to build; name it to have it: --engine {name})")

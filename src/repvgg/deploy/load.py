@@ -19,6 +19,7 @@ from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import open_model as open_pytorch
+from repvgg.models.load import tell_left_out
 
 
 def load_engine(
@@ -46,7 +47,7 @@ def load_engine(
         engines.check(engine, precision, device)
     if not isinstance(model, nn.Module) and (file := exported_file(model)) is not None:
         return open_exported(file, engine, Options(batch_size=batch_size, precision=precision, threads=threads, device=device))
-    network = model if isinstance(model, nn.Module) else open_pytorch(os.fspath(model))
+    network = model if isinstance(model, nn.Module) else _opened(os.fspath(model), log)
     manifest = zoo.manifest_of(network) if "manifest" in vars(network) else None
     size = input_size or (manifest.preprocessing.input_size if manifest else Options().input_size)
     options = Options(size, batch_size, precision, threads, device=device)
@@ -57,24 +58,31 @@ def load_engine(
     return Runner(name, engines.build(name, deploy, options), options, manifest)
 
 
-def open_model(name_or_path: str, engine: str, precision: str, batch_size: int, device: str, log: Log) -> nn.Module:
-    """Return the model as `zoo.open_model` does; or an engine, where one is asked for or the file is another runtime's.
+def open_model(model: nn.Module | str, engine: str, precision: str, batch_size: int, device: str, log: Log) -> nn.Module:
+    """Return a model, or that of a name or path; or an engine, where one is asked for or the file is another runtime's.
 
     Raises ValueError for a precision without an engine, and for an engine that is asked to make masks.
     """
-    exported = exported_file(name_or_path)
+    named = model if isinstance(model, str) else "this model"
+    exported = exported_file(model) if isinstance(model, str) else None
     if not engine and not exported and precision != "fp32":
         raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
-    model = exported or open_pytorch(name_or_path)
-    if isinstance(model, nn.Module) and not engine:
-        return model
-    if isinstance(model, nn.Module) and zoo.manifest_of(model).task == "masks":
-        raise ValueError(f"{name_or_path}: masks of images of any size are made by PyTorch: leave out --engine")
+    found = exported or (_opened(model, log) if isinstance(model, str) else model)
+    if isinstance(found, nn.Module) and not engine:
+        return found
+    if isinstance(found, nn.Module) and zoo.manifest_of(found).task == "masks":
+        raise ValueError(f"{named}: masks of images of any size are made by PyTorch: leave out --engine")
     runtime = FORMATS[SUFFIXES[exported.suffix]].engine if exported else engine
     if runtime in engines.ENGINES and not engines.precisions(runtime, device):
         log(f"the engine {runtime} knows no {device}: it runs on the CPU")
         device = "cpu"
-    runner = load_engine(model, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
+    runner = load_engine(found, engine or "auto", precision, batch_size=batch_size, device=device, log=log)
     if exported and runner.manifest and runner.manifest.task == "masks":
         raise ValueError(f"{exported}: masks of images of any size are made by PyTorch: name the model file")
     return runner
+
+
+def _opened(name_or_path: str, log: Log) -> nn.Module:
+    model = open_pytorch(name_or_path)
+    tell_left_out(model, log)
+    return model

@@ -247,8 +247,10 @@ def prune(
     after = accuracy(best)
     size = manifest.preprocessing.input_size
     costs = cost(deploy, size), cost(best, size)
-    on = device if engines.precisions(engine, device) else "cpu"  # the engine's own, where it has none of that kind
+    on = device if engines.precisions(engine, device) else "cpu"
+    if on != device:
+        log(f"the engine {engine} knows no {device}: the speeds are of the CPU")
     runners = [load_engine(network.cpu(), engine, batch_size=BATCH, device=on, log=log) for network in (deploy, best)]
     report = PruningReport(path, before, cut, after, costs, speedup(*runners), engine, keep)
-    write_record(Path(out) / "pruning.json", report.to_json())
+    write_record(Path(out) / "pruning.json", report.to_json(), device)
     return report

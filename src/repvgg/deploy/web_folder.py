@@ -21,6 +21,7 @@ from repvgg.deploy.staged import staged
 from repvgg.disk import Log
 from repvgg.models import zoo
 from repvgg.models.load import save
+from repvgg.models.plain import layer_list
 
 MODEL, PLAN, PAGE = "model.safetensors", "plan.json", "index.html"
 # Bytes of packed weights: a page that takes much more memory is reloaded by telephones.
@@ -30,9 +31,9 @@ MEMORY_LIMIT = 128 << 20
 def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None = None, log: Log = print) -> Path:
     """Fold a classifier of ours and write the folder. Returns the path of its page.
 
-    Raises ValueError for a PSPNet, a network that is no plain stack, a shape of images other than the model's own, or where the
-    engine is not installed; `ReparamError` for what cannot be folded; `FileError` where the folder cannot be written. No file is
-    left unless it computes the same.
+    Raises ValueError for a PSPNet, a backbone, a network that is no plain stack, a shape of images other than the model's own, or
+    where the engine is not installed; `ReparamError` for what cannot be folded; `FileError` where the folder cannot be written.
+    No file is left unless it computes the same.
     """
     if shape not in (None, Shape()):
         raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
@@ -55,6 +56,8 @@ def write_model(model: nn.Module, folder: Path) -> Parity:
     if zoo.manifest_of(model).task == "masks":
         raise ValueError("a page classifies, and a PSPNet makes masks: export it --to onnx, for onnxruntime-web")
     deploy = folded(model)
+    if (layers := layer_list(deploy)) and layers[-1]["op"] != "linear":
+        raise ValueError("a page classifies, and this model ends before its classes: give it num_classes, or export it --to onnx")
     save(deploy, folder / MODEL)
     plan = repvgg_engine.plan(folder / MODEL, isa="portable", threads=1, memory_limit=MEMORY_LIMIT)
     (folder / PLAN).write_text(plan.to_json())

@@ -18,6 +18,7 @@ from repvgg.fold.algebra import LinearMap, ReparamError
 from repvgg.fold.guards import copied, refuse_train_mode, refuse_uncopyable
 from repvgg.fold.rounding import EPSILON, Error, alike, at_least, distance, floats, is_float, shake, shaken, tensors
 from repvgg.fold.stepwise import stepwise
+from repvgg.numerics import full_float32
 
 Verdict = Literal["equal", "NOT EQUAL", "cannot be judged"]
 SHAKES = 2  # perturbations tried in float64
@@ -113,11 +114,12 @@ def verify(a: nn.Module, b: nn.Module, input_size: tuple[int, int, int], images:
 
 @torch.no_grad()
 def compare(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> Verification:
-    """Compare two models on inputs of one's own (tensors, or trees of them), otherwise as `verify`."""
+    """Compare two models on inputs of one's own (tensors, or trees of them), otherwise as `verify`. On CUDA it turns TF32 off."""
     for model in (a, b):
         refuse_train_mode(model)
     refuse_uncopyable(a)
     like = next(t for t in (*b.parameters(), *b.buffers(), torch.empty(0)) if t.is_floating_point())
+    full_float32(like.device)
     inputs = _to(inputs, like)  # rounded first, so that all see the same images
     found = _judge(a, b, inputs, like.dtype)
     assert found is not None

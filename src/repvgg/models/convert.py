@@ -8,7 +8,7 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.checkpoint import PICKLE_SUFFIXES
-from repvgg.models.load import load, save
+from repvgg.models.load import load, save, tell_left_out
 from repvgg.models.zoo import manifest_of
 
 LARGEST = 320  # pixels a side that the two forms are compared on: rounding is the same on more, and float64 slow
@@ -29,9 +29,8 @@ def convert(
             f"{target}: .safetensors, or .pth for a bare state dict; other runtimes' files are written by repvgg export"
         )
     model = load(source)
+    tell_left_out(model, log)
     manifest = manifest_of(model)
-    if left_out := manifest.training.get("left_out"):
-        log(f"left out, as no part of the network: {left_out}")
     if to_keys is not None:
         save(model, target, to_keys=to_keys)
         log(f"{target}: {manifest.form} form, {len(model.state_dict())} tensors in {to_keys} keys")

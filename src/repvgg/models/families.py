@@ -117,7 +117,8 @@ def _create_pspnet(r: Request) -> Made:
     if backbone not in FAMILY:
         if isinstance(r.pretrained, str):
             raise ValueError(f"{r.name} {OWN_WEIGHTS}")
-        return create_pspnet(**r.arch, pretrained=r.pretrained), Manifest(r.arch, preprocessing=_pspnet_preprocessing(r.arch))
+        arch = {**r.arch, **r.options}
+        return create_pspnet(**arch, pretrained=r.pretrained), Manifest(arch, preprocessing=_pspnet_preprocessing(arch))
     arch = {**r.arch, "width": r.options.get("width", 1.0), "block": r.options.get("block") or FAMILY[backbone].block}
     model = create_pspnet(**arch, deploy=r.deploy and not r.pretrained)
     manifest = Manifest(arch, preprocessing=_pspnet_preprocessing(arch))
@@ -137,7 +138,7 @@ def _on_repvgg(name: str) -> bool:
 
 
 PSPNET = Family(
-    PSPNETS, _create_pspnet, _pspnet_preprocessing, lambda name: frozenset(["width", "block"] * _on_repvgg(name)), _on_repvgg
+    PSPNETS, _create_pspnet, _pspnet_preprocessing, lambda name: frozenset(["width"] + ["block"] * _on_repvgg(name)), _on_repvgg
 )
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.disk import FileError, describe, out_of_memory
+from repvgg.disk import FileError, Log, describe, out_of_memory
 from repvgg.models import checkpoint, hub, keys, weights
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.names import FAMILY, NETWORKS, embedded, resolve_name, task_of
+from repvgg.models.names import FAMILY, NETWORKS, embedded, in_run_folder, resolve_name, task_of
 from repvgg.models.plain import LARGEST_INPUT, PlainNet, layer_list, set_largest_inputs
 from repvgg.models.pretrained import imagenet_classes
 from repvgg.models.repvgg import RepVGG
 from repvgg.models.zoo import create_model, default_preprocessing, is_built_folded, manifest_of, remember
 
 HUB = "hf:"  # before USER/NAME, where a file or a name may stand too
+LEFT_OUT = "left_out"  # of a manifest's `training`: what the file of a stranger held beside the network
 
 
 def save(
@@ -39,11 +40,12 @@ def save(
     """
     manifest = manifest_of(model)
     scheme = _scheme(model, manifest, to_keys)
+    facts = manifest.training if training is None else training
     manifest = replace(
         manifest,
         classes=list(classes) if classes is not None else manifest.classes,
         preprocessing=preprocessing or manifest.preprocessing,
-        training=training if training is not None else manifest.training,
+        training={name: fact for name, fact in facts.items() if name != LEFT_OUT},  # that was of another file
         keys=scheme,
     )
     tensors = model.state_dict()
@@ -76,10 +78,10 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     """Return the model of a file, in eval mode, in the file's form and dtype, with its `manifest`.
 
     Reads our files, and official, timm and mmpretrain checkpoints of either form. Every tensor must find its place and every
-    place its tensor: raises `FileError` otherwise. Where dtypes are mixed, the model is in the widest. A run folder stands for its
-    best model.
+    place its tensor: raises `FileError` otherwise. What a stranger's file holds beside the network is left out, and named in
+    `manifest.training["left_out"]`. Where dtypes are mixed, the model is in the widest. A run folder stands for its best model.
     """
-    path = _in_run_folder(path)
+    path = in_run_folder(path)
     tensors, manifest, left_out = weights.read(path)
     try:
         return _restore(tensors, manifest or _manifest_from_content(tensors, left_out))
@@ -124,6 +126,12 @@ def open_model(name_or_path: str) -> nn.Module:
     return create_model(name_or_path, pretrained=True, deploy=True).eval()
 
 
+def tell_left_out(model: nn.Module, log: Log) -> None:
+    """Say what the file that a model was opened from held beside the network."""
+    if left_out := manifest_of(model).training.get(LEFT_OUT):
+        log(f"left out, as no part of the network: {left_out}")
+
+
 def is_file(name_or_path: str) -> bool:
     """Say whether a file, of the package too, or a hub repository is meant, not the name of a kind of model."""
     path, known = Path(name_or_path), {".safetensors", *checkpoint.PICKLE_SUFFIXES}
@@ -133,15 +141,9 @@ def is_file(name_or_path: str) -> bool:
 def file_of(name_or_path: str) -> Path:
     """Return the path of the model file that is meant; of a hub repository, its local copy."""
     if not name_or_path.startswith(HUB):
-        return embedded(name_or_path) or _in_run_folder(name_or_path)
+        return embedded(name_or_path) or in_run_folder(name_or_path)
     repo, _, pinned = name_or_path.removeprefix(HUB).partition("@")
     return hub.fetch(repo, pinned or "main")
-
-
-def _in_run_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the best model of a run folder; any other path as it is."""
-    best = Path(path) / "best.safetensors"
-    return best if os.path.isfile(best) else Path(path)  # noqa: PTH113 - Path.is_file raises for names that are too long
 
 
 def _restore(tensors: dict[str, Tensor], manifest: Manifest) -> nn.Module:
@@ -168,7 +170,7 @@ def _manifest_from_content(tensors: dict[str, Tensor], left_out: list[str]) -> M
         with suppress(ValueError):  # the names need torchvision, the weights do not
             classes = imagenet_classes()
     more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-    training = {"left_out": f"{min(left_out)}{more}"} if left_out else {}
+    training = {LEFT_OUT: f"{min(left_out)}{more}"} if left_out else {}
     return Manifest(arch, form, classes, default_preprocessing(arch), training)
 
 

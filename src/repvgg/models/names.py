@@ -4,6 +4,7 @@ Sources: RepVGG (CVPR 2021), Tables 2, 3, 4, 5 and 8; D2se and RepVGGplus-L2pse 
 """
 
 import difflib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -112,6 +113,12 @@ def embedded(name: str) -> Path | None:
     """Return the file of a model that comes with the package; None for any other, and where a file or run folder has the name."""
     own = Path(name).is_file() or (Path(name) / "best.safetensors").is_file() if name in EMBEDDED else True
     return None if own else EMBEDDED[name]
+
+
+def in_run_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the best model of a run folder; any other path as it is."""
+    best = Path(path) / "best.safetensors"
+    return best if os.path.isfile(best) else Path(path)  # noqa: PTH113 - Path.is_file raises for names that are too long
 
 
 def list_models() -> list[str]:

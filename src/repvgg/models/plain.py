@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from repvgg.fold.blocks import SqueezeExcite
-from repvgg.models.repvgg import Layer, PlusLayer, RepVGG, Residual, is_deploy_form
+from repvgg.models.repvgg import Layer, Mean, PlusLayer, RepVGG, Residual, is_deploy_form
 
 LARGEST_INPUT = "largest_input"  # of a convolution, where calibration found it
 
@@ -22,11 +22,11 @@ class PlainNet(nn.Module):
             path = spec["path"] if spec["op"] == "squeeze_excite" else str(spec.get("weight", "")).removesuffix(".weight")
             if spec["op"] == "conv2d":
                 geometry = (spec["kernel_size"], spec["stride"], spec["padding"], spec["dilation"], spec["groups"])
-                self._place(path, nn.Conv2d(spec["in_channels"], spec["out_channels"], *geometry))
+                _place(self, path, nn.Conv2d(spec["in_channels"], spec["out_channels"], *geometry))
             elif spec["op"] == "squeeze_excite":
-                self._place(path, SqueezeExcite(spec["channels"], spec.get("reduction", 16)))
+                _place(self, path, SqueezeExcite(spec["channels"], spec.get("reduction", 16)))
             elif spec["op"] == "linear":
-                self._place(path, nn.Linear(spec["in_features"], spec["out_features"]))
+                _place(self, path, nn.Linear(spec["in_features"], spec["out_features"]))
             elif spec["op"] != "global_avg_pool":
                 raise ValueError(f"no operator {spec['op']!r}")
             if spec.get("activation") not in (None, "relu"):
@@ -47,15 +47,29 @@ class PlainNet(nn.Module):
             x = x.relu() if activation else x
         return x
 
-    def _place(self, path: str, module: nn.Module) -> None:
-        """Set a submodule, making the containers on the way, so that parameters are called what the list calls them."""
-        parent: nn.Module = self
-        *containers, name = path.split(".")
-        for container in containers:
-            if container not in parent._modules:
-                parent.add_module(container, nn.Module())
-            parent = parent.get_submodule(container)
-        parent.add_module(name, module)
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what torch.jit.script compiles in its place: the same modules in a row, by the same names."""
+        row, parts = nn.Sequential(), list[nn.Module]()
+        for path, activation in self.steps:
+            steps: dict[str, nn.Module] = {path: self.get_submodule(path)} if path else {"pool": Mean()}
+            if activation:
+                steps[f"{path}_act"] = nn.ReLU()
+            for name, module in steps.items():
+                _place(row, name, module, nn.Sequential)
+            parts += steps.values()
+        in_order = [module for module in row.modules() if module in parts]
+        return row.train(self.training) if in_order == parts else self  # a list may go to and fro between containers
+
+
+def _place(root: nn.Module, path: str, module: nn.Module, container: type[nn.Module] = nn.Module) -> None:
+    """Set a submodule, making the containers on the way, so that parameters are called what the list calls them."""
+    parent = root
+    *containers, name = path.split(".")
+    for between in containers:
+        if between not in parent._modules:
+            parent.add_module(between, container())
+        parent = parent.get_submodule(between)
+    parent.add_module(name, module)
 
 
 def set_largest_inputs(model: nn.Module, largest: Sequence[float | None]) -> None:

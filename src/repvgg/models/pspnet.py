@@ -37,10 +37,11 @@ def create_pspnet(
     width: float = 1.0,
     block: str = "repvgg",
 ) -> "PSPNet":
-    """Return a PSPNet by its name, in train mode. pretrained: a ResNet starts from timm's default weights.
+    """Return a PSPNet by its name, in train mode. width: times the channels of backbone and heads. pretrained: a ResNet of width 1
+    starts from timm's default weights.
 
-    deploy: in deploy form, on a RepVGG; on a ResNet that form comes of folding. Raises ValueError where timm is missing or its
-    weights cannot be fetched.
+    deploy: in deploy form, on a RepVGG; on a ResNet that form comes of folding. Raises ValueError where timm is missing, its
+    weights cannot be fetched, or they do not fit the width.
     """
     plan = PSPNETS[name]
     if plan.backbone in FAMILY:
@@ -49,7 +50,7 @@ def create_pspnet(
         backbone: nn.Module = RepVGG(member, 0, in_chans, deploy, STRIDE, width, block=block, dilated_layers=layers, global_pool="")
         _, _, _, middle, last = member.widths(width)
     else:
-        backbone, (middle, last) = _resnet(plan.backbone, in_chans, pretrained)
+        backbone, (middle, last) = _resnet(plan.backbone, in_chans, pretrained, width)
     return PSPNet(backbone, middle, last, num_classes, deploy, width)
 
 
@@ -89,6 +90,9 @@ class PSPNet(nn.Module):
         if self.training and self.auxiliary is not None:
             return logits, _upsampled(self.auxiliary(middle), x)[..., :height, :width]
         return logits
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ValueError("torch.jit.script cannot compile a PSPNet: repvgg export --to pt2 keeps it as a program")
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """Return the feature maps of the last two stages."""
@@ -182,8 +186,12 @@ class _Stages(nn.ModuleDict):
         self.checkpointing = enable
 
 
-def _resnet(name: str, in_chans: int, pretrained: bool) -> tuple[nn.Module, list[int]]:
+def _resnet(name: str, in_chans: int, pretrained: bool, width: float) -> tuple[nn.Module, list[int]]:
     """Return timm's backbone, with the feature maps of its last two stages at stride 8, and their channels."""
+    if not 0 < width <= 16:
+        raise ValueError("width is above 0 and at most 16")
+    if pretrained and width != 1:
+        raise ValueError(f"pspnet_{name}: pretrained weights fit width=1 only")
     try:
         import timm
     except ImportError:
@@ -193,7 +201,29 @@ def _resnet(name: str, in_chans: int, pretrained: bool) -> tuple[nn.Module, list
         backbone: Any = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"timm cannot make {name}: {(str(error).splitlines() or [''])[0]}") from error
-    return _Stages(dict(backbone.items())), backbone.feature_info.channels()
+    if width != 1:
+        _narrow(backbone, width, in_chans)
+    return _Stages(dict(backbone.items())), [_times(width, channels) for channels in backbone.feature_info.channels()]
+
+
+def _narrow(backbone: nn.Module, width: float, in_chans: int) -> None:
+    """Give every map but the image `width` times its channels: maps that are added stay alike. The convolutions start anew."""
+    for path, module in list(backbone.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            into = in_chans if path == "conv1" else _times(width, module.in_channels)
+            module.in_channels, module.out_channels = into, _times(width, module.out_channels)
+            shape = module.out_channels, into, *module.kernel_size
+            module.weight = nn.Parameter(module.weight.new_empty(shape))
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as timm does
+        elif isinstance(module, nn.BatchNorm2d):
+            module.num_features = _times(width, module.num_features)
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.dim():  # not the count of batches; a new one's are all alike
+                    tensor.data = tensor.data[:1].expand(module.num_features).clone()
+
+
+def _times(width: float, channels: int) -> int:
+    return max(1, round(width * channels))
 
 
 def _some(names: Iterable[str]) -> str:

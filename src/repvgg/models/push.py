@@ -71,8 +71,9 @@ def write_model(model: nn.Module, folder: Path) -> None:
     """Write model.safetensors and config.json into a folder. Where timm has the network, it and transformers open that."""
     manifest = manifest_of(model)
     theirs = timm_config(manifest)
-    save(model, folder / hub.MODEL_FILE, to_keys="timm" if theirs else "repvgg")
-    config = json.dumps({**asdict(manifest), **(theirs or {})}, indent=2) + "\n"
+    keys = "timm" if theirs else "repvgg"
+    save(model, folder / hub.MODEL_FILE, to_keys=keys)
+    config = json.dumps({**asdict(manifest), "keys": keys, **(theirs or {})}, indent=2) + "\n"
     atomically(folder / "config.json", lambda temporary: temporary.write_text(config))
 
 

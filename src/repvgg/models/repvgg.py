@@ -54,7 +54,7 @@ class Residual(nn.Module):
         return self.act(self.block(self.layer(x)) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
-class _Mean(nn.Module):
+class Mean(nn.Module):
     """Take the mean over all places, as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class RepVGG(nn.Module):
         """Return what torch.jit.script compiles in place of a deploy form: the same modules in a row, by the same names."""
         parts: OrderedDict[str, nn.Module] = OrderedDict(stem=self.stem, stages=self.stages)
         if self.global_pool:
-            parts["pool"] = _Mean()
+            parts["pool"] = Mean()
         return nn.Sequential(parts | OrderedDict(head=self.head)).train(self.training)
 
     def _with_auxiliary(self, heads: nn.ModuleDict, x: Tensor) -> tuple[Tensor, ...]:

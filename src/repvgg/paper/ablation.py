@@ -1,66 +1,33 @@
 """Tables 6 and 7 on any data: what the branches, and other ways to build them, are worth.
 
-The grid of trainings is grid.py's; here its outcomes are set beside the paper's, with the speed of each training form.
+The grid of trainings is grid.py's, and what it has found findings.py's; here that is set beside the paper's.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
-from repvgg.bench.models import randomise_norms
 from repvgg.data import open_source
-from repvgg.deploy import engines
-from repvgg.disk import atomically
-from repvgg.measure.timing import Times, interleave, ratio, synchroniser
-from repvgg.paper.grid import RESNETS, TABLES, Cell, Grid, Outcome, run
-from repvgg.paper.numbers import RESNET50, RESNET50_WITH_BLOCKS, TABLE6, TABLE7
-from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
+from repvgg.measure.timing import ratio
+from repvgg.paper import agreement
+from repvgg.paper.agreement import FULL, PLAIN, PRINTED
+from repvgg.paper.findings import Findings, find, kept
+from repvgg.paper.grid import RESNETS, TABLES, Grid, Outcome
+from repvgg.paper.numbers import TABLE6
+from repvgg.paper.result import PaperSettings, Result, Table
 from repvgg.paper.speeds import significant
-from repvgg.paper.table4 import spearman
-from repvgg.train.loop import new_model
-from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.recipes import get_recipe
+from repvgg.web.charts import LINES
 from repvgg.web.drawing import INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
-PLAIN, FULL = "plain", "repvgg"
-# The paper's name and top-1 of each variant that it has.
-PRINTED: dict[str, tuple[str, float]] = {
-    "plain": ("Neither (plain)", TABLE6[0].top1),
-    "no_1x1": ("Identity alone", TABLE6[1].top1),
-    "no_identity": ("1x1 alone", TABLE6[2].top1),
-    **{("residual" if v.model.endswith("residual") else v.block): (v.printed, v.top1) for v in TABLE7},
-    "resnet50": ("ResNet-50", RESNET50),
-    "resnet50_repvgg": ("ResNet-50 with RepVGG blocks", RESNET50_WITH_BLOCKS),
-}
 # A look at whether it works, in minutes; what a network of this size learns in two epochs says little.
 QUICK: dict[str, Any] = {"width": 0.125, "limit": 2000}
 QUICK_EPOCHS = 2
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything found in one grid.
-
-    outcomes: the finished cells of each variant; speeds: seconds a batch of `batch_size`, training form; rates: the learning rate
-    of each variant, where that is not the grid's.
-    """
-
-    grid: Grid
-    outcomes: dict[str, list[Outcome]]
-    speeds: dict[str, Times]
-    batch_size: int
-    rates: dict[str, float] = field(default_factory=dict)
-
-    def top1(self, variant: str) -> list[float]:
-        """Return the top-1 of each cell that did not diverge, in percent."""
-        return [100 * o.top1 for o in self.outcomes[variant] if o.top1 is not None]
 
 
 def ablate(grid: Grid, settings: PaperSettings, ray: str = "") -> Result:
@@ -86,95 +53,23 @@ def part(
     return report(title, find(replace(grid, variants=tuple(variants)), settings), settings, (table,), name)
 
 
-def kept(folder: Path, variants: Sequence[str], settings: PaperSettings) -> Findings:
-    """Return what is finished of some variants in a grid's folder. Of several grids below it, as of several learning rates, each
-    variant is shown from that with most seeds, then from the best.
-
-    Raises NothingChosenError where there is nothing.
-    """
-    best: dict[str, tuple[Grid, list[Outcome]]] = {}
-    for path in sorted(folder.glob("**/grid.json")):
-        grid = _grid_in(path.parent, settings)
-        for name in variants:
-            outcomes = [o for seed in range(grid.seeds) if (o := Cell(grid, name, seed).outcome)]
-            if outcomes and (name not in best or _worth(outcomes) > _worth(best[name][1])):
-                best[name] = grid, outcomes
-    if not best:
-        raise NothingChosenError(
-            "it trains networks, so it must be told on what: --data (the paper's is ImageNet, in folders). Without, it shows what "
-            f"repvgg ablate --out {folder} has finished: nothing yet"
-        )
-    grid = replace(next(iter(best.values()))[0], variants=tuple(best))
-    speeds, outcomes_of = training_speeds(grid, settings), {name: outcomes for name, (_, outcomes) in best.items()}
-    rates = {name: grid.recipe.lr for name, (grid, _) in best.items()}
-    return Findings(grid, outcomes_of, speeds, settings.protocol.batch_size, rates)
-
-
-def _grid_in(folder: Path, settings: PaperSettings) -> Grid:
-    given = json.loads((folder / "grid.json").read_text())
-    recipe = Recipe(**{f.name: given.pop(f.name) for f in fields(Recipe) if f.name in given})
-    numbers = [run.name.rpartition("-")[2] for run in folder.glob("*-*") if run.is_dir()]
-    seeds = 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
-    return Grid(folder, recipe=recipe, seeds=seeds, device=settings.device, **given)
-
-
-def _worth(outcomes: Sequence[Outcome]) -> tuple[int, float]:
-    return len(outcomes), statistics.mean(outcome.top1 or 0.0 for outcome in outcomes)
-
-
-def find(grid: Grid, settings: PaperSettings, ray: str = "") -> Findings:
-    """Train what is not trained yet, and time what is not timed yet."""
-    outcomes = run(grid, settings.log, ray)
-    by_variant = {name: [o for o in outcomes if o.variant == name] for name in dict.fromkeys(grid.variants)}
-    return Findings(grid, by_variant, training_speeds(grid, settings), settings.protocol.batch_size)
-
-
-def training_speeds(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
-    """Time every variant's training form, taking turns, and keep the times in the grid's folder (eval mode, random weights)."""
-    protocol = settings.protocol
-    conditions = {**asdict(protocol), "where": settings.where, "torch": torch.__version__, "variants": list(grid.variants)}
-    key = json.dumps(conditions)
-    path = grid.out / "speeds.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if key not in kept:
-        settings.log("timing the training forms, which take turns")
-        kept[key] = {name: times.by_round for name, times in _time(grid, settings).items()}
-        atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1) + "\n"))
-    return {name: Times([[s] for s in seconds]) for name, seconds in kept[key].items()}
-
-
-def _time(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
-    source, protocol = open_source(grid.data), settings.protocol
-    size = source.preprocessing.input_size
-    options = replace(settings.options(protocol.batch_size), input_size=size)
-    calls = {}
-    for variant in dict.fromkeys(grid.variants):
-        arch, how = grid.network(variant)
-        model = randomise_norms(new_model(arch, source, log=lambda line: None, **how), (4, *size))
-        engine = engines.build("eager", model, options)
-        calls[variant] = partial(engine.run, engine.prepare(torch.randn(protocol.batch_size, *size)))
-    return interleave(
-        calls,
-        rounds=protocol.rounds,
-        batches=protocol.batches,
-        warmup=protocol.warmup,
-        synchronise=synchroniser(settings.device),
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------------ tables
 
 
 def report(
     title: str, found: Findings, settings: PaperSettings, tables: Sequence[Callable[[Findings], list[Table]]], name: str
 ) -> Result:
+    general = (
+        "The paper's figures are of B0 on ImageNet, 120 epochs, one run each. Which structure trains best may depend on depth, "
+        "data and schedule, and differences as small as the deviation between seeds say nothing."
+    )
+    curves = {f"{name}-curves": draw_curves(found)} if any(found.curves.values()) else {}
     return Result(
         f"{title}: what the structure is worth",
-        [table for make in tables for table in make(found)],
-        f"{_agreement(found)}The paper's figures are of B0 on ImageNet, 120 epochs, one run each. Which structure trains best may "
-        "depend on depth, data and schedule, and differences as small as the deviation between seeds say nothing.",
+        [*(table for make in tables for table in make(found)), *pilot(found)],
+        f"{agreement.words(found.cells, found.pilot)} {general}".strip(),
         record(found),
-        {name: draw(found)},
+        {name: draw(found), **curves},
         _how(found, settings),
     )
 
@@ -210,6 +105,17 @@ def table7(found: Findings) -> list[Table]:
 def beyond(found: Findings) -> list[Table]:
     """Return the table of variants that the paper does not have."""
     return _structures(found, [name for name in found.outcomes if name not in PRINTED], FULL, "Beyond the paper")
+
+
+def pilot(found: Findings) -> list[Table]:
+    """Return the table of the pilot, which trained every variant once at each learning rate; none where there was one rate."""
+    rates = agreement.rates_of(found.pilot)
+    rows = []
+    for name, by_rate in found.pilot.items():
+        top1 = [agreement.percent(by_rate[rate]) for rate in rates]
+        rows.append((name, *top1, f"{found.rates[name]:g}" if name in found.rates else None))
+    header = ("variant", *(f"learning rate {rate}" for rate in rates), "taken")
+    return [Table("The pilot: top-1, %, of seed 0", header, rows)] if len(rates) > 1 else []
 
 
 def _structures(found: Findings, variants: Sequence[str], reference: str, title: str) -> list[Table]:
@@ -275,38 +181,29 @@ def _folded(outcomes: Sequence[Outcome]) -> str:
 # ----------------------------------------------------------------------------------------------------------- what it says
 
 
-def correlation(found: Findings) -> tuple[int, float]:
-    """Return how many variants of Tables 6 and 7 there are, and the rank correlation of their mean top-1 with the paper's."""
-    both = [(PRINTED[name][1], statistics.mean(top1)) for name in TABLES if name in found.outcomes and (top1 := found.top1(name))]
-    return len(both), spearman([p for p, _ in both], [h for _, h in both])
-
-
-def _agreement(found: Findings) -> str:
-    count, rank = correlation(found)
-    if math.isnan(rank) or count < 3:
-        return ""
-    return f"The order of {count} variants has a rank correlation of {rank:.2f} with the paper's. "
-
-
 def _how(found: Findings, settings: PaperSettings) -> str:
     g = found.grid
     limit = f", {g.limit:,} images of each split at most" if g.limit else ""
     own = ", ".join(f"{name} {lr:g}" for name, lr in found.rates.items()) if len({*found.rates.values()}) > 1 else ""
+    rate = f"learning rate {own or f'{g.recipe.lr:g}'}"
+    if rates := agreement.rates_of(found.pilot):
+        rate = f"a pilot with seed 0 at each learning rate of {', '.join(rates)}, as many epochs each"
+    stem = ", the stem at stride 2 (images of 32 pixels are 16 inside)" if g.small_input is False else ""
     return (
-        f"Here: {g.arch}, width {g.width:g}, on {g.data}{limit}, {g.recipe.epochs} epochs of batch {g.recipe.batch_size}, learning "
-        f"rate {own or f'{g.recipe.lr:g}'}; top-1 of the last epoch on the validation split, mean and standard deviation over n "
-        f"seeds. Speeds: batch {found.batch_size} on {settings.where}, eager, fp32, medians of "
-        f"{settings.protocol.rounds} rounds in which "
+        f"Here: {g.arch}, width {g.width:g}, on {g.data}{limit}{stem}, {g.recipe.epochs} epochs of batch {g.recipe.batch_size}, "
+        f"{rate}; top-1 of the last epoch on the validation split, mean and standard deviation over n seeds. "
+        f"Speeds: batch {found.batch_size} on {settings.where}, eager, fp32, medians of {settings.protocol.rounds} rounds in which "
         "all took turns. Predictions are compared in fp32 on every validation image."
     )
 
 
 def record(found: Findings) -> dict[str, Any]:
     """Return all that was found, for JSON."""
-    count, rank = correlation(found)
+    count, rank = agreement.correlation(found.cells)
     return {
         "settings": found.grid.settings,
         "rates": found.rates,
+        "pilot": found.pilot,
         "rank_correlation": {"variants": count, "spearman": None if math.isnan(rank) else rank},
         "variants": {
             name: {
@@ -315,6 +212,7 @@ def record(found: Findings) -> dict[str, Any]:
                 "mean": statistics.mean(values) if values else None,
                 "deviation": statistics.stdev(values) if len(values) > 1 else None,
                 "cells": [asdict(outcome) for outcome in outcomes],
+                "top1_by_epoch": found.curves.get(name, []),
                 "training_form_examples_per_second": found.batch_size / found.speeds[name].median,
                 "seconds_per_batch_by_round": found.speeds[name].by_round,
             }
@@ -344,4 +242,20 @@ def draw(found: Findings) -> Figure:
         axes.set_axisbelow(True)
         axes.set_title(title, fontsize=11, color=INK, loc="left")
         axes.set_xlabel("top-1, %", fontsize=9, color=MUTED)
+    return figure
+
+
+def draw_curves(found: Findings) -> Figure:
+    """Draw each variant's mean top-1 over its seeds after each epoch; named in the order of their ends."""
+    curves = {name: curve for name in found.outcomes if (curve := found.curve(name))}
+    figure, (axes,) = plot(1000, 460)
+    for number, name in enumerate(sorted(curves, key=lambda name: -curves[name][-1])):
+        colour, line = LINES[number % len(LINES)], "-" if number < len(LINES) else "--"
+        label, width = f"{name} (n = {len(found.curves[name])})", 2.6 if name in (FULL, PLAIN) else 1.3
+        axes.plot(range(1, len(curves[name]) + 1), curves[name], label=label, linewidth=width, color=colour, linestyle=line)
+    axes.grid(color=RULE, linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.set_title("top-1 on the validation split, %: mean over seeds", fontsize=11, color=INK, loc="left")
+    axes.set_xlabel("epoch", fontsize=9, color=MUTED)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -32,9 +32,11 @@ from repvgg.measure.machine import write_record
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.models.names import NETWORKS, resolve_name
+from repvgg.numerics import full_float32
 from repvgg.predict.connect import absolute, connect, reason_of, refuse_without_ray
 from repvgg.terminal import Progress
 from repvgg.train.evaluate import batches
+from repvgg.train.logs import read_lines
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe
 
@@ -140,6 +142,12 @@ class Cell:
         return Outcome(self.variant, self.seed, summary["last_top1"], summary["seconds"], forms)
 
     @property
+    def by_epoch(self) -> list[float]:
+        """The top-1 on the validation split after each epoch so far."""
+        lines = read_lines(self.folder / "metrics.jsonl")
+        return list({line["epoch"]: line["val_top1"] for line in lines if "val_top1" in line}.values())
+
+    @property
     def state(self) -> str:
         """The cell's accuracy, or how far it is, in words."""
         if outcome := self.outcome:
@@ -168,7 +176,7 @@ def run(grid: Grid, log: Log = print, ray: str = "") -> list[Outcome]:
     _try_out(grid, source)
     _make_folder(grid.out)
     with hold(grid.out):
-        _settle(grid)
+        settle(grid)
         left = [cell for cell in grid.cells if cell.outcome is None]
         with Progress(len(grid.cells), log, len(grid.cells) - len(left), partial(_table, grid)) as progress:
             if ray and left:
@@ -187,6 +195,7 @@ def compare_forms(model: nn.Module, source: Source, device: str = "cpu", batch_s
         deploy = reparameterize(model.eval())
     except ReparamError as error:
         return {"refused": str(error)}
+    full_float32(device)
     networks = [m.to(device, memory_format=torch.channels_last) for m in (model, deploy)]  # type: ignore[call-overload]
     images, equal, off, size = 0, 0, 0.0, 0.0
     with torch.no_grad():
@@ -241,10 +250,10 @@ def _work(cell: Cell, source: Source) -> None:
             try:
                 train(arch, source, grid.recipe, cell.folder, **how)
             except FloatingPointError as error:  # a result too
-                write_record(cell.folder / "diverged.json", {"reason": str(error)})
+                write_record(cell.folder / "diverged.json", {"reason": str(error)}, grid.device)
                 return
         forms = compare_forms(load(cell.folder / "last.safetensors"), source, grid.device)
-        write_record(cell.folder / "forms.json", forms)
+        write_record(cell.folder / "forms.json", forms, grid.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- settings
@@ -265,7 +274,7 @@ def _make_folder(out: Path) -> None:
         raise FileError(f"{out}: cannot hold a grid ({error.strerror})") from None
 
 
-def _settle(grid: Grid) -> None:
+def settle(grid: Grid) -> None:
     """Make the folder this grid's. Raises ValueError, naming what differs, if it is another's."""
     path = grid.out / "grid.json"
     wanted = json.loads(json.dumps(grid.settings))

@@ -73,7 +73,7 @@ def produce(part: str, settings: PaperSettings) -> Result:
 
 def keep(part: str, result: Result, settings: PaperSettings) -> None:
     """Write a part's JSON and figures."""
-    write_record(settings.out / f"{part}.json", to_record(result, settings))
+    write_record(settings.out / f"{part}.json", to_record(result, settings), settings.device)
     for name, figure in result.figures.items():
         for kind in ("png", "svg"):
             atomically(settings.out / f"{name}.{kind}", partial(figure.savefig, format=kind, dpi=200))
@@ -116,7 +116,7 @@ def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     """Return all parts as one self-contained HTML document."""
     told: dict[str, str] = {}  # a protocol that several parts share, by the first that tells it
     sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings, told))) for result in results.values()]
-    about = this_machine()
+    about = this_machine(settings.device)
     sections.append(("Measured on", page.machine(about)))
     lead = (
         f"{len(results)} of the {len(PARTS)} parts of “RepVGG: Making VGG-style ConvNets Great Again” that repvgg paper knows, "

@@ -1,7 +1,6 @@
 """Table 4: accuracy, speed and cost of the family and its comparators, and the claims that the paper draws from it."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.timing import Ratio
 from repvgg.models.load import open_model
 from repvgg.models.zoo import manifest_of
+from repvgg.paper.agreement import spearman
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, Headline, ModelSpeed
 from repvgg.paper.result import PaperSettings, Result, Table, interval
 from repvgg.paper.speeds import Speed, chosen, in_its_engine, measure, over, significant
@@ -206,15 +206,3 @@ def _correlation_table(found: dict[str, Any]) -> list[Table]:
     header = ("Spearman's rank correlation of speed with", "paper", "here")
     cells = [(what, *(f"{found[what][where]:.2f}" for where in ("paper", "here"))) for what in ("FLOPs", "Winograd MULs")]
     return [Table(title, header, cells)] if found["models"] >= ENOUGH else []
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the rank correlation, ties sharing their mean rank; NaN of fewer than two values, or where all are equal."""
-    try:
-        return statistics.correlation(_ranks(a), _ranks(b))
-    except statistics.StatisticsError:
-        return math.nan
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2 for value in values]

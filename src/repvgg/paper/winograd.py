@@ -17,6 +17,7 @@ from repvgg.deploy import engines
 from repvgg.measure.timing import Ratio, Times, ratio
 from repvgg.models.names import FAMILY
 from repvgg.paper.result import PaperSettings, Result, Table, interval
+from repvgg.paper.speeds import Shelf
 from repvgg.web.drawing import MUTED, POINTWISE, RULE, WIDEST, plot
 
 # A smaller difference may be one of loops and caches. F(2x2, 3x3) at no cost of its own would give 2.25.
@@ -49,7 +50,8 @@ def verdict(left: Ratio) -> str:
 
 
 def run(settings: PaperSettings) -> Result:
-    tests = [test for engine in _engines(settings) for test in _tests(engine, settings)]
+    shelf = Shelf(settings)
+    tests = [test for engine in _engines(settings) for test in _tests(engine, settings, shelf)]
     conclusions = {
         engine: conclude([t.verdict for t in tests if t.engine == engine]) for engine in dict.fromkeys(t.engine for t in tests)
     }
@@ -132,10 +134,12 @@ def _engines(settings: PaperSettings) -> list[str]:
     return found
 
 
-def _tests(engine: str, settings: PaperSettings) -> list[Comparison]:
+def _tests(engine: str, settings: PaperSettings, shelf: Shelf) -> list[Comparison]:
     """Return the test of every shape; none of an engine that runs whole networks alone."""
     try:
-        return [_compare(engine, convolution, settings) for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)]
+        return [
+            _compare(engine, convolution, settings, shelf) for convolution in shapes(MEMBERS[:1] if settings.quick else MEMBERS)
+        ]
     except ValueError as error:
         if settings.named_engine:
             raise
@@ -143,7 +147,19 @@ def _tests(engine: str, settings: PaperSettings) -> list[Comparison]:
         return []
 
 
-def _compare(engine: str, convolution: Convolution, settings: PaperSettings) -> Comparison:
+def _compare(engine: str, convolution: Convolution, settings: PaperSettings, shelf: Shelf) -> Comparison:
+    key = f"{engine} {settings.precision}, {convolution}"
+    if key not in shelf.convolutions:
+        shelf.convolutions[key] = _timed(engine, convolution, settings)
+        shelf.save()
+    batch, seconds = shelf.convolutions[key]
+    found = judge(engine, convolution, batch, seconds)
+    settings.log(f"{engine}, {convolution}: {found.plain}, left {found.left}")
+    return found
+
+
+def _timed(engine: str, convolution: Convolution, settings: PaperSettings) -> tuple[int, dict[str, list[float]]]:
+    """Return the batch, and each counterpart's seconds by round."""
     protocol = settings.protocol
     four = counterparts(convolution)
     batch, times = time_convolutions(
@@ -155,14 +171,12 @@ def _compare(engine: str, convolution: Convolution, settings: PaperSettings) -> 
         warmup=protocol.warmup,
         log=settings.log,
     )
-    found = judge(engine, convolution, batch, dict(zip(four, times, strict=True)))
-    settings.log(f"{engine}, {convolution}: {found.plain}, left {found.left}")
-    return found
+    return batch, {name: t.by_round for name, t in zip(four, times, strict=True)}
 
 
-def judge(engine: str, convolution: Convolution, batch_size: int, times: dict[str, Times]) -> Comparison:
-    """Judge by the times of the four counterparts."""
-    by_round = {name: t.by_round for name, t in times.items()}
+def judge(engine: str, convolution: Convolution, batch_size: int, by_round: dict[str, list[float]]) -> Comparison:
+    """Judge by the four counterparts' seconds."""
+    times = {name: Times([[s] for s in seconds]) for name, seconds in by_round.items()}
     extra = [max(0.0, b - a) for a, b in zip(by_round["depthwise stride 1"], by_round["depthwise stride 2"], strict=True)]
     explained = Times([[t + e] for t, e in zip(by_round["stride 1"], extra, strict=True)])
     return Comparison(

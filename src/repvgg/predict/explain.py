@@ -24,7 +24,8 @@ from repvgg.disk import atomically
 from repvgg.models.finite import finite
 from repvgg.models.plain import PlainNet
 from repvgg.models.zoo import dtype_of, manifest_of
-from repvgg.predict.labels import expand, named
+from repvgg.predict.labels import named
+from repvgg.predict.paths import expand
 from repvgg.predict.prediction import Prediction
 
 FOR, AGAINST = (214, 69, 32), (47, 108, 171)  # colours of evidence

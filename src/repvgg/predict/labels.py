@@ -1,16 +1,15 @@
 """Labels and probabilities of image files."""
 
-import glob
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from repvgg.data.images import ImageError, decode, is_image
+from repvgg.data.images import ImageError, decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.models.finite import finite
 from repvgg.models.zoo import dtype_of, manifest_of
+from repvgg.predict.paths import expand
 from repvgg.predict.prediction import Prediction
 
 
@@ -48,24 +47,6 @@ def predict(
             labels = dict(zip(inputs, named(probabilities, manifest.classes, top), strict=True))
         for path in chunk:
             yield Prediction(path, labels.get(path, []), errors.get(path), getattr(model, "name", "pytorch"))
-
-
-def expand(patterns: Sequence[str]) -> list[str]:
-    """Return the paths of the images that files, folders and globs name, each once, sorted within a pattern."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        matches = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute too
-        images = [str(image) for match in matches for image in _images(Path(match))]
-        if not images:
-            where = "an address: save the image as a file first" if "://" in pattern else "no such file, and no file fits it"
-            raise ImageError(f"{pattern}: {'a folder without images' if path.is_dir() else where}")
-        found.update(dict.fromkeys(images))
-    return list(found)
-
-
-def _images(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if is_image(p) and p.is_file()) if path.is_dir() else [path]
 
 
 def named(probabilities: Tensor, classes: list[str] | None, top: int) -> list[list[tuple[str, float]]]:

@@ -1,6 +1,6 @@
 """Labels of a few photos without PyTorch, whose import takes seconds: a deploy form in the native engine, an .onnx file in its own.
 
-Only the usual is done here. Whatever is not (a training form, a folder, a palette image, a damaged one, an output that is not
+Only the usual is done here. Whatever is not (a training form, many images, a palette image, a damaged one, an output that is not
 finite) is left to labels.py, which gives the same answers, or says what is wrong.
 """
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from repvgg.models.names import embedded
+from repvgg.predict.paths import expand
 from repvgg.predict.prediction import Prediction
 
 MOST_IMAGES = 32  # for more, the native engine is better opened by its algorithms' measured choice
 MOST_PIXELS = 25_000_000
+NVIDIA = Path("/proc/driver/nvidia/version")  # there with its driver
 LONGEST = 32  # times the short side, as data/transforms.py trims
 FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
@@ -21,18 +23,18 @@ FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 Opened = tuple[Callable[[Any], Any], Any, "list[str] | None", str]
 
 
-def predict_lightly(model: str, images: Sequence[str], top: int = 5, engine: str = "") -> list[Prediction] | None:
-    """Return predictions for image files; None for whatever is not done here."""
-    paths = list(map(Path, images))
-    if not 0 < len(paths) <= MOST_IMAGES or top < 1 or not all(path.is_file() for path in paths):
-        return None
-    if Path("/proc/driver/nvidia/version").exists():  # a GPU is the default device where there is one
+def predict_lightly(model: str, images: Sequence[str], top: int = 5, engine: str = "", device: str = "") -> list[Prediction] | None:
+    """Return predictions for files, folders and globs; None for whatever is not done here."""
+    if top < 1 or device not in ("", "cpu") or (not device and NVIDIA.exists()):  # a GPU is the default device where there is one
         return None
     try:
+        paths = expand(images)
+        if not 0 < len(paths) <= MOST_IMAGES:
+            return None
         run, preprocessing, classes, name = _opened(embedded(model) or Path(model), engine)
         import numpy as np
 
-        logits = run(np.stack([_prepared(path, preprocessing) for path in paths])).astype("f8")
+        logits = run(np.stack([_prepared(Path(path), preprocessing) for path in paths])).astype("f8")
         if not np.isfinite(logits).all():
             return None
     except Exception:  # of Pillow or an engine, on whatever is damaged: labels.py says it well
@@ -40,7 +42,7 @@ def predict_lightly(model: str, images: Sequence[str], top: int = 5, engine: str
     powers = np.exp(logits - logits.max(1, keepdims=True))
     names = classes or [str(i) for i in range(logits.shape[1])]
     answers = []
-    for path, row in zip(images, powers / powers.sum(1, keepdims=True), strict=True):
+    for path, row in zip(paths, powers / powers.sum(1, keepdims=True), strict=True):
         best = np.argsort(-row, kind="stable")[:top]
         answers.append(Prediction(path, [(names[i], float(row[i])) for i in best], engine=name))
     return answers

@@ -26,7 +26,7 @@ from repvgg.disk import atomically
 from repvgg.models.finite import finite
 from repvgg.models.views import WHOLE, Views, placed, segment
 from repvgg.models.zoo import dtype_of, manifest_of
-from repvgg.predict.labels import expand
+from repvgg.predict.paths import expand
 
 # The usual colours of Cityscapes; CamVid's names are here as well. Other classes get colours of their own.
 COLOURS = {

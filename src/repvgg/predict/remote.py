@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 
 from repvgg.data import DataError
 from repvgg.data.hf import find_columns
-from repvgg.data.images import SUFFIXES
 from repvgg.data.shards import Item, Shards, open_shards
 from repvgg.data.stores import filesystem, is_url
-from repvgg.disk import describe
+from repvgg.disk import IMAGES, describe
 
 ROWS = 64  # of a Parquet file, read at once
 
@@ -34,11 +33,11 @@ def open_url(url: str, size: int) -> Shards:
     store, root = filesystem(url)
     try:
         found = store.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
-    except OSError as error:
-        raise DataError(f"{url}: cannot be read ({describe(error).splitlines()[0]})") from None
+    except Exception as error:
+        raise _unreadable(url, error) from None
     sizes = {str(PurePosixPath(f.path).relative_to(root)): f.size for f in found if f.type == pyarrow.fs.FileType.File}
     tables = sorted(name for name in sizes if name.endswith(".parquet"))
-    images = sorted(name for name in sizes if PurePosixPath(name).suffix.lower() in SUFFIXES)
+    images = sorted(name for name in sizes if PurePosixPath(name).suffix.lower() in IMAGES)
     if not tables and not images:
         raise DataError(f"{url}: holds neither Parquet files nor images")
     names = tables or images
@@ -70,8 +69,10 @@ def _rows(store: Any, root: str, name: str) -> Iterator[Item]:
                 for row in batch.to_pylist():
                     yield Item(f"{name}/{number}", _label(row[label] if label else None, classes), _encoded(row[image]))
                     number += 1
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({describe(error).splitlines()[0]})") from None
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from None
 
 
 def _label(number: Any, classes: list[str] | None) -> str | int | None:
@@ -93,5 +94,10 @@ def _fetched(store: Any, path: str) -> bytes:
             return bytes(opened.read())
     except FileNotFoundError:
         return b""
-    except OSError as error:  # of the network or the store: a row would say for good that it is no image
-        raise DataError(f"{path}: cannot be read ({describe(error).splitlines()[0]})") from None
+    except Exception as error:  # of the network or the store: a row would say for good that it is no image
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    """Return the error to raise for whatever a store raises: those of fsspec have kinds of their own."""
+    return DataError(f"{name}: cannot be read ({describe(error).splitlines()[0]})")

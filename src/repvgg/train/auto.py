@@ -21,11 +21,14 @@ from repvgg.data.images import ImageError
 from repvgg.disk import FileError, Log
 from repvgg.measure.timing import synchroniser
 from repvgg.models import zoo
-from repvgg.models.load import is_file, open_model
+from repvgg.models.load import is_file
 from repvgg.models.names import resolve_name
 from repvgg.models.pretrained import pretrained_file
+from repvgg.numerics import repeatable
 from repvgg.train.augment import train_transform
+from repvgg.train.finetune import started_from
 from repvgg.train.recipes import RECIPES, Recipe
+from repvgg.train.tasks import task_of
 from repvgg.train.trainer import Trainer
 
 LARGE = 200_000  # images: what the paper's recipe is for
@@ -72,14 +75,15 @@ def choose(
     device: str = "cpu",
     workers: int = 0,
     alone: bool = True,
+    allow_deploy: bool = False,
     log: Log = print,
     **model_options: Any,
 ) -> Choice:
     """Return the recipe for these images, this model and this machine.
 
     init: weights to start from; "none" for new ones even where there are trained ones. image_size: if it is given already. minutes:
-    what small sets are planned for. alone: no other processes train with this one. model_options: as of `train`. Raises ValueError
-    for an unknown model, and what reading the images raises.
+    what small sets are planned for. alone: no other processes train with this one. allow_deploy, model_options: as of `train`.
+    Raises ValueError for an unknown model or one that does not fit the images, and what reading them raises.
     """
     if not minutes > 0:
         raise ValueError(f"--minutes {minutes:g}: above 0")
@@ -92,10 +96,13 @@ def choose(
     recipe = _recipe(count, bool(init), sizes[0])
     if count >= LARGE or not alone:
         chosen = replace(recipe, image_size=sizes[0], precision="bf16" if "cuda" in device else "fp32")
-        what = "as many as the paper's recipe is for" if count >= LARGE else "several processes: nothing is measured"
+        what = "several processes: nothing is measured"
+        if count >= LARGE:
+            what = "many images from trained weights" if init else "as many as the paper's recipe is for"
         log(f"auto: {what}: {_told(chosen)}")
         return Choice(chosen, init)
-    model = _model(arch, init, source, sizes[0], model_options)
+    model = _model(arch, init, source, sizes[0], allow_deploy, model_options)
+    task_of(source).check(model, source)
     speeds = {precision: _seconds(model, source, sizes[0], device, precision) for precision in ("fp32", "bf16")}
     precision = min(speeds, key=lambda name: speeds[name])
     pace = Pace(loading / max(1, workers), speeds[precision] * _eased(recipe), sizes[0])
@@ -170,10 +177,10 @@ def _recipe(count: int, trained: bool, size: int) -> Recipe:
     return replace(recipe, batch_size=batch, crop=crop.crop, crop_area=crop.crop_area)
 
 
-def _model(arch: str, init: str, source: Source, size: int, options: dict[str, Any]) -> nn.Module:
+def _model(arch: str, init: str, source: Source, size: int, allow_deploy: bool, options: dict[str, Any]) -> nn.Module:
     """Return a network like the one that will be trained, with whatever weights."""
     if init and is_file(init):
-        return open_model(init)
+        return started_from(init, arch, source, allow_deploy, log=lambda line: None)[0]
     name = resolve_name(arch or init)
     if size <= SMALL and zoo.takes(name, "small_input"):
         options = {"small_input": True, **options}
@@ -183,7 +190,7 @@ def _model(arch: str, init: str, source: Source, size: int, options: dict[str, A
 def _seconds(model: nn.Module, source: Source, size: int, device: str, precision: str) -> float:
     """Return the seconds that one image takes in a step of training, which changes the model."""
     channels, classes = source.preprocessing.input_size[0], zoo.manifest_of(model).arch or {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), repeatable(device):
         recipe = replace(RECIPES["cifar"], precision=precision)  # type: ignore[arg-type]
         trainer = Trainer(model, recipe, classes.get("num_classes", len(source.classes)), device=device)
         parts = [(torch.randn(TRIAL, channels, size, size, device=device), torch.zeros(TRIAL, dtype=torch.long, device=device))]

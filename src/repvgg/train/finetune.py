@@ -8,7 +8,7 @@ from torch import nn
 from repvgg.data import Source
 from repvgg.disk import Log
 from repvgg.models import zoo
-from repvgg.models.load import is_file, open_model
+from repvgg.models.load import is_file, open_model, tell_left_out
 from repvgg.models.names import PSPNETS, resolve_name
 from repvgg.models.repvgg import RepVGG
 
@@ -29,6 +29,7 @@ def started_from(
         model, init = init, "this model"
     else:
         model = open_model(init) if is_file(init) else zoo.create_model(init, pretrained=True)
+        tell_left_out(model, log)
     manifest = zoo.manifest_of(model)
     name = manifest.arch["name"] if manifest.arch else "a network without a name"
     plan = PSPNETS.get(resolve_name(arch)) if arch else None

@@ -18,6 +18,7 @@ from torch import nn
 from repvgg.data import Source
 from repvgg.disk import FileError, Log
 from repvgg.models import zoo
+from repvgg.numerics import repeatable
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import joined
 from repvgg.train.finetune import started_from
@@ -53,7 +54,7 @@ def train(
     number, `StoppedError` when a signal asked for the end and the state is saved.
     """
     refuse(source, Path(out))
-    with joined(device) as world:
+    with joined(device) as world, repeatable(device):
         log = log if world.main else _silent
         task = task_of(source)
         source = task.prepared(source, recipe)

@@ -19,9 +19,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Settings of training: weight decay on kernels alone, warm-up and then a decay of the learning rate to zero at the last
-    step."""
+class Schedule:
+    """The length of a training, and its steps."""
 
     epochs: int = 120
     """Passes over the training images."""
@@ -31,8 +30,16 @@ class Recipe:
     """Parts that a process takes its images of a step in, where memory is short."""
     early_stop: int = 0
     """End after this many epochs without a better one; 0: never before the last."""
-    image_size: int = 0
-    """Height and width that images are trained and tested at; 0: what suits the data, or the model that it starts from."""
+    warmup_epochs: float = 0.0
+    """Linear rise of the learning rate from zero; at most half of the run."""
+    decay: Literal["cosine", "linear", "poly"] = "cosine"
+    """Its fall to zero; poly: what is left of the run, to the power of 0.9."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The way in which weights are moved, and what they are moved towards."""
+
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, as in the paper; or AdamW, whose learning rate is nearer 0.001."""
     lr: float = 0.1
@@ -61,12 +68,18 @@ class Recipe:
     """Batch norms keep their running statistics, and use them."""
     ema: float = 0.0
     """Decay of a moving average of the weights, which is what is evaluated and kept; 0: none."""
-    warmup_epochs: float = 0.0
-    """Linear rise of the learning rate from zero; at most half of the run."""
-    decay: Literal["cosine", "linear", "poly"] = "cosine"
-    """Its fall to zero; poly: what is left of the run, to the power of 0.9."""
     label_smoothing: float = 0.0
     """Share of each target spread over all classes."""
+    auxiliary: float = 0.4
+    """Weight of the loss of each auxiliary head, of a PSPNet or a RepVGGplus (whose authors took 0.1)."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The changes to an image before the network sees it."""
+
+    image_size: int = 0
+    """Height and width that images are trained and tested at; 0: what suits the data, or the model that it starts from."""
     crop: Literal["random_resized", "shift", "scale"] = "random_resized"
     """A crop of random size and shape; a shift by up to an eighth of the size; of masks, a scale from 0.5 to 2 and then a crop."""
     crop_area: float = 0.08
@@ -77,8 +90,6 @@ class Recipe:
     """Short side that photos with masks are resized to; 0: as they are."""
     jitter: float = 0.0
     """Strength of random changes of brightness, contrast and saturation, in photos with masks."""
-    auxiliary: float = 0.4
-    """Weight of the loss of each auxiliary head, of a PSPNet or a RepVGGplus (whose authors took 0.1)."""
     flip: bool = True
     """Mirror half of the images."""
     small_first: float = 0.0
@@ -93,6 +104,12 @@ class Recipe:
     """Alpha of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019); 0 is off. With mixup, each step takes one of the two."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The way in which the machine computes."""
+
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16, fp16: autocast; weights and optimizer stay in fp32. fp64: all of it."""
     channels_last: bool = True
@@ -103,6 +120,12 @@ class Recipe:
     """Keep only the layers' inputs and compute the rest again in the backward pass: less memory, a third more time."""
     sync_bn: bool = False
     """Batch norm over the images of all processes (GPUs only)."""
+
+
+@dataclass(frozen=True)
+class Recipe(Machine, Augmentation, Optimization, Schedule):
+    """Settings of training: weight decay on kernels alone, warm-up and then a decay of the learning rate to zero at the last
+    step. Its fields are those of the four classes above, in that order."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):

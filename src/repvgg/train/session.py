@@ -334,7 +334,7 @@ class Session:
             "bad_images": len(bad),
         }
         draw_curve(lines, self.out / "curve.png")
-        write_record(self.out / "summary.json", summary)
+        write_record(self.out / "summary.json", summary, str(self.trainer.device))
         self.mirror.send()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from repvgg.numerics import full_float32, repeatable
+from repvgg.numerics import full_float32
 from repvgg.train.augment import mixing
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.optimizer import custom_l2, freeze, keep_still, make_optimizer
@@ -38,7 +38,6 @@ class Trainer:
         self.recipe, self.num_classes, self.task, self.world, self.seed = recipe, num_classes, task, world, seed
         self.device = torch.device(device)
         full_float32(self.device)
-        repeatable(self.device)
         self.model = self._placed(model)
         freeze(self.model, recipe.frozen_stages)
         self.ema = (
@@ -180,9 +179,8 @@ class Trainer:
     def settle(self) -> None:
         """Prepare for evaluating and saving: eval mode, one process's statistics in all, and numbers that a file may hold.
 
-        A channel that has been constant for a thousand steps has a running variance of 0.9^1000, which is zero to the last bit,
-        and a zero in a file is a sign of damage; the smallest positive number in its place changes no output, because eps is
-        added. Raises FloatingPointError for numbers that are not finite.
+        Where a synchronised batch norm saw a constant channel, rounding may leave its variance below zero, which no file may hold:
+        zero takes its place. Raises FloatingPointError for numbers that are not finite.
         """
         for model in dict.fromkeys((self.model, self.best_model)):  # in one order: processes exchange buffers here
             model.eval()
@@ -190,7 +188,7 @@ class Trainer:
             refuse_infinite(model.state_dict())
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-                    module.running_var.clamp_(min=torch.finfo(module.running_var.dtype).tiny)
+                    module.running_var.clamp_(min=0)
 
     # ------------------------------------------------------------------------------------------------------------ its state
 

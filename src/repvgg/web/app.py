@@ -33,7 +33,7 @@ from repvgg.deploy.staged import staged
 from repvgg.deploy.web_folder import engine_files, write_model
 from repvgg.disk import Log, cache_folder
 from repvgg.models import zoo
-from repvgg.predict.labels import expand
+from repvgg.predict.paths import expand
 from repvgg.web import page
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from repvgg.web.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, plot
 
 Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT = 420, 280  # pixels; on a telephone they are shown at four fifths
+WIDTH, HEIGHT = 420, 280  # pixels; on a telephone they are shown at three quarters, which just fit
 TEXT = 13 * POINT
 LINES = (WIDEST[1], POINTWISE[1], IDENTITY[1], "#8a5a9c", "#a33b3b", INK, MUTED)
 MOST_NUMBERS, MOST_NAMES = 20, 60  # classes whose cells are numbered; whose names are written

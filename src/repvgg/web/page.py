@@ -217,7 +217,7 @@ def svg(figure: "Figure", caption: str = "") -> str:
         "viewBox": box,
         "role": "img",
         "aria-label": caption or "drawing",
-        "style": f"max-width:{1.25 * width:.0f}px;min-width:{0.78 * width:.0f}px",  # on a telephone the card of a wide one scrolls
+        "style": f"max-width:{1.25 * width:.0f}px;min-width:{0.74 * width:.0f}px",  # on a telephone the card of a wide one scrolls
         "stroke-linejoin": "round",
     }
     return _figure(f'<div class="card">{ElementTree.tostring(root, encoding="unicode")}</div>', caption)

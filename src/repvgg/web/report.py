@@ -85,7 +85,7 @@ def _lead(run: RunFolder) -> str:
     text += f", of {run.best.images:,} images that it was not trained on." if run.best else "."
     if run.seconds is not None:
         text += f" It was trained for {duration(run.seconds)}."
-    return text + ("" if run.machine else " The run has not come to its end.")
+    return text + ("" if run.finished else " The run has not come to its end.")
 
 
 # ------------------------------------------------------------------------------------------------------------------- the sections

@@ -23,7 +23,7 @@ class RunFolder:
     """Hold what a run has left behind.
 
     settings: all that it was started with, the recipe's fields too. lines: of metrics.jsonl. best, last: evaluations, None where
-    their state is gone. seconds, machine: None of a run that has not come to its end.
+    their state is gone. seconds, machine: None where it was killed. finished: it has come to its end.
     """
 
     path: Path
@@ -34,6 +34,7 @@ class RunFolder:
     last: Evaluation | None
     seconds: float | None
     machine: dict[str, Any] | None
+    finished: bool
 
     @property
     def task(self) -> Task:
@@ -109,7 +110,8 @@ def open_run(path: Path) -> RunFolder:
         found.append(task.restored(**facts, confusion=state.tensors[f"{name}.confusion"]) if state and facts else None)
     seconds = summary.get("seconds", state.facts.get("seconds") if state else None)
     lines = read_lines(path / "metrics.jsonl")
-    return RunFolder(path, manifest, settings, lines, found[0], found[1], seconds, summary.get("machine"))
+    machine, finished = summary.get("machine"), bool(summary.get("finished"))
+    return RunFolder(path, manifest, settings, lines, found[0], found[1], seconds, machine, finished)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ ENGINES = {
     "compile": Known("compiled", (), ("fp32", "bf16", "fp16"), ("fp32", "tf32", "bf16", "fp16")),
     "compile-max": Known("compiled_max", (), (), ("fp32", "tf32", "bf16", "fp16")),
     "cudagraphs": Known("cudagraphs", (), (), ("fp32", "tf32", "bf16", "fp16")),
-    "aotinductor": Known("aotinductor", (), ("fp32", "bf16"), ()),
+    "aotinductor": Known("aotinductor", (), ("fp32", "bf16"), ("fp32", "tf32", "bf16", "fp16")),
     "onnxruntime": Known("onnxruntime", ("onnx", "onnxscript", "onnxruntime"), ("fp32",), ("fp32", "tf32", "fp16")),
     "ncnn": Known("ncnn", ("ncnn",), ("fp32",), ()),
     "mnn": Known("mnn", ("onnx", "onnxscript", "MNN"), ("fp32",), ()),

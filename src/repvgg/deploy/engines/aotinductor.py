@@ -22,7 +22,10 @@ def build(model: nn.Module, options: Options) -> Engine:
         path = Path(folder) / "model.pt2"
         with torch.no_grad():
             _compile(torch.export.export(network, (example,)), path)
-        compiled = torch._inductor.aoti_load_package(str(path))  # unpacks it: the file may go
+        at = torch.device(options.device).index
+        compiled = torch._inductor.aoti_load_package(
+            str(path), device_index=-1 if at is None else at
+        )  # unpacks it: the file may go
     return Engine(prepare, in_precision(compiled, options), lambda logits: logits.float().cpu(), options.batch_size)
 
 

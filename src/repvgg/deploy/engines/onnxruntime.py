@@ -57,8 +57,8 @@ def _session(file: Path | bytes, options: Options) -> Any:
         session = onnxruntime.InferenceSession(file, settings, providers=providers)
     except Exception as error:  # the runtime's own kinds, and what its libraries raise
         raise DeviceError(f"ONNX Runtime cannot run this on {options.device} by its {wanted}: {describe(error)}") from None
-    if wanted not in session.get_providers():  # it warns, and goes on without
-        raise ValueError(
+    if not {*ON_GPU[options.precision]} & {*session.get_providers()}:  # it warns, and goes on without
+        raise DeviceError(
             f"ONNX Runtime could not start its {wanted}, whose libraries (CUDA, cuDNN, TensorRT) it does not find here"
         )
     session.disable_fallback()

@@ -1,0 +1,30 @@
+"""The image files that words name: files, folders and globs. Importable without PyTorch."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from repvgg.disk import is_image
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Return the paths of the images that files, folders and globs name, each once, sorted within a pattern.
+
+    Raises `ImageError` for a pattern that names none.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        matches = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute too
+        images = [str(image) for match in matches for image in _images(Path(match))]
+        if not images:
+            from repvgg.data.images import ImageError
+
+            where = "an address: save the image as a file first" if "://" in pattern else "no such file, and no file fits it"
+            raise ImageError(f"{pattern}: {'a folder without images' if path.is_dir() else where}")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def _images(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if is_image(p) and p.is_file()) if path.is_dir() else [path]

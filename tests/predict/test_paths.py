@@ -1,0 +1,42 @@
+"""paths.py: which images files, folders and globs name."""
+
+from pathlib import Path
+
+import pytest
+
+from repvgg.data.images import ImageError
+from repvgg.predict.paths import expand
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images, two more below them, and files that are none."""
+    (tmp_path / "deep").mkdir()
+    for name in ("b.png", "a.jpg", "deep/c.png", "deep/d.GIF", "notes.txt", "._a.jpg"):  # macOS left the last
+        (tmp_path / name).write_text("no matter")
+    return tmp_path
+
+
+def names(paths: list[str], folder: Path) -> list[str]:
+    return [str(Path(path).relative_to(folder)) for path in paths]
+
+
+def test_files_folders_and_globs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = ["a.jpg", "b.png", "deep/c.png", "deep/d.GIF"]
+    assert names(expand([str(folder)]), folder) == every
+    assert names(expand([f"{folder}/*.png"]), folder) == ["b.png"]
+    assert names(expand([f"{folder}/**/*.png"]), folder) == ["b.png", "deep/c.png"]
+    assert names(expand([f"{folder}/deep", f"{folder}/b.png"]), folder) == ["deep/c.png", "deep/d.GIF", "b.png"]
+    assert names(expand([f"{folder}/d*"]), folder) == ["deep/c.png", "deep/d.GIF"]  # a glob that fits a folder
+    assert names(expand([f"{folder}/notes.txt"]), folder) == ["notes.txt"]  # named: its error comes when it is read
+    monkeypatch.chdir(folder)
+    assert expand(["b.png", "./b.png", "*.png", "."]) == [every[1], every[0], *every[2:]]  # each once
+    (folder / "[1].png").touch()
+    assert expand(["[1].png"]) == ["[1].png"]  # a file's name before a pattern
+
+
+@pytest.mark.parametrize("pattern", ["missing.png", "no/*.png", "empty"])
+def test_a_pattern_that_fits_nothing(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match=r"no such file, and no file fits it|a folder without images"):
+        expand([str(tmp_path / pattern)])
