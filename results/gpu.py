@@ -149,7 +149,9 @@ def _end_after(parent: int) -> None:
 def _run_all(steps: list[Step], args: argparse.Namespace, words: list[str], end: float) -> int:
     failed = []
     for number, step in enumerate(steps):
-        left = end - time.time()
+        if (left := end - time.time()) <= 0:
+            print(f"no time is left for {', '.join(s.name for s in steps[number:])}", flush=True)
+            break
         until = time.time() + left * step.share / sum(s.share for s in steps[number:])
         print(f"{step.name}: {(until - time.time()) / 60:.1f} of {left / 60:.1f} minutes left", flush=True)
         command = [sys.executable, __file__, *words, "--step", step.name, "--until", str(until), "--parent", str(os.getpid())]
