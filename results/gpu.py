@@ -5,8 +5,8 @@ python results/gpu.py --budget 25 --out results/gpu --data 'cifar10-*.npz'      
 python results/gpu.py --pack hf:../shared/data/cifar10 cifar10.npz              # where the data are: cifar10-00.npz, ... and COMMIT
 python results/gpu.py --device cpu --tiny --budget 3 --out /tmp/gpu             # tries all of it
 
-It needs torch, torchvision, timm, numpy, safetensors and what these need, with --device cpu psutil too; `--wheels DIR` puts the
-wheels that lie there into a folder of its own and takes them first. Nothing is fetched, and this package need not be installed.
+It needs torch, numpy, timm and what that needs (torchvision, huggingface_hub, safetensors, pyyaml), and psutil with --device cpu;
+`--wheels DIR` puts the wheels of a folder beside OUT and takes them first. Nothing is fetched; this package need not be installed.
 
 Each step is a process of its own and leaves OUT/STEP.json, rewritten whole after each figure: whenever it is killed, what was
 measured is there, and the same command goes on. Its log, and what training goes on from, are in the folder OUT-work.
