@@ -13,6 +13,7 @@ from typing import Any
 import gpu_words
 import rivals
 import sections
+from data_table import data
 from deploy_table import engines, sizing
 from layout import machine, many, table
 from targets import targets
@@ -35,7 +36,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str], str], ...] = (
     ("table8", "Table 8: ResNet-50 beside RepVGG", sections.table8, "measure_table8.py"),
     ("ablation", "Tables 6 and 7", sections.ablation, "measure_ablation.py"),
     ("training", "A training step", sections.training, "measure_training.py"),
-    ("data", "Loading images, and predicting whole data sets", sections.data, "measure_data.py"),
+    ("data", "Loading images, and predicting whole data sets", data, "measure_data.py"),
     ("demo", "The demo", sections.demo, "../src/repvgg/demo.py"),
     ("startup", "Start-up", sections.startup, "measure_startup.py"),
     ("timing", "The timing loop", sections.timing, "measure_timing.py"),
