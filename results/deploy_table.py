@@ -78,7 +78,7 @@ def _predictions(r: Record) -> str:
     images = next(iter(r["formats"].values()))["predictions"]
     return (
         f"Predictions of {r['model']['name']} on {images:,} test images of CIFAR-10, exported file beside PyTorch in "
-        "float64; a prediction is clear where its two best logits are farther apart than twice the largest error:\n\n"
+        f"float64; a prediction is clear where its probability is at least {100 * r['clear']:g} points above the next label's:\n\n"
         + table(["file", "the same", "clear", "clear and different", "error"], rows)
     )
 

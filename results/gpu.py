@@ -5,8 +5,8 @@ python results/gpu.py --budget 25 --out results/gpu --data 'cifar10-*.npz'      
 python results/gpu.py --pack hf:../shared/data/cifar10 cifar10.npz              # where the data are: cifar10-00.npz, ... and COMMIT
 python results/gpu.py --device cpu --tiny --budget 3 --out /tmp/gpu             # tries all of it
 
-It needs torch, torchvision, timm, numpy, safetensors and what these need, with --device cpu psutil too; `--wheels DIR` puts the
-wheels that lie there into a folder of its own and takes them first. Nothing is fetched, and this package need not be installed.
+It needs torch, numpy, timm and what that needs (torchvision, huggingface_hub, safetensors, pyyaml), and psutil with --device cpu;
+`--wheels DIR` puts the wheels of a folder beside OUT and takes them first. Nothing is fetched; this package need not be installed.
 
 Each step is a process of its own and leaves OUT/STEP.json, rewritten whole after each figure: whenever it is killed, what was
 measured is there, and the same command goes on. Its log, and what training goes on from, are in the folder OUT-work.
@@ -149,7 +149,9 @@ def _end_after(parent: int) -> None:
 def _run_all(steps: list[Step], args: argparse.Namespace, words: list[str], end: float) -> int:
     failed = []
     for number, step in enumerate(steps):
-        left = end - time.time()
+        if (left := end - time.time()) <= 0:
+            print(f"no time is left for {', '.join(s.name for s in steps[number:])}", flush=True)
+            break
         until = time.time() + left * step.share / sum(s.share for s in steps[number:])
         print(f"{step.name}: {(until - time.time()) / 60:.1f} of {left / 60:.1f} minutes left", flush=True)
         command = [sys.executable, __file__, *words, "--step", step.name, "--until", str(until), "--parent", str(os.getpid())]

@@ -52,7 +52,7 @@ class Record:
     """
 
     def __init__(self, path: Path, asked: Asked) -> None:
-        self.path, self.figures = path, dict[str, Any]()
+        self.path, self.device, self.figures = path, asked.device, dict[str, Any]()
         gpu = torch.cuda.get_device_name(asked.device) if asked.on_cuda else None
         self.settings = {"device": asked.device, "gpu": gpu, "tiny": asked.tiny, "data": asked.data, "torch": torch.__version__}
         kept = json.loads(path.read_text()) if path.exists() else {"settings": self.settings, "figures": {}}
@@ -65,7 +65,7 @@ class Record:
     def put(self, name: str, figures: Any) -> None:
         """Add figures and write the file."""
         self.figures[name] = figures
-        write_record(self.path, {"settings": self.settings, "figures": self.figures})
+        write_record(self.path, {"settings": self.settings, "figures": self.figures}, self.device)
         print(f"{name}: {json.dumps(figures)[:200]}", flush=True)
 
     def each(self, asked: Asked, units: Iterator[tuple[str, Callable[[], Any]]]) -> None:

@@ -29,7 +29,7 @@ from repvgg.deploy.engines import Options
 from repvgg.deploy.export import export, real_images
 from repvgg.deploy.fastest import fastest
 from repvgg.deploy.formats import FORMATS
-from repvgg.deploy.parity import compare, reference
+from repvgg.deploy.parity import CLEAR, compare, reference
 from repvgg.measure.machine import write_record
 from repvgg.models.zoo import manifest_of
 
@@ -118,7 +118,7 @@ def predictions(file: str, data: str) -> dict[str, Any]:
             runtime = engines.runtime(known.module)
             found[to] = asdict(compare(runtime.open_file(path, options).in_turns(images, 50), wanted))
             say(f"{to}: {found[to]}")
-    return {"model": manifest_of(model).arch, "data": Path(data).name, "formats": found}
+    return {"model": manifest_of(model).arch, "data": Path(data).name, "clear": CLEAR, "formats": found}
 
 
 def say(line: str) -> None:

@@ -1,6 +1,6 @@
 """PSPNet on ResNet-50 and on RepVGG-B1g2-fast (Table 8), a quarter as wide, trained alike on CamVid; write results/table8.json.
 
-python results/measure_table8.py camvid:../shared/data/camvid runs/table8 --epochs 60     # hours; stop and start it at will
+python results/measure_table8.py camvid:../shared/data/camvid runs/table8 --epochs 30     # hours; stop and start it at will
 python results/measure_table8.py camvid:PHOTOS /tmp/t8 --epochs 1 --limit 8 --width 0.0625 --record /tmp/t8.json    # a trial
 
 Both see the same photos in the same order, by the recipe of the data, with one seed, from random weights (the paper starts from

@@ -17,8 +17,8 @@ def predictions(r: Record) -> str:
         for name, f in r["engines"].items()
     ]
     return (
-        "CIFAR-10's test images through the native engine at each precision and accuracy. A prediction is clear where its two "
-        f"best logits are farther apart than twice the largest error.\n\n{table(header, rows)}"
+        "CIFAR-10's test images through the native engine at each precision and accuracy. A prediction is clear where, in float64, "
+        f"its probability is at least {100 * r['clear']:g} points above that of the next label.\n\n{table(header, rows)}"
     )
 
 
@@ -156,8 +156,8 @@ def camvid(r: Record) -> str:
     whole, slide = (f"{f['seconds']:.1f} s and {f['peak_resident_bytes'] / 2**30:.1f} GiB" for f in full.values())
     return (
         f"{r['photos']} test photos, deploy form. `{first['command']}`:\n\n{table(header, rows)}\n\n"
-        f"The two forms' masks differ in {masks['differ']:,} of {masks['pixels']:,} pixels, {masks['differ_beyond_rounding']} of "
-        "them beyond rounding. A 2048 x 1024 image through `pspnet_repvgg_a0` in deploy form takes "
+        f"The two forms' masks differ in {masks['differ']:,} of {masks['pixels']:,} pixels. "
+        "A 2048 x 1024 image through `pspnet_repvgg_a0` in deploy form takes "
         f"{whole} whole, {slide} in windows (the whole process)."
     )
 

@@ -30,10 +30,23 @@ settings.register_profile("repvgg", max_examples=50, deadline=None, derandomize=
 settings.load_profile("repvgg")
 
 
+_set_aside = 0  # so many modules were imported when that was done last
+
+
 def pytest_collection_finish() -> None:
     """What all tests have imported stays, so the garbage collector need not look through its millions of objects each time."""
+    global _set_aside
+    _set_aside = len(sys.modules)
+    gc.set_threshold(50_000)  # networks are made by the thousand, and few are cycles
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """So does what one has imported when it needed it."""
+    if len(sys.modules) > _set_aside + 100:
+        pytest_collection_finish()
 
 
 def pytest_unconfigure() -> None:

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_distributed.py: steps of 13 images in float64 with still batch norms; each process leaves its weights.
+"""What each process of test_distributed.py does: steps of 13 images in float64 with still batch norms; it leaves its weights.
 
 torchrun --nproc-per-node 2 tests/equality.py FOLDER
 """

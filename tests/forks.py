@@ -1,7 +1,9 @@
 """Commands run as processes that need not load PyTorch first: forks of one that has it.
 
     with Forks() as run:
-        ended = run(["info", "repvgg_a0"], folder)      # as `repvgg info repvgg_a0` in that folder; ended.code, .out, .err
+        ended = run(["info", "repvgg_a0"], folder)          # as `repvgg info repvgg_a0` in that folder; ended.code, .out, .err
+        with run.start(["train", ...], folder) as command:  # one that goes on meanwhile; command.pid, .said(), .poll(), .wait()
+            ...
 
 Each command is a process of its own all the same, with its own signals, memory and exit code. With a shim (tests/faults/shim.c)
 it also has faults of its own.
@@ -13,11 +15,12 @@ import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +38,7 @@ LATE = (  # what commands import when they need it, and is slow to import
     "tensorboard.summary.writer.record_writer",
     "matplotlib.figure",
 )
+STRICTLY = "import warnings; warnings.simplefilter('error')"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,48 @@ class Ended:
         return "Traceback" not in self.err and (self.code == 0 or (self.code == 2 and len(lines) == 1))
 
 
+class Started:
+    """A command that runs. Leaving the context kills it, if it still does."""
+
+    def __init__(self, ask: Callable[[dict[str, Any]], Any], job: dict[str, Any]) -> None:
+        self._ask = ask
+        self._place = tempfile.TemporaryDirectory()
+        self._folder = Path(self._place.name)
+        for name in ("out", "err", "calls"):
+            (self._folder / name).touch()
+        self._code: int | None = None
+        self.pid = int(self._ask({**job, "place": self._place.name}))
+
+    def said(self) -> str:
+        """Return what it has written on stderr so far."""
+        return (self._folder / "err").read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """Return its exit code, negative for a signal, or None while it runs."""
+        if self._code is None:
+            self._code = self._ask({"pid": self.pid})
+        return self._code
+
+    def wait(self, seconds: float = 600) -> Ended:
+        """Return how it ended, once it has. Raises TimeoutError where that takes longer."""
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"it still runs after {seconds:g} s; it has said:\n{self.said()}")
+            time.sleep(0.002)
+        calls = (self._folder / "calls").read_text()  # nothing without a shim, or from a command that was killed
+        return Ended(code, int(calls or 0), (self._folder / "out").read_text(errors="replace"), self.said())
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+        self._place.cleanup()
+
+
 class Forks:
     """The process that has PyTorch loaded, and forks one for each command."""
 
@@ -73,17 +119,24 @@ class Forks:
 
     def __call__(self, words: list[str], folder: Path, fault: Fault = Fault(), memory: int = 0) -> Ended:
         """Run `repvgg WORDS` in the folder; with `memory`, in at most so many bytes more than are taken already."""
-        return self._send({"words": words, "folder": str(folder), "fault": vars(fault), "memory": memory})
+        with Started(self._send, _job(folder, words=words, fault=vars(fault), memory=memory)) as command:
+            return command.wait()
 
     def python(self, code: str, folder: Path) -> Ended:
         """Run a program in the folder; a warning is an error."""
-        return self._send({"code": code, "folder": str(folder), "fault": vars(Fault()), "memory": 0})
+        with Started(self._send, _job(folder, code=f"{STRICTLY}\n{code}")) as program:
+            return program.wait()
+
+    def start(self, what: list[str] | str, folder: Path, environment: dict[str, str] | None = None) -> Started:
+        """Start `repvgg WORDS`, or a program, in the folder, with these variables besides; it leads a process group."""
+        job = {"words": what} if isinstance(what, list) else {"code": what}
+        return Started(self._send, _job(folder, environment=environment or {}, **job))
 
     def _started(self) -> subprocess.Popen[str]:
         command = [sys.executable, __file__]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment)
 
-    def _send(self, job: dict[str, Any]) -> Ended:
+    def _send(self, job: dict[str, Any]) -> Any:
         if self._process.poll() is not None:
             self._process = self._started()
         assert self._process.stdin is not None
@@ -92,7 +145,7 @@ class Forks:
         self._process.stdin.flush()
         if not (answer := self._process.stdout.readline()):
             raise RuntimeError(f"the process that forks ended with {self._process.wait()}; the next command starts another")
-        return Ended(**json.loads(answer))
+        return json.loads(answer)
 
     def __enter__(self) -> "Forks":
         return self
@@ -101,6 +154,10 @@ class Forks:
         with self._process, contextlib.suppress(BrokenPipeError):  # a job that it did not live to read
             self._process.kill()
             self._process.communicate()
+
+
+def _job(folder: Path, **what: Any) -> dict[str, Any]:
+    return {"folder": str(folder), "fault": vars(Fault()), "memory": 0, "environment": {}, **what}
 
 
 # ------------------------------------------------------------------------------------------------------- in that process
@@ -119,23 +176,23 @@ def _serve() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     for line in sys.stdin:
-        with tempfile.TemporaryDirectory() as place:
-            print(json.dumps(_forked(json.loads(line), Path(place))), flush=True)
+        job = json.loads(line)
+        print(json.dumps(_ended_with(job["pid"]) if "pid" in job else _forked(job)), flush=True)
 
 
-def _forked(job: dict[str, Any], place: Path) -> dict[str, Any]:
-    for name in ("out", "err", "calls"):
-        (place / name).touch()
+def _ended_with(process: int) -> int | None:
+    found, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def _forked(job: dict[str, Any]) -> int:
     process = os.fork()
     if process == 0:
         try:
-            _child(job, place)
+            _child(job, Path(job["place"]))
         finally:
             os._exit(70)
-    _, status = os.waitpid(process, 0)
-    said = {name: (place / name).read_text(errors="replace") for name in ("out", "err")}
-    calls = (place / "calls").read_text()  # nothing without a shim, or from a command that was killed
-    return {"code": os.waitstatus_to_exitcode(status), "calls": int(calls or 0), **said}
+    return process
 
 
 def _child(job: dict[str, Any], place: Path) -> None:
@@ -144,6 +201,7 @@ def _child(job: dict[str, Any], place: Path) -> None:
     for number, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(place / name, os.O_WRONLY), number)
     os.chdir(job["folder"])
+    os.environ |= job["environment"]
     counted = os.open(place / "calls", os.O_WRONLY)
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"]) if "LD_PRELOAD" in os.environ else None
     if job["memory"]:
@@ -152,7 +210,7 @@ def _child(job: dict[str, Any], place: Path) -> None:
     fault = Fault(**job["fault"])
     if shim is not None:
         shim.fault_arm(fault.under.encode(), ctypes.c_long(fault.at), fault.error, int(fault.on))
-    code = _ended(partial(_program, job["code"]) if "code" in job else partial(_command, job["words"]))
+    code = _exit_code(partial(_program, job["code"]) if "code" in job else partial(_command, job["words"]))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     if shim is not None:
         os.write(counted, str(shim.fault_calls()).encode())
@@ -170,11 +228,10 @@ def _command(words: list[str]) -> None:
 
 
 def _program(code: str) -> None:
-    warnings.simplefilter("error")
     exec(compile(code, "<page>", "exec"), {"__name__": "__main__"})
 
 
-def _ended(run: Callable[[], None]) -> int:
+def _exit_code(run: Callable[[], None]) -> int:
     """Return the exit code."""
     try:
         run()

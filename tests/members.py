@@ -18,6 +18,8 @@ from repvgg.models.names import FAMILY
 # One of each sort stands for its like, which are slow: no groups, groups, squeeze-excite, and the smallest.
 SORTS = ("repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvgg_micro")
 EVERY_MEMBER = [pytest.param(name, marks=[] if name in SORTS else pytest.mark.slow) for name in FAMILY]
+# The same without the deepest, which takes as long as the others together.
+SHALLOWER = [pytest.param(name, marks=[] if name in SORTS and name != "repvgg_d2se" else pytest.mark.slow) for name in FAMILY]
 Tensors = dict[str, Tensor]
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))  # those of `logits`
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

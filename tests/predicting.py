@@ -24,17 +24,10 @@ def parts(out: str | Path) -> dict[str, tuple[int, int]]:
 
 
 def command(job: Job) -> list[str]:
-    words = (
-        sys.executable,
-        "-m",
-        "repvgg",
-        "predict",
-        job.model,
-        "--data",
-        job.data,
-        "--out",
-        job.out,
-        "--part-size",
-        job.part_size,
-    )
-    return [*map(str, words), "--batch-size", str(job.batch_size), "--device", "cpu"]
+    return [sys.executable, "-m", "repvgg", *words(job)]
+
+
+def words(job: Job) -> list[str]:
+    """What comes after `repvgg`."""
+    given = ("predict", job.model, "--data", job.data, "--out", job.out, "--part-size", job.part_size)
+    return [*map(str, given), "--batch-size", str(job.batch_size), "--device", "cpu"]

@@ -55,7 +55,7 @@ def test_trap_8_what_is_timed_as_deploy_form_has_no_branches_left(built: list[nn
     assert not any(m.training for model in built for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
 def test_trap_9_baselines_are_folded(name: str, built: list[nn.Module]) -> None:
     pytest.importorskip("timm")
     row = quick(Candidate(name), rounds=1, batches=1, warmup=0).rows[0]
@@ -90,8 +90,12 @@ def test_random_norms_are_neither_fresh_nor_zero_and_keep_their_momentum() -> No
 # ---------------------------------------------------------------------------------------------------- figures and record
 
 
-def test_report() -> None:
-    report = quick(MICRO, TRAINING)
+@pytest.fixture(scope="module")
+def report() -> BenchReport:
+    return quick(MICRO, TRAINING)
+
+
+def test_report(report: BenchReport) -> None:
     deploy, training = report.rows
     assert report.reference == MICRO
     assert (deploy.ratio.low, deploy.ratio.value, deploy.ratio.high) == (1, 1, 1)
@@ -120,8 +124,8 @@ def test_with_a_cache_a_network_is_folded_once_for_all_calls_and_engines(built: 
     assert max(first[0].error, again[0].error) < 1e-3 < first[1].error
 
 
-def test_json_record() -> None:
-    record = json.loads(json.dumps(quick(MICRO, TRAINING).to_json()))
+def test_json_record(report: BenchReport) -> None:
+    record = json.loads(json.dumps(report.to_json()))
     assert record["reference"]["model"] == "repvgg_micro"
     assert (record["rounds"], record["batches_a_round"]) == (3, 2)
     assert {"processor", "cores", "threads", "versions", "commit", "date"} <= record["machine"].keys()
@@ -138,8 +142,8 @@ def test_each_model_has_its_own_input_size_and_names_in_the_papers_spelling_are_
     assert [row.input_size for row in report.rows] == [(3, 224, 224)]
 
 
-def test_table_marks_what_is_not_deploy_form(capsys: pytest.CaptureFixture[str]) -> None:
-    show_reports([quick(MICRO, TRAINING)], None, as_json=False)
+def test_table_marks_what_is_not_deploy_form(report: BenchReport, capsys: pytest.CaptureFixture[str]) -> None:
+    show_reports([report], None, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert sum("(training form)" in line for line in lines) == 1
     assert any("1.00x (1.00 to 1.00)" in line for line in lines)
@@ -247,8 +251,8 @@ def running_out(above: int, error: BaseException) -> Callable[..., engines.Engin
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
         ),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        MemoryError("std::bad_alloc"),
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), marks=pytest.mark.slow),
+        pytest.param(MemoryError("std::bad_alloc"), marks=pytest.mark.slow),  # which errors are of memory: test_memory.py
     ],
 )
 def test_a_batch_too_large_lowers_itself_with_a_word(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ print(image[0].numel(), peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGBA", pytest.param("P", marks=pytest.mark.slow), pytest.param("CMYK", marks=pytest.mark.slow)])
 def test_a_large_image_takes_nine_bytes_a_pixel_at_most(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "large"
     Image.new(mode, (6000, 6000)).save(path, "JPEG" if mode == "CMYK" else "PNG")

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize, relative_error
+from forks import Forks
 from rounding import ENGINES as OTHERS
 from rounding import rounding
 from torch import Tensor, nn
@@ -227,8 +226,9 @@ os.kill(os.getpid(), signal.SIGUSR1)
 """
 
 
-def test_signals_survive_openvino() -> None:
+def test_signals_survive_openvino(forks: Forks, tmp_path: Path) -> None:
     """Two Cores that go in the order in which they came leave a signal no stack to be handled on."""
     pytest.importorskip("openvino")
-    done = subprocess.run([sys.executable, "-c", SIGNAL], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+    with forks.start(SIGNAL, tmp_path) as process:
+        done = process.wait()
+    assert (done.code, done.out) == (0, "heard\n"), done.err

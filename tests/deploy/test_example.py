@@ -42,10 +42,10 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("to", "shape"),
     [
         ("onnx", Shape()),
-        ("onnx", Shape(batch_size=2, pixels=True)),
+        pytest.param("onnx", Shape(batch_size=2, pixels=True), marks=pytest.mark.slow),
         ("openvino", Shape()),
         ("ncnn", Shape()),
-        ("mnn", Shape()),
+        pytest.param("mnn", Shape(), marks=pytest.mark.slow),
         ("pt2", Shape()),
         pytest.param("aotinductor", Shape(), marks=pytest.mark.slow),
     ],

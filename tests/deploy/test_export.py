@@ -83,6 +83,9 @@ def test_a_file_computes_what_the_training_form_does(to: str, model: nn.Module, 
     assert len(said) == 1
     assert said[0].startswith(f"{path}: relative error")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    if to in ("onnx", "openvino"):  # the formats that have a place for it hold the manifest too
+        manifest = Manifest.from_json(engines.runtime(FORMATS[to].module).metadata(path) or "")
+        assert (manifest.classes, manifest.preprocessing, manifest.form) == (CLASSES, P, "deploy")
 
 
 @pytest.mark.parametrize("to", ["onnx", *(pytest.param(to, marks=pytest.mark.slow) for to in QUICK if to != "onnx")])
@@ -94,7 +97,7 @@ def test_images_of_any_size(to: str, model: nn.Module, tmp_path: Path) -> None:
     assert relative_error(opened(path, to, images)(images), exact(reparameterize(model), images.double())) <= allowed
 
 
-@pytest.mark.parametrize("to", ["onnx", "openvino", "pt2"])
+@pytest.mark.parametrize("to", ["onnx", "pt2", pytest.param("openvino", marks=pytest.mark.slow)])  # which reads what onnx does
 def test_pixels_in_logits_out(to: str, model: nn.Module, tmp_path: Path) -> None:
     needs(to)
     pixels = torch.randint(0, 256, (2, 3, 60, 50), dtype=torch.uint8)
@@ -130,14 +133,6 @@ def test_normalisation_in_the_graph_is_that_of_predict(model: nn.Module) -> None
     with torch.no_grad():
         images = normalise(pixels, P)
         assert relative_error(FromPixels(model, P)(pixels), model(images)) <= rounding(model, images)
-
-
-def test_metadata_is_inside_where_the_format_has_a_place(model: nn.Module, tmp_path: Path) -> None:
-    for to in ("onnx", "openvino"):
-        needs(to)
-        path = export(model, to, tmp_path, log=silent)
-        manifest = Manifest.from_json(engines.runtime(FORMATS[to].module).metadata(path) or "")
-        assert (manifest.classes, manifest.preprocessing, manifest.form) == (CLASSES, P, "deploy")
 
 
 def member(name: str, width: float, side: int) -> nn.Module:

@@ -18,7 +18,10 @@ from repvgg.fold.reparameterize import reparameterize
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.mark.parametrize(("to", "name"), [("onnx", "onnxruntime"), ("openvino", "openvino"), ("ncnn", "ncnn"), ("mnn", "mnn")])
+OTHERS = [pytest.param(name, name, marks=pytest.mark.slow) for name in ("openvino", "mnn")]  # test_export.py opens them too
+
+
+@pytest.mark.parametrize(("to", "name"), [("onnx", "onnxruntime"), ("ncnn", "ncnn"), *OTHERS])
 def test_exported_files_run_in_their_own_runtime(to: str, name: str, model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     has(*engines.ENGINES[name].packages)
     path = export(model, to, tmp_path, shape=Shape(batch_size=1 if to == "ncnn" else 2), log=silent)

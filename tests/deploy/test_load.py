@@ -31,7 +31,10 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 # ------------------------------------------------------------------------------------------------------------ what it computes
 
 
-@pytest.mark.parametrize("name", ["eager", "onnxruntime", "ncnn", "mnn", "openvino"])
+ANY = ("eager", "ncnn", "openvino")  # of any batch, of one image, of one batch; the others are as one of them
+
+
+@pytest.mark.parametrize("name", [*ANY, *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnxruntime", "mnn"))])
 def test_any_number_of_images_numpy_or_torch(name: str, model: nn.Module, images: Tensor) -> None:
     has(*engines.ENGINES[name].packages)
     engine = repvgg.load_engine(model, name, batch_size=3)

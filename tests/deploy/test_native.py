@@ -36,7 +36,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"name": "repvgg_micro"},
         {"name": "repvgg_b1g4", "width": 0.25},
         {"name": "repvgg_d2se", "width": 0.2},
-        {"name": "repvgg_a0", "output_stride": 8},
+        {"name": "repvgg_a0", "width": 0.25, "output_stride": 8},
     ],
     ids=lambda options: options["name"],
 )

@@ -26,6 +26,19 @@ def deploy() -> nn.Module:
     return repvgg.reparameterize(randomize(repvgg.create_model("repvgg_micro", num_classes=3, width=0.25), (8, 3, 32, 32)))
 
 
+@pytest.fixture(scope="module")
+def file(deploy: nn.Module) -> bytes:
+    module: Any = engines.runtime("onnxruntime")
+    written: bytes = module.to_onnx(deploy, engines.Signature((3, 32, 32)))
+    return written
+
+
+@pytest.fixture
+def _written_once(file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine opens the same graph."""
+    monkeypatch.setattr(engines.runtime("onnxruntime"), "to_onnx", lambda *_: file)
+
+
 class Session:
     """What ONNX Runtime would be asked to open on a GPU; opened here on the CPU. starts: the providers that come up."""
 
@@ -49,6 +62,7 @@ class Session:
         return getattr(self.session, name)
 
 
+@pytest.mark.usefixtures("_written_once")
 @pytest.mark.parametrize(
     ("precision", "here", "wanted"),
     [
@@ -76,7 +90,8 @@ def test_providers(precision: str, here: Any, wanted: Any, deploy: nn.Module, mo
         engine(torch.randn(2, 3, 32, 32))
 
 
-def test_nothing_runs_on_the_cpu_instead(deploy: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_written_once")
+def test_nothing_runs_on_the_cpu_instead(deploy: nn.Module, file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = engines.runtime("onnxruntime")
     options = Options((3, 32, 32), device="cuda")
     with pytest.raises(ValueError, match=r"needs its CUDAExecutionProvider for fp32 on cuda, and this one has .*onnxruntime-gpu"):
@@ -89,7 +104,6 @@ def test_nothing_runs_on_the_cpu_instead(deploy: nn.Module, monkeypatch: pytest.
     with pytest.raises(ValueError, match="needs its TensorrtExecutionProvider for fp16"):
         engines.build("onnxruntime", deploy, Options((3, 32, 32), precision="fp16", device="cuda"))
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    file = module.to_onnx(deploy, engines.Signature((3, 32, 32)))
     session = module._session(file, options)
     assert (session.config, session.fallback) == ("1", False)
     monkeypatch.setattr(Session, "starts", ())
@@ -102,10 +116,10 @@ def test_nothing_runs_on_the_cpu_instead(deploy: nn.Module, monkeypatch: pytest.
         module._session(file, Options((3, 32, 32), precision="fp16", device="cuda"))
 
 
-def test_images_that_stay_on_the_device_give_the_same_logits(deploy: nn.Module) -> None:
+def test_images_that_stay_on_the_device_give_the_same_logits(deploy: nn.Module, file: bytes) -> None:
     """The road of a GPU, on the CPU."""
     module: Any = engines.runtime("onnxruntime")
-    session = module._session(module.to_onnx(deploy, engines.Signature((3, 32, 32))), Options((3, 32, 32)))
+    session = module._session(file, Options((3, 32, 32)))
     images = torch.randn(2, 3, 32, 32)
     logits = module._on_device(session, "cpu", 0)(onnxruntime.OrtValue.ortvalue_from_numpy(images.numpy()))
     with torch.no_grad():

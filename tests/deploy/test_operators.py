@@ -51,7 +51,7 @@ def test_the_body_of_an_exported_member_is_3x3_and_relu_alone(name: str, tmp_pat
     assert summary(operators) == f"{depth} x (3x3 convolution, ReLU) and no other operator, then ReduceMean, Gemm"
 
 
-@pytest.mark.parametrize("to", ["onnx", "openvino", "ncnn"])
+@pytest.mark.parametrize("to", ["openvino", "ncnn", pytest.param("onnx", marks=pytest.mark.slow)])  # the tests beside it read onnx
 def test_every_format_tells_the_same(to: str, model: nn.Module, tmp_path: Path) -> None:
     for package in ("onnxscript", "onnxruntime", "openvino", "ncnn"):
         pytest.importorskip(package)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from repvgg.deploy.parity import Parity, Reference
+from repvgg.deploy.parity import Parity, Reference, clear_ones
 from repvgg.deploy.parity import compare as compare_with
 from repvgg.fold.rounding import Error
 
@@ -34,3 +34,13 @@ def test_a_network_that_is_constant_is_judged_by_its_error_alone() -> None:
     constant = wanted()[:1].expand(8, 5)
     assert compare(constant.float(), constant).ok
     assert not compare(constant.float() + 0.1, constant).ok
+
+
+def test_clear_predictions_lead_by_their_probability_whatever_the_error() -> None:
+    """Else a label that an engine changes would never count as clear."""
+    logits = torch.tensor([[2.0, 0.0], [0.0, 0.15], [1.0, 0.0]], dtype=torch.float64)
+    assert clear_ones(logits).tolist() == [True, False, True]
+    found = compare(logits[:, [1, 0]].float(), logits)
+    assert (found.same, found.clear, found.differ_where_clear) == (0, 2, 2)
+    assert "(2 of the others clear)" in str(found)
+    assert not clear_ones(torch.zeros(2, 1)).any()

@@ -69,18 +69,19 @@ def images() -> Tensor:
     return torch.randn(4, *SIZE)
 
 
-@pytest.mark.parametrize("form", ["training", "deploy"])
+NETWORKS = [("repvgg_micro", 0.25, 1, "repvgg"), ("repvgg_b1g4", 0.125, 4, "repvgg"), ("repvgg_b0_residual", 0.125, 1, "repvgg")]
+BLOCKS = [
+    ("repvgg_b0_residual", 0.125, 1, "plain"),
+    *(("repvgg_micro", 0.25, 1, b) for b in ("plain", "no_identity", "identity_no_bn", "post_bn", "acb", "mobileone", "qarepvgg")),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "width", "groups", "block"),
+    ("name", "width", "groups", "block", "form"),
     [
-        ("repvgg_micro", 0.25, 1, "repvgg"),
-        ("repvgg_b1g4", 0.125, 4, "repvgg"),
-        ("repvgg_b0_residual", 0.125, 1, "plain"),
-        ("repvgg_b0_residual", 0.125, 1, "repvgg"),
-        *(
-            ("repvgg_micro", 0.25, 1, b)
-            for b in ("plain", "no_identity", "identity_no_bn", "post_bn", "acb", "mobileone", "qarepvgg")
-        ),
+        *((*network, form) for network in NETWORKS for form in ("training", "deploy")),
+        *((*network, "training") for network in BLOCKS),
+        *(pytest.param(*network, "deploy", marks=pytest.mark.slow) for network in BLOCKS),  # plain networks, as those above
     ],
 )
 def test_silent_channels_go_first_and_nothing_changes(
@@ -139,7 +140,7 @@ def test_a_pruned_net_is_a_file_of_its_own(form: str, images: Tensor, tmp_path: 
     assert cost(smaller, SIZE).macs < 0.5 * cost(again, SIZE).macs
 
 
-QUICK = ("eager", "native", "onnxruntime")  # a pruned net is a plain one, as test_engines.py runs in all of them
+QUICK = ("eager", "native")  # a pruned net is a plain one, as test_engines.py runs in all of them
 
 
 @pytest.mark.parametrize("engine", [pytest.param(e, marks=[] if e in QUICK else pytest.mark.slow) for e in engines.ENGINES])

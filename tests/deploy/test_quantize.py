@@ -54,7 +54,7 @@ def mean_snr(report: QuantizationReport) -> float:
     return sum(layer.snr for layer in report.layers) / len(report.layers)
 
 
-@pytest.mark.parametrize("to", ["openvino", "onnx"])
+@pytest.mark.parametrize("to", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])  # the command writes and opens the other
 def test_int8_is_measured_and_its_file_runs(to: str, model: nn.Module, source: Source, tmp_path: Path) -> None:
     report = quantize(model, source, to, tmp_path, "net", Quantization(images=40), log=silent)
     assert report.before.top1 == 1
@@ -100,16 +100,20 @@ def test_trap_13_channels_of_very_different_ranges_collapse_unless_equalised(
     assert mean_snr(even) > mean_snr(careless) + 5
 
 
-def test_layers_are_left_in_float_by_number_or_until_the_drop_is_kept(model: nn.Module, source: Source, tmp_path: Path) -> None:
+def test_layers_are_left_in_float_by_number(model: nn.Module, source: Source, tmp_path: Path) -> None:
     report = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, keep=(0, -1)), log=silent)
     assert report.kept == [0, 10]
     assert report.layers[0].snr > 60
+
+
+def test_layers_are_left_in_float_until_the_drop_is_kept(model: nn.Module, source: Source, tmp_path: Path) -> None:
     said: list[str] = []
     strict = quantize(model, source, "openvino", tmp_path, settings=Quantization(40, max_drop=0.01), log=said.append)
     assert strict.drop <= 0.01
     assert sum(line.startswith("quantising") for line in said) == len(strict.kept) + 1
 
 
+@pytest.mark.slow  # test_int8.py: test_training_learns_to_live_with_the_rounding proves the training
 def test_training_with_the_rounding_in_it(model: nn.Module, source: Source, tmp_path: Path) -> None:
     settings = Quantization(40, qat_epochs=1, qat_lr=1e-4)
     report = quantize(model, source, "onnx", tmp_path, "net", settings, log=silent)

@@ -77,7 +77,12 @@ def little(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
-@pytest.mark.parametrize("to", [name for name in FORMATS if name != "aotinductor"])
+QUICK = ("ncnn", "pt2")  # one writes by itself, one by its library
+
+
+@pytest.mark.parametrize(
+    "to", [pytest.param(to, marks=[] if to in QUICK else pytest.mark.slow) for to in FORMATS if to != "aotinductor"]
+)
 def test_a_full_disk_is_named(to: str, little: Path) -> None:
     if not all(map(find_spec, engines.ENGINES[FORMATS[to].engine].packages)):
         pytest.skip("is not installed")

@@ -51,7 +51,7 @@ COMMANDS = {
     "convert": Command("convert model.safetensors out/deploy.safetensors"),
     "train": Command(f"{TRAIN} out"),
     "export": Command("export model.safetensors --to onnx --out out", ("onnx", "onnxscript", "onnxruntime"), slow=True),
-    "predict": Command("predict deploy.safetensors --data digits --part-size 200 --out out", ("pyarrow",)),
+    "predict": Command("predict deploy.safetensors --data digits --part-size 200 --out out", ("pyarrow",), slow=True),
     "bench": Command("bench repvgg_micro --input-size 32 --rounds 1 --batches 1 --warmup 0 --out out/speeds.json", slow=True),
     "paper": Command("paper table2 --out out", slow=True),
     "quantize": Command(

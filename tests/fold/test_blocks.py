@@ -1,15 +1,14 @@
 """blocks.py: what the blocks are made of, and that both forms agree in every geometry."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize, relative_error
+from forks import Forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import rounding
@@ -284,11 +283,11 @@ print("trained")
 """
 
 
-def test_trap_11_training_in_channels_last_does_not_crash() -> None:
+def test_trap_11_training_in_channels_last_does_not_crash(forks: Forks, tmp_path: Path) -> None:
     """The stem at 224 px, in a process of its own: with nn.Conv2d in place of Conv1x1 it dies of a corrupted heap."""
-    command, environment = [sys.executable, "-c", TRAINING_STEP], {**os.environ, "OMP_NUM_THREADS": "1"}
-    step = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert (step.returncode, step.stdout) == (0, "trained\n"), step.stderr
+    with forks.start(TRAINING_STEP, tmp_path) as process:
+        step = process.wait()
+    assert (step.code, step.out) == (0, "trained\n"), step.err
 
 
 def test_squeeze_excite_rescales_channels() -> None:

@@ -44,7 +44,7 @@ def deeplab_head() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "shape", "replaced"),
     [
-        (lambda: timm_model("resnet18"), (2, 3, 64, 64), 16),
+        pytest.param(lambda: timm_model("resnet18"), (2, 3, 64, 64), 16, marks=pytest.mark.slow),
         pytest.param(lambda: timm_model("resnet50"), (2, 3, 64, 64), 16, marks=pytest.mark.slow),
         (lambda: timm_model("mobilenetv3_small_100"), (2, 3, 64, 64), 4),  # the stem and three depthwise ones
         pytest.param(deeplab_head, (2, 16, 24, 24), 4, marks=pytest.mark.slow),  # three of them dilated by 12, 24 and 36

@@ -24,7 +24,17 @@ ROWS["vgg16"] = ROWS["vgg16_bn"]  # without its batch norms there is as much to 
 
 
 # Each is of the same blocks as a smaller one here; VGG-16 is slow for its classifier, and its pairs are those of every network.
-SLOW = {"vgg16", "vgg16_bn", "resnet101", "resnet152", "resnext101_32x4d", "regnetx_120", "efficientnet_b3"}
+SLOW = {
+    "vgg16",
+    "vgg16_bn",
+    "resnet34",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x4d",
+    "regnetx_120",
+    "efficientnet_b3",
+}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in BASELINES]
 
 

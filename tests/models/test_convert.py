@@ -107,7 +107,7 @@ def test_a_target_that_cannot_be_written(trained: Path, tmp_path: Path) -> None:
         convert(trained, tmp_path / "nowhere" / "deploy.safetensors", log=lambda _: None)
 
 
-@pytest.mark.parametrize("name", ["repvgg_a1", "repvgg_b1g4", D2SE])
+@pytest.mark.parametrize("name", ["repvgg_b1g4", pytest.param("repvgg_a1", marks=pytest.mark.slow), D2SE])
 def test_timms_checkpoint_folds_to_timms_own_deploy_form(name: str, tmp_path: Path) -> None:
     """timm -> ours -> folded -> timm's deploy network, strictly, and its training network likewise; in float64."""
     source, folded, back = (tmp_path / f"{name}.safetensors" for name in ("source", "folded", "back"))

@@ -75,7 +75,9 @@ def test_head_and_classifier(ours: Any, theirs: Any) -> None:
     assert promised <= inspect.signature(ours.forward_intermediates).parameters.keys()
 
 
-@pytest.mark.parametrize(("num_classes", "global_pool"), [(0, None), (0, ""), (3, "avg"), (3, None)])
+@pytest.mark.parametrize(
+    ("num_classes", "global_pool"), [(0, None), (0, ""), (3, None), pytest.param(3, "avg", marks=pytest.mark.slow)]
+)
 def test_reset_classifier_and_no_classifier(num_classes: int, global_pool: str | None, tmp_path: Path) -> None:
     mine: Any = repvgg.create_model("repvgg_a0", width=0.25).eval()
     other = timm.create_model("repvgg_a0", width_factor=0.25).eval()
@@ -153,7 +155,7 @@ def test_timms_own_reparam_folds_our_blocks(ours: Any) -> None:
         timm.utils.reparameterize_model(repvgg.create_model("repvgg_micro", width=0.25))
 
 
-@pytest.mark.parametrize("name", ["rep_repvgg_a0", "repvgg_a0", "resnet18"])
+@pytest.mark.parametrize("name", ["rep_repvgg_a0", "resnet18", pytest.param("repvgg_a0", marks=pytest.mark.slow)])
 def test_extractors_of_timm_fold(name: str) -> None:
     repvgg.register_with_timm()
     torch.manual_seed(0)

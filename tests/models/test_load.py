@@ -92,7 +92,10 @@ def test_options_survive(options: dict[str, Any], form: str, suffix: str, tmp_pa
     assert arch == {**wanted, **options}
 
 
-@pytest.mark.parametrize(("name", "form"), [("resnet18", "training"), ("resnet18", "deploy"), ("efficientnet_b0", "deploy")])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("resnet18", "training"), ("resnet18", "deploy"), pytest.param("efficientnet_b0", "deploy", marks=pytest.mark.slow)],
+)
 def test_comparators_there_and_back(name: str, form: str, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     model = randomize(zoo.create_model(name, num_classes=7), (4, 3, 64, 64))

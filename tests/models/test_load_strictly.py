@@ -182,8 +182,9 @@ def test_mixed_dtypes_become_the_widest(tmp_path: Path) -> None:
     repvgg.save(model, tmp_path / "model.safetensors")
     back = repvgg.load(tmp_path / "model.safetensors")
     assert {t.dtype for t in back.state_dict().values() if t.is_floating_point()} == {torch.float32}
+    got = back.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name].double(), tensor.double())
+        assert torch.equal(got[name].double(), tensor.double())
     assert logits(back).isfinite().all()
 
 

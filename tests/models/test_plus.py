@@ -35,6 +35,11 @@ def ours(official: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return repvgg.load(path)
 
 
+@pytest.fixture(scope="module")
+def deploy(ours: Any) -> Any:
+    return repvgg.reparameterize(ours)
+
+
 def test_keys_and_shapes_are_the_official_ones() -> None:
     with torch.device("meta"):
         theirs, mine = Official("plus", 1000), repvgg.create_model("RepVGG-L2pse")
@@ -72,13 +77,10 @@ def test_auxiliary_heads_in_train_mode(ours: Any, official: nn.Module) -> None:
     assert [tuple(logits.shape) for logits in mine(x)] == [(4, 3)] * 4
 
 
-def test_it_folds_and_its_files_open(ours: Any, tmp_path: Path) -> None:
-    deploy: Any = repvgg.reparameterize(ours)
+def test_it_folds_and_its_files_open(ours: Any, deploy: Any, tmp_path: Path) -> None:
     assert deploy.auxiliary is None
     assert not deploy.fold_report.left
     assert repvgg.verify(ours, deploy, (3, 64, 64)).ok
-    with torch.no_grad():
-        wanted = deploy(X)
     for model, form in ((ours, "training"), (deploy, "deploy")):
         for to_keys in ("repvgg", "official"):
             path = tmp_path / f"{form}-{to_keys}.safetensors"
@@ -90,10 +92,16 @@ def test_it_folds_and_its_files_open(ours: Any, tmp_path: Path) -> None:
                 assert torch.equal(again(X), model(X))
     with pytest.raises(ValueError, match="timm has no repvgg_l2pse"):
         repvgg.save(ours, tmp_path / "x.safetensors", to_keys="timm")
-    options = engines.Options(input_size=(3, 64, 64), batch_size=2)
-    for name in ("onnxruntime", "ncnn", "native"):  # those that read our list of layers, and one that reads PyTorch's graph
-        if all(map(find_spec, engines.ENGINES[name].packages)):
-            assert relative_error(engines.build(name, deploy, options)(X), wanted) < 1e-4
+
+
+# Those that read our list of layers, and one that reads PyTorch's graph.
+@pytest.mark.parametrize("name", ["ncnn", "native", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_engines_run_it(name: str, deploy: Any) -> None:
+    if not all(map(find_spec, engines.ENGINES[name].packages)):
+        pytest.skip(f"{name} is not installed")
+    with torch.no_grad():
+        wanted = deploy(X)
+    assert relative_error(engines.build(name, deploy, engines.Options((3, 64, 64), 2))(X), wanted) < 1e-4
 
 
 def test_a_backbone_of_it_has_no_auxiliary_heads() -> None:

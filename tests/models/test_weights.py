@@ -74,8 +74,9 @@ WRAPPED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 def test_the_network_is_found_wherever_it_lies(how: str, official: dict[str, Tensor], network: nn.Module, tmp_path: Path) -> None:
     torch.save(WRAPPED[how](official), tmp_path / "a.pth")
     model = repvgg.load(tmp_path / "a.pth")
+    got = model.state_dict()
     for name, tensor in network.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+        assert torch.equal(got[name], tensor), name
 
 
 def test_what_is_left_out_is_told(official: dict[str, Tensor], tmp_path: Path) -> None:

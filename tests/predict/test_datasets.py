@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 import weakref
 from collections.abc import Iterator
@@ -16,10 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forks import Forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from predicting import command, parts, rows, run
+from predicting import parts, rows, run, words
 from roads import make_camvid
 from rounding import REPORTED
 
@@ -195,15 +195,15 @@ def _stops(after: int, out: Path) -> Any:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
-def test_a_process_that_is_ended_goes_on(sent: signal.Signals, code: int, job: Job) -> None:
+def test_a_process_that_is_ended_goes_on(sent: signal.Signals, code: int, job: Job, forks: Forks, tmp_path: Path) -> None:
     job = replace(job, part_size=3, batch_size=1)
-    process = subprocess.Popen(command(job), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (Path(job.out) / "part-00005.parquet").exists():
-        time.sleep(0.005)
-    process.send_signal(sent)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert all("img/s" in line for line in said.splitlines())  # progress, on a busy machine; nothing else
+    with forks.start(words(job), tmp_path) as process:
+        while process.poll() is None and not (Path(job.out) / "part-00005.parquet").exists():
+            time.sleep(0.005)
+        os.kill(process.pid, sent)
+        ended = process.wait()
+    assert ended.code == code
+    assert all("img/s" in line for line in ended.err.splitlines())  # progress, on a busy machine; nothing else
     before = parts(job.out)
     assert 5 < len(before) < 120
     assert len(rows(job.out)) == 3 * len(before)

@@ -1,6 +1,7 @@
 """folder.py: a folder is for one thing and one process, and what is in it is whole."""
 
-import subprocess
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from predicting import command, parts, run
+from forks import Forks
+from predicting import parts, run, words
 
 import repvgg
 from repvgg import cli
@@ -104,9 +106,9 @@ def test_what_makes_no_sense_is_said(
     ):
         with pytest.raises(ValueError, match=complaint):
             run(replace(job, **{"out": str(tmp_path / "new"), **change}))  # type: ignore[arg-type]
-    for words in (["--data", "digits"], ["photo.jpg", "--data", "digits", "--out", str(tmp_path / "out")]):
+    for given in (["--data", "digits"], ["photo.jpg", "--data", "digits", "--out", str(tmp_path / "out")]):
         with pytest.raises(SystemExit) as stop:
-            cli.main(["predict", job.model, *words])
+            cli.main(["predict", job.model, *given])
         assert stop.value.code == 2
         assert "--data D --out FOLDER" in capsys.readouterr().err
 
@@ -124,13 +126,13 @@ def test_a_damaged_shard_stops_and_keeps_what_is_done(files: Path, tmp_path: Pat
     assert {path.name for path in Path(job.out).iterdir()} - {".lock"} == {"_settings.json", "part-00000.parquet"}
 
 
-def test_one_process_works_in_a_folder(job: Job) -> None:
+def test_one_process_works_in_a_folder(job: Job, forks: Forks, tmp_path: Path) -> None:
     job = replace(job, part_size=3, batch_size=1)
-    process = subprocess.Popen(command(job), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (Path(job.out) / "part-00002.parquet").exists():
-        time.sleep(0.005)
-    with pytest.raises(FileError, match=rf"process {process.pid} on .* works in it: wait for it, or name another folder"):
-        run(job)
-    process.kill()
-    process.communicate()
+    with forks.start(words(job), tmp_path) as process:
+        while process.poll() is None and not (Path(job.out) / "part-00002.parquet").exists():
+            time.sleep(0.005)
+        with pytest.raises(FileError, match=rf"process {process.pid} on .* works in it: wait for it, or name another folder"):
+            run(job)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     assert run(job).images == 360  # a dead holder's lock is none

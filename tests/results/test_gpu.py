@@ -179,8 +179,3 @@ def test_wheels_that_lie_there_are_taken(tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path / "out", 1, *more), capture_output=True, text=True, env=alone(tmp_path))
     assert done.returncode == 2, done.stderr
     assert done.stderr == "--device cpu: ImportError: this is the one that was brought\n"
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))

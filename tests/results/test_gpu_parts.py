@@ -14,11 +14,6 @@ import torch
 RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RESULTS))
-
-
 @pytest.fixture
 def asked(tmp_path: Path) -> Any:
     """Of a time that is over: whatever looks at the clock stops after its first piece of work."""

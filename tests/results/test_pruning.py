@@ -1,28 +1,16 @@
 """results/measure_pruning.py: plain and residual networks are cut to the same number of multiply-adds."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
+import measure_pruning
 import torch
 from conftest import randomize
 
 import repvgg
 from repvgg.deploy.prune import pruned
 
-RESULTS = Path(__file__).parent.parent.parent / "results"
-
-
-@pytest.fixture(autouse=True)
-def _beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RESULTS))
-    monkeypatch.delitem(sys.modules, "measure_pruning", raising=False)
-
 
 def test_the_residual_network_keeps_as_many_macs_as_the_plain_one() -> None:
-    import measure_pruning
-
     images = torch.randn(2, 3, 32, 32)
 
     def left(model: Any, keep: float) -> int:

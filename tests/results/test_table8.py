@@ -7,17 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import sections
 from roads import make_camvid
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
 @pytest.mark.slow
-def test_both_are_trained_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_are_trained_alike(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    monkeypatch.syspath_prepend(str(RESULTS))
-    import sections
-
     roads, record = make_camvid(tmp_path / "camvid", size=(24, 32)), tmp_path / "table8.json"
     words = [sys.executable, str(RESULTS / "measure_table8.py"), f"camvid:{roads}", str(tmp_path / "runs"), "--epochs", "1"]
     words += ["--models", "pspnet_resnet18,pspnet_repvgg_micro_fast", "--width", "0.0625", "--record", str(record)]

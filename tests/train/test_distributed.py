@@ -3,70 +3,44 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import equality
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Forks, Started
+from ranks import COMMAND, ENV, TORCHRUN, WORDS, both, environment, free_port, run, start_both, torchrun, weights
 from safetensors.torch import load_file
 
-from repvgg.models.load import load
 from repvgg.train.distributed import ALONE, joined, local_device
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_worker_niceness": "0"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-WORDS = (
-    "-m repvgg train --no-report "
-    "--arch repvgg_micro --width 0.25 --data digits --limit 127 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
-    "--warmup-epochs 0 --recipe demo --device cpu --save-steps 2 --out"
-)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
-def torchrun(*words: str, restarts: int = 0) -> list[str]:
-    where = f"--nproc-per-node 2 --max-restarts {restarts} --master-addr 127.0.0.1 --master-port {free_port()}"
-    return [*TORCHRUN, *where.split(), *words]
-
-
-def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, **options)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": t for name in ("best", "last") for key, t in load(out / f"{name}.safetensors").state_dict().items()}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """Two processes, 21 steps."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run(torchrun(*WORDS.split(), str(out)))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best val top-1") == 1  # one process speaks
+    first, second = both(forks, [*WORDS, str(out)], out.parent)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert (first.out.count("best val top-1"), second.out) == (1, "")  # one process speaks
     return out
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path, forks: Forks) -> None:
     """Float64, batch norms still, the same global batches of 13 images, and an evaluation of 241: what two do not divide."""
     equality.main(tmp_path)  # alone, here
-    done = run(torchrun(equality.__file__, str(tmp_path)))
-    assert done.returncode == 0, done.stderr
+    ended = both(forks, f"import equality, pathlib; equality.main(pathlib.Path({str(tmp_path)!r}))", tmp_path)
+    assert [process.code for process in ended] == [0, 0], ended
     alone, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("0-of-1", "0-of-2", "1-of-2"))
     assert all(torch.equal(t, second[name]) for name, t in first.items())
     assert int(alone["confusion"].sum()) == 241
@@ -84,26 +58,52 @@ def test_the_run_of_two_is_a_run(undisturbed: Path) -> None:
     assert [line["step"] for line in metrics if "val_top1" in line] == [7, 14, 21]
 
 
-def started(out: Path, restarts: int = 0) -> subprocess.Popen[str]:
-    """Two processes, once they have saved a state."""
-    command = torchrun(*WORDS.split(), str(out), restarts=restarts)
-    agent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
-    while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
-        assert agent.poll() is None
-        time.sleep(0.005)
-    return agent
+AGENT = """
+from repvgg import cli
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+where = {"rdzv_backend": "static", "rdzv_endpoint": "127.0.0.1:%d", "rdzv_configs": {"rank": 0, "timeout": 60}}
+elastic_launch(LaunchConfig(1, 1, 2, max_restarts=2, start_method="fork", **where), cli.main)(%r)
+"""
 
 
-def workers_of(agent: subprocess.Popen[str]) -> list[psutil.Process]:
-    workers = [p for p in psutil.Process(agent.pid).children() if "repvgg" in p.cmdline()]
+@contextmanager
+def agent_at_work(forks: Forks, out: Path) -> Iterator[Started]:
+    """What torchrun runs, with its two processes as forks, once they have saved a state."""
+    with forks.start(AGENT % (free_port(), [*WORDS, str(out)]), out.parent) as agent:
+        while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
+            assert agent.poll() is None, agent.said()
+            time.sleep(0.005)
+        yield agent
+
+
+def workers_of(agent: int) -> list[psutil.Process]:
+    workers: list[psutil.Process] = psutil.Process(agent).children()
     assert len(workers) == 2
     return workers
 
 
-def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_started_again_and_the_result_is_the_same(
+    undisturbed: Path, tmp_path: Path, forks: Forks
+) -> None:
     out = tmp_path / "run"
-    with started(out, restarts=2) as agent:
-        workers_of(agent)[-1].send_signal(signal.SIGKILL)
+    with agent_at_work(forks, out) as agent:
+        workers_of(agent.pid)[-1].send_signal(signal.SIGKILL)
+        ended = agent.wait()
+    assert ended.code == 0, ended.err
+    assert "goes on after step" in ended.err
+    a, b = weights(out), weights(undisturbed)
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+@pytest.mark.slow  # the test above proves the point
+def test_under_torchrun_too(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = torchrun(*COMMAND, str(out), restarts=2)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV) as agent:
+        while not any(int(p.stem) >= 4 for p in (out / "state").glob("[0-9]*.safetensors")):
+            assert agent.poll() is None
+            time.sleep(0.005)
+        workers_of(agent.pid)[-1].send_signal(signal.SIGKILL)
         _, said = agent.communicate(timeout=300)
     assert agent.returncode == 0, said
     assert "goes on after step" in said
@@ -117,7 +117,7 @@ def test_a_kill_at_any_moment(undisturbed: Path, tmp_path: Path, seed: int) -> N
     """Before they meet, while they do, in the midst of a step or a save, at the very end."""
     random, out = Random(seed), tmp_path / "run"
     summary = json.loads((undisturbed / "summary.json").read_text())
-    with subprocess.Popen(torchrun(*WORDS.split(), str(out), restarts=3), stderr=subprocess.PIPE, text=True, env=ENV) as agent:
+    with subprocess.Popen(torchrun(*COMMAND, str(out), restarts=3), stderr=subprocess.PIPE, text=True, env=ENV) as agent:
         time.sleep(random.uniform(0.5, 10 + summary["seconds"]))
         workers = [p for p in psutil.Process(agent.pid).children() if "repvgg" in p.cmdline()] if agent.poll() is None else []
         if workers:
@@ -128,25 +128,33 @@ def test_a_kill_at_any_moment(undisturbed: Path, tmp_path: Path, seed: int) -> N
     assert all(torch.equal(t, b[name]) for name, t in a.items())
 
 
-def test_workers_end_when_their_agent_dies(tmp_path: Path) -> None:
-    with started(tmp_path / "run") as agent:
-        workers = workers_of(agent)
-        agent.kill()
+def test_workers_end_when_their_agent_dies(tmp_path: Path, forks: Forks) -> None:
+    with agent_at_work(forks, tmp_path / "run") as agent:
+        workers = workers_of(agent.pid)
+        os.kill(agent.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive
-        assert agent.stderr is not None
-        assert f"the process that started this one ({agent.pid}) is gone\n" in agent.stderr.read()
+        assert f"the process that started this one ({agent.pid}) is gone\n" in agent.said()
 
 
-def test_two_processes_stop_at_the_same_step_when_asked(tmp_path: Path) -> None:
-    stopped(tmp_path / "run")
+def test_two_processes_stop_at_the_same_step_when_asked(tmp_path: Path, forks: Forks) -> None:
+    with ExitStack() as stack:
+        processes = start_both(forks, [*WORDS, str(tmp_path / "run")], tmp_path, stack)
+        while not list((tmp_path / "run/state").glob("[0-9]*.safetensors")):
+            assert processes[0].poll() is None
+            time.sleep(0.005)
+        os.kill(processes[1].pid, signal.SIGTERM)  # one is asked, and both stop
+        ended = [process.wait() for process in processes]
+    assert [process.code for process in ended] == [143, 143], ended
+    steps = [re.findall(r"repvgg.*: stopped after step (\d+)", process.err) for process in ended]
+    assert steps[0] == steps[1] != []
 
 
 @pytest.mark.slow  # the worker that is killed and started again proves that two go on where they were
 def test_two_processes_that_stopped_go_on(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stopped(out)
-    done = run(torchrun(*WORDS.split(), str(out)))
+    done = run(torchrun(*COMMAND, str(out)))
     assert done.returncode == 0, done.stderr
     a, b = weights(out), weights(undisturbed)
     assert all(torch.equal(t, b[name]) for name, t in a.items())
@@ -154,7 +162,7 @@ def test_two_processes_that_stopped_go_on(undisturbed: Path, tmp_path: Path) -> 
 
 def stopped(out: Path) -> None:
     """Two processes are asked to stop once they have saved a state."""
-    command = torchrun(*WORDS.split(), str(out))
+    command = torchrun(*COMMAND, str(out))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV) as agent:
         while not list((out / "state").glob("[0-9]*.safetensors")):
             assert agent.poll() is None
@@ -170,7 +178,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """As after a machine has left a run of --nnodes 2:4: of a batch of 16 three processes take 5 or 6 images each."""
     out = tmp_path / "run"
     stopped(out)
-    words = torchrun(*WORDS.split(), str(out))
+    words = torchrun(*COMMAND, str(out))
     words[words.index("--nproc-per-node") + 1] = "3"
     done = run(words)
     assert done.returncode == 0, done.stderr
@@ -181,26 +189,25 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # test_batches.py: test_a_batch_that_cannot_be_divided_is_refused proves the point
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    done = run(torchrun(*WORDS.split(), str(tmp_path), "--batch-size", "1"))
+    done = run(torchrun(*COMMAND, str(tmp_path), "--batch-size", "1"))
     assert done.returncode != 0
     assert "repvgg: --batch-size 1 cannot be divided among 2 processes: 2 can\n" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path, forks: Forks) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        env = {**ENV, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        words = [sys.executable, *WORDS.split(), str(tmp_path)]
-        done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 2
-    complaint = [line for line in done.stderr.splitlines() if line.startswith("repvgg:")]
+        port = taken.getsockname()[1]
+        with forks.start([*WORDS, str(tmp_path)], tmp_path, environment(0, port)) as process:
+            done = process.wait()
+    assert done.code == 2
+    complaint = [line for line in done.err.splitlines() if line.startswith("repvgg:")]
     assert len(complaint) == 1
     assert complaint[0].startswith(f"repvgg: cannot meet the other processes at 127.0.0.1:{port} (")
     assert complaint[0].endswith("give torchrun another --master-port")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err
 
 
 def test_alone_nothing_is_exchanged() -> None:
@@ -220,24 +227,6 @@ def test_a_group_that_is_there_is_joined_and_left_as_it_was() -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_ray_train_runs_our_loop(tmp_path: Path) -> None:
-    """The text of docs/scale.md, with fewer images."""
-    pytest.importorskip("ray")
-    page = (Path(__file__).parents[2] / "docs/scale.md").read_text()
-    (text,) = (block for block in page.split("```") if "TorchTrainer(work" in block)
-    text = text.replace("/shared/digits", str(tmp_path / "run")).replace(
-        'open_source("digits")', 'open_source("digits").limited(128)'
-    )
-    start = 'import ray; ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)'
-    (tmp_path / "script.py").write_text(f"{start}\n{text}")
-    done = run([sys.executable, str(tmp_path / "script.py")], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (summary["processes"], summary["data"]) == (2, "digits")
-    assert load(tmp_path / "run/last.safetensors") is not None
 
 
 SHARED = """
@@ -274,15 +263,15 @@ with joined("cpu") as world:
 """
 
 
-def test_the_first_process_reads_the_state_and_lists_the_images_for_all(tmp_path: Path) -> None:
+def test_the_first_process_reads_the_state_and_lists_the_images_for_all(tmp_path: Path, forks: Forks) -> None:
     for split, name in itertools.product(("train", "val"), ("cat/0", "cat/1", "dog/0", "cat/2", "dog/1", "dog/2")):
         path = tmp_path / f"photos/{split}/{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         if split == "train" or name.endswith("0"):
             path.touch()
-    (tmp_path / "script.py").write_text(SHARED)
-    done = run(torchrun(str(tmp_path / "script.py"), str(tmp_path), str(tmp_path / "photos")))
-    assert done.returncode == 0, done.stderr
+    given = [str(tmp_path), str(tmp_path / "photos")]
+    ended = both(forks, f"import sys; sys.argv[1:] = {given}\n{SHARED}", tmp_path)
+    assert [process.code for process in ended] == [0, 0], ended
 
 
 def test_each_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +303,7 @@ def test_two_machines_meet(undisturbed: Path, tmp_path: Path) -> None:
             own, host = ("10.77.0.1", 1) if link == "rv-a" else ("10.77.0.2", 0)
             where = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29555 --rdzv-conf is_host={host}"
             meet = [*TORCHRUN, *where.split(), "--rdzv-id", "t", "--local-addr", own]
-            command = ["ip", "netns", "exec", name, *meet, *WORDS.split(), str(out)]
+            command = ["ip", "netns", "exec", name, *meet, *COMMAND, str(out)]
             agents.append(subprocess.Popen(command, env={**ENV, "GLOO_SOCKET_IFNAME": link}, stderr=subprocess.PIPE, text=True))
         said = [agent.communicate(timeout=120)[1] for agent in agents]
         assert [agent.returncode for agent in agents] == [0, 0], said

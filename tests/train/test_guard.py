@@ -38,7 +38,7 @@ def run(before: str, *wanted: int) -> tuple[int, str]:
     return process.returncode, said
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_request_to_stop_is_heard(signum: int) -> None:
     code, said = run("watch.free()", signum)
     assert code == 128 + signum

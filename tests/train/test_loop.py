@@ -28,9 +28,9 @@ from repvgg.train.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """repvgg_micro on all digits: what most tests below look at."""
+    """Half of repvgg_micro on all digits: what most tests below look at."""
     out = tmp_path_factory.mktemp("run") / "new" / "folder"
-    run = train("repvgg_micro", open_source("digits"), replace(DEMO, epochs=4), out, log=lambda line: None)
+    run = train("repvgg_micro", open_source("digits"), replace(DEMO, epochs=4), out, log=lambda line: None, width=0.5)
     return run, out
 
 

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 
 from repvgg.data import open_source
 from repvgg.disk import FileError
@@ -23,11 +23,9 @@ from repvgg.train.recipes import Keeping, get_recipe
 
 QUICK = replace(get_recipe("demo"), epochs=3, batch_size=16, warmup_epochs=0, mixup=0.2, ema=0.9)
 WORDS = (
-    "-m repvgg train --no-report "
-    "--arch repvgg_micro --width 0.25 --data digits --limit 128 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
+    "train --no-report --arch repvgg_micro --width 0.25 --data digits --limit 128 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
     "--warmup-epochs 0 --recipe demo --device cpu --save-steps 3 --workers 2 --out"
 )
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def quick(out: Path, recipe: Any = QUICK, said: list[str] | None = None, **options: Any) -> Run:
@@ -58,22 +56,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("places", [(9,), pytest.param((3, 9, 15), marks=pytest.mark.slow)])  # the first proves the point
-def test_a_run_that_is_killed_ends_with_the_same_weights(undisturbed: Path, tmp_path: Path, places: tuple[int, ...]) -> None:
+def test_a_run_that_is_killed_ends_with_the_same_weights(
+    undisturbed: Path, tmp_path: Path, places: tuple[int, ...], forks: Forks
+) -> None:
     """SIGKILL, mid-epoch, with 2 loader workers and augmentation; each time the same command goes on."""
     wait_for = random.Random(0)
-    command = [sys.executable, *WORDS.split(), str(tmp_path / "run")]
+    words = [*WORDS.split(), str(tmp_path / "run")]
     for after in places:  # a state is saved every third step
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV, start_new_session=True
-        ) as process:
+        with forks.start(words, tmp_path) as process:
             while not any(int(p.stem) >= after for p in (tmp_path / "run" / "state").glob("[0-9]*.safetensors")):
                 assert process.poll() is None, "it ended before it was killed"
                 time.sleep(0.005)
             time.sleep(wait_for.uniform(0, 0.05))
             os.killpg(process.pid, signal.SIGKILL)
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0, done.stderr
-    assert "goes on after step" in done.stderr
+            process.wait()
+    done = forks(words, tmp_path)
+    assert done.code == 0, done.err
+    assert "goes on after step" in done.err
     assert same(tmp_path / "run", undisturbed)
     resumed = [line["resumed_from"] for line in lines(tmp_path / "run") if "resumed_from" in line]
     assert resumed
@@ -119,7 +118,8 @@ def test_a_finished_run_is_finished(undisturbed: Path) -> None:
     assert any("has had its 3 epochs already" in line for line in said)
     assert run.last.top1 == json.loads((undisturbed / "summary.json").read_text())["last_top1"]
     assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()} == before
-    assert all(torch.equal(t, weights(undisturbed)[f"last.{name}"]) for name, t in run.model.state_dict().items())
+    kept = weights(undisturbed)
+    assert all(torch.equal(t, kept[f"last.{name}"]) for name, t in run.model.state_dict().items())
 
 
 def test_another_run_in_the_folder_is_refused_unless_allowed_by_name(undisturbed: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_models_without_a_state_are_not_overwritten(undisturbed: Path, tmp_path:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
-def test_a_full_disk_ends_the_run_and_leaves_the_last_state(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_leaves_the_last_state(undisturbed: Path, tmp_path: Path, forks: Forks) -> None:
     """A tmpfs that has room for the models and one state, not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -179,13 +179,12 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(undisturbed: Path, t
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("cannot mount here")
     try:
-        command = [sys.executable, *WORDS.split(), str(disk / "run"), "--workers", "0"]
-        done = subprocess.run(command, capture_output=True, text=True, env=ENV)
-        assert done.returncode == 2, done.stderr
-        complaint = [line for line in done.stderr.splitlines() if line.startswith("repvgg:")]
+        done = forks([*WORDS.split(), str(disk / "run"), "--workers", "0"], tmp_path)
+        assert done.code == 2, done.err
+        complaint = [line for line in done.err.splitlines() if line.startswith("repvgg:")]
         assert len(complaint) == 1
         assert "No space left on device" in complaint[0] or "no space left" in complaint[0]
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in done.err
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
         subprocess.run(["umount", str(disk)], check=True)

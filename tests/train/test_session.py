@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from rounding import REPORTED
 from small_runs import QUICK, quick, same
@@ -178,20 +177,19 @@ def test_at_an_unreadable_image_the_state_is_saved_first(tmp_path: Path) -> None
     assert same(run("run"), whole)
 
 
-def test_a_second_process_is_told_which_one_works_in_the_folder(tmp_path: Path) -> None:
-    words = "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
-    command = [sys.executable, *words.split(), str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
-        try:
-            assert process.stderr is not None
-            while "epoch 1/" not in process.stderr.readline():
-                assert process.poll() is None
-            with pytest.raises(FileError, match=f"process {process.pid} on .* works in it"):
-                quick(tmp_path)
-            lines = (tmp_path / "metrics.jsonl").read_text()
-        finally:
-            process.kill()
+ENDLESS = "train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
+
+
+def test_a_second_process_is_told_which_one_works_in_the_folder(tmp_path: Path, forks: Forks) -> None:
+    with forks.start([*ENDLESS.split(), str(tmp_path)], tmp_path) as process:
+        while "epoch 1/" not in process.said():
+            assert process.poll() is None
+            time.sleep(0.01)
+        with pytest.raises(FileError, match=f"process {process.pid} on .* works in it"):
+            quick(tmp_path)
+        lines = (tmp_path / "metrics.jsonl").read_text()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     assert "resumed_from" not in lines
     quick(tmp_path, keeping=Keeping(resume="never"))  # the dead one's lock does not stand in the way
 
@@ -207,22 +205,20 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path: Path, monkeypatch: p
         quick(tmp_path)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, code: int, tmp_path: Path) -> None:
-    words = "-m repvgg train --arch repvgg_micro --width 0.25 --data digits --limit 256 --epochs 100000 --device cpu --out"
-    command = [sys.executable, *words.split(), str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
-        try:
-            assert process.stderr is not None
-            while "epoch 2/" not in process.stderr.readline():
-                assert process.poll() is None
-            time.sleep(0.05)  # somewhere in an epoch
-            process.send_signal(sent)
-            _, rest = process.communicate(timeout=300)
-        finally:
-            process.kill()
-    assert process.returncode == code
-    remarks = [line for line in rest.splitlines() if line.startswith("repvgg: ")]
+OTHERS = [pytest.param(*other, marks=pytest.mark.slow) for other in ((signal.SIGINT, 130), (signal.SIGHUP, 129))]  # test_signals.py
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), *OTHERS])
+def test_stopping_a_run_leaves_the_last_saved_model_whole(sent: signal.Signals, code: int, tmp_path: Path, forks: Forks) -> None:
+    with forks.start([*ENDLESS.split(), str(tmp_path)], tmp_path) as process:
+        while "epoch 2/" not in process.said():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05)  # somewhere in an epoch
+        os.kill(process.pid, sent)
+        ended = process.wait()
+    assert ended.code == code
+    remarks = [line for line in ended.err.splitlines() if line.startswith("repvgg: ")]
     assert len(remarks) == 1
     assert (found := re.fullmatch(r"repvgg: stopped after step (\d+), and saved: the same command goes on", remarks[0]))
     assert (tmp_path / f"state/{int(found[1]):09d}.safetensors").exists()

@@ -1,12 +1,11 @@
 """train/state.py: what is saved comes back to the last bit, and what is damaged is noticed, whatever the damage."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -102,7 +101,7 @@ def test_half_written_files_are_not_states(tmp_path: Path) -> None:
     assert equal(states.latest(), make(1))
 
 
-def test_a_full_disk_leaves_the_state_before(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_state_before(tmp_path: Path, forks: Forks) -> None:
     """A real limit on file size, in a process of its own."""
     states, _ = store(tmp_path)
     states.save(make(1))
@@ -117,8 +116,10 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{tmp_path / '000000002.safetensors'}: cannot be written (")
-    assert done.stdout.count("\n") == 1
+    with forks.start(code, tmp_path) as process:
+        done = process.wait()
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"{tmp_path / '000000002.safetensors'}: cannot be written (")
+    assert done.out.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["000000001.safetensors"]
     assert equal(states.latest(), make(1))

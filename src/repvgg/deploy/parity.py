@@ -19,6 +19,7 @@ MULTIPLE = {"fp32": 64, "tf32": 16, "fp16": 16, "bf16": 16, "int16": 16, "int8":
 # The unit roundoff of what is multiplied in each precision; of integers, for numbers a fourth as large as the largest.
 ROUNDOFF = {"fp32": 2**-24, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-9, "int16": 2**-12, "int8": 2**-6}
 DEVIATION_CAP = 0.5  # an error of half the deviation across images would mix up predictions, whatever the precision
+CLEAR = 0.1  # of probability: a lead that no right engine loses
 TURN = 16  # images at a time in float64
 
 
@@ -36,7 +37,7 @@ class Parity:
     """Tell the error of the logits, the largest that a right engine may make, and how many predictions (a label for
     each image; of masks, for each pixel) are the same as in float64.
 
-    A prediction is clear if its two best logits in float64 are farther apart than twice the largest error.
+    A prediction is clear if its probability in float64 is at least `CLEAR` above that of the next label.
     """
 
     predictions: int
@@ -88,10 +89,15 @@ def compare(got: Tensor, wanted: Reference) -> Parity:
         error = Error(error.relative, 0.0)
     limit = wanted.own.times(MULTIPLE[wanted.precision])
     bound = Error(limit.relative, min(limit.of_deviation, DEVIATION_CAP))
-    best = exact.topk(min(2, exact.shape[1]), dim=1).values
-    clear = best[:, 0] - best[:, -1] > 2 * (got - exact).abs().max()
+    clear = clear_ones(exact)
     same = got.argmax(1) == exact.argmax(1)
     return Parity(same.numel(), error, bound, int(same.sum()), int(clear.sum()), int((clear & ~same).sum()))
+
+
+def clear_ones(logits: Tensor) -> Tensor:
+    """Say of each prediction [N, classes, ...] whether it is clear, as `Parity` has it."""
+    best = logits.softmax(1).topk(min(2, logits.shape[1]), dim=1).values
+    return best[:, 0] - best[:, -1] >= CLEAR
 
 
 def _varies(wanted: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a grid of Tables 6 and 7 has found: outcomes, learning curves, the pilot's learning rates, the training forms' speeds."""
+"""The findings of a grid of Tables 6 and 7: outcomes, learning curves, the pilot's learning rates, speeds of the training forms."""
 
 import json
 import statistics
