@@ -13,8 +13,9 @@ from rounding import REPORTED
 from torch import Tensor, nn
 
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.blocks import with_bn
-from repvgg.fold.proof import verify
+from repvgg.fold.as_linear import as_linear
+from repvgg.fold.blocks import repvgg, with_bn
+from repvgg.fold.proof import check_part, verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.names import FAMILY, Member
 from repvgg.models.repvgg import RepVGG
@@ -217,3 +218,20 @@ def test_different_detectors_are_not_equal() -> None:
     assert not verify(nets[0], nets[1], size, images=2).ok
     assert not verify(nets[0], changed, size, images=2).ok
     assert verify(nets[0], copy.deepcopy(nets[0]), size, images=2).verdict != "NOT EQUAL"
+
+
+@torch.no_grad()
+def test_a_wide_part_may_round_as_its_sums_do_and_no_more() -> None:
+    """One thread adds up thousands of products in a row. Moving each by a unit in the last place shows little of that."""
+    threads = torch.get_num_threads()
+    block = randomize(repvgg(512, 512), (2, 512, 4, 4)).double()
+    folded: Any = as_linear(block)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert check_part(block, folded) < 16 * 2**-53 * math.sqrt(512 * 9)
+    finally:
+        torch.set_num_threads(threads)
+    folded.kernel[5, 7, 1, 1] += 1e-10 * folded.kernel.abs().max()
+    with pytest.raises(ReparamError, match="its folded form differs by"):
+        check_part(block, folded)
