@@ -82,9 +82,9 @@ def draw(rows: Sequence[ModelSpeed], here: Sequence[float], engines: Sequence[st
 
 
 def _in(engines: Sequence[str]) -> str:
-    """Name the engine; of several, the commonest first, how many models each is the fastest for."""
+    """Name the engine; of several, on a line of their own, the commonest first, how many models each is the fastest for."""
     counted = Counter(engines).most_common()
-    return counted[0][0] if len(counted) == 1 else "fastest in " + ", ".join(f"{name} ({count})" for name, count in counted)
+    return counted[0][0] if len(counted) == 1 else "fastest in\n" + ", ".join(f"{name} ({count})" for name, count in counted)
 
 
 def _scatter(axes: Axes, rows: Sequence[ModelSpeed], speeds: Sequence[float]) -> None:
