@@ -22,11 +22,12 @@ FOLDERS = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.p
 def test_nets_share_their_threads() -> None:
     """Those of as many threads; they go with the last of them."""
     script = f"""
-import os, sys, threading
+import os, sys, threading, time
 sys.path[:0] = {FOLDERS}
 from nets import images, plain_net
 from repvgg_engine import EngineError, Net, instruction_sets
 def threads():
+    time.sleep(0.1)  # one that has ended is listed for a moment longer
     return len(os.listdir("/proc/self/task"))
 first = threading.Thread(target=int)  # with which a sanitizer starts one of its own
 first.start()
