@@ -66,8 +66,8 @@ def train(
         loop.refuse(source, Path(out))
         plain, start = resolved(recipe, source, bool(init), changes, log), init
         if plain is None:
-            how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "log": log, **options}
-            how["allow_deploy"] = keeping.allow_deploy
+            how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "allow_deploy": keeping.allow_deploy}
+            how |= {"log": log, **options}
             plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
         if isinstance(start, str) and start == "none":
             start = ""

@@ -94,7 +94,7 @@ class Predict:
     def run(self) -> None:
         if self.data:
             self._whole_set()
-        elif self.cluster != Cluster() or (self.split, self.part_size, self.where.workers) != ("val", 1024, 0):
+        elif self.cluster != Cluster() or self.where.workers or (self.split, self.part_size) != (Predict.split, Predict.part_size):
             raise ValueError("--split, --part-size, --workers and --ray are for a whole data set: --data D --out FOLDER")
         else:
             self._images()
