@@ -152,6 +152,18 @@ def test_compiling_is_asked_of_the_model_itself(monkeypatch: pytest.MonkeyPatch)
     assert compiled == [{"dynamic": False}]
 
 
+def test_statistics_are_renewed_without_compiling() -> None:
+    """Their mean over all batches is another graph than a step's: it would be compiled for a few batches, with warnings."""
+    graphs: list[Any] = []
+    trainer = Trainer(narrow(), EXACT, 10)
+    trainer.model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, dynamic=False)
+    trainer.train()
+    trainer.renew_statistics([batch(4, 0)[0]])
+    assert not graphs
+    trainer.step([batch(4, 0)], 0.0, 0)
+    assert graphs
+
+
 def test_mixup_mixes_images_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     cross_entropy: Callable[..., Tensor] = F.cross_entropy

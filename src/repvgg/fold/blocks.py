@@ -112,10 +112,10 @@ class Conv1x1(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, stride, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self.stride
-        if not torch.is_grad_enabled():
+        if self.stride == (1, 1) or not torch.is_grad_enabled():
             return F.conv2d(x, self.weight, stride=self.stride, groups=self.groups)
-        return F.conv2d(x[..., ::rows, ::columns], self.weight, groups=self.groups)
+        kept = F.avg_pool2d(x, 1, self.stride)  # x[..., ::rows, ::columns], but its gradient stays in channels_last
+        return F.conv2d(kept, self.weight, groups=self.groups)
 
 
 class DerivedConv(nn.Conv2d):

@@ -170,9 +170,10 @@ class Trainer:
                     norms.append((module, module.momentum))
                     module.reset_running_stats()
                     module.momentum = None  # the mean over all that it sees
-        for x in batches:
-            for model in models:
-                self._forward(model, x)
+        with torch.compiler.set_stance("force_eager"):  # a mean over all is another graph: minutes of compiling for a few batches
+            for x in batches:
+                for model in models:
+                    self._forward(model, x)
         for module, momentum in norms:
             module.momentum = momentum
 
