@@ -72,9 +72,7 @@ struct Axis {
 
 Axis axis_of(int64_t side, int64_t other, int64_t resize, int64_t wanted) {
     const int64_t kept = std::min(side, LONGEST * other), least = std::min(kept, std::min(other, LONGEST * side));
-    const double scale = static_cast<double>(resize) / static_cast<double>(least);
-    const int64_t after = std::max(resize, static_cast<int64_t>(static_cast<double>(kept) * scale));
-    return {Axis::centred(side, kept), kept, after, wanted};
+    return {Axis::centred(side, kept), kept, resize * kept / least, wanted};
 }
 
 uint8_t level(int64_t sum) {

@@ -79,21 +79,16 @@ def test_what_the_example_refuses(classify: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32)])
-def test_an_image_is_resized_as_pillow_does_it(interpolation: str, size: tuple[int, int]) -> None:
-    """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction."""
-    image = photo(1, *size)
-    wanted = image.crop(_centre(image.size, (min(size[1], 32 * size[0]), min(size[0], 32 * size[1]))))
-    scale = 36 / min(wanted.size)
-    resized = wanted.resize([max(36, int(n * scale)) for n in wanted.size], Image.Resampling[interpolation.upper()])
-    wanted = resized.crop(_centre(resized.size, (44, 32)))
+@pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32), (33, 55)])
+def test_an_image_is_resized_as_torchvision_does_it(interpolation: str, size: tuple[int, int]) -> None:
+    """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction. On Pillow's images torchvision
+    has Pillow resize: bit for bit."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    image, longest = photo(1, *size), 32 * min(size)
+    trimmed = v2.CenterCrop([min(side, longest) for side in size])(image)
+    wanted = v2.CenterCrop((32, 44))(v2.Resize(36, interpolation=v2.InterpolationMode(interpolation))(trimmed))
     p = Preprocessing(32, 44, 36, interpolation, PREPROCESSING.mean, PREPROCESSING.std)
     assert np.array_equal(prepare(np.asarray(image), p), np.asarray(wanted))
-
-
-def _centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    left, top = (round((n - w) / 2) for n, w in zip(size, wanted, strict=True))
-    return left, top, left + wanted[0], top + wanted[1]
 
 
 def test_images_that_cannot_be_prepared() -> None:
