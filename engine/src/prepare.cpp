@@ -64,8 +64,10 @@ struct Axis {
     int64_t first() const { return centred(after, wanted); }
     bool inside(int64_t i) const { return i + first() >= 0 && i + first() < after; }
 
-    /// Where the centre of `wanted` samples begins, a half rounded to the even neighbour.
+    /// Where the centre of `wanted` samples begins: a half goes to the even neighbour; of black that fills up, the
+    /// smaller half comes first.
     static int64_t centred(int64_t samples, int64_t wanted) {
+        if (wanted > samples) return -((wanted - samples) / 2);
         return static_cast<int64_t>(std::nearbyint(static_cast<double>(samples - wanted) / 2));
     }
 };

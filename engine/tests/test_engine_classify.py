@@ -79,7 +79,7 @@ def test_what_the_example_refuses(classify: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32), (33, 55)])
+@pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32), (33, 55), (36, 41)])
 def test_an_image_is_resized_as_torchvision_does_it(interpolation: str, size: tuple[int, int]) -> None:
     """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction. On Pillow's images torchvision
     has Pillow resize: bit for bit."""
