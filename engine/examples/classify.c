@@ -44,6 +44,9 @@ int main(int count, char **words) {
     if (!net) return fail(error);
     repvgg_description about = {.size = sizeof about};
     repvgg_describe(repvgg_net_model(net), &about);
+    int pools = 0;
+    for (int i = 0; i < about.layer_count - 1; i++) pools |= about.layers[i].op == REPVGG_POOL;
+    if (!pools) return fail("a backbone, which gives no labels: train a head on it first");
 
     int height, width;
     uint8_t *pixels = read_ppm(words[2], &height, &width);

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ import repvgg_engine
 from nets import PREPROCESSING, model_file, plain_net
 from PIL import Image
 from repvgg_engine import EngineError, Plan, load
+from repvgg_engine.__main__ import main
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.images import prepare, read_image
+from repvgg_engine.layers import Layer
 from repvgg_engine.library import LIBRARY, DescriptionStruct, Message, OpenOptionsStruct
 
 EXAMPLE = Path(__file__).parent.parent / "examples/classify.c"
@@ -76,6 +79,17 @@ def test_what_the_example_refuses(classify: Path, tmp_path: Path) -> None:
         assert code == 2
         assert reason in text
         assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("layers", [plain_net()[:-1], plain_net()[:-2]])  # features, pooled or as a map
+def test_a_backbone_has_no_labels(classify: Path, layers: list[Layer], tmp_path: Path, capsys: Any) -> None:
+    model, file = model_file(tmp_path / "net.safetensors", layers), tmp_path / "photo.ppm"
+    photo(0).save(file)
+    reason = "a backbone, which gives no labels: train a head on it first\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", str(model), str(file), "--accuracy", "exact"])
+    assert capsys.readouterr() == ("", f"repvgg_engine: {reason}")
+    assert said(classify, model, file) == (2, f"classify: {reason}")
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
