@@ -9,7 +9,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <system_error>
+#include <exception>
 
 namespace repvgg {
 
@@ -106,11 +106,12 @@ std::shared_ptr<Pool> Pool::shared(int threads, bool pin) {
 int Pool::threads() const { return static_cast<int>(workers_.size()) + 1; }
 
 Pool::Pool(int threads, bool pin) {
+    workers_.reserve(static_cast<size_t>(std::max(threads - 1, 0)));
     for (int slot = 1; slot < threads; slot++) {
         try {
             workers_.emplace_back([this, slot] { serve(slot); });
-        } catch (const std::system_error &) {
-            return;  // the system gives no more threads: work with those there are
+        } catch (const std::exception &) {
+            return;  // there are no more threads, or no memory for them: work with those there are
         }
         if (pin) pin_to(workers_.back(), slot);
     }
