@@ -95,8 +95,8 @@ def test_a_backbone_has_no_labels(classify: Path, layers: list[Layer], tmp_path:
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32), (33, 55), (36, 41)])
 def test_an_image_is_resized_as_torchvision_does_it(interpolation: str, size: tuple[int, int]) -> None:
-    """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction. On Pillow's images torchvision
-    has Pillow resize: bit for bit."""
+    """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction. Pillow does that for
+    torchvision too, so it is the same to the bit."""
     v2 = pytest.importorskip("torchvision.transforms.v2")
     image, longest = photo(1, *size), 32 * min(size)
     trimmed = v2.CenterCrop([min(side, longest) for side in size])(image)
