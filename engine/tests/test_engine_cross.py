@@ -34,8 +34,9 @@ def sh(*words: str | Path) -> str:
 @pytest.mark.parametrize(
     ("compiler", "system", "processor", "library", "magic"),
     [
-        # The processor as CMake knows it may be the host's (with ARCHFLAGS on a Mac): the compiler says what is built.
-        ("aarch64-macos", "Darwin", "x86_64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),  # Mach-O, 64 bits, ARM
+        # The processor as CMake knows it may be the host's (with ARCHFLAGS on a Mac): the compiler says what is built. These magic
+        # numbers: Mach-O, 64 bits, of ARM and of x86; ELF.
+        ("aarch64-macos", "Darwin", "x86_64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),
         ("x86_64-macos", "Darwin", "arm64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x07\x00\x00\x01"),
         ("aarch64-linux-gnu", "Linux", "aarch64", "librepvgg_engine.so", b"\x7fELF\x02\x01"),
     ],
