@@ -1,8 +1,6 @@
 #include "pool.h"
 
-#ifndef _WIN32
 #include <pthread.h>
-#endif
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -80,12 +78,10 @@ std::vector<Shared> &shared_pools() {
 }  // namespace
 
 int Pool::forks() {
-#ifndef _WIN32
     // The list's lock is held over a fork, so that no other thread's half-done change is copied.
     static const int registered = pthread_atfork([] { shared_mutex.lock(); }, [] { shared_mutex.unlock(); },
                                                  [] { forks_so_far++, shared_mutex.unlock(); });
     (void)registered;
-#endif
     return forks_so_far.load();
 }
 
