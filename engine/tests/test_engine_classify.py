@@ -14,14 +14,14 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 pytest.importorskip("PIL")
 
 import repvgg_engine
-from nets import PREPROCESSING, model_file, plain_net
+from nets import PREPROCESSING, OpenOptionsStruct, model_file, plain_net
 from PIL import Image
 from repvgg_engine import EngineError, Plan, load
 from repvgg_engine.__main__ import main
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.images import prepare, read_image
 from repvgg_engine.layers import Layer
-from repvgg_engine.library import LIBRARY, DescriptionStruct, Message, OpenOptionsStruct
+from repvgg_engine.library import LIBRARY, DescriptionStruct, Message
 
 EXAMPLE = Path(__file__).parent.parent / "examples/classify.c"
 CLASSES = [f"class number {i}" for i in range(10)]

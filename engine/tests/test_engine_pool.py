@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 import repvgg_engine
-from nets import conv, images, plain_net
+from nets import conv, images, plain_net, work
 from repvgg_engine import EngineError, Net, instruction_sets
 
 FOLDERS = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.parent)]
@@ -120,11 +120,11 @@ def test_many_threads_have_equal_work(isa: str, threads: int, wanted: float) -> 
     net = Net([conv(np.random.default_rng(0), 192, 192, padding=(1, 1))], threads=threads, isa=isa)
     for algorithm in ("direct", "F2", "F4", "F7"):  # not F5, whose 9 tiles cannot be cut so: 7.2 and 12
         net.choose(0, algorithm)
-        work, busy = net.work(0, 1, (14, 14)), [0] * threads
-        for piece in work:  # each goes to the first thread that is free
+        pieces, busy = work(net, 0, 1, (14, 14)), [0] * threads
+        for piece in pieces:  # each goes to the first thread that is free
             busy[busy.index(min(busy))] += piece
-        assert sum(work) / max(busy) >= wanted, algorithm
+        assert sum(pieces) / max(busy) >= wanted, algorithm
     with pytest.raises(EngineError, match="layer 1 is no convolution"):
-        net.work(1, 1, (14, 14))
+        work(net, 1, 1, (14, 14))
     with pytest.raises(EngineError, match="no images"):
-        net.work(0, 0, (14, 14))
+        work(net, 0, 0, (14, 14))
