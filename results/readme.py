@@ -54,7 +54,7 @@ paper's tables there, most valuable first, in as many minutes as it is given; he
 
 PAPER = """## The paper's Figure 1
 
-Left as printed, right as this machine ran it in {engines}.
+Speed is over ResNet-18's, with which each network took turns: left as printed, right as this machine ran it in {engines}.
 [The page of the paper](paper/index.html) has every table and figure that was measured so far, each with how it was measured.
 
 ![accuracy against speed, the paper's and here](../results/paper/figure1.png)"""
