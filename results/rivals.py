@@ -88,7 +88,8 @@ def engine(r: dict[str, Any]) -> str:
         f"{many(r['protocol']['rounds'], 'round')} in which all engines of a table took turns. Each ratio compares our engine "
         "with the rival that its column names: the fastest in that precision. The two may differ in error. It is the median of the "
         "rounds' ratios, with its 95% interval. Errors are root mean squares of the logits against float64, relative to how much "
-        "the logits differ from image to image.",
+        "the logits differ from image to image. The weights are random and so are the images; for a trained model see "
+        "[predictions](#predictions-of-the-native-engine).",
         *(_table(f"{RUNS[part]}, {_images(batch)}", run) for part in RUNS for batch, run in _runs(r, part)),
         *_members(r),
         _resnets(r),
