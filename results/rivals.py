@@ -95,7 +95,7 @@ def engine(r: dict[str, Any]) -> str:
         _resnets(r),
         _start(r),
         "![error against speed of each algorithm](../results/engine.png)",
-        "Error on random images against speed of each algorithm, one for all layers; how they work: [the native engine](engine.md).",
+        "Error on noise against speed of each algorithm, one for all layers; how they work: [the native engine](engine.md).",
     ]
     return "\n\n".join(filter(None, parts))
 
