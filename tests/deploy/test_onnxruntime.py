@@ -130,7 +130,8 @@ def test_images_that_stay_on_the_device_give_the_same_logits(deploy: nn.Module, 
 
 def test_its_threads_sleep_once_a_run_is_over(deploy: nn.Module, file: bytes) -> None:
     """Those that spin, as ONNX Runtime's do by default, take the processors from whatever is timed next."""
-    engine = engines.runtime("onnxruntime").open_file(file, Options((3, 32, 32), threads=2))
+    module: Any = engines.runtime("onnxruntime")
+    engine = module.open_file(file, Options((3, 32, 32), threads=2))
     images = engine.prepare(torch.randn(64, 3, 32, 32))
     shares = []
     for _ in range(5):
