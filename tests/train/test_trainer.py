@@ -145,23 +145,29 @@ def test_half_precisions_keep_fp32_weights_and_come_near() -> None:
     assert half.scaler.state_dict()["scale"] > 1  # what was last is fp16
 
 
-def test_compiling_is_asked_of_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[dict[str, Any]] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(options))
-    Trainer(narrow(), replace(EXACT, compile=True), 10)
-    assert compiled == [{"dynamic": False}]
-
-
-def test_statistics_are_renewed_without_compiling() -> None:
-    """Their mean over all batches is another graph than a step's: it would be compiled for a few batches, with warnings."""
+def test_steps_are_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics taken anew and evaluations are other graphs, one for each size of a batch, with minutes of compiling for each."""
     graphs: list[Any] = []
-    trainer = Trainer(narrow(), EXACT, 10)
-    trainer.model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, dynamic=False)
-    trainer.train()
+    asked: list[dict[str, Any]] = []
+    compile: Callable[..., Any] = torch.compile
+
+    def spy(model: nn.Module, **options: Any) -> Any:
+        asked.append(options)
+        return compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, **options)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    trainer, plain = (Trainer(narrow(), replace(EXACT, compile=flag), 10) for flag in (True, False))
     trainer.renew_statistics([batch(4, 0)[0]])
+    trainer.settle()
+    with torch.no_grad():
+        for size in (4, 3):
+            trainer.predict(batch(size, 0)[0])
+    assert asked == [{"dynamic": False}]
     assert not graphs
+    trainer.train()
     trainer.step([batch(4, 0)], 0.0, 0)
-    assert graphs
+    assert len(graphs) == 1
+    assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_mixup_mixes_images_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,6 @@ class Session:
         self._finish(course, lines)
         assert course.last is not None
         assert course.best is not None
-        self.trainer.model._compiled_call_impl = None
         return Run(self.trainer.best_model.eval(), course.last, course.best, course.seconds, lines, self.out)
 
     def _go_on(self, course: Course) -> None:

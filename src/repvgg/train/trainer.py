@@ -45,13 +45,13 @@ class Trainer:
         )
         self.optimizer = make_optimizer(self.model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")  # type: ignore[attr-defined]
-        if recipe.compile:
-            self.model.compile(dynamic=False)
         self.sums = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         self.summed = self.number = 0
         self.epoch = [0.0, 0.0, 0.0]  # sums of loss and share, and the steps: of those steps of the epoch that `means` has told
         self.mix = mixing(recipe, num_classes)
-        self.network: Any = nn.parallel.DistributedDataParallel(self.model) if world.size > 1 else self.model
+        # A wrapper is compiled, so that only steps are: not statistics taken anew, nor evaluations, which are other graphs.
+        wrapped: Any = torch.compile(self.model, dynamic=False) if recipe.compile else self.model
+        self.network: Any = nn.parallel.DistributedDataParallel(wrapped) if world.size > 1 else wrapped
 
     def _placed(self, model: nn.Module) -> nn.Module:
         if self.recipe.checkpointing:
@@ -170,10 +170,9 @@ class Trainer:
                     norms.append((module, module.momentum))
                     module.reset_running_stats()
                     module.momentum = None  # the mean over all that it sees
-        with torch.compiler.set_stance("force_eager"):  # a mean over all is another graph: minutes of compiling for a few batches
-            for x in batches:
-                for model in models:
-                    self._forward(model, x)
+        for x in batches:
+            for model in models:
+                self._forward(model, x)
         for module, momentum in norms:
             module.momentum = momentum
 
