@@ -161,12 +161,25 @@ def test_never_resume_starts_over(undisturbed: Path, tmp_path: Path) -> None:
     assert [p.name for p in (out / "state").iterdir()] == ["000000008.safetensors"]
 
 
-def test_models_without_a_state_are_not_overwritten(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("emptied", [False, True])
+def test_models_without_a_state_are_not_overwritten(emptied: bool, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / "state")
+    if emptied:
+        (out / "state").mkdir()
     with pytest.raises(FileError, match=r"holds best\.safetensors but no state to go on from: another --out, or --resume never"):
         quick(out)
+    assert same(out, undisturbed)
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_anew(undisturbed: Path, tmp_path: Path) -> None:
+    """Its models are written before the state is."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out, ignore=shutil.ignore_patterns("summary.json", "*[0-9].safetensors"))
+    assert (out / "state").is_dir()
+    assert (out / "last.safetensors").exists()
+    quick(out)
     assert same(out, undisturbed)
 
 

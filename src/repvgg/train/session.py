@@ -268,7 +268,7 @@ class Session:
     def _begin(self) -> Course:
         if self.world.main:
             models = [name for name in ("best.safetensors", "last.safetensors") if (self.out / name).exists()]
-            killed_early = (self.out / "state").exists()
+            killed_early = (self.out / "state").exists() and not (self.out / "summary.json").exists()
             if models and not killed_early and self.keeping.resume == "auto":
                 raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
             (self.out / "summary.json").unlink(missing_ok=True)  # of the run before
