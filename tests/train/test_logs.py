@@ -102,6 +102,24 @@ def test_weights_and_biases_when_asked_for(tmp_path: Path, monkeypatch: pytest.M
         Logs(tmp_path, wandb="birds")
 
 
+def test_each_run_has_an_id_of_its_own_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders may share a name; and Weights & Biases drops steps that a run has had already."""
+    ids: list[str] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        ids.append(options["id"])
+        return SimpleNamespace(finish=lambda: None, log=lambda values, step: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    here, there = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for out, step in ((here, 0), (here, 20), (there, 0), (here, 0)):  # the last as with --resume never
+        out.mkdir(parents=True, exist_ok=True)
+        with Logs(out, step, wandb="birds"):
+            pass
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+
+
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = []
     for epoch in range(3):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import secrets
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -42,7 +43,8 @@ class Logs:
                 import wandb as client
             except ImportError:
                 raise ValueError("--wandb needs wandb: pip install wandb") from None
-            self.wandb = client.init(project=wandb, name=out.name, dir=str(out), config=settings, id=out.name, resume="allow")
+            run = _id(out, step)
+            self.wandb = client.init(project=wandb, name=out.name, dir=str(out), config=settings, id=run, resume="allow")
         self.board = _board(out, step, log)
         if step:
             self.write(step=step, resumed_from=step)
@@ -74,6 +76,14 @@ class Logs:
             if what not in self.told:
                 self.told.add(what)
                 self.log(f"{what}: cannot be written ({describe(error).splitlines()[0]}); training goes on")
+
+
+def _id(out: Path, step: int) -> str:
+    """Return the folder's own name for its run, a new one for a run that begins: folders may share a name, and steps only rise."""
+    path = out / "wandb_id"
+    if not step or not path.exists():
+        atomically(path, lambda temporary: temporary.write_text(secrets.token_hex(8)))
+    return path.read_text()
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
