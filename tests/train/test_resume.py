@@ -156,9 +156,11 @@ def test_what_no_run_can_change(undisturbed: Path, tmp_path: Path) -> None:
 def test_never_resume_starts_over(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
-    run = quick(out, replace(QUICK, epochs=1), keeping=Keeping(resume="never"))
+    (out / "bad_images.txt").write_text("of the run before\n")
+    run = quick(out, replace(QUICK, epochs=1), keeping=Keeping(resume="never", on_bad_image="skip"))
     assert [line["step"] for line in run.history if "val_top1" in line] == [8]
     assert [p.name for p in (out / "state").iterdir()] == ["000000008.safetensors"]
+    assert json.loads((out / "summary.json").read_text())["bad_images"] == 0
 
 
 @pytest.mark.parametrize("emptied", [False, True])

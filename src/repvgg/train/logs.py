@@ -101,7 +101,7 @@ def _board(out: Path, step: int, log: Log) -> Events | None:
     if not find_spec("tensorboard"):
         return None
     try:
-        return Events(out, step + 1 if step else None)
+        return Events(out, step + 1 if step else 0)
     except OSError as error:
         log(f"TensorBoard's events: cannot be written ({error.strerror}); training goes on")
         return None

@@ -271,7 +271,8 @@ class Session:
             killed_early = (self.out / "state").exists() and not (self.out / "summary.json").exists()
             if models and not killed_early and self.keeping.resume == "auto":
                 raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
-            (self.out / "summary.json").unlink(missing_ok=True)  # of the run before
+            for of_the_run_before in ("summary.json", "bad_images.txt"):
+                (self.out / of_the_run_before).unlink(missing_ok=True)
             self.store.clear()
             self._describe()
             if (rows := self.source.rows) is not None:
