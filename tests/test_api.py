@@ -159,6 +159,7 @@ def test_prune_and_quantize(trained: Any, photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "complaint"),
     [
+        ({"arch": "", "init": "none"}, "which model\\? --arch NAME"),
         ({"arch": "", "init": ""}, "which model\\? --arch NAME"),
         ({"epoch": 3}, "a recipe has no epoch: did you mean epochs\\?"),
         ({"epochs": "3"}, "epochs is '3': int is needed"),
@@ -187,6 +188,14 @@ def test_a_recipe_of_ones_own(photos: Path, tmp_path: Path) -> None:
     other = repvgg.train("repvgg_micro", source, tmp_path / "b", limit=16, epochs=1, image_size=32, **silent)
     assert json.loads((tmp_path / "b" / "recipe.json").read_text())["crop"] == "shift"
     assert other.last.images == 8
+
+
+def test_new_weights_are_not_fine_tuned(tmp_path: Path) -> None:
+    """Of data that have a recipe of their own; `auto` is told in test_train_says_what_it_chose_and_why."""
+    said: list[str] = []
+    how: dict[str, Any] = {"width": 0.25, "report": False, "epochs": 1, "limit": 64, "log": said.append}
+    repvgg.train("repvgg_micro", "digits", tmp_path, init="none", **how)
+    assert said[0] == "recipe: demo"
 
 
 def test_a_page_that_cannot_be_written_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,8 @@ def train(
     from repvgg.train.distributed import joined, local_device
     from repvgg.train.mirror import Mirror
 
-    if not arch and not init:
+    new = isinstance(init, str) and init in ("", "none")
+    if not arch and new:
         raise ValueError("which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights")
     given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
     options = {name: value for name, value in given.items() if value is not None}
@@ -64,7 +65,7 @@ def train(
         with found_by(world.once):
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
         loop.refuse(source, Path(out))
-        plain, start = resolved(recipe, source, bool(init), changes, log), init
+        plain, start = resolved(recipe, source, not new, changes, log), init
         if plain is None:
             how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "allow_deploy": keeping.allow_deploy}
             how |= {"log": log, **options}
