@@ -208,6 +208,23 @@ def test_state_goes_on_to_the_last_bit(optimizer: Any) -> None:
     assert first.scaler.state_dict() == second.scaler.state_dict()
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_goes_on_with_another_optimizer_and_a_moving_average(optimizer: Any) -> None:
+    """Which remembers nothing, and begins at the weights: as one that starts from them, but for what was added up meanwhile."""
+    first = stepped(replace(EXACT, optimizer="adamw" if optimizer == "sgd" else "sgd"))
+    recipe = replace(EXACT, optimizer=optimizer, ema=0.9)
+    after = Trainer(narrow(seed=5), recipe, 10)
+    after.load(copy.deepcopy(first.tensors()), {})
+    assert all(torch.equal(t, first.model.state_dict()[name]) for name, t in after.best_model.state_dict().items())
+    anew = Trainer(copy.deepcopy(first.model), recipe, 10)
+    for trainer in (after, anew):
+        trainer.train()
+        trainer.step([batch(16, 9)], 0.03, 3)
+    a, b = (trainer.tensors() for trainer in (after, anew))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a if name != "figures")
+
+
 def test_means_of_an_epoch_are_over_all_its_steps_whoever_asked_and_saved_between() -> None:
     first, batches = Trainer(narrow(), EXACT, 10), [batch(16, seed) for seed in range(5)]
     first.train()

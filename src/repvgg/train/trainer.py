@@ -1,6 +1,7 @@
 """One process's part in the training of one model: what a step does, and all that must be kept to go on from it."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,8 +17,8 @@ from repvgg.train.optimizer import custom_l2, freeze, keep_still, make_optimizer
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import CLASSIFICATION, Task
 
-# What an optimizer remembers of a parameter, by the name that it is saved under.
-REMEMBERED = {"momentum": "momentum_buffer", "first": "exp_avg", "second": "exp_avg_sq", "steps": "step"}
+# What each optimizer remembers of a parameter, by the name that it is saved under.
+REMEMBERED = {"sgd": {"momentum": "momentum_buffer"}, "adamw": {"first": "exp_avg", "second": "exp_avg_sq", "steps": "step"}}
 
 
 class Trainer:
@@ -194,30 +195,35 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return weights, statistics, momentum and the moving average. Raises FloatingPointError if one is not finite."""
-        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        found, kinds = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}, REMEMBERED[self.recipe.optimizer]
         for name, parameter in self.model.named_parameters():
             remembered = self.optimizer.state[parameter]
-            found |= {f"{kind}.{name}": remembered[key] for kind, key in REMEMBERED.items() if remembered.get(key) is not None}
+            found |= {f"{kind}.{name}": remembered[key] for kind, key in kinds.items() if remembered.get(key) is not None}
         if self.ema is not None:
             found |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
         refuse_infinite(found)
         return {**found, "figures": torch.tensor([*self.sums.tolist(), self.summed, *self.epoch], dtype=torch.float64)}
 
     def load(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
-        """Go on from the `tensors()` and the `scaler.state_dict()` of an earlier trainer of the same model and recipe."""
-        groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", "figures", *REMEMBERED)}
+        """Go on from the `tensors()` and the `scaler.state_dict()` of an earlier trainer of the same model.
+
+        Where the recipe is another, a new optimizer remembers nothing, and a new moving average begins at the weights as they are.
+        """
+        groups = defaultdict[str, dict[str, Tensor]](dict)
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             groups[kind][rest] = tensor
         self.model.load_state_dict(groups["model"])
         for name, parameter in self.model.named_parameters():
-            for kind, key in REMEMBERED.items():
+            for kind, key in REMEMBERED[self.recipe.optimizer].items():
                 if (saved := groups[kind].get(name)) is not None:
                     # In the gradient's own layout: a sum of the same numbers in another order would round otherwise.
                     like = parameter if saved.dim() else saved
                     self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
-        if self.ema is not None:
+        if self.ema is not None and "ema" in groups:
             self.ema.load_state_dict(groups["ema"])
+        elif self.ema is not None:
+            self.ema.module.load_state_dict(groups["model"])
         for figures in groups["figures"].values():
             loss, share, summed, *self.epoch = figures.tolist()
             self.sums, self.summed = self.sums.new_tensor([loss, share]), int(summed)
