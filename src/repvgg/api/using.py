@@ -101,14 +101,15 @@ def predictions(
     from repvgg.predict import labels, masks
     from repvgg.predict.paths import expand
 
-    at_once = min(batch_size, len(expand(patterns))) if patterns else batch_size
+    paths = expand(patterns)
+    at_once = min(batch_size, len(paths)) if paths else batch_size
     where = device_named(device)
     network = _answering(model, engine, precision, at_once, where, log)
     if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:
         yield from labels.predict(network, patterns, batch_size, top, where)
         return
-    made = masks.predict_masks(network, patterns, where, views or WHOLE)
-    yield from masks.write_masks(made, Path(out), masks.class_names(network)) if out else made
+    made = masks.predict_masks(network, paths, where, views or WHOLE)
+    yield from masks.write_masks(made, paths, Path(out), masks.class_names(network)) if out else made
 
 
 def _answering(model: "Model", engine: str, precision: str, batch_size: int, device: str, log: Log) -> "nn.Module":
