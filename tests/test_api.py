@@ -122,6 +122,15 @@ def test_data_are_divided_as_when_the_model_was_trained(trained: Any, photos: Pa
     assert said == [f"{photos}: --val 0.5 is not how the model's images were divided (0.25): it has seen some of these"]
 
 
+def test_classes_of_other_names_are_told(trained: Any, photos: Path, tmp_path: Path) -> None:
+    run, said = trained[0], list[str]()
+    (tmp_path / "n1").symlink_to(photos / "dark")
+    (tmp_path / "n2").symlink_to(photos / "light")
+    other: Any = repvgg.evaluate(run.model, str(tmp_path), log=said.append)
+    assert other.classes == ("n1", "n2")
+    assert said == [f"{tmp_path}: classes are taken by their numbers: the model's 'dark' is 'n1', the model's 'light' is 'n2'"]
+
+
 def test_predict(trained: Any, photos: Path) -> None:
     run, out, _, _ = trained
     found = repvgg.predict(out, [str(photos / "light" / "0.png"), str(photos / "dark")], top=1)

@@ -14,6 +14,7 @@ from typing import Any
 
 STALE = 600  # seconds: a process on another machine may be writing to a shared folder
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # by their suffixes
+EVIDENCE = ".cam.png"  # how pictures are named that `repvgg predict --explain cam` makes of images
 RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
@@ -165,5 +166,5 @@ def cache_folder() -> Path:
 
 
 def is_image(path: Path) -> bool:
-    """Tell an image by its name: a suffix of `IMAGES`, and not hidden (macOS leaves a `._name` beside every file)."""
-    return path.suffix.lower() in IMAGES and not path.name.startswith(".")
+    """Tell an image by its name: a suffix of `IMAGES`; not hidden (macOS leaves a `._name` beside every file), not of evidence."""
+    return path.suffix.lower() in IMAGES and not path.name.startswith(".") and not path.name.endswith(EVIDENCE)
