@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +17,9 @@ from PIL import Image
 import repvgg
 from repvgg.api import opening, training, using
 from repvgg.data import open_source
+from repvgg.data.images import ImageError
 from repvgg.models.zoo import manifest_of
-from repvgg.train.recipes import Recipe
+from repvgg.train.recipes import Keeping, Recipe
 
 ONE = Recipe(epochs=1, batch_size=8, lr=0.02, crop="shift")
 
@@ -129,6 +131,28 @@ def test_classes_of_other_names_are_told(trained: Any, photos: Path, tmp_path: P
     other: Any = repvgg.evaluate(run.model, str(tmp_path), log=said.append)
     assert other.classes == ("n1", "n2")
     assert said == [f"{tmp_path}: classes are taken by their numbers: the model's 'dark' is 'n1', the model's 'light' is 'n2'"]
+
+
+def test_images_that_cannot_be_read_keep_neither_the_page_nor_an_evaluation(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    data, said = str(tmp_path / "photos"), list[str]()
+    rows = open_source(data).rows
+    assert rows is not None
+    for split in ("train", "val"):
+        bad = next(tmp_path / "photos" / name for name, _, part in rows() if part == split)
+        bad.write_bytes(b"damaged")
+    how: dict[str, Any] = {"recipe": ONE, "width": 0.25, "image_size": 32, "keeping": Keeping(on_bad_image="skip")}
+    run = repvgg.train("repvgg_micro", data, tmp_path / "run", log=said.append, **how)
+    assert said[-1].startswith(f"{tmp_path / 'run/run.html'}: curves")
+    assert "Of 8 validation images" in (tmp_path / "run/run.html").read_text()
+    with pytest.raises(ImageError, match=f"^{bad}: not an image"):
+        repvgg.evaluate(run.model, data)
+    said.clear()
+    found: Any = repvgg.evaluate(run.model, data, on_bad_image="skip", log=said.append)
+    assert found.images == 7
+    assert torch.equal(found.confusion, run.best.confusion)
+    (line,) = said
+    assert line.startswith(f"left out: {bad}: not an image")
 
 
 def test_predict(trained: Any, photos: Path) -> None:

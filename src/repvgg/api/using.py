@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 from repvgg.api.opening import device_named, open_data
 from repvgg.disk import Log
@@ -31,6 +32,7 @@ def evaluate(
     engine: str = "",
     precision: str = "fp32",
     views: "Views | None" = None,
+    on_bad_image: Literal["stop", "skip"] = "stop",
     device: str = "",
     workers: int = 0,
     log: Log = print,
@@ -39,8 +41,10 @@ def evaluate(
 
     Of data without splits of its own, the images are those that were held out when the model was trained, or the share `val`.
     engine: "auto" or a name; "" for PyTorch. Classes that model and data name otherwise are taken by their numbers, and
-    `log` is told. Raises ValueError where model and data do not belong together.
+    `log` is told. on_bad_image: "stop" raises `ImageError` for an image that cannot be read, "skip" leaves it out and tells `log`.
+    Raises ValueError where model and data do not belong together.
     """
+    from repvgg.data.transforms import BadImages
     from repvgg.models.views import WHOLE
     from repvgg.models.zoo import manifest_of
     from repvgg.train.evaluate import told_apart
@@ -55,7 +59,11 @@ def evaluate(
         shown = [f"the model's {own!r} is {given!r}" for own, given in list(apart.values())[:3]]
         log(f"{source.name}: classes are taken by their numbers: {', '.join(shown)}{', ...' * (len(apart) > 3)}")
     how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": where, "views": views or WHOLE}
-    found: Any = task.evaluate_model(network, source, split, **how)
+    with TemporaryDirectory() as folder:
+        bad = BadImages(Path(folder) / "bad_images.txt", replace=False) if on_bad_image == "skip" else None
+        found: Any = task.evaluate_model(network, source, split, **how, bad=bad)
+        for line in bad.listed() if bad else ():
+            log(f"left out: {line}")
     return replace(found, classes=tuple(source.classes))  # type: ignore[no-any-return]
 
 

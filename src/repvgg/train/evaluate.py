@@ -119,10 +119,18 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
     return Accuracy(count, loss / count, float(confusion.trace()) / count, top5 / count, confusion)
 
 
-def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, workers: int = 0, device: str = "cpu") -> Accuracy:
+def evaluate_model(
+    model: nn.Module,
+    source: Source,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+    bad: BadImages | None = None,
+) -> Accuracy:
     """Evaluate a model on the validation split of a source, with the preprocessing that the model carries.
 
-    Raises ValueError if they differ in the number of classes or channels.
+    bad: list images that cannot be read there, and leave them out. Raises ValueError if the two differ in the number of classes or
+    channels.
     """
     manifest = manifest_of(model)
     check_fit(manifest, source)
@@ -130,7 +138,7 @@ def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, worke
         raise ValueError(f"--batch-size {batch_size}: at least 1")
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dtype = dtype_of(model)
-    data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
+    data = batches(source.val, manifest.preprocessing, batch_size, workers, device, bad)
     return evaluate(lambda x: finite(model, x.to(dtype)), data, len(source.classes))
 
 

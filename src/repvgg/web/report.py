@@ -48,8 +48,9 @@ def write_report(folder: Path, source: Source | None = None, data: str = "", dev
     if source is not None:
         source = run.as_trained(source)
         network = both.get("deploy form", both["training form"])
-        sections.append(("Its worst mistakes", _mistakes(findings.mistakes(network, source, device), run, pieces)))
-        batch = findings.first_batch(source, run.recipe, int(run.settings.get("seed", 0)))
+        bad = listed if (listed := folder / "bad_images.txt").exists() else None  # it was trained with --on-bad-image skip
+        sections.append(("Its worst mistakes", _mistakes(findings.mistakes(network, source, device, bad), run, pieces)))
+        batch = findings.first_batch(source, run.recipe, int(run.settings.get("seed", 0)), bad)
         sections.append(("What it saw", _first_batch(batch, pieces)))
     sections += [("What it costs", _costs(speeds)), ("How it was made", _settings(run))]
     target = folder / "run.html"
