@@ -133,6 +133,10 @@ def test_a_run_goes_on_with_its_own_division(tmp_path: Path) -> None:
     assert (again.rows(), again.classes, again.splitting) == (began.rows(), began.classes, (0.34, 1))
     with pytest.raises(DataError, match=r"holds a run with --val 0.34, not 0.5: another --out"):
         reopened(open_source(str(root), 0.5), run, 0.5)
+    gone = root / began.rows()[3][0]
+    gone.unlink()
+    with pytest.raises(DataError, match=r"line 5: there is no image .*: put it back, or give another --out, or --resume never$"):
+        reopened(began, run)
 
 
 def test_fractions_that_are_none() -> None:

@@ -124,7 +124,8 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
         raise DataError(f"{path}: has a column split: leave out --val")
     for line, image in enumerate(names, 2):
         if not (root / image).is_file():
-            raise DataError(f"{path}, line {line}: there is no image {escaped(str(root / image))}")
+            remedy = ": put it back, or give another --out, or --resume never" if own else ""
+            raise DataError(f"{path}, line {line}: there is no image {escaped(str(root / image))}{remedy}")
     classes = sorted(set(labels))
     numbers = [classes.index(label) for label in labels]
     images, shown = Listed(root, names, numbers), [escaped(label) for label in classes]

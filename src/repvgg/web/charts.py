@@ -36,7 +36,8 @@ def curves(title: str, lines: Mapping[str, Points], best: tuple[float, float] | 
     if level:
         _level(axes, [y for points in shown.values() for _, y in points])
     if len(shown) + (best is not None) > 1:
-        axes.legend(frameon=False, fontsize=TEXT * 0.92, loc="best")
+        for text in axes.legend(frameon=False, fontsize=TEXT * 0.92, loc="best").get_texts():
+            text.set_parse_math(False)
     axes.set_xlabel("epoch", fontsize=TEXT, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -65,8 +66,8 @@ def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     ticks = range(size) if named else ()
-    axes.set_xticks(ticks, classes if named else (), rotation=90 if max(map(len, classes)) > 2 else 0)
-    axes.set_yticks(ticks, classes if named else ())
+    axes.set_xticks(ticks, classes if named else (), rotation=90 if max(map(len, classes)) > 2 else 0, parse_math=False)
+    axes.set_yticks(ticks, classes if named else (), parse_math=False)
     axes.tick_params(labelsize=TEXT if numbered else TEXT * 0.75)
     if numbered:
         for (i, j), count in np.ndenumerate(counts):
