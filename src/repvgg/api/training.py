@@ -65,7 +65,7 @@ def train(
         with found_by(world.once):
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
         loop.refuse(source, Path(out))
-        plain, start = resolved(recipe, source, not new, changes, log), init
+        plain, start = resolved(recipe, source, "" if new else init, changes, log), init
         if plain is None:
             how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "allow_deploy": keeping.allow_deploy}
             how |= {"log": log, **options}
@@ -93,17 +93,21 @@ def report_at_the_end(folder: Path, source: "Source", device: str, log: Log) -> 
 
 
 def resolved(
-    recipe: "str | os.PathLike[str] | Recipe", source: "Source", trained: bool, changes: dict[str, Any], log: Log
+    recipe: "str | os.PathLike[str] | Recipe", source: "Source", init: "nn.Module | str", changes: dict[str, Any], log: Log
 ) -> Recipe | None:
-    """Return the recipe that is meant, by default what suits the source, in words; None for the one that `auto` has to choose."""
+    """Return the recipe that is meant, by default what suits the source, or what training starts from, with a word; None for the
+    one that `auto` has to choose."""
+    from repvgg.train.finetune import finetuning
+
     stream = hasattr(source.train, "shuffled")
     if recipe in ("", "auto"):
         if not source.masks and not stream and (recipe == "auto" or source.recipe == "light"):
             return None
         if recipe == "auto":
             raise ValueError(f"{source.name}: --recipe auto is for labelled images that can be looked at beforehand")
-        recipe = "finetune" if trained and not source.masks else source.recipe
-        log(f"recipe: {recipe}")
+        tuned = init and not source.masks
+        log(f"recipe: {'finetune' if tuned else source.recipe}")
+        recipe = finetuning(init) if tuned else source.recipe
     return resolve(recipe, **changes)
 
 
@@ -113,7 +117,7 @@ def settled(
     """Return the recipe that is meant, by default `otherwise` for photos. Raises ValueError for `auto`, which plans a training."""
     if recipe == "auto":
         raise ValueError("--recipe auto is for train alone: name a recipe (repvgg recipe lists them), or a file")
-    found = resolved(recipe, source, False, changes, log)
+    found = resolved(recipe, source, "", changes, log)
     if found is None:
         log(f"recipe: {otherwise}")
     return found or resolve(otherwise, **changes)
@@ -123,13 +127,15 @@ def _chosen(
     arch: str, source: "Source", out: Path, init: "nn.Module | str", resume: bool, changes: dict[str, Any], how: dict[str, Any]
 ) -> "tuple[Recipe, nn.Module | str]":
     """Return the recipe `auto` and what to start from: those of the run that is in the folder, else chosen now."""
+    from repvgg.train.finetune import finetuning
+
     resolve("light", **changes)  # which refuses what is no field, before anything is measured
     settings = out / "settings.json"
     if resume and settings.exists():
         how["log"](f"recipe: {out} has one already")
         return resolve(out / "recipe.json", **changes), init or json.loads(settings.read_text())["init"]
     if not isinstance(init, str):
-        return resolve("finetune", **changes), init
+        return resolve(finetuning(init), **changes), init
     from repvgg.train.auto import choose
 
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
