@@ -104,10 +104,10 @@ def _of_folder(root: Path, split: str, size: int) -> Shards:
     labelled = found.is_dir()
     below = found if labelled else root
     names = sorted(
-        os.path.relpath(os.path.join(folder, name), below)  # noqa: PTH118 - there may be millions
+        path
         for folder, _, files in os.walk(below, followlinks=True)
         for name in files
-        if is_image(Path(name))
+        if is_image(path := os.path.relpath(os.path.join(folder, name), below))  # noqa: PTH118 - there may be millions
     )
 
     def items(numbers: range) -> Iterator[Item]:
