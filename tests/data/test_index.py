@@ -18,7 +18,6 @@ def shards(tmp_path: Path) -> Path:
 
 
 def sizes(spec: str) -> list[int]:
-    open_source.cache_clear()
     stream = open_source(spec).train
     assert isinstance(stream, Stream)
     return [len(piece.rows) for piece in stream.pieces]

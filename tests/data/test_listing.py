@@ -49,7 +49,6 @@ def test_the_draw_is_of_the_seed_and_the_fraction_and_few_change_sides_when_imag
     assert Counter(first.values()) == {"train": 140, "val": 60}
     assert first != split_of(open_source(str(root), 0.3, 1))
     Image.new("L", (1, 1)).save(root / "cat" / "new.png")
-    open_source.cache_clear()
     again = split_of(open_source(str(root), 0.3))
     assert sum(first[name] != again[name] for name in first) <= 2
 

@@ -21,7 +21,6 @@ from repvgg.data.shards import Item, Shards, open_shards
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "hf"))
-    open_source.cache_clear()
 
 
 def png(grey: int) -> bytes:
