@@ -25,6 +25,7 @@ import photos
 import psutil
 import pyarrow.parquet as pq
 import torch
+from records import keep
 from torch.utils.data import default_collate
 
 import repvgg.bench.data
@@ -32,7 +33,6 @@ from repvgg import create_model, save
 from repvgg.bench.data import data_speeds
 from repvgg.data import Source, images, open_source, transforms
 from repvgg.data.resident import Resident
-from repvgg.measure.machine import write_record
 from repvgg.train import batches
 from repvgg.train.evaluate import batches as validation
 from repvgg.train.loop import new_model
@@ -205,9 +205,7 @@ def main() -> None:
         }
         for part in given.parts or parts:
             started = time.perf_counter()
-            found = parts[part]()
-            record = json.loads(out.read_text()) if out.exists() else {}
-            write_record(out, {**record, part: found})
+            keep(out, part, parts[part]())
             say(f"{part}: {time.perf_counter() - started:.0f} s")
 
 
