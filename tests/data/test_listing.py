@@ -70,6 +70,21 @@ def test_train_alone_is_divided_and_a_class_may_be_called_train(tmp_path: Path) 
     assert (vehicles.classes, len(vehicles.train), len(vehicles.val)) == (["bus", "train"], 8, 2)
 
 
+def test_a_test_split_is_kept_where_the_validation_split_is_drawn(tmp_path: Path) -> None:
+    root = heap(tmp_path / "set", **{"train/a": 5, "train/b": 5, "test/b": 3})
+    source = open_source(str(root))
+    assert [len(images) for images in (source.train, source.val, source.split("test"))] == [8, 2, 3]
+    assert [source.split("test")[i][1] for i in range(3)] == [1, 1, 1]
+    assert source.rows is not None
+    (tmp_path / "run").mkdir()
+    write_table(tmp_path / "run/split.csv", source.rows())
+    assert len(reopened(open_source(str(root)), tmp_path / "run").split("test")) == 3
+    heap(root / "train", aa=2)
+    assert reopened(open_source(str(root)), tmp_path / "run").test is None  # its classes have other numbers than the run's
+    heap(tmp_path / "flat", **{"train/a": 5, "train/b": 5, "test": 3})
+    assert open_source(str(tmp_path / "flat")).test is None  # without labels
+
+
 def test_a_table(tmp_path: Path) -> None:
     root = heap(tmp_path / "photos", x=6)
     lines = ["label, path", *(f"{'cat' if i % 2 else 'a dog'}, x/{i}.png" for i in range(6))]

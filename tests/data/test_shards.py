@@ -74,6 +74,8 @@ def test_a_folder_with_splits_and_classes(tmp_path: Path) -> None:
     assert [item.key for item in every(open_shards(str(tmp_path), "train"))] == ["cat/0.png"]
     with pytest.raises(DataError, match="has no split called test"):
         open_shards(str(tmp_path), "test")
+    (tmp_path / "val").rename(tmp_path / "valid")
+    assert [(item.key, item.label, grey(item)) for item in every(open_shards(str(tmp_path)))] == wanted
 
 
 def test_a_folder_of_images_and_what_tells_it_from_others(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from repvgg.models.manifest import Preprocessing
 
+VALIDATION = ("val", "valid", "validation")  # what a validation split is called
+
 
 class DataError(ValueError):
     """A data set that cannot be used; the message names the place and the remedy."""

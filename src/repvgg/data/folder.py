@@ -3,20 +3,20 @@ changes."""
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from repvgg.data import DataError, Source
+from repvgg.data import VALIDATION, DataError, Source
 from repvgg.data.cache import Arrays, Names, kept, once
 from repvgg.data.images import decode
 from repvgg.data.listing import Splitting, divided, open_table
 from repvgg.disk import IMAGES, LEFT_BEHIND, escaped, is_image
 from repvgg.models.manifest import Preprocessing
 
-VALIDATION = ("val", "valid", "validation")  # what a validation split is called
 CALLED = re.compile("train|val|test|dev|eval", re.IGNORECASE)  # how splits are called that are not called like ours
 MANY = 20_000  # images: fewer are listed in no time
 
@@ -105,7 +105,9 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
         everything = Folder(root, sorted(everything.classes, key=escaped))  # in the order in which a table of them has them
         names = [os.path.relpath(name, path) for name in everything.names]
         classes = sorted(map(escaped, everything.classes))
-        return divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
+        found = divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
+        tested = root != path and _is_split(path / "test")
+        return replace(found, test=Folder(path / "test", everything.classes)) if tested else found
     if how is not None:
         raise DataError(f"--val: {path} has a validation split of its own, {held.name}/")
     train = Folder(path / "train")

@@ -149,7 +149,7 @@ def reopened(source: Source, run: Path, val: float | None = None) -> Source:
         raise DataError(f"{run}: holds a run with --val {began[0]}, not {val}: another --out, or --resume never")
     root = Path(source.name)
     found = open_table(table, root=root.parent if root.suffix == ".csv" else root, name=source.name)
-    return replace(found, splitting=began)
+    return replace(found, splitting=began, test=source.test if found.classes == source.classes else None)
 
 
 def _columns(path: Path, trim: bool) -> dict[str, list[str]]:

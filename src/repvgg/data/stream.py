@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from repvgg.data import DataError, Source
-from repvgg.data.hf import VALIDATION_SPLITS, columns, refuse_ids
+from repvgg.data.hf import HELD_OUT, columns, refuse_ids
 from repvgg.data.images import decode
 from repvgg.data.index import Counts, Index
 from repvgg.disk import Log, describe
@@ -263,9 +263,9 @@ def expanded(pattern: str) -> list[str]:
 def _opened(name: str, load: dict[str, Any], folder: Path | None, files: Sequence[Path]) -> Opened:
     try:
         splits = datasets.load_dataset(**load, streaming=True)
-        held_out = next((s for s in VALIDATION_SPLITS if s in splits), None)
+        held_out = next((s for s in HELD_OUT if s in splits), None)
         if "train" not in splits or held_out is None:
-            raise DataError(f"{name}: needs a train split and one of {', '.join(VALIDATION_SPLITS)}; it has {', '.join(splits)}")
+            raise DataError(f"{name}: needs a train split and one of {', '.join(HELD_OUT)}; it has {', '.join(splits)}")
         features = splits["train"].features or splits["train"]._resolve_features().features
         image, label, classes = columns(name, features)
         tables = {s: splits[s].cast_column(image, datasets.Image(decode=False)) for s in ("train", held_out)}
