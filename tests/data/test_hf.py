@@ -90,8 +90,9 @@ def test_images_of_many_sizes(tmp_path: Path) -> None:
     assert [tuple(source.train[i][0].shape[1:]) for i in range(3)] == [(20, 20), (20, 30), (40, 9)]
 
 
-def test_the_number_of_classes_without_names(tmp_path: Path) -> None:
-    label = datasets.Value("int64")
+@pytest.mark.parametrize("kind", ["int64", "uint8"])
+def test_the_number_of_classes_without_names(kind: str, tmp_path: Path) -> None:
+    label = datasets.Value(kind)
     source = open_source(make(tmp_path, {"train": columns([4, 0, 1]), "validation": columns([4])}, label))
     assert source.classes == ["0", "1", "2", "3", "4"]
 
@@ -110,9 +111,9 @@ def test_the_number_of_classes_without_names(tmp_path: Path) -> None:
         ),
         ({"train": [-5, 1], "test": [1]}, datasets.Value("int32"), "label -5 in train, but there are 2 classes"),
         ({"train": [0, 1], "test": [2]}, None, "class 'owl' has no images to train on"),
-        ({"train": ["a"], "test": ["a"]}, datasets.Value("string"), "one of labels (ClassLabel or integers); it has image (PIL"),
+        ({"train": ["a"], "test": ["a"]}, datasets.Value("string"), "label, labels, class, target or cls); it has image (PIL"),
         ({"train": [0, None], "test": [0]}, None, "holds images without a label"),
-        ({"train": [0.5], "test": [1]}, datasets.Value("float32"), "one of labels (ClassLabel or integers)"),
+        ({"train": [0.5], "test": [1]}, datasets.Value("float32"), "one of labels (ClassLabel, or integers called"),
     ],
 )
 def test_what_cannot_be_trained_on_is_said(splits: dict[str, list[Any]], label: Any, complaint: str, tmp_path: Path) -> None:

@@ -107,9 +107,12 @@ def test_a_table(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("", "needs a first line that names the columns path and label"),
+        ("path;label\n0.png;a\n", "path and label, and split if there is one, separated by commas"),
         ("path,label\n", "lists no images"),
         ("path,label\n0.png,\n", "line 2: a cell of path, label or split is empty"),
         ("path,label\n0.png,a\nno.png,a\n", "line 3: there is no image"),
+        ("path,label\n\n0.png,a\n\n\nno.png,a\n", "line 6: there is no image"),
+        ("path,label\n\n0.png,\n", "line 3: a cell of path, label or split is empty"),
         ("path,label\n0.png,a\n", "no class has two images"),
         ("path,label,split\n0.png,a,nope\n", "split 'nope': there are train, val, test"),
         ("path,label,split\n0.png,a,train\n", "no image has the split val"),

@@ -11,6 +11,7 @@ from repvgg.data.images import decode
 from repvgg.models.manifest import Preprocessing
 
 HELD_OUT = (*VALIDATION, "test")  # splits to validate on, the first that is there
+LABELS = ("label", "labels", "class", "target", "cls")  # what a column of integers is called that are labels
 SMALL = 64  # pixels: images of at most this size are decoded once and kept in memory
 CIFAR10 = Preprocessing((3, 32, 32), 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
@@ -74,7 +75,10 @@ def columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
     image, label, classes = find_columns(features)
     if image is None or label is None:
         there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
-        raise DataError(f"{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
+        called = f"{', '.join(LABELS[:-1])} or {LABELS[-1]}"
+        raise DataError(
+            f"{name}: needs a column of images and one of labels (ClassLabel, or integers called {called}); it has {there}"
+        )
     return image, label, classes
 
 
@@ -91,8 +95,8 @@ def find_columns(features: Any) -> tuple[str | None, str | None, list[str] | Non
     """Return the columns of images and of labels, and the names of the classes; None for what is not there."""
     image = next((c for c, f in features.items() if isinstance(f, datasets.Image)), None)
     labels = {c: f for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
-    integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith("int")]
-    label = next(iter(labels), next((c for c in integers if c in ("label", "labels", "class", "target", "cls")), None))
+    integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith(("int", "uint"))]
+    label = next(iter(labels), next((c for c in integers if c in LABELS), None))
     return image, label, labels[label].names if label in labels else None
 
 

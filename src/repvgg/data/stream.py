@@ -209,10 +209,7 @@ def write_index(spec: str, workers: int = 0, log: Log = print) -> Path:
     if kind not in ("wds", "hf-stream") or not rest:
         raise DataError(f"{spec}: only wds: and hf-stream: have an index; other data need none")
     opened = _of_tars(rest) if kind == "wds" else _of_hub(rest)
-    try:
-        return opened.index.make(opened.tables, opened.label, workers, log)
-    except DataError as error:
-        raise DataError(f"{spec}: {error}") from None
+    return opened.index.make(opened.tables, opened.label, workers, log)
 
 
 def _of_hub(name: str) -> Opened:
