@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from layout import machine, many, table
+from layout import many, measured, table
+from records import stamps
 
 Record = dict[str, Any]
 
 
 def engines(r: Record, native: Record) -> str:
     """Return what to take for each batch size and precision, then every engine's figures. native: the record of our engine."""
-    p, m = r["protocol"], r["machine"]
+    p = r["protocol"]
     return f"""{p["model"]} at {p["input_size"][-1]} px, {many(p["threads"], "thread")}; medians of {many(p["rounds"], "round")}
 in which all engines took turns, and ratios with 95% intervals.
 
@@ -25,35 +26,44 @@ Caches hold what `torch.compile` compiled and which algorithms `native` chose. `
 
 {_predictions(r["predictions"])}
 
-Measured on {machine(m)}: [results/engines.json](../results/engines.json), by `python results/measure_engines.py`.
+[results/engines.json](../results/engines.json), by `python results/measure_engines.py`. {measured(stamps(r))}
 """
 
 
+def _tables(r: Record) -> list[Record]:
+    """Return the tables of speeds, each with its name and its machine: few images first, and float32 before other precisions."""
+    found = [{**t, "name": name, "machine": stamps(r)[f"speed/{name}"]} for name, t in r["speed"].items()]
+    return sorted(found, key=lambda t: (t["batch_size"], t["precision"] != "fp32"))
+
+
 def _choice(r: Record) -> str:
-    where, rows = f"{r['machine']['processor']}, {many(r['machine']['cores'], 'core')}", []
-    for t in r["speed"]:
+    rows = []
+    for t in _tables(r):
         (name, best), (second, next_best) = sorted(t["engines"].items(), key=lambda item: -item[1]["images_per_second"])[:2]
         low, high = (best["over_eager"][key] for key in ("low", "high"))
         over = f"{best['over_eager']['value']:.2f} ({low:.2f} to {high:.2f})"
         speeds = f"{best['images_per_second']:.0f}", over, f"`{second}`, {next_best['images_per_second']:.0f}"
+        where = f"{t['machine']['processor']}, {many(t['machine']['cores'], 'core')}"
         rows.append([where, str(t["batch_size"]), t["precision"], f"`{name}`", *speeds])
     return table(["processor", "images at a time", "precision", "take", "images/s", "over PyTorch", "next best"], rows)
 
 
 def _each(r: Record) -> str:
-    heads = [f"batch {t['batch_size']}, {t['precision']}" for t in r["speed"]]
-    rows = []
+    tables, rows = _tables(r), []
     for name, loaded in r["load"].items():
-        speeds = [f"{e[name]['images_per_second']:.1f}" if name in (e := t["engines"]) else "" for t in r["speed"]]
-        errors = " / ".join(f"{t['engines'][name]['max_rel_err']:.0e}" for t in r["speed"][:2] if name in t["engines"])
+        speeds = [f"{e[name]['images_per_second']:.1f}" if name in (e := t["engines"]) else "" for t in tables]
+        errors = " / ".join(f"{t['engines'][name]['max_rel_err']:.0e}" for t in tables[:2] if name in t["engines"])
         times = f"{loaded['seconds']:.1f} s", f"{loaded['seconds_with_empty_caches']:.1f} s"
         rows.append([f"`{name}`", *speeds, errors, f"{loaded['bytes'] / 2**20:.0f}", *times])
-    return table(["engine", *heads, "error, fp32 / bf16", "memory, MiB", "first logits after", "with empty caches"], rows)
+    return table(
+        ["engine", *(t["name"] for t in tables), "error, fp32 / bf16", "memory, MiB", "first logits after", "with empty caches"],
+        rows,
+    )
 
 
 def _older(r: Record, native: Record) -> str:
-    """Say where our engine was measured since, where its own record is newer than this one."""
-    if not native or r["machine"]["date"] >= native["machine"]["date"]:
+    """Say where our engine's first prediction was measured since."""
+    if "start" not in native or stamps(r)["load"]["date"] >= stamps(native)["start"]["date"]:
         return ""
     cold = native["start"]["native cold, batch 1"]["seconds"]
     return (
@@ -65,7 +75,7 @@ def _older(r: Record, native: Record) -> str:
 def _shares(r: Record) -> str:
     return ", ".join(
         f"{t['auto']['share_of_best']:.0%} of the fastest engine's speed at batch {t['batch_size']} (`{t['auto']['taken']}`)"
-        for t in r["speed"]
+        for t in _tables(r)
         if "auto" in t
     )
 
@@ -88,24 +98,31 @@ DAY = 24 * 60 * 60
 
 def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
     """Return how many images a day each engine predicts on each machine that was measured, and what comes on top."""
-    p, batches = r["protocol"], [t for t in r["speed"] if t["batch_size"] > 1]
-    here = f"{r['machine']['processor']}, {many(p['threads'], 'thread')}"
-    found = {(here, name, t["precision"]): e["images_per_second"] for t in batches for name, e in t["engines"].items()}
+    p, batches = r["protocol"], [t for t in _tables(r) if t["batch_size"] > 1]
+    when = {t["name"]: t["machine"] for t in batches}
+    found = {
+        (f"{t['machine']['processor']}, {many(p['threads'], 'thread')}", name, t["precision"]): e["images_per_second"]
+        for t in batches
+        for name, e in t["engines"].items()
+    }
     for name, f in (gpu or {"figures": {}})["figures"].items():
         words = name.split(", ")  # pair, engine, precision, batch, memory format
         for row in f.get("rows", ()):
             if len(words) == 5 and words[3] != "batch 1" and row["model"] == p["model"]:
-                key = (gpu or r)["machine"]["gpu"], words[1], words[2]
+                when[name] = stamps(gpu or {})[f"figures/{name}"]
+                key = when[name]["gpu"], words[1], words[2]
                 found[key] = max(found.get(key, 0), row["images_per_second"])
+    when |= {f"data/{part}": stamp for part, stamp in stamps(data or {}, "photos", "prediction").items()}
     rows = [
         [where, f"`{engine}`", precision, f"{speed:,.0f}", f"{speed * DAY / 1e6:,.1f}", f"{1e9 / (DAY * speed):,.0f}"]
         for (where, engine, precision), speed in sorted(found.items(), key=lambda item: -item[1])
     ]
     heads = ["machine", "engine", "precision", "images/s", "millions a day", "machines for a billion a day"]
     return (
-        f"{table(heads, rows)}\n\n{p['model']} at {p['input_size'][-1]} px, batch {batches[0]['batch_size']} "
-        f"({machine(r['machine'])}): the network alone, by\n[results/engines.json](../results/engines.json). {_on_top(data or {})}"
-        "For another machine or model multiply what\n`repvgg bench NAME --batch-size 32` says there by 86,400.\n"
+        f"{table(heads, rows)}\n\n{p['model']} at {p['input_size'][-1]} px, batch {batches[0]['batch_size']}: "
+        f"the network alone, by\n[results/engines.json](../results/engines.json). {_on_top(data or {})}"
+        "For another machine or model multiply what\n`repvgg bench NAME --batch-size 32` says there by 86,400.\n\n"
+        f"{measured(when)}\n"
     )
 
 

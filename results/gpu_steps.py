@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import keep
 from torch import nn
 
 from repvgg.bench.memory import fitting, held, peak
 from repvgg.bench.models import Candidate, bench, prepared
 from repvgg.deploy import engines
-from repvgg.measure.machine import write_record
 from repvgg.measure.timing import interleave, ratio, synchroniser
 from repvgg.models import zoo
 from repvgg.paper.numbers import HEADLINES, TABLE4, TABLE5, TABLE8
@@ -46,7 +46,7 @@ class Asked:
 
 
 class Record:
-    """A step's figures by name, in a file that is rewritten whole after each.
+    """A step's figures by name, each with its own stamp, in a file that is rewritten whole after each.
 
     Figures of other settings are not mixed in: their file stays, under another name.
     """
@@ -65,7 +65,7 @@ class Record:
     def put(self, name: str, figures: Any) -> None:
         """Add figures and write the file."""
         self.figures[name] = figures
-        write_record(self.path, {"settings": self.settings, "figures": self.figures}, self.device)
+        keep(self.path, f"figures/{name}", figures, {"settings": self.settings}, self.device)
         print(f"{name}: {json.dumps(figures)[:200]}", flush=True)
 
     def each(self, asked: Asked, units: Iterator[tuple[str, Callable[[], Any]]]) -> None:

@@ -1,7 +1,9 @@
-"""Markdown: tables, counts in words, intervals, machines."""
+"""Markdown: tables, counts in words, intervals, machines, and when what was measured."""
 
 import re
 from typing import Any
+
+NAMED = 12  # parts of a record that are named one by one
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -21,10 +23,29 @@ def many(count: int, one: str, more: str = "") -> str:
 
 def machine(m: dict[str, Any]) -> str:
     """Return what a record was measured on: the GPU if there is one, the processor, and versions."""
-    if "node" in m:
-        return f"{m['processor']}, Node {m['node']}"
+    if node := m["versions"].get("node"):
+        return f"{m['processor']}, Node {node}"
     gpu = f"{m['gpu']}, " if m.get("gpu") else ""
     return f"{gpu}{m['processor']}{_kind(m)}, {many(m['cores'], 'core')}, Python {m['python']}, PyTorch {m['versions']['torch']}"
+
+
+def measured(stamps: dict[str, dict[str, Any]]) -> str:
+    """Return on what figures were measured, when and at which commit: for all of them, or for each part where it was not the same.
+
+    stamps: by part. Of many parts that were measured alike only the number is told.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for part, m in sorted(stamps.items(), key=lambda item: item[1]["date"][:10], reverse=True):
+        when = f"{m['date'][:10]}, commit {m['commit'] or 'unknown'}"
+        found.setdefault(machine(m), {}).setdefault(when, []).append(part)
+    if sum(map(len, found.values())) <= 1:
+        return "".join(f"Measured on {where} ({when})." for where, times in found.items() for when in times)
+    told = [f"{where}: {'; '.join(f'{_named(parts)} ({when})' for when, parts in times.items())}" for where, times in found.items()]
+    return f"Measured on {'. On '.join(told)}."
+
+
+def _named(parts: list[str]) -> str:
+    return ", ".join(f"`{part}`" for part in parts) if len(parts) <= NAMED else f"{len(parts)} others"
 
 
 def _kind(m: dict[str, Any]) -> str:

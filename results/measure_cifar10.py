@@ -17,11 +17,11 @@ from typing import Any
 
 import repvgg_engine
 import torch
+from records import keep
 from torch import Tensor
 
 from repvgg import load, reparameterize, save
 from repvgg.data import Source, open_source
-from repvgg.measure.machine import write_record
 from repvgg.models.names import EMBEDDED
 from repvgg.models.zoo import manifest_of
 from repvgg.train.evaluate import batches
@@ -85,13 +85,12 @@ def embed(run: Path, source: Source, labels: Tensor) -> dict[str, Any]:
     return {**of, "file": path.name, "bytes": path.stat().st_size, "stored_as": "float16", "top1": top1}
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
+def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the accuracy of each run against its minutes, as PNG; of the first run only the end is known."""
     figure, (axes,) = plot(700, 400)
-    for run, (_, colour) in zip(runs, cycle((WIDEST, POINTWISE, IDENTITY)), strict=False):
+    for (name, run), (_, colour) in zip(runs.items(), cycle((WIDEST, POINTWISE, IDENTITY)), strict=False):
         points = [(point["minutes"], 100 * point["top1"]) for point in run["curve"] if point["minutes"] is not None]
-        label = f"{run['arch']}, {run['recipe']['epochs']} epochs, seed {run['seed']}"
-        axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=label)
+        axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=name)
     axes.set_title("top-1 on CIFAR-10's test images, %", fontsize=11, color=INK, loc="left")
     axes.set_xlabel("minutes of training", fontsize=9, color=MUTED)
     axes.grid(color=RULE, linewidth=0.4)
@@ -112,15 +111,14 @@ def main() -> None:
     asked = parser.parse_args()
     source = open_source(asked.data)
     labels = torch.tensor([int(source.val[i][1]) for i in range(len(source.val))])
-    record = json.loads(OUT.read_text()) if OUT.exists() else {"runs": [], "embedded": None}
-    runs = {(run["command"], run["seed"]): run for run in record["runs"]}
+    what = "CIFAR-10 test accuracy of the last model of each run, evaluated in fp32 at one view"
     for folder in asked.runs:
         run = {**history(folder), **forms(folder, source, labels), "note": asked.note}
-        runs[run["command"], run["seed"]] = run
-    what = "CIFAR-10 test accuracy of the last model of each run, evaluated in fp32 at one view"
-    embedded = embed(asked.runs[0], source, labels) if asked.embed else record["embedded"]
-    write_record(OUT, {"what": what, "images": len(source.val), "runs": list(runs.values()), "embedded": embedded})
-    draw(list(runs.values()), OUT.with_suffix(".png"))
+        name = f"{run['arch']}, {run['recipe']['epochs']} epochs, seed {run['seed']}"
+        keep(OUT, f"runs/{name}", run, {"what": what, "images": len(source.val)})
+    if asked.embed:
+        keep(OUT, "embedded", embed(asked.runs[0], source, labels))
+    draw(json.loads(OUT.read_text())["runs"], OUT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

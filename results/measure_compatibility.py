@@ -21,6 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from layout import measured
+from records import keep, stamps
+
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "compatibility.json"
 PAGE = HERE.parent / "docs" / "compatibility.md"
@@ -179,19 +182,6 @@ def run(case: str, environments: Path) -> dict[str, Any]:
     return found
 
 
-def load() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"networks": {}, "speeds": {}}
-    return found
-
-
-def save(results: dict[str, Any]) -> None:
-    from repvgg.disk import atomically
-    from repvgg.measure.machine import this_machine
-
-    results["machine"] = this_machine()
-    atomically(FILE, lambda to: to.write_text(json.dumps(results, indent=1) + "\n"))
-
-
 def time_one(case: str) -> dict[str, Any]:
     """Images a second in ONNX Runtime, before and after, taking turns."""
     import torch
@@ -248,10 +238,12 @@ def page(results: dict[str, Any]) -> str:
     done = [r for r in networks.values() if "failed" not in r]
     clean = sum(r["after"][1] == 0 for r in done)
     lines += ["", f"{len(done)} networks: {clean} have no batch norm left. {len(networks) - len(done)} could not be measured."]
-    if results["speeds"]:
+    lines += ["", measured(stamps(results, "networks"))]
+    if "speeds" in results:
         lines += ["", "Milliseconds an image in ONNX Runtime, whose own conv+BN fusion is on in both:", ""]
         lines += ["| network | before | after | gain |", "|---|---|---|---|"]
         lines += [f"| {c} | {s['before_ms']:.2f} | {s['after_ms']:.2f} | {s['gain']} |" for c, s in results["speeds"].items()]
+        lines += ["", measured(stamps(results, "speeds"))]
     return "\n".join(lines) + "\n"
 
 
@@ -268,20 +260,20 @@ def main() -> None:
     if asked.one or asked.time_one:
         print(json.dumps(measure(asked.one) if asked.one else time_one(asked.time_one)))
         return
-    results = load()
     if asked.speeds:
         for case in (f"timm:{n}" for n in TIMED.split()):
             done = subprocess.run([sys.executable, __file__, "--time-one", case], capture_output=True, text=True, check=True)
-            results["speeds"][case] = json.loads(done.stdout.strip().splitlines()[-1])
-            save(results)
-            print(case, results["speeds"][case], flush=True)
+            speeds = json.loads(done.stdout.strip().splitlines()[-1])
+            keep(FILE, f"speeds/{case}", speeds)
+            print(case, speeds, flush=True)
     elif not asked.page:
+        there = json.loads(FILE.read_text())["networks"] if FILE.exists() else {}
         for case in asked.only:
-            if asked.again or "error" not in results["networks"].get(case, {}):
-                results["networks"][case] = run(case, asked.environments)
-                save(results)
-                print(case, results["networks"][case], flush=True)
-    PAGE.write_text(page(results))
+            if asked.again or "error" not in there.get(case, {}):
+                network = run(case, asked.environments)
+                keep(FILE, f"networks/{case}", network)
+                print(case, network, flush=True)
+    PAGE.write_text(page(json.loads(FILE.read_text())))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine_figure import draw
+from records import keep
 from repvgg_engine import Net, load, reference
 from torch import Tensor, nn
 
@@ -33,7 +34,6 @@ from repvgg.bench.models import Candidate, network, randomise_norms
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Engine, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.measure.machine import this_machine, write_record
 from repvgg.measure.timing import Times, interleave
 from repvgg.measure.timing import ratio as ratio_of_times
 
@@ -172,8 +172,8 @@ def has_bf16() -> bool:
     return "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
 
 
-def member(name: str, folder: Path) -> dict[str, Run]:
-    return {name: compare(name, folder, 8, ("fp32 high", "int16 high"), RIVALS, ROUNDS_OF_MEMBERS)}
+def member(name: str, folder: Path) -> Run:
+    return compare(name, folder, 8, ("fp32 high", "int16 high"), RIVALS, ROUNDS_OF_MEMBERS)
 
 
 def against_resnets(folder: Path) -> dict[str, Any]:
@@ -313,21 +313,16 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     began = time.monotonic()
     parts = asked(sys.argv[1:], os.environ.get("REPVGG_ENGINE_ISA", ""))
-    figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "about": __doc__}
     with tempfile.TemporaryDirectory() as folder:
         for word in parts:
             if not sys.argv[1:] and time.monotonic() - began > BUDGET:
                 say(f"{word}: left out, for want of time; python results/measure_engine.py {word}")
                 continue
-            part, measure = (word, PARTS[word]) if word in PARTS else ("members", partial(member, word))
+            part, measure = (word, PARTS[word]) if word in PARTS else (f"members/{word}", partial(member, word))
             load_before = os.getloadavg()[0]
-            others = {name: run for name, run in figures.get(part, {}).items() if part == "members" and isinstance(run, dict)}
-            figures[part] = {**others, **measure(Path(folder))}
-            when = {key: value for key, value in this_machine().items() if key in ("commit", "date")}
-            figures["measured"] = {**figures.get("measured", {}), word: {**when, "load_before": load_before}}
-            protocol = {"threads": THREADS, "rounds": ROUNDS, "rounds_of_members": ROUNDS_OF_MEMBERS, "about": __doc__}
-            write_record(OUT, {**figures, "protocol": protocol})
-    if "algorithms" in figures:
+            keep(OUT, part, measure(Path(folder)), {"protocol": protocol}, load_before=load_before)
+    if "algorithms" in (figures := json.loads(OUT.read_text())):
         draw(figures["algorithms"])
 
 

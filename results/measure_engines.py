@@ -14,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from records import keep
 
 from repvgg import load, load_engine, save
 from repvgg.bench.memory import held, peak
@@ -30,20 +31,19 @@ from repvgg.deploy.export import export, real_images
 from repvgg.deploy.fastest import fastest
 from repvgg.deploy.formats import FORMATS
 from repvgg.deploy.parity import CLEAR, compare, reference
-from repvgg.measure.machine import write_record
 from repvgg.models.zoo import manifest_of
 
 OUT = Path(__file__).with_name("engines.json")
 MODEL, SIZE = "repvgg_a0", (3, 224, 224)
 BATCHES, PRECISIONS = (1, 32), ("fp32", "bf16")
 THREADS, ROUNDS, WARMUP = 2, 9, 2
+PROTOCOL = {"model": MODEL, "input_size": SIZE, "threads": THREADS, "rounds": ROUNDS, "warmup": WARMUP}
 IMAGES = 1000
 CACHES = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "REPVGG_ENGINE_CACHE")
 
 
-def speed(precisions: Sequence[str]) -> list[dict[str, Any]]:
+def speed(precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A table for each batch size and precision; ratios are to PyTorch. "auto" chose for itself, before the run that judges it."""
-    tables: list[dict[str, Any]] = []
     for batch_size in BATCHES:
         for precision in precisions:
             report = bench(
@@ -64,11 +64,11 @@ def speed(precisions: Sequence[str]) -> list[dict[str, Any]]:
                 }
                 for row in report.rows
             }
-            tables.append({"batch_size": batch_size, "precision": precision, "engines": rows})
+            table: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "engines": rows}
             if precision == "fp32":
-                tables[-1]["auto"] = _auto(batch_size, {name: row["images_per_second"] for name, row in rows.items()})
-            say(json.dumps(tables[-1], indent=1))
-    return tables
+                table["auto"] = _auto(batch_size, {name: row["images_per_second"] for name, row in rows.items()})
+            say(json.dumps(table, indent=1))
+            yield table
 
 
 def _auto(batch_size: int, speeds: dict[str, float]) -> dict[str, Any]:
@@ -126,19 +126,14 @@ def say(line: str) -> None:
 
 
 def main(words: list[str]) -> None:
-    figures = json.loads(OUT.read_text()) if OUT.exists() else {}
-    figures["protocol"] = {"model": MODEL, "input_size": SIZE, "threads": THREADS, "rounds": ROUNDS, "warmup": WARMUP}
     torch.set_num_threads(THREADS)
     if "predictions" in words:
-        figures["predictions"] = predictions(*words[1:])
+        keep(OUT, "predictions", predictions(*words[1:]), {"protocol": PROTOCOL})
     if "speed" in words:
-        tables = speed([p for p in PRECISIONS if p in words] or PRECISIONS)
-        every = {(t["batch_size"], t["precision"]): t for t in [*figures.get("speed", []), *tables]}
-        figures["speed"] = [every[key] for key in sorted(every, key=lambda key: (key[0], PRECISIONS.index(key[1])))]
+        for table in speed([p for p in PRECISIONS if p in words] or PRECISIONS):
+            keep(OUT, f"speed/batch {table['batch_size']}, {table['precision']}", table, {"protocol": PROTOCOL})
     if "load" in words:
-        figures["load"] = load_and_memory()
-    figures.pop("machine", None)
-    write_record(OUT, figures)
+        keep(OUT, "load", load_and_memory(), {"protocol": PROTOCOL})
 
 
 if __name__ == "__main__":

@@ -4,20 +4,18 @@ python results/measure_int8.py accuracy runs/cifar10 hf:../shared/data/cifar10 [
 python results/measure_int8.py speed                       # on a machine that does nothing else
 """
 
-import json
 import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from records import keep
 
 from repvgg import create_model, load
 from repvgg.data import Decoded, open_source
 from repvgg.data import Source as Images
 from repvgg.deploy.quantize import INT8, Quantization, quantize
-from repvgg.measure.machine import write_record
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import manifest_of, remember
 
@@ -51,7 +49,7 @@ def accuracy(run: Path, data: str, remedies: list[str]) -> None:
                 "lowest_snr": min(layer.snr for layer in report.layers),
                 "settings": asdict(report.settings),
             }
-            keep("accuracy", f"{remedy}, {to}", figures)
+            keep(OUT, f"accuracy/{remedy}, {to}", figures)
 
 
 def speed() -> None:
@@ -68,14 +66,7 @@ def speed() -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = quantize(model, source, to, folder, settings=Quantization(images=32), log=say)
         say(f"{to}: {report.speedup.images_per_second}, {report.speedup.ratio}")
-        keep("speed", to, {"model": "repvgg_a0", "input_size": [3, 224, 224], **report.speedup.to_json()})
-
-
-def keep(part: str, name: str, figures: dict[str, Any]) -> None:
-    """One figure beside those that are there already."""
-    found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    found.setdefault(part, {})[name] = figures
-    write_record(OUT, found)
+        keep(OUT, f"speed/{to}", {"model": "repvgg_a0", "input_size": [3, 224, 224], **report.speedup.to_json()})
 
 
 def say(line: str) -> None:

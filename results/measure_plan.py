@@ -20,8 +20,7 @@ from typing import Any
 
 import repvgg_engine
 from measure_engine import THREADS, model_file, say
-
-from repvgg.measure.machine import write_record
+from records import keep
 
 ENGINE = Path(__file__).parents[1] / "engine"
 OUT = Path(__file__).with_name("plan.json")
@@ -151,7 +150,7 @@ def sweep(constant: str, sites: dict[str, Path], path: Path, plan: Path) -> dict
 
 
 def main() -> None:
-    figures: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    protocol = {"threads": THREADS, "rounds": ROUNDS, "about": __doc__}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
         path, plan = model_file("repvgg_a0", folder), folder / "plan.json"
@@ -159,8 +158,7 @@ def main() -> None:
         builds, constants = Builds(folder), sys.argv[1:] or list(SWEEPS)
         sites = {c: dict(zip(SWEEPS[c][1], pool.map(builds.variant, [c] * 9, SWEEPS[c][1]), strict=False)) for c in constants}
         for constant in constants:
-            figures[constant] = sweep(constant, sites[constant], path, plan)
-            write_record(OUT, {**figures, "protocol": {"threads": THREADS, "rounds": ROUNDS, "about": __doc__}})
+            keep(OUT, constant, sweep(constant, sites[constant], path, plan), {"protocol": protocol})
 
 
 if __name__ == "__main__":

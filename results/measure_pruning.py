@@ -7,7 +7,6 @@ Each stops and starts at will. The structures are RepVGG-B0's plain layers and T
 and pruned alike, the residual one to as many MACs as the plain one has left.
 """
 
-import json
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import keep
 from torch import nn
 
 from repvgg import load, reparameterize
 from repvgg.data import open_source
 from repvgg.deploy.prune import prune, pruned
 from repvgg.measure.costs import cost
-from repvgg.measure.machine import write_record
 from repvgg.models.zoo import manifest_of
 from repvgg.train.loop import train
 from repvgg.train.recipes import get_recipe
@@ -36,13 +35,6 @@ WIDTH, FIRST_EPOCHS, AFTER_EPOCHS = 0.25, 2, 1
 HALVINGS = 10  # of the span of shares that are looked through
 
 
-def record(**figures: Any) -> None:
-    """Write figures beside those of the record."""
-    found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    found.pop("machine", None)
-    write_record(OUT, {**found, **figures})
-
-
 def forms(run: Path, data: str) -> None:
     source = open_source(data)
     recipe = replace(get_recipe(source.recipe), epochs=EPOCHS)
@@ -51,7 +43,7 @@ def forms(run: Path, data: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = prune(reparameterize(model) if form == "deploy" else model, source, folder, KEEP, recipe, engine=ENGINE)
         figures = {"arch": (manifest_of(model).arch or {}).get("name"), **report.to_json()}
-        record(train_images=len(source.train), recipe=asdict(recipe), **{form: figures})
+        keep(OUT, form, figures, {"train_images": len(source.train), "recipe": asdict(recipe)})
 
 
 def structures(out: Path, data: str) -> None:
@@ -62,10 +54,10 @@ def structures(out: Path, data: str) -> None:
     for name, network in STRUCTURES.items():  # the plain one first, whose MACs the other one is brought to
         train(source=source, recipe=recipe, out=out / name, width=WIDTH, small_input=False, **network)
         model = load(out / name / "last.safetensors")
-        keep = share_left(model, found["plain"]["macs"][1]) if found else KEEP
-        found[name] = prune(model, source, out / f"{name}-pruned", keep, after).to_json()
+        share = share_left(model, found["plain"]["macs"][1]) if found else KEEP
+        found[name] = prune(model, source, out / f"{name}-pruned", share, after).to_json()
     about = {"width": WIDTH, "train_images": len(source.train), "recipe": asdict(recipe), "after": asdict(after), "n": 1}
-    record(structures={**about, **found})
+    keep(OUT, "structures", {**about, **found})
 
 
 def share_left(model: nn.Module, macs: int) -> float:

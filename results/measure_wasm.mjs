@@ -3,11 +3,12 @@
 //   npm install --prefix /tmp/ort onnxruntime-web
 //   repvgg export a0.safetensors --to web --out site && repvgg export a0.safetensors --to onnx --out site
 //   node results/measure_wasm.mjs site /tmp/ort [ROUNDS]      # Node 20 has relaxed SIMD with --experimental-wasm-relaxed-simd
+import {spawnSync} from 'node:child_process';
 import {createRequire} from 'node:module';
 import {readFileSync, readdirSync, writeFileSync} from 'node:fs';
-import {cpus, loadavg} from 'node:os';
+import {cpus, loadavg, release, type} from 'node:os';
 import {join, resolve} from 'node:path';
-import {pathToFileURL} from 'node:url';
+import {fileURLToPath, pathToFileURL} from 'node:url';
 
 const [site, runtime, rounds = '15'] = process.argv.slice(2);
 if (!runtime || !(Number(rounds) >= 1)) {
@@ -25,6 +26,7 @@ ort.env.wasm.numThreads = 1;
 const {ENGINE, load} = await import(pathToFileURL(resolve(site, 'repvgg_engine.mjs')));
 const engine = async name => load(here(name), here('model.safetensors'), here('plan.json').toString());
 const native = await engine(ENGINE), plain = await engine('repvgg_engine.wasm');
+const files = readdirSync(site).filter(name => /^repvgg_engine.*\.wasm$/.test(name));
 const onnx = readdirSync(site).find(name => name.endsWith('.onnx'));
 const session = await ort.InferenceSession.create(here(onnx), {executionProviders: ['wasm']});
 
@@ -55,13 +57,21 @@ const over = name => {
   const ratios = sorted(times[name].map((ms, i) => times['onnxruntime-web'][i] / ms)), at = share => ratios[Math.floor(share * (ratios.length - 1))];
   return {median: median(ratios), low: at(0.05), high: at(0.95)};
 };
+const git = (...words) => spawnSync('git', ['-C', fileURLToPath(new URL('.', import.meta.url)), ...words]).stdout?.toString().trim();
+const head = git('rev-parse', '--short', 'HEAD');  // of this script and, if it was exported from here, of the engine
+const machine = {
+  processor: cpus()[0].model, cores: cpus().length, threads: 1, system: `${type()} ${release()}`,
+  versions: {node: process.versions.node, 'onnxruntime-web': version},
+  commit: head ? head + (git('status', '--porcelain', '-uno') ? '+' : '') : null,
+  date: new Date().toISOString(), load_before,
+};
 const record = {
   about: 'milliseconds an image, batch 1, one thread each, in turns; ratio: of onnxruntime-web over native, round by round',
-  target: WANTED, machine: {processor: cpus()[0].model, node: process.version, 'onnxruntime-web': version, load_before},
+  target: WANTED, machine,
   rounds: Number(rounds), median_ms: Object.fromEntries(Object.entries(times).map(([name, of]) => [name, median(of)])), times_ms: times,
   engine: ENGINE, ratio: over('native'), ratio_without_relaxed_simd: over('native, no relaxed SIMD'),
   same_class: best(Array.from(logits.native)) === best(Array.from(logits['onnxruntime-web'])), largest_difference: apart,
-  bytes: here(ENGINE).length,
+  bytes: Object.fromEntries(files.map(name => [name, here(name).length])),
 };
 writeFileSync(new URL('wasm.json', import.meta.url), `${JSON.stringify(record, null, 1)}\n`);
 console.log(`native ${record.median_ms.native.toFixed(1)} ms, onnxruntime-web ${record.median_ms['onnxruntime-web'].toFixed(1)} ms: ` +

@@ -15,7 +15,8 @@ import rivals
 import sections
 from data_table import data
 from deploy_table import engines, sizing
-from layout import machine, many, table
+from layout import many, measured, table
+from records import stamps
 from targets import targets
 
 RESULTS = Path(__file__).parent
@@ -70,29 +71,33 @@ def headline() -> str:
     """Return README's table: A0 beside its fastest rivals, and what CIFAR-10 says of its predictions."""
     engine, predictions, cifar10 = (record(name) for name in ("engine", "predictions", "cifar10"))
     assert engine is not None
-    rows = rivals.short(engine)
+    rows, when = rivals.short(engine), {"engine.json": stamps(engine, "a0")["a0"]}
     if predictions is not None:
         kept = {name.split()[0]: f for name, f in predictions["engines"].items() if name.endswith("high")}
         images = next(iter(kept.values()))["images"]
         model, differ = predictions["model"]["name"], ", ".join(f"{f['differ']} in {name}" for name, f in kept.items())
+        when["predictions.json"] = stamps(predictions)[""]
         rows.append([f"predictions unlike float64's, of {images:,} on CIFAR-10 (`{model}`)", differ, "", "", ""])
     if cifar10 is not None:
-        run = max(cifar10["runs"], key=lambda run: run["top1"]["deploy form"])
+        name, run = max(cifar10["runs"].items(), key=lambda item: item[1]["top1"]["deploy form"])
+        when["cifar10.json"] = stamps(cifar10)[f"runs/{name}"]
         forms = ", ".join(f"{run['top1'][form]:.2%}" for form in ("training form", "deploy form"))
         what = f"CIFAR-10 top-1 of `{run['arch']}`, training form and deploy form, after {run['recipe']['epochs']} epochs"
         rows.append([what, forms, "", "", ""])
     first = f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}"
-    return table([first, "our engine", "fastest of the others", "ours over it", "errors: ours, theirs"], rows) + "\n"
+    return (
+        table([first, "our engine", "fastest of the others", "ours over it", "errors: ours, theirs"], rows)
+        + f"\n\n{measured(when)}\n"
+    )
 
 
-def measured() -> str:
-    """Return the body of docs/results.md: a section for each record, ending with its machine and its script."""
+def sections_of_results() -> str:
+    """Return the body of docs/results.md: a section for each record, ending with its script and what it was measured on."""
     found = []
     for name, heading, words, script in SECTIONS:
         if (r := record(name)) is not None:
-            by = f"[{name}.json](../results/{name}.json), by [{Path(script).name}](../results/{script})"
-            where = f"Measured on {machine(r['machine'])}: {by}."
-            found.append(f"## {heading}\n\n{words(r)}\n\n{where}")
+            by = f"[{name}.json](../results/{name}.json), by [{Path(script).name}](../results/{script})."
+            found.append(f"## {heading}\n\n{words(r)}\n\n{by} {measured(stamps(r))}")
     if (figure := record("paper/figure1")) is not None:
         engines = dict.fromkeys(point.get("engine", "eager") for point in figure["data"]["points"])
         told = "each network's fastest engine of " + ", ".join(engines) if len(engines) > 1 else next(iter(engines))
@@ -105,7 +110,7 @@ def measured() -> str:
 
 PAGES: dict[Path, Callable[[], str]] = {
     ROOT / "README.md": headline,
-    ROOT / "docs" / "results.md": measured,
+    ROOT / "docs" / "results.md": sections_of_results,
     ROOT / "docs" / "deploy.md": lambda: engines(record("engines") or {}, record("engine") or {}),
     ROOT / "docs" / "engine.md": lambda: targets(*(record(name) or {} for name in ("engine", "predictions", "wasm"))),
     ROOT / "docs" / "scale.md": lambda: sizing(record("engines") or {}, record("gpu/speed"), record("data")),

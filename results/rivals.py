@@ -92,7 +92,7 @@ def engine(r: dict[str, Any]) -> str:
 
 
 def _runs(r: dict[str, Any], part: str) -> Iterator[tuple[str, Any]]:
-    yield from ((what, run) for what, run in r.get(part, {}).items() if isinstance(run, dict))
+    yield from r.get(part, {}).items()
 
 
 def _images(batch: str) -> str:

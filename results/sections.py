@@ -25,12 +25,14 @@ def predictions(r: Record) -> str:
 def wasm(r: Record) -> str:
     ours, theirs = (r["median_ms"][name] for name in ("native", "onnxruntime-web"))
     low, high = (f"{r['ratio'][end]:.2f}" for end in ("low", "high"))
+    version, sizes = r["machine"]["versions"]["onnxruntime-web"], [f"{size / 1000:.0f}" for size in r["bytes"].values()]
     return (
         f"RepVGG-A0, one image of 224 pixels at a time, one thread each, {many(r['rounds'], 'round')} in turns, in Node: "
         f"{ours:.0f} ms with relaxed SIMD (which Node 20 has to be told to use), and {theirs:.0f} ms in "
-        f"onnxruntime-web {r['machine']['onnxruntime-web']}: **{r['ratio']['median']:.2f} times** as fast (90% of rounds between "
+        f"onnxruntime-web {version}: **{r['ratio']['median']:.2f} times** as fast (90% of rounds between "
         f"{low} and {high}); without relaxed SIMD **{r['ratio_without_relaxed_simd']['median']:.2f} times**. "
-        f"{r['target']:g} times were wanted. The engine is one file of {r['bytes'] // 1000} kB."
+        f"{r['target']:g} times were wanted. The engine is {many(len(sizes), 'file')} of {' and '.join(sizes)} kB, "
+        "of which a browser loads the one for relaxed SIMD where it has that."
     )
 
 
@@ -116,7 +118,7 @@ def cifar10(r: Record) -> str:
     forms = ("training form", "deploy form", "native engine")
     header = ["model", "epochs", "seed", "minutes", *(f"top-1, {form}" for form in forms), "same predictions"]
     rows, commands, notes = [], [], []
-    for run in r["runs"]:
+    for run in r["runs"].values():
         shares = [f"{run['top1'][form]:.2%}" if form in run["top1"] else "" for form in forms]
         same = min(run["equal_predictions"].values())
         facts = f"{run['recipe']['epochs']}", f"{run['seed']}", f"{run['minutes']:.0f}"
@@ -124,7 +126,7 @@ def cifar10(r: Record) -> str:
         commands.append(f"`{run['command']}`")
         notes += [run["note"]] if run["note"] else []
     text = f"{table(header, rows)}\n\nMade by {', '.join(dict.fromkeys(commands))}{''.join(dict.fromkeys(notes))}."
-    if e := r["embedded"]:
+    if e := r.get("embedded"):
         text += (
             f"\n\nThe model `cifar10` that comes with the package is the deploy form of `{e['arch']}` after {e['epochs']} epochs, "
             f"seed {e['seed']}, stored in {e['stored_as']} ({e['bytes'] / 1e6:.1f} MB): {e['top1']:.2%}, measured from that file"

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from layout import table
+from layout import measured, table
+from records import stamps
 from rivals import RUNS, Figures, Run, named, own, rivals, times_as_fast
 
 Record = dict[str, Any]
@@ -48,12 +49,14 @@ SHARES = {0.1: ", at most a tenth of its error", 1: ", at most its error"}
 def targets(engine: Record, predictions: Record, wasm: Record) -> str:
     """Return a row for each target; each record may lack what was not measured."""
     rows = [*(_ratio(engine, t) for t in RATIOS), _predictions(predictions), *_start(engine.get("start", {})), *_wasm(wasm)]
-    return f"{table(['wanted', 'at least / at most', 'reached', ''], rows)}\n\n{_spans(engine)}\n"
+    when = stamps(engine, *RUNS, "start")
+    when |= {file: stamp for file, r in (("predictions.json", predictions), ("wasm.json", wasm)) for stamp in stamps(r).values()}
+    return f"{table(['wanted', 'at least / at most', 'reached', ''], rows)}\n\n{_spans(engine)}\n\n{measured(when)}\n"
 
 
 def _spans(engine: Record) -> str:
     """Say in words what holds over all runs of all engines."""
-    runs = [run for part in RUNS for run in engine.get(part, {}).values() if isinstance(run, dict)]
+    runs = [run for part in RUNS for run in engine.get(part, {}).values()]
 
     def span(ours: str, theirs: str, of: Callable[[Figures, Figures], float]) -> str:
         found = [of(run[ours], run[theirs]) for run in runs if ours in run and theirs in run]

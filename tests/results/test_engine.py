@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 import layout
 import measure_engine
+import sections
 import targets
 from measure_engine import MEMBERS, MICRO, PARTS, asked, compare
+from records import stamps
 
 
 def test_another_instruction_set_overwrites_no_part() -> None:
@@ -53,23 +56,22 @@ def test_the_first_run_of_a_series_does_not_count(tmp_path: Path, monkeypatch: p
     assert set(seen.values()) == {1 + measure_engine.REPEATS}
 
 
-def test_each_part_keeps_its_commit_and_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a record that an earlier version wrote, too."""
+def test_each_part_has_a_stamp_and_the_load_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "engine.json"
-    out.write_text(json.dumps({"a2": {"batch 32": {}, "load_before": 1.0}, "members": {"load_before": 1.0, "repvgg_b0": {}}}))
-    monkeypatch.setattr(measure_engine, "OUT", out)
     run: dict[str, Any] = {"batch 1": {}}
-    monkeypatch.setattr(measure_engine, "PARTS", {"a0": lambda folder: run})
-    monkeypatch.setattr(measure_engine, "member", lambda word, folder: {word: {}})
+    monkeypatch.setattr(measure_engine, "OUT", out)
+    monkeypatch.setattr(measure_engine, "PARTS", {"a0": lambda folder: run, "a2": lambda folder: run})
+    monkeypatch.setattr(measure_engine, "member", lambda word, folder: run)
     monkeypatch.setattr("measure_engine.torch.set_num_threads", lambda count: None)
-    monkeypatch.setattr("sys.argv", ["measure_engine.py", "a0", "repvgg_b1"])
-    measure_engine.main()
+    for words in (["a2", "repvgg_b0"], ["a0", "repvgg_b1"]):
+        monkeypatch.setattr("sys.argv", ["measure_engine.py", *words])
+        measure_engine.main()
     record = json.loads(out.read_text())
-    assert record["a2"] == {"batch 32": {}, "load_before": 1.0}
-    assert record["a0"] == run
-    assert record["members"] == {"repvgg_b0": {}, "repvgg_b1": {}}
-    assert set(record["measured"]) == {"a0", "repvgg_b1"}
-    assert all(set(when) == {"commit", "date", "load_before"} for when in record["measured"].values())
+    assert record["a0"] == record["a2"] == run
+    assert record["members"] == {"repvgg_b0": run, "repvgg_b1": run}
+    found = stamps(record)
+    assert set(found) == {"a0", "a2", "members/repvgg_b0", "members/repvgg_b1"}
+    assert all({"commit", "date", "versions", "load_before"} <= stamp.keys() for stamp in found.values())
 
 
 def test_a_machine_in_words() -> None:
@@ -129,3 +131,44 @@ def test_the_wasm_script_says_what_it_wants() -> None:
         assert done.returncode == 2
         assert done.stderr.startswith("usage: node results/measure_wasm.mjs SITE RUNTIME")
         assert done.stderr.count("\n") == 1
+
+
+ENGINE_FOR_BROWSERS = """
+export const ENGINE = 'repvgg_engine.relaxed.wasm';
+export const load = async () => ({channels: 1, height: 2, width: 2, run: () => [0, 2]});
+"""
+RUNTIME = """
+exports.env = {wasm: {}};
+exports.Tensor = class {};
+exports.InferenceSession = {create: async () => ({inputNames: ['x'], run: async () => ({logits: {data: [0, 2]}})})};
+"""
+
+
+def test_the_wasm_script_says_when_at_which_commit_and_on_what(tmp_path: Path) -> None:
+    """With stand-ins for both engines."""
+    node, git = shutil.which("node"), shutil.which("git")
+    if node is None or git is None:
+        pytest.skip("no node, or no git")
+    script = shutil.copy(Path(measure_engine.__file__).with_name("measure_wasm.mjs"), tmp_path)
+    sizes = {"repvgg_engine.relaxed.wasm": 2000, "repvgg_engine.wasm": 3000}
+    files = {"repvgg_engine.mjs": ENGINE_FOR_BROWSERS, "model.safetensors": "", "plan.json": "", "a0.onnx": ""}
+    site, package = tmp_path / "site", tmp_path / "runtime" / "node_modules" / "onnxruntime-web"
+    for folder, texts in (
+        (site, {**files, **{name: "." * size for name, size in sizes.items()}}),
+        (package, {"package.json": '{"version": "1.30.0", "main": "main.js"}', "main.js": RUNTIME}),
+    ):
+        folder.mkdir(parents=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+    at = [git, "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "measure_wasm.mjs"], ["commit", "-qm", "a"]):
+        subprocess.run([*at, *words], check=True)
+    subprocess.run([node, script, site, tmp_path / "runtime", "1"], check=True, capture_output=True)
+    record = json.loads((tmp_path / "wasm.json").read_text())
+    head = subprocess.run([*at, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert record["machine"]["commit"] == head
+    assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(record["machine"]["date"]) < timedelta(minutes=1)
+    assert record["machine"]["versions"].keys() == {"node", "onnxruntime-web"}
+    assert record["bytes"] == sizes
+    assert "The engine is 2 files of 2 and 3 kB" in sections.wasm(record)
+    assert f"commit {head})" in layout.measured(stamps(record))

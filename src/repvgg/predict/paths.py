@@ -45,4 +45,4 @@ def targets(paths: Sequence[str], out: Path | None = None) -> dict[str, Path]:
 
 
 def _images(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if is_image(p) and p.is_file()) if path.is_dir() else [path]
+    return sorted(p for p in path.rglob("*") if is_image(p.relative_to(path)) and p.is_file()) if path.is_dir() else [path]
