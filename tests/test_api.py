@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from repvgg.api import opening, training, using
 from repvgg.data import open_source
 from repvgg.data.images import ImageError
 from repvgg.models.zoo import manifest_of
+from repvgg.train.distributed import World
 from repvgg.train.recipes import Keeping, Recipe
 
 ONE = Recipe(epochs=1, batch_size=8, lr=0.02, crop="shift")
@@ -227,6 +229,14 @@ def test_new_weights_are_not_fine_tuned(tmp_path: Path) -> None:
     how: dict[str, Any] = {"width": 0.25, "report": False, "epochs": 1, "limit": 64, "log": said.append}
     repvgg.train("repvgg_micro", "digits", tmp_path, init="none", **how)
     assert said[0] == "recipe: demo"
+
+
+def test_of_many_processes_one_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repvgg.train.distributed.joined", lambda device: nullcontext(World(rank=1)))
+    said: list[str] = []
+    how: dict[str, Any] = {"width": 0.25, "report": False, "epochs": 1, "limit": 64, "log": said.append}
+    repvgg.train("repvgg_micro", "digits", tmp_path, **how)
+    assert not any(line.startswith("recipe: ") for line in said)
 
 
 def test_a_page_that_cannot_be_written_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

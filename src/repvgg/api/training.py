@@ -60,6 +60,7 @@ def train(
     options = {name: value for name, value in given.items() if value is not None}
     where = local_device(device_named(device, workers))
     with joined(where) as world:
+        log = log if world.main else (lambda line: None)
         if keeping.mirror and keeping.resume == "auto" and world.main:
             Mirror(keeping.mirror, Path(out), log).fetch()  # the run that is there has a recipe and a division of its own
         with found_by(world.once):

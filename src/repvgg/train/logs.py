@@ -3,7 +3,7 @@
 import io
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +123,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-TITLES = {"loss": "loss", "top1": "top-1, %", "pixel_accuracy": "pixel accuracy, %", "mean_iou": "mean IoU, %"}
+TITLES = {"loss": "loss", "top1": "top-1, %", "mean_iou": "mean IoU, %", "pixel_accuracy": "pixel accuracy, %"}
+FAR = 2.0  # times the third quartile: what is above leaves the chart at its top
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
@@ -151,7 +152,10 @@ def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, label=what, marker="." if len(points) < 30 else None)
                 drawn += [y for _, y in points]
-        axes.set_title(TITLES[name] + (_without_outliers(axes, drawn) if name == "loss" else ""), loc="left", fontsize=10)
+        axes.set_title(TITLES[name], loc="left", fontsize=10)
+        if name == "loss" and (top := top_of(drawn)) < max(drawn):
+            axes.set_title(f"{TITLES[name]}   (highest: {max(drawn):.3g})", loc="left", fontsize=10)
+            axes.set_ylim(0, top)
         if best is not None:
             axes.axvline(best["epoch"] + 1, color="#2f855a", linestyle=":", linewidth=1)
             if name == measure:
@@ -167,12 +171,7 @@ def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
     atomically(path, lambda temporary: temporary.write_bytes(image.getvalue()))
 
 
-def _without_outliers(axes: Any, values: list[float]) -> str:
-    """Let few values that are far above the others leave the chart at its top; return what to say of it."""
-    if len(values) < 4:
-        return ""
-    most = 2 * sorted(values)[3 * len(values) // 4]
-    if (highest := max(values)) <= most:
-        return ""
-    axes.set_ylim(0, most)
-    return f"   (highest: {highest:.3g})"
+def top_of(values: Sequence[float]) -> float:
+    """Return the highest value that a chart shows: few that are far above the others leave it."""
+    highest = max(values, default=0.0)
+    return min(highest, FAR * sorted(values)[3 * len(values) // 4]) if len(values) >= 4 else highest
