@@ -20,7 +20,7 @@ from repvgg.api import opening, training, using
 from repvgg.data import open_source
 from repvgg.data.images import ImageError
 from repvgg.models.zoo import manifest_of
-from repvgg.train.distributed import World
+from repvgg.train import distributed, loop
 from repvgg.train.recipes import Keeping, Recipe
 
 ONE = Recipe(epochs=1, batch_size=8, lr=0.02, crop="shift")
@@ -232,7 +232,8 @@ def test_new_weights_are_not_fine_tuned(tmp_path: Path) -> None:
 
 
 def test_of_many_processes_one_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repvgg.train.distributed.joined", lambda device: nullcontext(World(rank=1)))
+    assert loop.joined is distributed.joined  # which what is below has: it trains alone
+    monkeypatch.setattr(distributed, "joined", lambda device: nullcontext(distributed.World(rank=1)))
     said: list[str] = []
     how: dict[str, Any] = {"width": 0.25, "report": False, "epochs": 1, "limit": 64, "log": said.append}
     repvgg.train("repvgg_micro", "digits", tmp_path, **how)
