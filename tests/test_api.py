@@ -87,12 +87,10 @@ def test_the_same_call_finds_it_finished_whatever_became_of_the_folder(trained: 
     run, out, said, how = trained
     said.clear()
     Image.new("RGB", (40, 40)).save(photos / "dark" / "new.png")
-    open_source.cache_clear()
     try:
         again = repvgg.train("repvgg_micro", str(photos), out, **how)
     finally:
         (photos / "dark" / "new.png").unlink()
-        open_source.cache_clear()
     assert said[0] == f"recipe: {out} has one already"
     assert said[-1] == f"{out}: has had its 3 epochs already"
     assert again.best.confusion.tolist() == run.best.confusion.tolist()
@@ -120,6 +118,15 @@ def test_data_are_divided_as_when_the_model_was_trained(trained: Any, photos: Pa
     other: Any = repvgg.evaluate(run.model, str(photos), val=0.5, log=said.append)
     assert other.images == 20
     assert said == [f"{photos}: --val 0.5 is not how the model's images were divided (0.25): it has seen some of these"]
+
+
+def test_classes_of_other_names_are_told(trained: Any, photos: Path, tmp_path: Path) -> None:
+    run, said = trained[0], list[str]()
+    (tmp_path / "n1").symlink_to(photos / "dark")
+    (tmp_path / "n2").symlink_to(photos / "light")
+    other: Any = repvgg.evaluate(run.model, str(tmp_path), log=said.append)
+    assert other.classes == ("n1", "n2")
+    assert said == [f"{tmp_path}: classes are taken by their numbers: the model's 'dark' is 'n1', the model's 'light' is 'n2'"]
 
 
 def test_predict(trained: Any, photos: Path) -> None:

@@ -84,7 +84,7 @@ class Predict:
     top: int = 5
     """How many labels an image."""
     explain: Literal["cam"] | None = None
-    """Also write a picture of each image's evidence for its label, NAME_cam.png, beside it or in --out."""
+    """Also write a picture of each image's evidence for its label, NAME.cam.png, beside it or in --out."""
     cluster: OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
     engine: ByEngine = field(default_factory=Engine)
     viewing: Viewed = field(default_factory=Viewing)

@@ -14,7 +14,6 @@ source = open_source("digits")
 image, label = source.train[0]             # uint8 [C, H, W], int; or a mask, uint8 [H, W]
 """
 
-import functools
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor
 
 from repvgg.models.manifest import Preprocessing
+
+VALIDATION = ("val", "valid", "validation")  # what a validation split is called
 
 
 class DataError(ValueError):
@@ -166,7 +167,6 @@ def _shared(*shape: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
-@functools.lru_cache(maxsize=4)
 def open_source(spec: str, val: float | None = None, seed: int = 0) -> Source:
     """Open the source that a string names.
 
