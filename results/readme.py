@@ -55,8 +55,9 @@ paper's tables there, most valuable first, in as many minutes as it is given; he
 
 PAPER = """## The paper's Figure 1
 
-Left as printed, right as this machine ran it in {engines}.
-[The page of the paper](paper/index.html) has every table and figure that was measured so far, each with how it was measured.
+Speed is over ResNet-18's, with which each network took turns: left as printed, right as this machine ran it in {engines}.
+[The page of the paper](../results/paper/index.html) has every table and figure that was measured so far, each with how that
+was done.
 
 ![accuracy against speed, the paper's and here](../results/paper/figure1.png)"""
 
@@ -102,7 +103,7 @@ def sections_of_results() -> str:
         engines = dict.fromkeys(point.get("engine", "eager") for point in figure["data"]["points"])
         told = "each network's fastest engine of " + ", ".join(engines) if len(engines) > 1 else next(iter(engines))
         told = told.replace("eager", "PyTorch alone")
-        found.append(PAPER.format(engines=told).replace("(paper/", "(../results/paper/"))
+        found.append(PAPER.format(engines=told))
     if record("gpu/speed") is None:
         found.append(NO_GPU)
     return "\n" + "\n\n".join(found) + "\n\n"

@@ -1,15 +1,16 @@
 """The native engine beside the fastest of the other engines, whichever that is, run by run of results/engine.json.
 
-All engines of a run took turns. Its own entries begin with "native", all others are rivals. A ratio is the median over the rounds
-of that run: figures of different runs are never divided. A rival's name ends with its precision, where that is not float32.
+All engines of a run took turns. Its own entries begin with "native", all others are rivals. A ratio is the median of the rounds'
+ratios in that run: figures of different runs are never divided. A rival's name ends with its precision, where that is not float32.
 """
 
 import re
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
 from layout import interval, many, table
+
+from repvgg.measure.timing import Ratio, Times, ratio
 
 Figures = dict[str, Any]  # of one engine: images_per_second, by_round, rms_error
 Run = dict[str, Figures]
@@ -54,9 +55,15 @@ def own(run: Run) -> Run:
     return {n.removeprefix(OURS).strip(): f for n, f in run.items() if n.startswith(OURS) and not n.endswith("exact")}
 
 
-def times_as_fast(ours: Figures, theirs: Figures) -> float:
-    """Return the median ratio of speed over the rounds that both had."""
-    return float(statistics.median(a / b for a, b in zip(ours["by_round"], theirs["by_round"], strict=True)))
+def times_as_fast(ours: Figures, theirs: Figures) -> Ratio:
+    """Return the median of the rounds' ratios of speed, with its 95% interval."""
+    slow, fast = (Times([[1 / speed] for speed in figures["by_round"]]) for figures in (theirs, ours))
+    return ratio(slow, fast)
+
+
+def over(ours: Figures, theirs: Figures) -> str:
+    """Return that ratio in words."""
+    return interval(vars(times_as_fast(ours, theirs)))
 
 
 def short(r: dict[str, Any]) -> list[list[str]]:
@@ -69,8 +76,8 @@ def short(r: dict[str, Any]) -> list[list[str]]:
             if ours and best:
                 what = f"{words.split()[0]}, {_images(batch)}"
                 theirs = f"{named(best[0])}, {best[1]['images_per_second']:.3g}"
-                ratio, errors = f"**{times_as_fast(ours, best[1]):.2f}**", ", ".join(_speed(f)[1] for f in (ours, best[1]))
-                rows.append([what, f"{ours['images_per_second']:.3g} images/s", theirs, ratio, errors])
+                errors = ", ".join(_speed(f)[1] for f in (ours, best[1]))
+                rows.append([what, f"{ours['images_per_second']:.3g} images/s", theirs, over(ours, best[1]), errors])
     return rows
 
 
@@ -78,15 +85,17 @@ def engine(r: dict[str, Any]) -> str:
     """Return the native engine's section: every engine of every run; the family; the ResNets; start-up."""
     parts = [
         f"On {many(r['protocol']['threads'], 'thread')} where no other number is named; medians of "
-        f"{many(r['protocol']['rounds'], 'round')} in which all engines of a table took turns. A ratio is the speed of our engine "
-        "over that of the fastest of the others in the same table, which the column names, whatever its error. Errors are root "
-        "mean squares of the logits against float64, relative to how much the logits differ from image to image.",
+        f"{many(r['protocol']['rounds'], 'round')} in which all engines of a table took turns. Each ratio compares our engine "
+        "with the rival that its column names: the fastest in that precision. The two may differ in error. It is the median of the "
+        "rounds' ratios, with its 95% interval. Errors are root mean squares of the logits against float64, relative to how much "
+        "the logits differ from image to image. The weights are random and so are the images; for a trained model see "
+        "[predictions](#predictions-of-the-native-engine).",
         *(_table(f"{RUNS[part]}, {_images(batch)}", run) for part in RUNS for batch, run in _runs(r, part)),
         *_members(r),
         _resnets(r),
         _start(r),
         "![error against speed of each algorithm](../results/engine.png)",
-        "Error against speed of each algorithm, one for all layers; how they work: [the native engine](engine.md).",
+        "Error on noise against speed of each algorithm, one for all layers; how they work: [the native engine](engine.md).",
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -104,7 +113,7 @@ def _table(title: str, run: Run) -> str:
     header = [title, "images/s", "error", *(f"over {named(name)}" for name in best)]
     rows = []
     for words, f in own(run).items():
-        rows.append([f"native, {words}", *_speed(f), *(f"**{times_as_fast(f, b):.2f}**" for b in best.values())])
+        rows.append([f"native, {words}", *_speed(f), *(over(f, b) for b in best.values())])
     others = {name: f for name, f in run.items() if not name.startswith(OURS)}
     rows += [[named(name), *_speed(f), *[""] * len(best)] for name, f in others.items()]
     return table(header, rows)
@@ -133,7 +142,7 @@ def _member(name: str, run: Run) -> list[str]:
         f"`{name}`",
         *(f"{f['images_per_second']:.3g}" if f else "" for f in found),
         f"{named(rival)}, {best['images_per_second']:.3g}",
-        *(f"**{times_as_fast(f, best):.2f}**" if f else "" for f in found),
+        *(over(f, best) if f else "" for f in found),
         ", ".join(f"{f['rms_error']:.0e}" for f in (*found, best) if f),
     ]
 

@@ -47,9 +47,8 @@ def speed(r: Record) -> str:
     p = r["protocol"]
     return (
         f"Batch {p['batch_size']}, everything folded. Each cell is a ratio with its 95% interval over {many(p['rounds'], 'round')} "
-        f"of {many(p['batches_a_round'], 'batch', 'batches')}, in which the two took turns. These engines have no Winograd in use "
-        "here, so A2 has more multiplications to do than ResNet-50; the native engine above has it.\n\n"
-        + table(header, [[name, *row] for name, row in cells.items()])
+        f"of {many(p['batches_a_round'], 'batch', 'batches')}, in which the two took turns. What Winograd has to do with "
+        "them: [speed](speed.md#what-to-expect).\n\n" + table(header, [[name, *row] for name, row in cells.items()])
     )
 
 

@@ -1,5 +1,7 @@
 """engines/onnxruntime.py on a GPU that is not here: which providers it asks for, and that nothing else runs in their place."""
 
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,20 @@ def test_images_that_stay_on_the_device_give_the_same_logits(deploy: nn.Module, 
     logits = module._on_device(session, "cpu", 0)(onnxruntime.OrtValue.ortvalue_from_numpy(images.numpy()))
     with torch.no_grad():
         assert relative_error(torch.from_numpy(logits.numpy()), deploy(images)) < 1e-4
+
+
+def test_its_threads_sleep_once_a_run_is_over(deploy: nn.Module, file: bytes) -> None:
+    """Those that spin, as ONNX Runtime's do by default, take the processors from whatever is timed next."""
+    module: Any = engines.runtime("onnxruntime")
+    engine = module.open_file(file, Options((3, 32, 32), threads=2))
+    images = engine.prepare(torch.randn(64, 3, 32, 32))
+    shares = []
+    for _ in range(5):
+        engine.run(images)
+        spent, started = time.process_time(), time.perf_counter()
+        time.sleep(0.05)
+        shares.append((time.process_time() - spent) / (time.perf_counter() - started))
+    assert statistics.median(shares) < 0.1
 
 
 def test_an_engine_without_the_device_says_so(deploy: nn.Module, tmp_path: Path) -> None:

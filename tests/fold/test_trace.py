@@ -62,6 +62,15 @@ def test_below_something_untraceable_only_declared_blocks_fold() -> None:
     assert report.left == {"part.bn": why, "stem.1": why}
 
 
+def test_a_long_reason_ends_at_a_word() -> None:
+    class Loops(Untraceable):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(torch.stack(list(self.stem(x))))  # type: ignore[no-any-return]
+
+    (why,) = set(report_of(reparameterize(built(Loops))).left.values())
+    assert why == "Loops cannot be traced (Proxy object cannot be iterated. This can be attempted when the Proxy is ...)"
+
+
 def test_a_block_that_somebody_looks_into_is_left() -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:

@@ -5,8 +5,11 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from repvgg.paper import figure1
 from repvgg.paper.figure1 import _short, draw
 from repvgg.paper.numbers import TABLE4, TABLE5
+from repvgg.paper.result import PaperSettings
+from repvgg.paper.speeds import Speed
 
 ROWS = (*TABLE4, *TABLE5)
 EAGER = ["eager"] * len(ROWS)
@@ -16,11 +19,23 @@ def points(axes: Axes) -> list[tuple[float, float]]:
     return sorted((float(x), float(y)) for line in axes.lines for x, y in np.asarray(line.get_xydata()))
 
 
-def test_points_are_the_speeds_and_accuracies() -> None:
+def test_points_are_the_speeds_over_resnet_18_and_the_accuracies() -> None:
     here = [row.speed / 100 + i for i, row in enumerate(ROWS)]
     left, right = draw(ROWS, here, EAGER).axes
-    assert points(left) == sorted((float(row.speed), row.top1) for row in ROWS)
+    assert points(left) == sorted((row.speed / 2442, row.top1) for row in ROWS)
     assert points(right) == sorted((speed, row.top1) for speed, row in zip(here, ROWS, strict=True))
+
+
+def test_a_machine_that_slowed_down_for_one_pair_moves_no_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(models: list[str], settings: PaperSettings) -> dict[str, Speed]:
+        seconds = {name: float(number) for number, name in enumerate(models, 1)}
+        return {name: Speed(name, 8, (3, 224, 224), [s], "resnet18", [3 * s], 1, 1, 1, "") for name, s in seconds.items()}
+
+    monkeypatch.setattr(figure1, "measure_models", measured)
+    result = figure1.run(PaperSettings())
+    assert {x for x, _ in points(result.figures["figure1"].axes[1])} == {3}
+    assert {str(row[4]) for row in result.tables[0].rows} == {"3.00x (3.00 to 3.00)"}
+    assert {point["here"]["ratio"] for point in result.data["points"]} == {3}
 
 
 def test_table_5_is_hollow() -> None:

@@ -102,9 +102,11 @@ def test_several_learning_rates(tmp_path: Path, timed: list[Grid]) -> None:
     assert {"table6", "table6-curves"} == set(result.figures)
 
 
-def test_grids_of_other_settings_are_no_pilot(tmp_path: Path, timed: list[Grid]) -> None:
+def test_grids_of_other_settings_are_refused(tmp_path: Path, timed: list[Grid]) -> None:
     for number, width in enumerate((0.25, 0.5)):
         out = begun(tmp_path / "ablation" / str(number), 0.1 * (1 + number))
         (out / "grid.json").write_text(json.dumps({**json.loads((out / "grid.json").read_text()), "width": width}))
         cell(out / "plain-0", 0.5)
-    assert findings.kept(tmp_path / "ablation", TABLES, settings(tmp_path)).pilot == {}
+    with pytest.raises(NothingChosenError, match="ablation holds grids of different width, which make no table together"):
+        table6.run(settings(tmp_path))
+    assert not timed

@@ -115,6 +115,15 @@ def test_correlations(both: tuple[Result, Result]) -> None:
     assert found["Winograd MULs"]["paper"] <= found["FLOPs"]["paper"] < -0.9
 
 
+def test_a_machine_that_slowed_down_for_one_pair_changes_no_correlation(both: tuple[Result, Result]) -> None:
+    speeds = {speed["model"]: Speed(**speed) for speed in both[0].data["speeds"]}
+    rows = [row for row in TABLE4 if row.model in speeds]
+    b0 = speeds["repvgg_b0"]
+    slowed = replace(b0, seconds=[9 * s for s in b0.seconds], reference_seconds=[9 * s for s in b0.reference_seconds])
+    assert slowed.images_per_second < speeds["repvgg_a2"].images_per_second < b0.images_per_second
+    assert table4._correlations(rows, {**speeds, "repvgg_b0": slowed}) == both[0].data["rank_correlation"]
+
+
 def test_states_the_protocol_and_what_was_lowered(both: tuple[Result, Result]) -> None:
     for result in both:
         assert "at batch 128: medians and quartiles of 10 rounds" in result.how

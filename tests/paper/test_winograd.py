@@ -10,7 +10,7 @@ from repvgg.deploy.engines import Options
 from repvgg.measure.costs import cost
 from repvgg.measure.timing import Ratio, Times
 from repvgg.paper import winograd
-from repvgg.paper.result import PaperSettings, Result
+from repvgg.paper.result import NothingChosenError, PaperSettings, Result
 from repvgg.paper.winograd import THRESHOLD, conclude, counterparts, shapes, verdict
 
 
@@ -57,9 +57,12 @@ def test_memory_alone_is_not_taken_for_winograd(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_undecided() -> None:
-    assert verdict(Ratio(THRESHOLD, THRESHOLD - 0.1, THRESHOLD + 0.1)) == "undecided"
-    assert verdict(Ratio(THRESHOLD + 0.1, THRESHOLD + 0.05, THRESHOLD + 0.2)) == "yes"
-    assert verdict(Ratio(1, 0.9, THRESHOLD - 0.01)) == "no"
+    plain = Ratio(2, 1.9, 2.1)
+    assert verdict(plain, Ratio(THRESHOLD, THRESHOLD - 0.1, THRESHOLD + 0.1)) == "undecided"
+    assert verdict(plain, Ratio(THRESHOLD + 0.1, THRESHOLD + 0.05, THRESHOLD + 0.2)) == "yes"
+    assert verdict(plain, Ratio(1, 0.9, THRESHOLD - 0.01)) == "no"
+    assert verdict(plain, Ratio(0.8, 0.7, 0.9)) == "undecided"  # reading explains more than there is
+    assert verdict(Ratio(1, 0.9, 1.1), Ratio(0.8, 0.7, 0.9)) == "no"  # there is nothing to explain
     assert conclude(["undecided"]) == "Winograd is undecided, in all of 1 shapes"
     assert conclude(["yes", "yes"]) == "Winograd is in use, in all of 2 shapes"
     assert conclude(["yes", "no", "no"]) == "Winograd is not in use (yes for 1, no for 2 shapes)"
@@ -103,3 +106,17 @@ def test_engines_that_are_not_there_are_left_out_with_a_word(monkeypatch: pytest
     result = run(Machine(1.0), monkeypatch, tmp_path, quick=False, log=words.append)
     assert set(result.data["conclusions"]) == {"eager", "compile", "aotinductor"}
     assert any(w.startswith("left out: the engine openvino needs") for w in words)
+
+
+@pytest.mark.parametrize("name", ["", "native"])
+def test_an_engine_that_has_winograd_for_stride_2_is_not_judged(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("repvgg.deploy.engines.ENGINES", ["eager", "native"])
+    monkeypatch.setattr("repvgg.deploy.engines.check", lambda *_: None)
+    words: list[str] = []
+    settings = {"quick": False, "log": words.append, "engine": name}
+    if name:
+        with pytest.raises(NothingChosenError, match="native runs stride 2 by Winograd too"):
+            run(Machine(1.0), monkeypatch, tmp_path, **settings)
+    else:
+        assert set(run(Machine(1.0), monkeypatch, tmp_path, **settings).data["conclusions"]) == {"eager"}
+        assert words[-1] == "left out: native runs stride 2 by Winograd too, which this test cannot tell"

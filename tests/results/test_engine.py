@@ -13,6 +13,7 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 import layout
 import measure_engine
+import rivals
 import sections
 import targets
 from measure_engine import MEMBERS, MICRO, PARTS, asked, compare
@@ -100,11 +101,21 @@ def test_targets_that_are_kept_and_missed() -> None:
         (found,) = (row[1:] for row in rows if all(word in row[0] for word in words) and "AVX2" not in row[0])
         return [cell.removesuffix(" |") for cell in found]
 
-    assert row("INT8", "32 at a time") == ["1.15", "1.10 (int16 high)", "**missed**"]  # int8 has half of its error, not a tenth
-    assert row("INT8", "one image", "at most its error") == ["1.00", "1.30 (int8 high)", "kept"]
-    assert row("fp32 high", "32 at a time") == ["2.00", "1.80 (MNN)", "**missed**"]
+    assert row("INT8", "32 at a time") == [
+        "1.15",
+        "1.10 (1.10 to 1.10), int16 high",
+        "**missed**",
+    ]  # int8 has half of its error, not a tenth
+    assert row("INT8", "one image", "at most its error") == ["1.00", "1.30 (1.30 to 1.30), int8 high", "kept"]
+    assert row("fp32 high", "32 at a time") == ["2.00", "1.80 (1.80 to 1.80), MNN", "**missed**"]
     assert row("bf16") == ["1.55", "", "not measured"]
     assert row("clear predictions") == ["0", "", "not measured"]
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios_and_has_a_spread() -> None:
+    """Not the ratio of the medians, which are of different rounds."""
+    ours, theirs = {"by_round": [100.0, 200.0, 300.0]}, {"by_round": [100.0, 50.0, 200.0]}
+    assert rivals.over(ours, theirs) == "1.50 (1.00 to 4.00)"
 
 
 def test_targets_of_the_other_records() -> None:

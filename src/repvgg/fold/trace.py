@@ -7,6 +7,7 @@
 Tracing goes from the top down, because a forward may do something else when it is called with other arguments than its defaults.
 """
 
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -263,4 +264,4 @@ def _called(path: str, module: nn.Module) -> str:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
-    return text[:80] or type(error).__name__
+    return textwrap.shorten(text, 80, placeholder=" ...") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Figure 1: top-1 accuracy against speed, the paper's and this machine's."""
+"""Figure 1: top-1 accuracy against speed over ResNet-18's, the paper's and this machine's."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from repvgg.paper.numbers import TABLE4, TABLE5, ModelSpeed
-from repvgg.paper.result import PaperSettings, Result, Table
-from repvgg.paper.speeds import chosen, significant
-from repvgg.paper.table4 import measure_models, protocol
+from repvgg.paper.result import PaperSettings, Result, Table, interval
+from repvgg.paper.speeds import chosen
+from repvgg.paper.table4 import measure_models, printed_ratio, protocol
 from repvgg.web.drawing import IDENTITY, INK, MUTED, POINTWISE, RULE, WIDEST, plot
 
 # Colour, marker and the short name's beginning, by the beginning of a model's printed name.
@@ -29,56 +29,54 @@ HEADROOM = 1.35  # to the right of the fastest
 def run(settings: PaperSettings) -> Result:
     rows = chosen((*TABLE4, *TABLE5), settings)
     speeds = measure_models(list(dict.fromkeys(row.model for row in rows)), settings)
-    cells = [
-        (
-            row.printed,
-            "200" if row in TABLE5 else "120",
-            f"{row.top1:.2f}",
-            f"{row.speed:,}",
-            significant(speeds[row.model].images_per_second),
-            speeds[row.model].engine,
-        )
-        for row in rows
-    ]
     here = [speeds[row.model] for row in rows]
+    header = ("model", "epochs", "top-1, %", "speed over ResNet-18, paper", "here (95% interval)", "in the engine")
+    cells = [
+        (row.printed, _epochs(row), f"{row.top1:.2f}", f"{printed_ratio(row):.2f}x", speed.ratio, speed.engine)
+        for row, speed in zip(rows, here, strict=True)
+    ]
     return Result(
         "Figure 1: accuracy against speed",
-        [Table("The points", ("model", "epochs", "top-1, %", "examples/s, paper", "here", "in the engine"), cells, folded=True)],
-        "Up and to the right is better. Left, the paper's speeds; right, this machine's, on a "
-        "scale of its own: only the places of the points relative to each other can be compared. Hollow points are Table "
-        "5's, trained for 200 epochs with stronger augmentation, so they stand higher for reasons other than their structure.",
+        [Table("The points", header, cells, folded=True)],
+        "Up and to the right is better. Left, the paper's speeds; right, this machine's; both over that of ResNet-18, with which "
+        "each model took turns. Hollow points are Table 5's, trained for 200 epochs with stronger augmentation, so they stand "
+        "higher for reasons other than their structure.",
         {
             "points": [
                 {
                     "model": row.model,
                     "top1": row.top1,
-                    "paper": row.speed,
-                    "here": speed.images_per_second,
+                    "paper": printed_ratio(row),
+                    "here": interval(speed.ratio),
                     "engine": speed.engine,
-                    "epochs": 200 if row in TABLE5 else 120,
+                    "epochs": int(_epochs(row)),
                 }
                 for row, speed in zip(rows, here, strict=True)
             ]
         },
-        {"figure1": draw(rows, [speed.images_per_second for speed in here], [speed.engine for speed in here])},
+        {"figure1": draw(rows, [speed.ratio.value for speed in here], [speed.engine for speed in here])},
         protocol(speeds, settings),
     )
 
 
 def draw(rows: Sequence[ModelSpeed], here: Sequence[float], engines: Sequence[str]) -> Figure:
-    """Draw both scatter plots; `here` holds examples a second, and `engines` what ran them, in the order of `rows`."""
+    """Draw both scatter plots; `here` holds speeds over ResNet-18's, and `engines` what ran them, in the order of `rows`."""
     figure, panels = plot(1150, 520, 2)
-    both = [float(row.speed) for row in rows], here
+    both = [printed_ratio(row) for row in rows], here
     for axes, title, speeds in zip(panels, ("paper: GTX 1080Ti", f"this machine: {_in(engines)}"), both, strict=True):
         _scatter(axes, rows, speeds)
         axes.set_title(title, fontsize=11, color=INK, loc="left")
-        axes.set_xlabel("examples a second", fontsize=9, color=MUTED)
+        axes.set_xlabel("speed over ResNet-18's", fontsize=9, color=MUTED)
     panels[0].set_ylabel("top-1 on ImageNet, % (paper's)", fontsize=9, color=MUTED)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=9)
     for axes, speeds in zip(panels, both, strict=True):
         _label(axes, [(s, row.top1, _short(row.printed)) for s, row in zip(speeds, rows, strict=True)])
     return figure
+
+
+def _epochs(row: ModelSpeed) -> str:
+    return "200" if row in TABLE5 else "120"
 
 
 def _in(engines: Sequence[str]) -> str:

@@ -63,9 +63,10 @@ def kept(folder: Path, variants: Sequence[str], settings: PaperSettings) -> Find
     """Return what is finished of some variants in a grid's folder. Of several grids below it, as of several learning rates, each
     variant is shown from that with most seeds, then from the best.
 
-    Raises NothingChosenError where there is nothing.
+    Raises NothingChosenError where there is nothing, and where the grids differ in more than the learning rate.
     """
     grids = [_grid_in(path.parent, settings) for path in sorted(folder.glob("**/grid.json"))]
+    _check(grids, folder)
     best: dict[str, tuple[Grid, list[Outcome]]] = {}
     for grid in grids:
         for name in variants:
@@ -92,13 +93,21 @@ def _grid_in(folder: Path, settings: PaperSettings) -> Grid:
     return Grid(folder, recipe=recipe, seeds=seeds, device=settings.device, **given)
 
 
+def _check(grids: Sequence[Grid], folder: Path) -> None:
+    settings = [{**grid.settings, "lr": None} for grid in grids]
+    if differ := sorted({name for other in settings for name in other if other[name] != settings[0][name]}):
+        raise NothingChosenError(
+            f"{folder} holds grids of different {' and '.join(differ)}, which make no table together: move the others out of it"
+        )
+
+
 def _worth(outcomes: Sequence[Outcome]) -> tuple[int, float]:
     return len(outcomes), statistics.mean(outcome.top1 or 0.0 for outcome in outcomes)
 
 
 def _pilot(grids: Sequence[Grid], variants: Sequence[str]) -> dict[str, dict[str, float | str | None]]:
-    """Return seed 0's top-1 by learning rate, where there are several and the grids differ in nothing else."""
-    if len(grids) < 2 or len({json.dumps({**grid.settings, "lr": 0}) for grid in grids}) > 1:
+    """Return seed 0's top-1 by learning rate, where there are several."""
+    if len(grids) < 2:
         return {}
     found = {name: {f"{grid.recipe.lr:g}": _share(Cell(grid, name, 0).outcome) for grid in grids} for name in variants}
     return {name: row for name, row in found.items() if any(row.values()) or name in TABLES}  # ResNet-50 needs no pilot

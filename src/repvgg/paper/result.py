@@ -19,7 +19,7 @@ BEST = "best"  # as an engine: each model's own fastest verified one
 
 
 class NothingChosenError(ValueError):
-    """A table or figure has none of the models that were asked for."""
+    """A table or figure has nothing to show: none of the models asked for, say. Of all parts it is left out."""
 
 
 @dataclass(frozen=True)

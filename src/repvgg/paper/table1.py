@@ -133,7 +133,7 @@ def _why(problem: Problem, size: str, rates: Sequence[Ratio]) -> str:
     )
     return (
         f"2048 to 2048 channels on 56x56 maps at batch 32{scaled}. A multiply-add counts once in GFLOPs and twice in TFLOPS, "
-        "as in the paper. Its point is that the 3x3 does four times as many operations a second as any other kernel, on a "
+        "as in the paper. Its point is that the 3x3 does about four times as many operations a second as any other kernel, on a "
         "GTX 1080Ti, because cuDNN runs it by Winograd: 4 multiplications instead of 9, and the operations it saves are "
         "counted as done. " + found
     )

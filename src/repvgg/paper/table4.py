@@ -71,8 +71,9 @@ def protocol(speeds: dict[str, Speed], settings: PaperSettings) -> str:
         "The paper's speeds are those of one GTX 1080Ti in fp32 at batch 128, ours those of "
         f"{_engines(speeds)} in {settings.precision} on {settings.where}, at batch {p.batch_size}"
         + (f" (where memory ran out: {', '.join(lowered)})" if lowered else "")
-        + f": medians and quartiles of {p.rounds} rounds, in which each model took turns with ResNet-18. Every model was folded by "
-        "the same reparameterize. Top-1 beside the speeds is the paper's: what is timed has random weights."
+        + f": medians and quartiles of {p.rounds} rounds, in which each model took turns with ResNet-18. Each had rounds of its "
+        "own, so what compares two models is their speed over ResNet-18's. Every model was folded by the same reparameterize. "
+        "Top-1 beside the speeds is the paper's: what is timed has random weights."
     )
 
 
@@ -107,7 +108,7 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
                 significant(speed.images_per_second),
                 speed.engine,
                 f"{significant(low)} to {significant(high)}",
-                f"{row.speed / PRINTED[REFERENCE].speed:.2f}x",
+                f"{printed_ratio(row):.2f}x",
                 speed.ratio,
                 _beside(_truncated(speed.params / 1e6, row), f"{row.params_m:.2f}"),
                 _beside(f"{speed.macs / 1e9:.1f}", f"{row.flops_b:.1f}"),
@@ -115,6 +116,11 @@ def _speeds(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> Table:
             )
         )
     return Table("Accuracy, speed and cost", header, cells)
+
+
+def printed_ratio(row: ModelSpeed) -> float:
+    """Return the paper's speed of a model over that of ResNet-18."""
+    return row.speed / PRINTED[REFERENCE].speed
 
 
 @dataclass(frozen=True)
@@ -188,10 +194,11 @@ def _agreement(claims: Sequence[tuple[Headline, Ratio]]) -> str:
 
 
 def _correlations(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> dict[str, Any]:
-    """Correlate costs with speed over the rows for which the paper counts MULs: the more of them, the slower, so -1 is perfect."""
+    """Correlate costs with speed over ResNet-18's, of the rows for which the paper counts MULs: the more, the slower, so -1 is
+    perfect."""
     counted = [row for row in rows if row.muls_b is not None]
     paper = [row.speed for row in counted]
-    here = [speeds[row.model].images_per_second for row in counted]
+    here = [speeds[row.model].ratio.value for row in counted]
     flops = [speeds[row.model].macs for row in counted]
     muls = [row.muls_b or 0 for row in counted], [speeds[row.model].winograd_muls for row in counted]
     return {

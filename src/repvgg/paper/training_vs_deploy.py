@@ -61,14 +61,12 @@ def _forms(speeds: dict[str, Speed]) -> Table:
 
 
 def _structures(speeds: list[Speed]) -> Table:
-    header = ("identity", "1x1", "top-1, %", "examples/s, paper", "here", "relative to neither, paper", "here (95% interval)")
+    header = ("identity", "1x1", "top-1, %", "speed relative to neither, paper", "here (95% interval)")
     rows = [
         (
             "yes" if row.identity else "no",
             "yes" if row.pointwise else "no",
             f"{row.top1:.2f}",
-            f"{row.speed:,}",
-            significant(speed.images_per_second),
             f"{row.speed / TABLE6[0].speed:.2f}x",
             speed.ratio,
         )
