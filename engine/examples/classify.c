@@ -6,6 +6,7 @@
  *
  * PPM is the simplest of image files; ImageMagick, ffmpeg and GIMP write it.
  */
+#include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -16,14 +17,24 @@ static int fail(const char *reason) {
     return 2;
 }
 
+/* The next number of a PPM's header, where comments may lie between them; -1 where there is none. */
+static int read_number(FILE *file) {
+    int c, number;
+    while (isspace(c = fgetc(file)) || c == '#')
+        while (c == '#' && (c = fgetc(file)) != '\n' && c != EOF) c = '#';
+    ungetc(c, file);
+    return fscanf(file, "%9d", &number) == 1 ? number : -1;
+}
+
 /* The pixels of a binary PPM, uint8 [height, width, 3]; NULL where it is none. */
 static uint8_t *read_ppm(const char *path, int *height, int *width) {
     FILE *file = fopen(path, "rb");
     uint8_t *pixels = NULL;
-    int most;
     if (!file) return NULL;
-    if (fscanf(file, "P6 %d %d %d", width, height, &most) == 3 && most == 255 && fgetc(file) != EOF && *width > 0 &&
-        *height > 0 && *width <= 10000 && *height <= 10000) {
+    const int is_ppm = fgetc(file) == 'P' && fgetc(file) == '6';
+    *width = read_number(file), *height = read_number(file);
+    if (is_ppm && read_number(file) == 255 && fgetc(file) != EOF && *width > 0 && *height > 0 && *width <= 10000 &&
+        *height <= 10000) {
         const size_t bytes = (size_t)*width * *height * 3;
         pixels = malloc(bytes);
         if (pixels && fread(pixels, 1, bytes, file) != bytes) {
@@ -44,6 +55,9 @@ int main(int count, char **words) {
     if (!net) return fail(error);
     repvgg_description about = {.size = sizeof about};
     repvgg_describe(repvgg_net_model(net), &about);
+    int pools = 0;
+    for (int i = 0; i < about.layer_count - 1; i++) pools |= about.layers[i].op == REPVGG_POOL;
+    if (!pools) return fail("a backbone, which gives no labels: train a head on it first");
 
     int height, width;
     uint8_t *pixels = read_ppm(words[2], &height, &width);

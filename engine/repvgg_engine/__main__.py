@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from repvgg_engine import EngineError, Net, load, plan
+from repvgg_engine.layers import Pool
 from repvgg_engine.loader import ACCURACIES
 from repvgg_engine.net import PRECISIONS
 
@@ -49,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def predict(net: Net, paths: Sequence[str], top: int, as_json: bool) -> None:
-    """Print the likeliest classes of each image."""
+    """Print the likeliest classes of each image. Raises `EngineError` for a net that has none."""
     from repvgg_engine.images import read_image
 
     assert net.preprocessing is not None
+    if not any(isinstance(layer, Pool) for layer in net.layers[:-1]):
+        raise EngineError("a backbone, which gives no labels: train a head on it first")
     if top < 1:
         raise EngineError(f"--top is {top}: it is at least 1")
     for path in paths:

@@ -68,18 +68,6 @@ class DescriptionStruct(ctypes.Structure):
     ]
 
 
-class OpenOptionsStruct(ctypes.Structure):
-    _fields_ = [
-        ("size", c_size_t),
-        ("plan", c_char_p),
-        ("plan_text", c_char_p),
-        ("isa", c_char_p),
-        ("threads", c_int32),
-        ("pin", c_int32),
-        ("features", c_int32),
-    ]
-
-
 def _open() -> ctypes.CDLL:
     path = Path(__file__).with_name("librepvgg_engine" + (".dylib" if sys.platform == "darwin" else ".so"))
     try:
@@ -95,8 +83,6 @@ def _open() -> ctypes.CDLL:
     library.repvgg_read.restype = c_void_p
     library.repvgg_free.argtypes = [c_void_p]
     library.repvgg_free.restype = None
-    library.repvgg_open.argtypes = [c_char_p, POINTER(OpenOptionsStruct), *failing]
-    library.repvgg_open.restype = c_void_p
     library.repvgg_describe.argtypes = [c_void_p, POINTER(DescriptionStruct)]
     library.repvgg_prepare.argtypes = [POINTER(DescriptionStruct), c_void_p, c_int32, c_int32, c_void_p, *failing]
     library.repvgg_create.argtypes = [POINTER(LayerStruct), c_int32, POINTER(OptionsStruct), *failing]
@@ -114,7 +100,6 @@ def _open() -> ctypes.CDLL:
     library.repvgg_weight_bytes.restype = c_int64
     library.repvgg_profile.argtypes = [c_void_p, POINTER(c_double)]
     library.repvgg_profile.restype = None
-    library.repvgg_work.argtypes = [c_void_p, c_int32, POINTER(ImagesStruct), POINTER(c_int64), c_int32, *failing]
     library.repvgg_available_threads.argtypes = [c_char_p]
     library.repvgg_available_memory.argtypes = [c_char_p]
     library.repvgg_available_memory.restype = c_int64

@@ -58,8 +58,7 @@ class _Blas:
 
 
 _BLAS = _Blas()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_BLAS.forked)
+os.register_at_fork(after_in_child=_BLAS.forked)
 
 
 @contextmanager

@@ -140,13 +140,6 @@ class Net:
         LIBRARY.repvgg_profile(self._net, seconds)
         return list(seconds)
 
-    def work(self, layer: int, n: int, size: tuple[int, int]) -> list[int]:
-        """Multiplications, in vectors, of each piece that a convolution of n images of that size is cut into."""
-        work, message = (ctypes.c_int64 * 10_000)(), Message()
-        given = ImagesStruct(n=n, height=size[0], width=size[1])
-        count = message.check(LIBRARY.repvgg_work(self._net, layer, given, work, len(work), *message.room))
-        return list(work[:count])
-
     def _scale_and_shift(self) -> tuple[Array, Array]:
         assert self.preprocessing is not None
         mean, std = (np.array(v, np.float64) for v in (self.preprocessing.mean, self.preprocessing.std))
@@ -185,5 +178,4 @@ def _unlock() -> None:
         net._lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock)
+os.register_at_fork(after_in_child=_unlock)

@@ -61,5 +61,6 @@ def max_pool(layer: MaxPool, x: NDArray[Any]) -> NDArray[Any]:
 
 def error(got: NDArray[Any], wanted: Array64) -> float:
     """Root mean square of the error, relative to how much the wanted output differs from image to image: what is the same for
-    every image tells nothing, and must not hide an error."""
-    return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean((wanted - wanted.mean(0)) ** 2)))
+    every image tells nothing, and must not hide an error. Where all of it is the same, relative to its size."""
+    told = np.mean((wanted - wanted.mean(0)) ** 2) or np.mean(wanted**2) or 1.0
+    return float(np.sqrt(np.mean((got - wanted) ** 2) / told))

@@ -2,8 +2,7 @@
 // which small pages make expensive.
 #pragma once
 
-#if defined(__wasm__) || defined(_WIN32)
-#define REPVGG_ONE_KIND_OF_PAGES
+#ifdef __wasm__  // which has one kind of pages
 #include <cstdlib>
 #else
 #include <sys/mman.h>
@@ -18,7 +17,7 @@ class Memory {
   public:
     explicit Memory(int64_t floats) {
         const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-#ifdef REPVGG_ONE_KIND_OF_PAGES
+#ifdef __wasm__
         if (static_cast<uint64_t>(floats) > SIZE_MAX / sizeof(float) - ALIGNMENT) throw std::bad_alloc();
         base_ = std::calloc(bytes + ALIGNMENT, 1);
         if (!base_) throw std::bad_alloc();
@@ -37,7 +36,7 @@ class Memory {
 #endif
     }
     ~Memory() {
-#ifdef REPVGG_ONE_KIND_OF_PAGES
+#ifdef __wasm__
         std::free(base_);
 #else
         munmap(base_, size_);
@@ -49,7 +48,7 @@ class Memory {
     float *floats() const { return floats_; }
 
   private:
-#ifdef REPVGG_ONE_KIND_OF_PAGES
+#ifdef __wasm__
     static constexpr size_t ALIGNMENT = 64;
 #else
     static constexpr size_t HUGE_PAGE = 2 << 20;

@@ -1,15 +1,13 @@
 #include "pool.h"
 
-#ifndef _WIN32
 #include <pthread.h>
-#endif
 #ifdef __linux__
 #include <sched.h>
 #endif
 
 #include <algorithm>
 #include <chrono>
-#include <system_error>
+#include <exception>
 
 namespace repvgg {
 
@@ -80,12 +78,10 @@ std::vector<Shared> &shared_pools() {
 }  // namespace
 
 int Pool::forks() {
-#ifndef _WIN32
     // The list's lock is held over a fork, so that no other thread's half-done change is copied.
     static const int registered = pthread_atfork([] { shared_mutex.lock(); }, [] { shared_mutex.unlock(); },
                                                  [] { forks_so_far++, shared_mutex.unlock(); });
     (void)registered;
-#endif
     return forks_so_far.load();
 }
 
@@ -106,11 +102,12 @@ std::shared_ptr<Pool> Pool::shared(int threads, bool pin) {
 int Pool::threads() const { return static_cast<int>(workers_.size()) + 1; }
 
 Pool::Pool(int threads, bool pin) {
+    workers_.reserve(static_cast<size_t>(std::max(threads - 1, 0)));
     for (int slot = 1; slot < threads; slot++) {
         try {
             workers_.emplace_back([this, slot] { serve(slot); });
-        } catch (const std::system_error &) {
-            return;  // the system gives no more threads: work with those there are
+        } catch (const std::exception &) {
+            return;  // there are no more threads, or no memory for them: work with those there are
         }
         if (pin) pin_to(workers_.back(), slot);
     }

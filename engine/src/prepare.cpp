@@ -64,17 +64,17 @@ struct Axis {
     int64_t first() const { return centred(after, wanted); }
     bool inside(int64_t i) const { return i + first() >= 0 && i + first() < after; }
 
-    /// Where the centre of `wanted` samples begins, a half rounded to the even neighbour.
+    /// Where the centre of `wanted` samples begins: a half goes to the even neighbour; of black that fills up, the
+    /// smaller half comes first.
     static int64_t centred(int64_t samples, int64_t wanted) {
+        if (wanted > samples) return -((wanted - samples) / 2);
         return static_cast<int64_t>(std::nearbyint(static_cast<double>(samples - wanted) / 2));
     }
 };
 
 Axis axis_of(int64_t side, int64_t other, int64_t resize, int64_t wanted) {
     const int64_t kept = std::min(side, LONGEST * other), least = std::min(kept, std::min(other, LONGEST * side));
-    const double scale = static_cast<double>(resize) / static_cast<double>(least);
-    const int64_t after = std::max(resize, static_cast<int64_t>(static_cast<double>(kept) * scale));
-    return {Axis::centred(side, kept), kept, after, wanted};
+    return {Axis::centred(side, kept), kept, resize * kept / least, wanted};
 }
 
 uint8_t level(int64_t sum) {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nets import calibrated, images, model_file, plain_net
+from nets import OpenOptionsStruct, calibrated, images, model_file, plain_net
 from repvgg_engine import EngineError, Plan, load
 from repvgg_engine.library import (
     LIBRARY,
@@ -21,7 +21,6 @@ from repvgg_engine.library import (
     ImagesStruct,
     LayerStruct,
     Message,
-    OpenOptionsStruct,
     OptionsStruct,
 )
 

@@ -1,18 +1,50 @@
-"""Small nets and model files for the tests."""
+"""Small nets and model files for the tests, and what of the C interface only programs in C call."""
 
+import ctypes
 import json
 import os
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from repvgg_engine import instruction_sets, reference
+from repvgg_engine import Net, instruction_sets, reference
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.layers import Array, Conv, Layer, Pool, SqueezeExcite
+from repvgg_engine.library import LIBRARY, ImagesStruct, Message
 
 HAS_BF16 = "bf16" in instruction_sets() and os.environ.get("REPVGG_ENGINE_ISA", "avx512") == "avx512"
 PREPROCESSING = Preprocessing(32, 32, 32, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+class OpenOptionsStruct(ctypes.Structure):
+    _fields_ = [
+        ("size", c_size_t),
+        ("plan", c_char_p),
+        ("plan_text", c_char_p),
+        ("isa", c_char_p),
+        ("threads", c_int32),
+        ("pin", c_int32),
+        ("features", c_int32),
+    ]
+
+
+LIBRARY.repvgg_open.argtypes = [c_char_p, POINTER(OpenOptionsStruct), c_char_p, c_size_t]
+LIBRARY.repvgg_open.restype = c_void_p
+LIBRARY.repvgg_work.argtypes = [c_void_p, c_int32, POINTER(ImagesStruct), POINTER(c_int64), c_int32, c_char_p, c_size_t]
+
+
+def work(net: Net, layer: int, n: int, size: tuple[int, int]) -> list[int]:
+    """Multiplications, in vectors, of each piece that a convolution of n images of that size is cut into."""
+    given, message = ImagesStruct(n=n, height=size[0], width=size[1]), Message()
+
+    def noted(room: Any) -> int:
+        return message.check(LIBRARY.repvgg_work(net._net, layer, given, room, len(room), *message.room))
+
+    pieces = (c_int64 * noted((c_int64 * 0)()))()
+    assert noted(pieces) == len(pieces)
+    return list(pieces)
 
 
 def conv(random: np.random.Generator, into: int, out: int, kernel: int = 3, **options: Any) -> Conv:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ pytest.importorskip("repvgg_engine", exc_type=ImportError)
 pytest.importorskip("PIL")
 
 import repvgg_engine
-from nets import PREPROCESSING, model_file, plain_net
+from nets import PREPROCESSING, OpenOptionsStruct, model_file, plain_net
 from PIL import Image
 from repvgg_engine import EngineError, Plan, load
+from repvgg_engine.__main__ import main
 from repvgg_engine.files import Preprocessing
 from repvgg_engine.images import prepare, read_image
-from repvgg_engine.library import LIBRARY, DescriptionStruct, Message, OpenOptionsStruct
+from repvgg_engine.layers import Layer
+from repvgg_engine.library import LIBRARY, DescriptionStruct, Message
 
 EXAMPLE = Path(__file__).parent.parent / "examples/classify.c"
 CLASSES = [f"class number {i}" for i in range(10)]
@@ -56,6 +59,8 @@ def test_photos_in_c_and_in_python(classify: Path, tmp_path: Path) -> None:
         best = CLASSES[int(net(read_image(file, net.preprocessing)[None]).argmax())]
         assert said(classify, model, file) == (0, f"{best}\n")
         assert said(classify, model, file, tmp_path / "plan.json") == (0, f"{best}\n")
+        file.write_bytes(file.read_bytes().replace(b"P6\n57 41\n", b"P6\n# GIMP writes one\n#\n57 #7 8 9\n41\n", 1))
+        assert said(classify, model, file) == (0, f"{best}\n")
         found.add(best)
     assert len(found) > 1
 
@@ -78,22 +83,28 @@ def test_what_the_example_refuses(classify: Path, tmp_path: Path) -> None:
         assert text.count("\n") == 1
 
 
+@pytest.mark.parametrize("layers", [plain_net()[:-1], plain_net()[:-2]])  # features, pooled or as a map
+def test_a_backbone_has_no_labels(classify: Path, layers: list[Layer], tmp_path: Path, capsys: Any) -> None:
+    model, file = model_file(tmp_path / "net.safetensors", layers), tmp_path / "photo.ppm"
+    photo(0).save(file)
+    reason = "a backbone, which gives no labels: train a head on it first\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", str(model), str(file), "--accuracy", "exact"])
+    assert capsys.readouterr() == ("", f"repvgg_engine: {reason}")
+    assert said(classify, model, file) == (2, f"classify: {reason}")
+
+
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32)])
-def test_an_image_is_resized_as_pillow_does_it(interpolation: str, size: tuple[int, int]) -> None:
-    """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction."""
-    image = photo(1, *size)
-    wanted = image.crop(_centre(image.size, (min(size[1], 32 * size[0]), min(size[0], 32 * size[1]))))
-    scale = 36 / min(wanted.size)
-    resized = wanted.resize([max(36, int(n * scale)) for n in wanted.size], Image.Resampling[interpolation.upper()])
-    wanted = resized.crop(_centre(resized.size, (44, 32)))
+@pytest.mark.parametrize("size", [(41, 57), (20, 31), (700, 20), (9, 400), (32, 32), (33, 55), (36, 41)])
+def test_an_image_is_resized_as_torchvision_does_it(interpolation: str, size: tuple[int, int]) -> None:
+    """To a shorter side of 36, and cropped to 32 x 44: larger than the resized image in one direction. Pillow does that for
+    torchvision too, so it is the same to the bit."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    image, longest = photo(1, *size), 32 * min(size)
+    trimmed = v2.CenterCrop([min(side, longest) for side in size])(image)
+    wanted = v2.CenterCrop((32, 44))(v2.Resize(36, interpolation=v2.InterpolationMode(interpolation))(trimmed))
     p = Preprocessing(32, 44, 36, interpolation, PREPROCESSING.mean, PREPROCESSING.std)
     assert np.array_equal(prepare(np.asarray(image), p), np.asarray(wanted))
-
-
-def _centre(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    left, top = (round((n - w) / 2) for n, w in zip(size, wanted, strict=True))
-    return left, top, left + wanted[0], top + wanted[1]
 
 
 def test_images_that_cannot_be_prepared() -> None:

@@ -34,8 +34,10 @@ def sh(*words: str | Path) -> str:
 @pytest.mark.parametrize(
     ("compiler", "system", "processor", "library", "magic"),
     [
-        ("aarch64-macos", "Darwin", "arm64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),  # Mach-O, 64 bits, ARM
-        ("x86_64-macos", "Darwin", "x86_64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x07\x00\x00\x01"),
+        # The processor as CMake knows it may be the host's (with ARCHFLAGS on a Mac): the compiler says what is built. These magic
+        # numbers: Mach-O, 64 bits, of ARM and of x86; ELF.
+        ("aarch64-macos", "Darwin", "x86_64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),
+        ("x86_64-macos", "Darwin", "arm64", "librepvgg_engine.dylib", b"\xcf\xfa\xed\xfe\x07\x00\x00\x01"),
         ("aarch64-linux-gnu", "Linux", "aarch64", "librepvgg_engine.so", b"\x7fELF\x02\x01"),
     ],
     indirect=["compiler"],
@@ -48,3 +50,12 @@ def test_the_library_builds(compiler: Path, tmp_path: Path, system: str, process
     sh("cmake", "-S", ENGINE, "-B", tmp_path / "build", *cross)
     sh("cmake", "--build", tmp_path / "build", "--parallel", "2")
     assert (tmp_path / "build" / library).read_bytes().startswith(magic)
+
+
+def test_two_architectures_at_once(tmp_path: Path) -> None:
+    if not shutil.which("cmake"):
+        pytest.skip("needs cmake")
+    words = ["cmake", "-S", str(ENGINE), "-B", str(tmp_path), "-DCMAKE_OSX_ARCHITECTURES=arm64;x86_64"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "a build is of one architecture, not of arm64;x86_64" in done.stderr

@@ -1,6 +1,10 @@
 """The C interface, called as a careless program would: an error in words, never a crash."""
 
 import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,3 +75,36 @@ def test_another_version_of_the_library_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(library, "LayerStruct", OptionsStruct)  # of another size
     with pytest.raises(ImportError, match="belongs to another version of repvgg_engine"):
         library._open()
+
+
+def test_nothing_else_is_exported() -> None:
+    if shutil.which("nm") is None or sys.platform != "linux":
+        pytest.skip("needs nm, and Linux")
+    done = subprocess.run(["nm", "-D", "--defined-only", library.LIBRARY._name], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert "repvgg_open" in names
+    assert [name for name in names if not name.startswith("repvgg_")] == []
+
+
+def test_it_can_be_unloaded() -> None:
+    """After a call on several threads."""
+    if sys.platform != "linux":
+        pytest.skip("looks into /proc/self/maps")
+    script = f"""
+import _ctypes, gc, sys
+from pathlib import Path
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(library.__file__).parent.parent)]}
+from nets import images, plain_net
+from repvgg_engine import Net, library
+path, net = library.LIBRARY._name, Net(plain_net(), threads=3)
+net(images(2))
+del net
+gc.collect()
+def loaded():
+    return path in Path("/proc/self/maps").read_text()
+assert loaded()
+_ctypes.dlclose(library.LIBRARY._handle)
+print(loaded())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,5 +1,8 @@
 """Threads: one pool for all nets of a process, nobody waits for another's packing, and pieces of equal work."""
 
+import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +15,7 @@ import pytest
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
 import repvgg_engine
-from nets import conv, images, plain_net
+from nets import conv, images, plain_net, work
 from repvgg_engine import EngineError, Net, instruction_sets
 
 FOLDERS = [str(Path(__file__).parent), str(Path(repvgg_engine.__file__).parent.parent)]
@@ -48,6 +51,44 @@ print(counts)
     assert done.stdout.strip() == "[3, 3, 3, 4, 3, 0]"
 
 
+SHIM = """
+#include <stdlib.h>
+extern void *__libc_malloc(size_t);
+static __thread int left __attribute__((tls_model("initial-exec")));
+void fail_once_after(int calls) { left = calls; }
+void *malloc(size_t bytes) { return left && --left == 0 ? NULL : __libc_malloc(bytes); }
+"""
+
+
+def test_memory_may_fail_while_threads_are_made(tmp_path: Path) -> None:
+    """At any of the allocations for a net with a pool of its own: fewer threads, or an error in words."""
+    if shutil.which("cc") is None or platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs a C compiler, and glibc")
+    (tmp_path / "shim.c").write_text(SHIM)
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "shim.c", "-o", tmp_path / "shim.so"], check=True)
+    script = f"""
+import ctypes, sys
+sys.path[:0] = {FOLDERS}
+from repvgg_engine.library import CONV, LIBRARY, ImagesStruct, LayerStruct, OptionsStruct
+few = (ctypes.c_float * 64)()
+layer = LayerStruct(op=CONV, in_channels=1, out_channels=1, groups=1, weight=ctypes.addressof(few), bias=ctypes.addressof(few))
+layer.kernel[:] = layer.stride[:] = layer.dilation[:] = 1, 1
+options, image, ran = OptionsStruct(8, 0, 0, b"portable"), ImagesStruct(ctypes.addressof(few), 0, 1, 1, 1), []
+fail_once_after, said = ctypes.CDLL(None).fail_once_after, ctypes.create_string_buffer(500)
+for calls in range(1, 100):
+    net = LIBRARY.repvgg_create(layer, 1, options, said, 500)
+    fail_once_after(calls)
+    ran.append(LIBRARY.repvgg_run(net, image, few, said, 500) == 0)
+    fail_once_after(0)
+    assert ran[-1] or b"not enough memory" in said.value, said.value
+    LIBRARY.repvgg_destroy(net)
+assert ran[-1] and not all(ran)
+"""
+    environment = {**os.environ, "LD_PRELOAD": str(tmp_path / "shim.so")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_packing_holds_up_nobody() -> None:
     """While one call packs large weights, another net on the same threads runs, and this one's layers can be chosen."""
     random, x, small = np.random.default_rng(0), images(1, channels=512, size=(4, 4)), images(1)
@@ -79,11 +120,11 @@ def test_many_threads_have_equal_work(isa: str, threads: int, wanted: float) -> 
     net = Net([conv(np.random.default_rng(0), 192, 192, padding=(1, 1))], threads=threads, isa=isa)
     for algorithm in ("direct", "F2", "F4", "F7"):  # not F5, whose 9 tiles cannot be cut so: 7.2 and 12
         net.choose(0, algorithm)
-        work, busy = net.work(0, 1, (14, 14)), [0] * threads
-        for piece in work:  # each goes to the first thread that is free
+        pieces, busy = work(net, 0, 1, (14, 14)), [0] * threads
+        for piece in pieces:  # each goes to the first thread that is free
             busy[busy.index(min(busy))] += piece
-        assert sum(work) / max(busy) >= wanted, algorithm
+        assert sum(pieces) / max(busy) >= wanted, algorithm
     with pytest.raises(EngineError, match="layer 1 is no convolution"):
-        net.work(1, 1, (14, 14))
+        work(net, 1, 1, (14, 14))
     with pytest.raises(EngineError, match="no images"):
-        net.work(0, 0, (14, 14))
+        work(net, 0, 0, (14, 14))

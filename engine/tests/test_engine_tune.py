@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 pytest.importorskip("repvgg_engine", exc_type=ImportError)
 
-from nets import conv, images, model_file, plain_net
+from nets import PREPROCESSING, conv, images, model_file, plain_net
 from repvgg_engine import Net, Plan, load, loader, plan, plans, reference, speed, tune
 from repvgg_engine.costs import estimated_cost, macs
 from repvgg_engine.layers import Array, Layer, Pool
@@ -54,6 +55,21 @@ def test_the_error_stays_within_its_budget(tmp_path: Path, accuracy: str) -> Non
         got = np.concatenate([net(x[i : i + n]) for i in range(0, len(x), n)])
         limit = tune.TIMES_DIRECT["fp32", accuracy] * reference.error(exact(x), wanted)
         assert reference.error(got, wanted) <= max(limit, tune.FAST if accuracy == "fast" else 0)
+
+
+@pytest.mark.parametrize("accuracy", ["high", "fast"])
+@pytest.mark.parametrize("dead", [1, 7])  # a layer whose ReLU leaves nothing, a head of zeros
+def test_an_output_that_is_the_same_for_every_image(dead: int, accuracy: str) -> None:
+    """It is judged by its size. Warnings fail the test."""
+    layers: list[Any] = plain_net()
+    layer = layers[dead]
+    layers[dead] = replace(layer, weight=0 * layer.weight, bias=layer.bias - (100 if layer.relu else 0))
+    net, x = loader.build(layers, PREPROCESSING, accuracy=accuracy), images(2)
+    wanted = reference.run(layers, x)
+    assert np.ptp(wanted, 0).max() < 1e-12
+    assert reference.error(net(x), wanted) < 1e-5
+    assert reference.error(2 * net(x), wanted) > 0.9
+    assert reference.error(0 * x, np.zeros(x.shape)) == 0
 
 
 def deep_net(layers: int = 12, channels: int = 64) -> list[Any]:

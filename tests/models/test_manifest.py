@@ -18,6 +18,12 @@ def test_a_manifest_there_and_back() -> None:
     assert json.loads(whole.to_json())["format_version"] == 1
 
 
+def test_numbers_that_json_has_not() -> None:
+    notes = {"loss": float("nan"), "of_epochs": [{"lr": 0.1, "loss": float("-inf")}], "note": "NaN"}
+    told = json.loads(replace(MANIFEST, training=notes).to_json(), parse_constant=pytest.fail)
+    assert told["training"] == {"loss": None, "of_epochs": [{"lr": 0.1, "loss": None}], "note": "NaN"}
+
+
 @pytest.mark.parametrize("text", ["", "null", "5", "[]", "{}", '"text"', "{" * 100_000, "[" * 100_000, '{"format_version": 1}'])
 def test_what_is_no_manifest(text: str) -> None:
     with pytest.raises(FileError, match="manifest cannot be used"):

@@ -40,7 +40,8 @@ def _packages() -> None:
 
 def small(channels: int = 3, side: int = 32, interpolation: str = "bilinear") -> nn.Module:
     model = zoo.create_model("repvgg_micro", num_classes=3, in_chans=channels, width=0.125)
-    p = Preprocessing((channels, side, side), side + 8, interpolation, (0.4,) * channels, (0.3,) * channels)
+    # Three pixels wider than a resized upright image: one column of black on its left, two on its right.
+    p = Preprocessing((channels, side, side + 11), side + 8, interpolation, (0.4,) * channels, (0.3,) * channels)
     randomize(model, (16, channels, side, side))
     return zoo.remember(model, Manifest(zoo.manifest_of(model).arch, classes=CLASSES, preprocessing=p))
 

@@ -96,7 +96,8 @@ class Manifest:
         return (self.arch or {}).get("num_classes") or (self.layers[-1].get("out_features") if self.layers else None)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """Return it as JSON, which has no NaN and no infinity: notes of the training that are such a number become null."""
+        return json.dumps(json.loads(json.dumps(asdict(self)), parse_constant=lambda name: None))
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":

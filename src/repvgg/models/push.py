@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def write_model(model: nn.Module, folder: Path) -> None:
     theirs = timm_config(manifest)
     keys = "timm" if theirs else "repvgg"
     save(model, folder / hub.MODEL_FILE, to_keys=keys)
-    config = json.dumps({**asdict(manifest), "keys": keys, **(theirs or {})}, indent=2) + "\n"
+    config = json.dumps({**json.loads(manifest.to_json()), "keys": keys, **(theirs or {})}, indent=2) + "\n"
     atomically(folder / "config.json", lambda temporary: temporary.write_text(config))
 
 
