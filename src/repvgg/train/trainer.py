@@ -195,10 +195,8 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return weights, statistics, momentum and the moving average. Raises FloatingPointError if one is not finite."""
-        found, kinds = (
-            {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
-            REMEMBERED[self.recipe.optimizer],
-        )
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        kinds = REMEMBERED[self.recipe.optimizer]
         for name, parameter in self.model.named_parameters():
             remembered = self.optimizer.state[parameter]
             found |= {f"{kind}.{name}": remembered[key] for kind, key in kinds.items() if remembered.get(key) is not None}
