@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +31,7 @@ from torch.utils.data import default_collate
 import repvgg.bench.data
 from repvgg import create_model, save
 from repvgg.bench.data import data_speeds
-from repvgg.data import images, open_source, transforms
+from repvgg.data import Source, images, open_source, transforms
 from repvgg.data.resident import Resident
 from repvgg.train import batches
 from repvgg.train.evaluate import batches as validation
@@ -67,10 +68,17 @@ def earlier() -> Iterator[None]:
         yield
 
 
+@cache
+def _opened(spec: str) -> Source:
+    """Keep data open, which small images stay decoded in."""
+    return open_source(spec)
+
+
 def stages(spec: str, recipe: str, count: int, rounds: int, workers: int = WORKERS) -> dict[str, float]:
     """Return the medians of images a second by stage."""
     how = replace(get_recipe(recipe), batch_size=min(32, count // 4) if recipe == "light" else 128)
-    found = [data_speeds(open_source(spec), how, workers, count=count) for _ in range(rounds)]
+    source = _opened(spec)
+    found = [data_speeds(source, how, workers, count=count) for _ in range(rounds)]
     return {stage: float(np.median([speeds[stage] for speeds in found])) for stage in found[0]}
 
 
@@ -94,7 +102,7 @@ def of_photos(folder: Path, tiny: bool) -> Record:
 
 
 def of_cifar10(spec: str, tiny: bool) -> Record:
-    source = open_source(spec)
+    source = _opened(spec)
     count = 512 if tiny else 25_600
     started = time.perf_counter()
     Resident.of(source.train, source.preprocessing, "cpu")
@@ -154,7 +162,7 @@ def labels(out: Path) -> dict[str, str]:
 def of_prediction(spec: str, folder: Path, tiny: bool) -> Record:
     torch.manual_seed(0)
     model = str(folder / "model.safetensors")
-    save(new_model("repvgg_a0", open_source(spec), log=str, width=0.0625 if tiny else 0.5).eval(), model)
+    save(new_model("repvgg_a0", _opened(spec), log=str, width=0.0625 if tiny else 0.5).eval(), model)
     alone = predict(model, spec, folder / "alone", 512)
     ray = predict(model, spec, folder / "ray", 512, "--ray", "auto")
     found, wanted = labels(folder / "ray"), labels(folder / "alone")

@@ -17,8 +17,6 @@ from forks import Forks
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-from repvgg.data import open_source
-
 Model = TypeVar("Model", bound=nn.Module)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
@@ -125,9 +123,8 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache folder, and no source of data kept open from a test before."""
+    """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    open_source.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from PIL import Image
 import repvgg
 from repvgg.api import opening, training, using
 from repvgg.data import open_source
+from repvgg.data.images import ImageError
 from repvgg.models.zoo import manifest_of
-from repvgg.train.recipes import Recipe
+from repvgg.train import distributed, loop
+from repvgg.train.recipes import Keeping, Recipe
 
 ONE = Recipe(epochs=1, batch_size=8, lr=0.02, crop="shift")
 
@@ -87,12 +91,10 @@ def test_the_same_call_finds_it_finished_whatever_became_of_the_folder(trained: 
     run, out, said, how = trained
     said.clear()
     Image.new("RGB", (40, 40)).save(photos / "dark" / "new.png")
-    open_source.cache_clear()
     try:
         again = repvgg.train("repvgg_micro", str(photos), out, **how)
     finally:
         (photos / "dark" / "new.png").unlink()
-        open_source.cache_clear()
     assert said[0] == f"recipe: {out} has one already"
     assert said[-1] == f"{out}: has had its 3 epochs already"
     assert again.best.confusion.tolist() == run.best.confusion.tolist()
@@ -120,6 +122,37 @@ def test_data_are_divided_as_when_the_model_was_trained(trained: Any, photos: Pa
     other: Any = repvgg.evaluate(run.model, str(photos), val=0.5, log=said.append)
     assert other.images == 20
     assert said == [f"{photos}: --val 0.5 is not how the model's images were divided (0.25): it has seen some of these"]
+
+
+def test_classes_of_other_names_are_told(trained: Any, photos: Path, tmp_path: Path) -> None:
+    run, said = trained[0], list[str]()
+    (tmp_path / "n1").symlink_to(photos / "dark")
+    (tmp_path / "n2").symlink_to(photos / "light")
+    other: Any = repvgg.evaluate(run.model, str(tmp_path), log=said.append)
+    assert other.classes == ("n1", "n2")
+    assert said == [f"{tmp_path}: classes are taken by their numbers: the model's 'dark' is 'n1', the model's 'light' is 'n2'"]
+
+
+def test_images_that_cannot_be_read_keep_neither_the_page_nor_an_evaluation(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    data, said = str(tmp_path / "photos"), list[str]()
+    rows = open_source(data).rows
+    assert rows is not None
+    for split in ("train", "val"):
+        bad = next(tmp_path / "photos" / name for name, _, part in rows() if part == split)
+        bad.write_bytes(b"damaged")
+    how: dict[str, Any] = {"recipe": ONE, "width": 0.25, "image_size": 32, "keeping": Keeping(on_bad_image="skip")}
+    run = repvgg.train("repvgg_micro", data, tmp_path / "run", log=said.append, **how)
+    assert said[-1].startswith(f"{tmp_path / 'run/run.html'}: curves")
+    assert "Of 8 validation images" in (tmp_path / "run/run.html").read_text()
+    with pytest.raises(ImageError, match=f"^{bad}: not an image"):
+        repvgg.evaluate(run.model, data)
+    said.clear()
+    found: Any = repvgg.evaluate(run.model, data, on_bad_image="skip", log=said.append)
+    assert found.images == 7
+    assert torch.equal(found.confusion, run.best.confusion)
+    (line,) = said
+    assert line.startswith(f"left out: {bad}: not an image")
 
 
 def test_predict(trained: Any, photos: Path) -> None:
@@ -159,6 +192,7 @@ def test_prune_and_quantize(trained: Any, photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "complaint"),
     [
+        ({"arch": "", "init": "none"}, "which model\\? --arch NAME"),
         ({"arch": "", "init": ""}, "which model\\? --arch NAME"),
         ({"epoch": 3}, "a recipe has no epoch: did you mean epochs\\?"),
         ({"epochs": "3"}, "epochs is '3': int is needed"),
@@ -187,6 +221,23 @@ def test_a_recipe_of_ones_own(photos: Path, tmp_path: Path) -> None:
     other = repvgg.train("repvgg_micro", source, tmp_path / "b", limit=16, epochs=1, image_size=32, **silent)
     assert json.loads((tmp_path / "b" / "recipe.json").read_text())["crop"] == "shift"
     assert other.last.images == 8
+
+
+def test_new_weights_are_not_fine_tuned(tmp_path: Path) -> None:
+    """Of data that have a recipe of their own; `auto` is told in test_train_says_what_it_chose_and_why."""
+    said: list[str] = []
+    how: dict[str, Any] = {"width": 0.25, "report": False, "epochs": 1, "limit": 64, "log": said.append}
+    repvgg.train("repvgg_micro", "digits", tmp_path, init="none", **how)
+    assert said[0] == "recipe: demo"
+
+
+def test_of_many_processes_one_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert vars(loop)["joined"] is distributed.joined  # which what is below has: it trains alone
+    monkeypatch.setattr(distributed, "joined", lambda device: nullcontext(distributed.World(rank=1)))
+    said: list[str] = []
+    how: dict[str, Any] = {"width": 0.25, "report": False, "epochs": 1, "limit": 64, "log": said.append}
+    repvgg.train("repvgg_micro", "digits", tmp_path, **how)
+    assert not any(line.startswith("recipe: ") for line in said)
 
 
 def test_a_page_that_cannot_be_written_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

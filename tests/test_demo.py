@@ -4,10 +4,13 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import torch
 
 import repvgg
+from repvgg import demo
 from repvgg.data import open_source
+from repvgg.disk import FileError
 from repvgg.train.evaluate import evaluate_model
 
 
@@ -54,3 +57,10 @@ def test_scans_it_leaves_can_be_predicted(demo_folder: Path) -> None:
     assert len(predictions) == 20
     right = sum(p.labels[0][0] == Path(p.path).stem.partition("-")[0] for p in predictions)
     assert right >= 12  # half of them are the hardest there are
+
+
+def test_a_folder_of_another_seed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text('{"seed": 0}')
+    with pytest.raises(FileError, match="holds the demo of seed 0, not 1: give another --out, or --seed 0"):
+        demo.run(tmp_path, seed=1)

@@ -3,6 +3,7 @@
 Train a small RepVGG on handwritten digits, fold it, prove the fold, time both forms side by side, read held-out scans.
 """
 
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from repvgg.data import Source, open_source
+from repvgg.data import Source
+from repvgg.data.digits import open_digits
 from repvgg.data.transforms import Transformed, eval_transform, normalise
-from repvgg.disk import atomically
+from repvgg.disk import FileError, atomically
 from repvgg.fold.as_linear import Branches
 from repvgg.fold.proof import Verification, verify
 from repvgg.fold.reparameterize import reparameterize
@@ -56,8 +58,9 @@ class Story:
 def run(out: Path, seed: int = 0) -> None:
     """Run the demo into the folder `out`, printing each step and ending with the page's address."""
     started = time.perf_counter()
+    _refuse_another(out, seed)
     torch.manual_seed(seed)
-    source = open_source("digits")
+    source = open_digits()
     print(f"1. Train {ARCH} (3x3 + 1x1 + identity branches) on {len(source.train):,} scans of handwritten digits")
     trained = train(ARCH, source, get_recipe("demo"), out / "run", seed=seed)
     assert isinstance(trained.model, RepVGG)
@@ -146,6 +149,13 @@ def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+def _refuse_another(out: Path, seed: int) -> None:
+    """Raise `FileError` where the folder holds the demo of another seed."""
+    settings = out / "run" / "settings.json"
+    if settings.exists() and (before := json.loads(settings.read_text()).get("seed")) != seed:
+        raise FileError(f"{out}: holds the demo of seed {before}, not {seed}: give another --out, or --seed {before}")
 
 
 def _two_channel_block(source: Source, out: Path, seed: int) -> Branches:

@@ -9,11 +9,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 STALE = 600  # seconds: a process on another machine may be writing to a shared folder
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # by their suffixes
+IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # by their suffixes
+LEFT_BEHIND = (".", "__", "@eaDir")  # how folders of programs begin: .ipynb_checkpoints, __MACOSX, a NAS's thumbnails
+EVIDENCE = ".cam.png"  # how pictures are named that `repvgg predict --explain cam` makes of images
 RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
@@ -164,6 +166,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg"
 
 
-def is_image(path: Path) -> bool:
-    """Tell an image by its name: a suffix of `IMAGES`, and not hidden (macOS leaves a `._name` beside every file)."""
-    return path.suffix.lower() in IMAGES and not path.name.startswith(".")
+def is_image(path: str | PurePath) -> bool:
+    """Tell an image by its path below the folder that is walked: a suffix of `IMAGES`, and nobody's but the user's.
+
+    Programs leave `LEFT_BEHIND` and hidden files (macOS a `._name` beside every file), `--explain cam` leaves `EVIDENCE`.
+    """
+    *folders, name = PurePath(path).parts
+    own = not name.startswith(".") and not name.endswith(EVIDENCE) and not any(part.startswith(LEFT_BEHIND) for part in folders)
+    return own and PurePath(name).suffix.lower() in IMAGES

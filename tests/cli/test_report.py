@@ -25,7 +25,7 @@ def test_predictions_with_their_reasons(run: Path, scans: Path, tmp_path: Path, 
     words = ("predict", run / "deploy.safetensors", scans, "--explain", "cam", "--out", tmp_path, "--json")
     assert repvgg(*words) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {line["explanation"] for line in lines} == {str(path) for path in tmp_path.glob("*_cam.png")}
+    assert {line["explanation"] for line in lines} == {str(path) for path in tmp_path.glob("*.cam.png")}
     assert len(lines) == 6
     assert "leave out --engine" in refused(capsys, *words, "--engine", "eager")
     whole_set = ("predict", run / "deploy.safetensors", "--data", "digits", "--out", tmp_path / "parts", "--explain", "cam")

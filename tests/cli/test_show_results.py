@@ -67,7 +67,9 @@ def test_predictions(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_predictions_with_unreadable_images(as_json: bool, capsys: Captured) -> None:
+@pytest.mark.parametrize("quiet", [True, False])
+def test_predictions_with_unreadable_images(as_json: bool, quiet: bool, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repvgg.terminal.quiet", quiet)  # -q hides progress, never what failed
     answers = [Prediction("bad.png", [], "bad.png: no image"), Prediction("a.png", [("cat", 1.0)])]
     with pytest.raises(ValueError, match="1 of 2 images could not be read"):
         info.show_predictions(iter(answers), as_json)

@@ -1,9 +1,11 @@
 """data/__init__.py: a source by its name, parts of it, and images kept in memory."""
 
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from repvgg.data import DataError, Decoded, InMemory, Source, Subset, open_source
@@ -33,8 +35,15 @@ def test_unknown_data_lists_what_there_is(spec: str) -> None:
     )
 
 
-def test_a_source_is_opened_once() -> None:
-    assert open_source("digits") is open_source("digits")
+def test_data_on_disk_are_read_anew_each_time(tmp_path: Path) -> None:
+    """In a notebook, images are added and asked for again."""
+    for number in range(3):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    before = open_source(str(tmp_path))
+    Image.new("L", (8, 8)).save(tmp_path / "b" / "new.png")
+    after = open_source(str(tmp_path))
+    assert [len(source.train) + len(source.val) for source in (before, after)] == [3, 4]
 
 
 def test_limited_draws_with_the_seed() -> None:

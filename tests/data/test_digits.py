@@ -1,9 +1,12 @@
 """data/digits.py against scikit-learn's own copy."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from repvgg.data import DataError, open_source
 from repvgg.data.digits import SIZE, open_digits
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 
@@ -29,3 +32,13 @@ def test_normalised_digits_have_mean_0_and_deviation_1() -> None:
     assert images.shape == (1437, 1, SIZE, SIZE)
     assert abs(float(images.mean())) < 0.01
     assert abs(float(images.std()) - 1) < 0.05
+
+
+def test_a_run_folder_of_their_name_does_not_hide_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--data digits --out digits` leaves one; a folder of images of that name is meant where there is one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(DataError, match="digits"):
+        open_source("digits")
+    (tmp_path / "digits" / "settings.json").write_text("{}")
+    assert len(open_source("digits").train) == 1437

@@ -15,16 +15,17 @@ from repvgg.data.shards import open_shards
 from repvgg.models.load import load
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import manifest_of
+from repvgg.predict.paths import expand
 from repvgg.train.evaluate import evaluate_model
 from repvgg.train.loop import train
 from repvgg.train.recipes import Recipe
 
 
-def make(root: Path, *paths: str, size: tuple[int, int] = (20, 14)) -> Path:
+def make(root: Path, *paths: str, size: tuple[int, int] = (20, 14), format: str | None = None) -> Path:
     """A folder of images; each one's grey level is its number."""
     for number, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", size, number).save(root / path)
+        Image.new("L", size, number).save(root / path, format)
     return root
 
 
@@ -40,6 +41,34 @@ def test_a_class_folder(tmp_path: Path) -> None:
     for split, expected in ((source.train, [(0, 0), (1, 0), (2, 1)]), (source.val, [(3, 0), (4, 1), (5, 1)])):
         assert [(int(split[i][0][0, 0, 0]), split[i][1]) for i in range(len(split))] == expected
     assert source.train[0][0].shape == (3, 14, 20)
+
+
+def test_what_programs_leave_behind_is_no_image_and_no_class(tmp_path: Path) -> None:
+    """A class may be called train, whatever lies in its folder."""
+    left = ("train/.ipynb_checkpoints/1.png", "bus/@eaDir/2.png", "@eaDir/3.png", "bus/__MACOSX/4.png", "bus/5.cam.png")
+    make(tmp_path, "train/a.png", "train/b.jfif", "bus/__c.png", "bus/deep/d.png", *left, format="PNG")
+    source = open_source(str(tmp_path))
+    assert source.classes == ["bus", "train"]
+    assert source.rows is not None
+    assert sorted(name for name, _, _ in source.rows()) == ["bus/__c.png", "bus/deep/d.png", "train/a.png", "train/b.jfif"]
+    own = {"bus/__c.png", "bus/deep/d.png", "train/a.png", "train/b.jfif"}
+    assert {str(Path(path).relative_to(tmp_path)) for path in expand([str(tmp_path)])} == own
+    (tmp_path / "train").rename(tmp_path / "tram")
+    assert {item.key.replace("tram", "train") for item in open_shards(str(tmp_path)).read(0)} == own
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("Train", "Valid", "Test"), ("seg_train", "seg_test")])
+def test_splits_under_other_names_are_no_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+    make(tmp_path, *(f"{name}/{label}/1.png" for name in names for label in ("a", "b")), f"{names[0]}/c/1.png")
+    with pytest.raises(DataError, match=rf"{names[0]}/.* look like splits: call them train/, val/ and test/$"):
+        open_source(str(tmp_path))
+
+
+def test_classes_may_have_the_same_sub_folders(tmp_path: Path) -> None:
+    source = open_source(
+        str(make(tmp_path, *(f"{label}/{when}/1.png" for label in ("tram", "trains") for when in ("day", "night"))))
+    )
+    assert source.classes == ["trains", "tram"]
 
 
 def test_a_class_without_validation_images_keeps_its_number(tmp_path: Path) -> None:

@@ -54,6 +54,18 @@ def test_a_folder_of_parquet(held_out: str, tmp_path: Path) -> None:
         assert np.array_equal(source.train[i][0].permute(1, 2, 0).numpy(), np.asarray(picture(i)))
 
 
+@pytest.mark.parametrize(("labels", "whole"), [([1, 2, 0], True), ([1, None, 0], False), ([-1, -1], False)])
+def test_a_test_split_beside_the_validation_split(labels: list[Any], whole: bool, tmp_path: Path) -> None:
+    spec = make(tmp_path, {"train": columns([2, 0, 1, 1]), "validation": columns([1]), "test": columns(labels)})
+    source = open_source(spec)
+    assert len(source.val) == 1
+    if whole:
+        assert [source.split("test")[i][1] for i in range(3)] == labels
+    else:
+        with pytest.raises(DataError, match="has no split called test"):
+            source.split("test")
+
+
 def test_small_images_are_kept_in_memory_and_large_ones_are_not(tmp_path: Path) -> None:
     small = open_source(make(tmp_path, {"train": columns([0, 1]), "test": columns([0])}))
     assert isinstance(small.train, InMemory)
@@ -78,8 +90,9 @@ def test_images_of_many_sizes(tmp_path: Path) -> None:
     assert [tuple(source.train[i][0].shape[1:]) for i in range(3)] == [(20, 20), (20, 30), (40, 9)]
 
 
-def test_the_number_of_classes_without_names(tmp_path: Path) -> None:
-    label = datasets.Value("int64")
+@pytest.mark.parametrize("kind", ["int64", "uint8"])
+def test_the_number_of_classes_without_names(kind: str, tmp_path: Path) -> None:
+    label = datasets.Value(kind)
     source = open_source(make(tmp_path, {"train": columns([4, 0, 1]), "validation": columns([4])}, label))
     assert source.classes == ["0", "1", "2", "3", "4"]
 
@@ -88,7 +101,7 @@ def test_the_number_of_classes_without_names(tmp_path: Path) -> None:
     ("splits", "label", "complaint"),
     [
         ({"test": [0]}, None, "has no split called train (it has test)"),
-        ({"train": [0, 1]}, None, "has no validation, val, valid, test split to evaluate on"),
+        ({"train": [0, 1]}, None, "has no val, valid, validation, test split to evaluate on"),
         ({"train": [0, 1, 2], "test": [-1]}, datasets.Value("int64"), "label -1 in test, but there are 3 classes"),
         ({"train": [0, 1], "test": [2]}, datasets.Value("int64"), "label 2 in test, but there are 2 classes"),
         (
@@ -98,9 +111,9 @@ def test_the_number_of_classes_without_names(tmp_path: Path) -> None:
         ),
         ({"train": [-5, 1], "test": [1]}, datasets.Value("int32"), "label -5 in train, but there are 2 classes"),
         ({"train": [0, 1], "test": [2]}, None, "class 'owl' has no images to train on"),
-        ({"train": ["a"], "test": ["a"]}, datasets.Value("string"), "one of labels (ClassLabel or integers); it has image (PIL"),
+        ({"train": ["a"], "test": ["a"]}, datasets.Value("string"), "label, labels, class, target or cls); it has image (PIL"),
         ({"train": [0, None], "test": [0]}, None, "holds images without a label"),
-        ({"train": [0.5], "test": [1]}, datasets.Value("float32"), "one of labels (ClassLabel or integers)"),
+        ({"train": [0.5], "test": [1]}, datasets.Value("float32"), "one of labels (ClassLabel, or integers called"),
     ],
 )
 def test_what_cannot_be_trained_on_is_said(splits: dict[str, list[Any]], label: Any, complaint: str, tmp_path: Path) -> None:

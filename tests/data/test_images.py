@@ -14,8 +14,9 @@ from pictures import HEIGHT, WIDTH, Array, encoded, noise, png
 from PIL import Image
 from torch import Tensor
 
+from repvgg.data import DataError
 from repvgg.data.images import ImageError, decode
-from repvgg.disk import FileError, is_image
+from repvgg.disk import is_image
 from repvgg.terminal import printable
 
 
@@ -244,5 +245,5 @@ def test_a_machine_that_fails_says_nothing_of_the_image(tmp_path: Path, monkeypa
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Image, "open", fails)
-    with pytest.raises(FileError, match=r"a\.png: cannot be read \(Input/output error\)"):
+    with pytest.raises(DataError, match=r"a\.png: cannot be read \(Input/output error\)"):
         decode(path)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from tars import write_shards
 
@@ -18,7 +19,6 @@ def shards(tmp_path: Path) -> Path:
 
 
 def sizes(spec: str) -> list[int]:
-    open_source.cache_clear()
     stream = open_source(spec).train
     assert isinstance(stream, Stream)
     return [len(piece.rows) for piece in stream.pieces]
@@ -72,6 +72,18 @@ def test_an_index_that_is_wrong_is_noticed(shards: Path) -> None:
     assert isinstance(stream, Stream)
     with pytest.raises(DataError, match="shard 1: ends before image 6; it has changed since it was counted"):
         list(stream.read(stream.pieces))
+
+
+@pytest.mark.parametrize(("labels", "complaint"), [([0, None], "images without a label"), ([0, -1], "label -1")])
+def test_images_without_labels_are_of_a_data_set_that_is_named(labels: list[int | None], complaint: str, tmp_path: Path) -> None:
+    table = {"image": [{"bytes": b"", "path": None}] * 2, "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    spec = f"hf-stream:{tmp_path}"
+    for used in (open_source, write_index):
+        with pytest.raises(DataError, match=f"^{spec}, train: holds {complaint}$"):
+            used(spec)
 
 
 def test_what_has_no_index(tmp_path: Path) -> None:

@@ -49,7 +49,6 @@ def test_the_draw_is_of_the_seed_and_the_fraction_and_few_change_sides_when_imag
     assert Counter(first.values()) == {"train": 140, "val": 60}
     assert first != split_of(open_source(str(root), 0.3, 1))
     Image.new("L", (1, 1)).save(root / "cat" / "new.png")
-    open_source.cache_clear()
     again = split_of(open_source(str(root), 0.3))
     assert sum(first[name] != again[name] for name in first) <= 2
 
@@ -69,6 +68,21 @@ def test_train_alone_is_divided_and_a_class_may_be_called_train(tmp_path: Path) 
     assert (alone.classes, len(alone.train), len(alone.val)) == (["a", "b"], 6, 4)
     vehicles = open_source(str(heap(tmp_path / "vehicles", bus=5, train=5)))
     assert (vehicles.classes, len(vehicles.train), len(vehicles.val)) == (["bus", "train"], 8, 2)
+
+
+def test_a_test_split_is_kept_where_the_validation_split_is_drawn(tmp_path: Path) -> None:
+    root = heap(tmp_path / "set", **{"train/a": 5, "train/b": 5, "test/b": 3})
+    source = open_source(str(root))
+    assert [len(images) for images in (source.train, source.val, source.split("test"))] == [8, 2, 3]
+    assert [source.split("test")[i][1] for i in range(3)] == [1, 1, 1]
+    assert source.rows is not None
+    (tmp_path / "run").mkdir()
+    write_table(tmp_path / "run/split.csv", source.rows())
+    assert len(reopened(open_source(str(root)), tmp_path / "run").split("test")) == 3
+    heap(root / "train", aa=2)
+    assert reopened(open_source(str(root)), tmp_path / "run").test is None  # its classes have other numbers than the run's
+    heap(tmp_path / "flat", **{"train/a": 5, "train/b": 5, "test": 3})
+    assert open_source(str(tmp_path / "flat")).test is None  # without labels
 
 
 def test_a_table(tmp_path: Path) -> None:
@@ -93,9 +107,12 @@ def test_a_table(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("", "needs a first line that names the columns path and label"),
+        ("path;label\n0.png;a\n", "path and label, and split if there is one, separated by commas"),
         ("path,label\n", "lists no images"),
         ("path,label\n0.png,\n", "line 2: a cell of path, label or split is empty"),
         ("path,label\n0.png,a\nno.png,a\n", "line 3: there is no image"),
+        ("path,label\n\n0.png,a\n\n\nno.png,a\n", "line 6: there is no image"),
+        ("path,label\n\n0.png,\n", "line 3: a cell of path, label or split is empty"),
         ("path,label\n0.png,a\n", "no class has two images"),
         ("path,label,split\n0.png,a,nope\n", "split 'nope': there are train, val, test"),
         ("path,label,split\n0.png,a,train\n", "no image has the split val"),
@@ -133,6 +150,10 @@ def test_a_run_goes_on_with_its_own_division(tmp_path: Path) -> None:
     assert (again.rows(), again.classes, again.splitting) == (began.rows(), began.classes, (0.34, 1))
     with pytest.raises(DataError, match=r"holds a run with --val 0.34, not 0.5: another --out"):
         reopened(open_source(str(root), 0.5), run, 0.5)
+    gone = root / began.rows()[3][0]
+    gone.unlink()
+    with pytest.raises(DataError, match=r"line 5: there is no image .*: put it back, or give another --out, or --resume never$"):
+        reopened(began, run)
 
 
 def test_fractions_that_are_none() -> None:

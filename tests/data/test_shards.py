@@ -21,7 +21,6 @@ from repvgg.data.shards import Item, Shards, open_shards
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "hf"))
-    open_source.cache_clear()
 
 
 def png(grey: int) -> bytes:
@@ -75,6 +74,8 @@ def test_a_folder_with_splits_and_classes(tmp_path: Path) -> None:
     assert [item.key for item in every(open_shards(str(tmp_path), "train"))] == ["cat/0.png"]
     with pytest.raises(DataError, match="has no split called test"):
         open_shards(str(tmp_path), "test")
+    (tmp_path / "val").rename(tmp_path / "valid")
+    assert [(item.key, item.label, grey(item)) for item in every(open_shards(str(tmp_path)))] == wanted
 
 
 def test_a_folder_of_images_and_what_tells_it_from_others(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def train_stream(source: Source) -> Stream:
 
 def test_a_folder_of_shards(shards: Path) -> None:
     source = open_source(f"wds:{shards}")
-    recipe = resolved("", source, False, {}, str)
+    recipe = resolved("", source, "", {}, str)
     assert recipe is not None  # not auto, which looks at images here and there
     assert recipe.epochs == 120
     assert (source.classes, len(source.train), len(source.val)) == (["0", "1", "2", "3"], 28, 9)

@@ -1,5 +1,6 @@
 """data/transforms.py: evaluation's pipeline against Pillow, and randomness that depends on seed, epoch and index alone."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from repvgg.data import Decoded
+from repvgg.data import DataError, Decoded
 from repvgg.data.folder import Folder
 from repvgg.data.images import ImageError
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
@@ -134,6 +135,23 @@ def test_an_unreadable_image_is_one_line_from_any_process(workers: int, tmp_path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_is_one_line_from_any_process(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's message comes in its traceback: the reason, at the end of that, must not be cut off."""
+
+    def failing(*args: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "x.png"
+    Image.new("RGB", (9, 9)).save(path)
+    images = Transformed(Folder(tmp_path), eval_transform(Preprocessing()), bad=BadImages(tmp_path / "bad.txt", replace=True))
+    monkeypatch.setattr(Image, "open", failing)
+    with pytest.raises(DataError) as caught:
+        list(load(images, 1, workers))
+    assert str(caught.value) == f"{path}: cannot be read (Input/output error)"
+
+
 def test_bad_images_are_replaced_in_training_and_do_not_count_in_evaluation(tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / "c").mkdir(exist_ok=True)
@@ -165,7 +183,7 @@ def test_the_loaders_speed_is_measured() -> None:
 HALF = """
 import sys
 import torch
-from repvgg.data import Decoded
+from repvgg.data import DataError, Decoded
 from repvgg.data.transforms import Transformed, load
 images = Decoded(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), [0] * 64)
 batches = load(Transformed(images, torch.nn.Identity()), 4, int(sys.argv[1]))

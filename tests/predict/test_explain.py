@@ -11,6 +11,7 @@ from conftest import randomize
 from PIL import Image
 from torch import nn
 
+from repvgg.data import open_source
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
@@ -81,11 +82,27 @@ def test_the_answers_are_those_of_predict_with_a_picture_beside_the_image(model:
     (answer,) = explain(model, [str(photo)])
     (plain,) = predict(model, [str(photo)])
     assert replace(answer, explanation=None) == plain
-    assert answer.explanation == str(photo.with_name("photo_cam.png"))
+    assert answer.explanation == str(photo.with_name("photo.cam.png"))
     with Image.open(answer.explanation) as picture:
         assert picture.size == (224, 224)
     (elsewhere,) = explain(model, [str(photo)], tmp_path / "new/cams")
-    assert elsewhere.explanation == str(tmp_path / "new/cams/photo_cam.png")
+    assert elsewhere.explanation == str(tmp_path / "new/cams/photo.cam.png")
+
+
+def test_a_folder_is_explained_twice_alike_and_trained_on_without_its_pictures(
+    model: nn.Module, photo: Path, tmp_path: Path
+) -> None:
+    """Also where two of its images differ by their suffixes alone."""
+    folder = tmp_path / "set/train/cat"
+    folder.mkdir(parents=True)
+    for name in ("one.png", "one.jpg", "two_cam.png"):
+        Image.open(photo).save(folder / name)
+    first, second = (list(explain(model, [str(folder)])) for _ in range(2))
+    assert first == second
+    named = [Path(answer.explanation or "").name for answer in first]
+    assert named == ["one.jpg.cam.png", "one.png.cam.png", "two_cam.cam.png"]
+    source = open_source(str(tmp_path / "set"))
+    assert len(source.train) + len(source.val) == 3
 
 
 def test_an_unreadable_image_stops_no_other(model: nn.Module, photo: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """segment.py: windows, scales and mirrors by hand; masks and overlays as files; what cannot be read."""
 
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from repvgg.data.transforms import normalise
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
 from repvgg.models.views import Views, segment, starts
-from repvgg.predict.masks import colours, predict_masks, write_masks
+from repvgg.predict.masks import MaskPrediction, colours, predict_masks, write_masks
+from repvgg.predict.paths import expand
 
 X = torch.randn(1, 3, 20, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -117,9 +119,13 @@ def test_masks_against_the_model_itself(model: nn.Module, photos: Path, tmp_path
             assert share == (answer.mask == CAMVID.index(name)).double().mean().item()
 
 
+def written(model: nn.Module, photos: Path, out: Path) -> Iterator[MaskPrediction]:
+    return write_masks(predict_masks(model, [str(photos)]), expand([str(photos)]), out, CAMVID)
+
+
 def test_files_that_are_written(model: nn.Module, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "masks"
-    answers = list(write_masks(predict_masks(model, [str(photos)]), out, CAMVID))
+    answers = list(written(model, photos, out))
     stems = ["test_000", "test_001"]
     files = {f"{stem}{end}" for stem in stems for end in (".png", "_overlay.jpg")} | {"masks.json"}
     assert {path.name for path in out.iterdir()} == files
@@ -142,7 +148,18 @@ def test_two_images_of_one_name_are_refused(model: nn.Module, photos: Path, tmp_
     (photos / "deep").mkdir()
     (photos / "deep/test_000.png").write_bytes((photos / "test_000.png").read_bytes())
     with pytest.raises(ValueError, match=r"test_000.png: .*test_000.png has the same name: give each folder an --out of its own"):
-        list(write_masks(predict_masks(model, [str(photos)]), tmp_path / "out", CAMVID))
+        next(written(model, photos, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["", "deep", "deep/../../test"])
+def test_masks_never_overwrite_the_photos(model: nn.Module, photos: Path, out: str) -> None:
+    (photos / "deep").mkdir()
+    (photos / "deep/other.png").write_bytes((photos / "test_000.png").read_bytes())
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    with pytest.raises(ValueError, match="the images lie there, and masks would overwrite them: name another folder"):
+        next(written(model, photos, photos / out))
+    assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
 
 
 def test_what_cannot_be_read_is_said_and_the_others_go_on(model: nn.Module, photos: Path) -> None:

@@ -42,7 +42,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(auto, "_looked_at", lambda source: (looked(source)[0], 0.0))
         monkeypatch.setattr(auto, "pretrained_file", weights)
         said: list[str] = []
-        return choose("repvgg_micro", source, log=said.append, **how), said
+        return choose(**{"arch": "repvgg_micro", "source": source, "log": said.append, **how}), said
 
     return chosen
 
@@ -135,6 +135,13 @@ def test_a_step_is_timed_for_real() -> None:
 def test_minutes_that_are_none(minutes: float) -> None:
     with pytest.raises(ValueError, match=r"--minutes .*: above 0"):
         choose("repvgg_micro", photos(8), minutes=minutes)
+
+
+def test_a_comparator_has_one_learning_rate(paced: Any, tmp_path: Path) -> None:
+    save(create_model("resnet18", num_classes=6).eval(), tmp_path / "other.safetensors")
+    for how in ({}, {"alone": False}):
+        choice, _ = paced(photos(60), 0.01, arch="", init=str(tmp_path / "other.safetensors"), **how)
+        assert choice.recipe.layer_decay == 1
 
 
 def test_what_cannot_be_trained_is_refused_before_a_step_is_timed(paced: Any, tmp_path: Path) -> None:

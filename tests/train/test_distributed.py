@@ -244,7 +244,8 @@ with joined("cpu") as world:
     store = Store(Path(sys.argv[1]) / "of the first one")
     if world.main:
         store.folder.mkdir()
-        store.save(state)
+        store.save_soon(state)
+        store.wait()
     found = shared(world, store.latest() if world.main else None)
     assert (found.step, found.facts) == (7, {"lr": 0.1, "name": "é"})
     for name, tensor in state.tensors.items():

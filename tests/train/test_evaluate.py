@@ -12,7 +12,8 @@ from conftest import randomize
 from repvgg.data import open_source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 from repvgg.models import zoo
-from repvgg.train.evaluate import Accuracy, batches, evaluate, evaluate_model
+from repvgg.models.manifest import Manifest
+from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate, evaluate_model, told_apart
 from repvgg.train.loop import new_model
 
 ABSENT = (2, 6)
@@ -103,3 +104,19 @@ def test_what_does_not_fit_is_said() -> None:
         zoo.remember(three, replace(zoo.manifest_of(three), classes=classes))
         with pytest.raises(ValueError, match=r"3 classes, .* 10"):
             evaluate_model(three.eval(), source)
+
+
+def test_the_same_classes_in_another_order_are_refused_and_other_names_told_apart() -> None:
+    source = replace(open_source("digits"), classes=["cat", "dog"])
+    check_fit(Manifest(None, preprocessing=source.preprocessing), source)
+    for names, apart in (
+        (["cat", "dog"], {}),
+        (["wolf", "dog"], {0: ("wolf", "cat")}),
+        (["n01", "n02"], {0: ("n01", "cat"), 1: ("n02", "dog")}),
+    ):
+        manifest = Manifest(None, classes=names, preprocessing=source.preprocessing)
+        check_fit(manifest, source)
+        assert told_apart(manifest, source) == apart
+    swapped = Manifest(None, classes=["dog", "cat"], preprocessing=source.preprocessing)
+    with pytest.raises(ValueError, match=r"digits: its classes .* in another order \(number 0 is 'cat', the model's 'dog'\): give"):
+        check_fit(swapped, source)

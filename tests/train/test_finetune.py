@@ -13,8 +13,9 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import keys, zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
-from repvgg.train.finetune import started_from
+from repvgg.train.finetune import finetuning, started_from
 from repvgg.train.loop import train
+from repvgg.train.optimizer import make_optimizer
 from repvgg.train.recipes import Keeping, get_recipe
 
 FINETUNE = replace(get_recipe("finetune"), epochs=1, batch_size=16, crop="shift")
@@ -66,6 +67,19 @@ def test_the_same_classes_keep_the_head(trained: Path) -> None:
     model, _ = started_from(str(trained), "repvgg_micro", open_source("digits"), log=said.append)
     assert said == []
     assert torch.equal(model.state_dict()["head.weight"], load(trained).state_dict()["head.weight"])
+
+
+def test_learning_rates_fall_from_stage_to_stage_where_stages_are_known(trained: Path, tmp_path: Path) -> None:
+    other = zoo.create_model("resnet18", num_classes=10)
+    save(other.eval(), tmp_path / "other.safetensors")
+    for init in (str(trained), load(trained), "repvgg_a0", "RepVGG-A0"):
+        assert finetuning(init) == get_recipe("finetune")
+    for unknown in (str(tmp_path / "other.safetensors"), other, "resnet18"):
+        recipe = finetuning(unknown)
+        assert recipe == replace(get_recipe("finetune"), layer_decay=1)
+        make_optimizer(other, recipe)
+    with pytest.raises(ValueError, match=r"the stages of ResNet are not known.*recipe finetune asks for it\): --layer-decay 1$"):
+        make_optimizer(other, get_recipe("finetune"))
 
 
 def test_a_whole_run_with_frozen_stages(trained: Path, tmp_path: Path) -> None:

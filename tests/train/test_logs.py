@@ -45,7 +45,7 @@ def test_tensorboard_reads_its_events(tmp_path: Path) -> None:
 
 def test_tensorboard_forgets_what_came_again(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for first, steps in ((0, (10, 20, 30)), (20, (30, 40))):
+    for first, steps in ((0, (5, 10, 50)), (0, (10, 20, 30)), (20, (30, 40))):  # the second starts over: with --resume never
         with Logs(tmp_path, step=first) as logs:
             for step in steps:
                 logs.write(step=step, epoch=0, loss=step + first)
@@ -100,6 +100,24 @@ def test_weights_and_biases_when_asked_for(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="--wandb needs wandb: pip install wandb"):
         Logs(tmp_path, wandb="birds")
+
+
+def test_each_run_has_an_id_of_its_own_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders may share a name; and Weights & Biases drops steps that a run has had already."""
+    ids: list[str] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        ids.append(options["id"])
+        return SimpleNamespace(finish=lambda: None, log=lambda values, step: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    here, there = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for out, step in ((here, 0), (here, 20), (there, 0), (here, 0)):  # the last as with --resume never
+        out.mkdir(parents=True, exist_ok=True)
+        with Logs(out, step, wandb="birds"):
+            pass
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
 
 
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:

@@ -156,17 +156,32 @@ def test_what_no_run_can_change(undisturbed: Path, tmp_path: Path) -> None:
 def test_never_resume_starts_over(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
-    run = quick(out, replace(QUICK, epochs=1), keeping=Keeping(resume="never"))
+    (out / "bad_images.txt").write_text("of the run before\n")
+    run = quick(out, replace(QUICK, epochs=1), keeping=Keeping(resume="never", on_bad_image="skip"))
     assert [line["step"] for line in run.history if "val_top1" in line] == [8]
     assert [p.name for p in (out / "state").iterdir()] == ["000000008.safetensors"]
+    assert json.loads((out / "summary.json").read_text())["bad_images"] == 0
 
 
-def test_models_without_a_state_are_not_overwritten(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("emptied", [False, True])
+def test_models_without_a_state_are_not_overwritten(emptied: bool, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / "state")
+    if emptied:
+        (out / "state").mkdir()
     with pytest.raises(FileError, match=r"holds best\.safetensors but no state to go on from: another --out, or --resume never"):
         quick(out)
+    assert same(out, undisturbed)
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_anew(undisturbed: Path, tmp_path: Path) -> None:
+    """Its models are written before the state is."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out, ignore=shutil.ignore_patterns("summary.json", "*[0-9].safetensors"))
+    assert (out / "state").is_dir()
+    assert (out / "last.safetensors").exists()
+    quick(out)
     assert same(out, undisturbed)
 
 

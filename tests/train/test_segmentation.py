@@ -19,6 +19,7 @@ from torchvision.tv_tensors import Mask
 
 from repvgg.data import Source, open_source
 from repvgg.data.masks import open_camvid
+from repvgg.data.transforms import BadImages
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load, save
@@ -269,6 +270,7 @@ def test_a_photo_that_cannot_be_read_is_skipped_when_asked(tmp_path: Path) -> No
     run = quick(source, tmp_path / "run", keeping=Keeping(on_bad_image="skip"))
     assert run.last.images == 3
     assert len((tmp_path / "run/bad_images.txt").read_text().splitlines()) >= 2
+    assert TASK.evaluate_model(run.model, source, bad=BadImages(tmp_path / "bad.txt", replace=False)).images == 3
 
 
 def test_from_a_classifiers_weights_and_from_masks_to_other_masks(

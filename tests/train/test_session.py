@@ -161,7 +161,6 @@ def test_at_an_unreadable_image_the_state_is_saved_first(tmp_path: Path) -> None
     data, recipe = str(tmp_path / "data"), replace(QUICK, batch_size=2, epochs=1)
 
     def run(out: str) -> Run:
-        open_source.cache_clear()
         source = replace(open_source(data), preprocessing=Preprocessing((3, 32, 32), 32))
         return train("repvgg_micro", source, recipe, tmp_path / out, log=lambda line: None, width=0.25)
 

@@ -33,11 +33,16 @@ def store(folder: Path) -> tuple[Store, list[str]]:
     return Store(folder, said.append), said
 
 
+def write(states: Store, state: State) -> None:
+    states.save_soon(state)
+    states.wait()
+
+
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     states, said = store(tmp_path)
     assert states.latest() is None
     for step in (5, 10, 999_999_999):
-        states.save(make(step))
+        write(states, make(step))
         assert equal(states.latest(), make(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000010.safetensors", "999999999.safetensors"]
     assert said == []
@@ -50,7 +55,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("states")
     states, _ = store(folder)
     for step in (1, 2):
-        states.save(make(step))
+        write(states, make(step))
     return folder, (folder / "000000002.safetensors").read_bytes()
 
 
@@ -85,7 +90,7 @@ def test_when_all_are_damaged_it_says_so(tmp_path: Path) -> None:
 
 def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     states, _ = store(tmp_path)
-    states.save(make(1))
+    write(states, make(1))
     facts = json.dumps({"format": 99, "step": 2})
     tensors = make(2).tensors
     tensors = {name: t.contiguous() for name, t in tensors.items()}
@@ -96,7 +101,7 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
 
 def test_half_written_files_are_not_states(tmp_path: Path) -> None:
     states, _ = store(tmp_path)
-    states.save(make(1))
+    write(states, make(1))
     (tmp_path / ".000000002.safetensors.77.tmp").write_bytes(b"half")
     assert equal(states.latest(), make(1))
 
@@ -104,7 +109,7 @@ def test_half_written_files_are_not_states(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_state_before(tmp_path: Path, forks: Forks) -> None:
     """A real limit on file size, in a process of its own."""
     states, _ = store(tmp_path)
-    states.save(make(1))
+    write(states, make(1))
     code = f"""
 import resource, signal, torch
 from pathlib import Path
@@ -112,7 +117,9 @@ from repvgg.train.state import State, Store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    Store(Path({str(tmp_path)!r})).save(State(2, {{"x": torch.randn(1_000_000)}}, {{}}))
+    store = Store(Path({str(tmp_path)!r}))
+    store.save_soon(State(2, {{"x": torch.randn(1_000_000)}}, {{}}))
+    store.wait()
 except ValueError as error:
     print(error)
 """

@@ -145,23 +145,33 @@ def test_half_precisions_keep_fp32_weights_and_come_near() -> None:
     assert half.scaler.state_dict()["scale"] > 1  # what was last is fp16
 
 
-def test_compiling_is_asked_of_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[dict[str, Any]] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(options))
-    Trainer(narrow(), replace(EXACT, compile=True), 10)
-    assert compiled == [{"dynamic": False}]
-
-
-def test_statistics_are_renewed_without_compiling() -> None:
-    """Their mean over all batches is another graph than a step's: it would be compiled for a few batches, with warnings."""
+def test_steps_are_compiled_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics taken anew and evaluations are other graphs, one for each size of a batch, with minutes of compiling for each."""
     graphs: list[Any] = []
-    trainer = Trainer(narrow(), EXACT, 10)
-    trainer.model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, dynamic=False)
-    trainer.train()
+    asked: list[dict[str, Any]] = []
+    compile: Callable[..., Any] = torch.compile
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def spy(model: nn.Module, **options: Any) -> Any:
+        asked.append(options)
+        return compile(model, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    trainer, plain = (Trainer(narrow(), replace(EXACT, compile=flag), 10) for flag in (True, False))
     trainer.renew_statistics([batch(4, 0)[0]])
+    trainer.settle()
+    with torch.no_grad():
+        for size in (4, 3):
+            trainer.predict(batch(size, 0)[0])
+    assert asked == [{"dynamic": False}]
     assert not graphs
+    trainer.train()
     trainer.step([batch(4, 0)], 0.0, 0)
-    assert graphs
+    assert len(graphs) == 1
+    assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_mixup_mixes_images_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +210,23 @@ def test_state_goes_on_to_the_last_bit(optimizer: Any) -> None:
     assert {name.partition(".")[0] for name in a} == {"model", "ema", "figures", *remembered}
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert first.scaler.state_dict() == second.scaler.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_goes_on_with_another_optimizer_and_a_moving_average(optimizer: Any) -> None:
+    """Which remembers nothing, and begins at the weights: as one that starts from them, but for what was added up meanwhile."""
+    first = stepped(replace(EXACT, optimizer="adamw" if optimizer == "sgd" else "sgd"))
+    recipe = replace(EXACT, optimizer=optimizer, ema=0.9)
+    after = Trainer(narrow(seed=5), recipe, 10)
+    after.load(copy.deepcopy(first.tensors()), {})
+    assert all(torch.equal(t, first.model.state_dict()[name]) for name, t in after.best_model.state_dict().items())
+    anew = Trainer(copy.deepcopy(first.model), recipe, 10)
+    for trainer in (after, anew):
+        trainer.train()
+        trainer.step([batch(16, 9)], 0.03, 3)
+    a, b = (trainer.tensors() for trainer in (after, anew))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a if name != "figures")
 
 
 def test_means_of_an_epoch_are_over_all_its_steps_whoever_asked_and_saved_between() -> None:

@@ -1,7 +1,9 @@
 """What a run's images show: pictures are what the network saw, and the worst mistakes are the worst."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,17 @@ def test_a_confusion_matrix_is_written_out_where_there_is_room(size: int, number
     (axes,) = charts.confusion(counts, classes, "images").axes
     assert [text.get_text() for text in axes.texts] == ([f"{n}" for n in range(1, 9)] if numbers else [])
     assert [label.get_text() for label in axes.get_yticklabels()] == (classes if names else [])
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    names = ["$5_to_$10", "$\\bad$"]
+    for figure in (
+        charts.confusion(np.eye(2), names, "images"),
+        charts.curves("top-1", {name: [(1, 1.0)] for name in names}),
+    ):
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            figure.savefig(tmp_path / "chart.svg")
+        assert all(name in (tmp_path / "chart.svg").read_text() for name in names)
 
 
 def test_long_counts_are_shares_of_their_row() -> None:

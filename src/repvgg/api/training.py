@@ -53,18 +53,20 @@ def train(
     from repvgg.train.distributed import joined, local_device
     from repvgg.train.mirror import Mirror
 
-    if not arch and not init:
+    new = isinstance(init, str) and init in ("", "none")
+    if not arch and new:
         raise ValueError("which model? --arch NAME for a new one (see repvgg info), or --init FILE to start from trained weights")
     given: dict[str, Any] = {"block": block or None, "width": width if width != 1 else None, "small_input": small_input}
     options = {name: value for name, value in given.items() if value is not None}
     where = local_device(device_named(device, workers))
     with joined(where) as world:
+        log = log if world.main else (lambda line: None)
         if keeping.mirror and keeping.resume == "auto" and world.main:
             Mirror(keeping.mirror, Path(out), log).fetch()  # the run that is there has a recipe and a division of its own
         with found_by(world.once):
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
         loop.refuse(source, Path(out))
-        plain, start = resolved(recipe, source, bool(init), changes, log), init
+        plain, start = resolved(recipe, source, "" if new else init, changes, log), init
         if plain is None:
             how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "allow_deploy": keeping.allow_deploy}
             how |= {"log": log, **options}
@@ -92,17 +94,21 @@ def report_at_the_end(folder: Path, source: "Source", device: str, log: Log) -> 
 
 
 def resolved(
-    recipe: "str | os.PathLike[str] | Recipe", source: "Source", trained: bool, changes: dict[str, Any], log: Log
+    recipe: "str | os.PathLike[str] | Recipe", source: "Source", init: "nn.Module | str", changes: dict[str, Any], log: Log
 ) -> Recipe | None:
-    """Return the recipe that is meant, by default what suits the source, in words; None for the one that `auto` has to choose."""
+    """Return the recipe that is meant, by default what suits the source, or what training starts from, with a word; None for the
+    one that `auto` has to choose."""
+    from repvgg.train.finetune import finetuning
+
     stream = hasattr(source.train, "shuffled")
     if recipe in ("", "auto"):
         if not source.masks and not stream and (recipe == "auto" or source.recipe == "light"):
             return None
         if recipe == "auto":
             raise ValueError(f"{source.name}: --recipe auto is for labelled images that can be looked at beforehand")
-        recipe = "finetune" if trained and not source.masks else source.recipe
-        log(f"recipe: {recipe}")
+        tuned = init and not source.masks
+        log(f"recipe: {'finetune' if tuned else source.recipe}")
+        recipe = finetuning(init) if tuned else source.recipe
     return resolve(recipe, **changes)
 
 
@@ -112,7 +118,7 @@ def settled(
     """Return the recipe that is meant, by default `otherwise` for photos. Raises ValueError for `auto`, which plans a training."""
     if recipe == "auto":
         raise ValueError("--recipe auto is for train alone: name a recipe (repvgg recipe lists them), or a file")
-    found = resolved(recipe, source, False, changes, log)
+    found = resolved(recipe, source, "", changes, log)
     if found is None:
         log(f"recipe: {otherwise}")
     return found or resolve(otherwise, **changes)
@@ -122,13 +128,15 @@ def _chosen(
     arch: str, source: "Source", out: Path, init: "nn.Module | str", resume: bool, changes: dict[str, Any], how: dict[str, Any]
 ) -> "tuple[Recipe, nn.Module | str]":
     """Return the recipe `auto` and what to start from: those of the run that is in the folder, else chosen now."""
+    from repvgg.train.finetune import finetuning
+
     resolve("light", **changes)  # which refuses what is no field, before anything is measured
     settings = out / "settings.json"
     if resume and settings.exists():
         how["log"](f"recipe: {out} has one already")
         return resolve(out / "recipe.json", **changes), init or json.loads(settings.read_text())["init"]
     if not isinstance(init, str):
-        return resolve("finetune", **changes), init
+        return resolve(finetuning(init), **changes), init
     from repvgg.train.auto import choose
 
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1

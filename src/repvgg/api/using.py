@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 from repvgg.api.opening import device_named, open_data
 from repvgg.disk import Log
@@ -31,6 +32,7 @@ def evaluate(
     engine: str = "",
     precision: str = "fp32",
     views: "Views | None" = None,
+    on_bad_image: Literal["stop", "skip"] = "stop",
     device: str = "",
     workers: int = 0,
     log: Log = print,
@@ -38,16 +40,30 @@ def evaluate(
     """Return how good a model is on a split of the data: an `Accuracy` for labels, an `Overlap` for masks.
 
     Of data without splits of its own, the images are those that were held out when the model was trained, or the share `val`.
-    engine: "auto" or a name; "" for PyTorch. Raises ValueError where model and data do not belong together.
+    engine: "auto" or a name; "" for PyTorch. Classes that model and data name otherwise are taken by their numbers, and
+    `log` is told. on_bad_image: "stop" raises `ImageError` for an image that cannot be read, "skip" leaves it out and tells `log`.
+    Raises ValueError where model and data do not belong together.
     """
+    from repvgg.data.transforms import BadImages
     from repvgg.models.views import WHOLE
+    from repvgg.models.zoo import manifest_of
+    from repvgg.train.evaluate import told_apart
     from repvgg.train.tasks import task_of
 
     where = device_named(device, workers)
     network = _answering(model, engine, precision, batch_size, where, log)
     source = open_data(data, val, limit, seed, model=network, log=log)
+    task = task_of(source)
+    task.check(network, source)
+    if apart := told_apart(manifest_of(network), source):
+        shown = [f"the model's {own!r} is {given!r}" for own, given in list(apart.values())[:3]]
+        log(f"{source.name}: classes are taken by their numbers: {', '.join(shown)}{', ...' * (len(apart) > 3)}")
     how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "device": where, "views": views or WHOLE}
-    found: Any = task_of(source).evaluate_model(network, source, split, **how)
+    with TemporaryDirectory() as folder:
+        bad = BadImages(Path(folder) / "bad_images.txt", replace=False) if on_bad_image == "skip" else None
+        found: Any = task.evaluate_model(network, source, split, **how, bad=bad)
+        for line in bad.listed() if bad else ():
+            log(f"left out: {line}")
     return replace(found, classes=tuple(source.classes))  # type: ignore[no-any-return]
 
 
@@ -101,14 +117,15 @@ def predictions(
     from repvgg.predict import labels, masks
     from repvgg.predict.paths import expand
 
-    at_once = min(batch_size, len(expand(patterns))) if patterns else batch_size
+    paths = expand(patterns)
+    at_once = min(batch_size, len(paths)) if paths else batch_size
     where = device_named(device)
     network = _answering(model, engine, precision, at_once, where, log)
     if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:
         yield from labels.predict(network, patterns, batch_size, top, where)
         return
-    made = masks.predict_masks(network, patterns, where, views or WHOLE)
-    yield from masks.write_masks(made, Path(out), masks.class_names(network)) if out else made
+    made = masks.predict_masks(network, paths, where, views or WHOLE)
+    yield from masks.write_masks(made, paths, Path(out), masks.class_names(network)) if out else made
 
 
 def _answering(model: "Model", engine: str, precision: str, batch_size: int, device: str, log: Log) -> "nn.Module":

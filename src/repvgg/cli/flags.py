@@ -3,7 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
@@ -24,12 +24,6 @@ Model = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL)]
 Runnable = Annotated[str, Positional, arg(metavar="MODEL", help=MODEL[:-1] + "; or an exported file or its folder.")]
 Images = Annotated[tuple[str, ...], Positional, arg(metavar="IMAGES", help="Files, folders and globs.")]
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "int16", "int8"]
-
-
-class Command(Protocol):
-    """A command: a dataclass whose fields are its words. Its docstring is its help."""
-
-    def run(self) -> None: ...
 
 
 SHOWN = "What is not given is as in the recipe; shown are the values of the one that is named, or of light."

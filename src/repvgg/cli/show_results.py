@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.cli.flags import say
+from repvgg.cli.flags import complain
 from repvgg.measure.machine import threads
 from repvgg.terminal import billions, millions, print_json, print_table
 
@@ -92,7 +92,7 @@ def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None
         count += 1
         if p.error is not None:
             failed += 1
-            say(f"repvgg: {p.error}")
+            complain(f"repvgg: {p.error}")
         elif as_json:
             labels = [{"label": name, "probability": round(x, 6)} for name, x in p.labels]
             more = {} if p.explanation is None else {"explanation": p.explanation}
@@ -120,7 +120,7 @@ def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
         count += 1
         if answer.error is not None:
             failed += 1
-            say(f"repvgg: {answer.error}")
+            complain(f"repvgg: {answer.error}")
             continue
         shares = answer.shares or {}
         if as_json:

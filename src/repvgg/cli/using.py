@@ -37,6 +37,8 @@ class Eval:
     """The validation split, or the test split of data that has one."""
     batch_size: int = 64
     """Images at a time; masks are made one at a time."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """stop: at an image that cannot be read. skip: name such images and leave them out."""
     draw: Drawn = field(default_factory=Draw)
     engine: ByEngine = field(default_factory=Engine)
     viewing: Viewed = field(default_factory=Viewing)
@@ -53,6 +55,7 @@ class Eval:
             split=self.split,
             batch_size=self.batch_size,
             views=self.viewing.views(),
+            on_bad_image=self.on_bad_image,
             log=say,
             **vars(self.draw),
             **vars(self.engine),
@@ -84,7 +87,7 @@ class Predict:
     top: int = 5
     """How many labels an image."""
     explain: Literal["cam"] | None = None
-    """Also write a picture of each image's evidence for its label, NAME_cam.png, beside it or in --out."""
+    """Also write a picture of each image's evidence for its label, NAME.cam.png, beside it or in --out."""
     cluster: OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
     engine: ByEngine = field(default_factory=Engine)
     viewing: Viewed = field(default_factory=Viewing)

@@ -14,7 +14,6 @@ source = open_source("digits")
 image, label = source.train[0]             # uint8 [C, H, W], int; or a mask, uint8 [H, W]
 """
 
-import functools
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor
 
 from repvgg.models.manifest import Preprocessing
+
+VALIDATION = ("val", "valid", "validation")  # what a validation split is called
 
 
 class DataError(ValueError):
@@ -166,14 +167,20 @@ def _shared(*shape: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
-@functools.lru_cache(maxsize=4)
+def _is_files(spec: str) -> bool:
+    """Tell whether a folder or a table is meant, and not what a word names: a run folder called digits holds no images."""
+    path = Path(spec)
+    named = spec in ("digits", "cifar10") and (path / "settings.json").exists()
+    return bool(spec) and (path.is_dir() or spec.endswith(".csv")) and not named
+
+
 def open_source(spec: str, val: float | None = None, seed: int = 0) -> Source:
     """Open the source that a string names.
 
     val: the share of the images that is held out for validation where the data has no splits of its own, by default a fifth; seed:
     of that draw. Raises `DataError` if it is not there or cannot be trained on, and for `val` where it has splits.
     """
-    if spec and (Path(spec).is_dir() or spec.endswith(".csv")):
+    if _is_files(spec):
         from repvgg.data.folder import open_files
 
         return open_files(Path(spec), val, seed)

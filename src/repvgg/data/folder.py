@@ -2,20 +2,22 @@
 changes."""
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from repvgg.data import DataError, Source
+from repvgg.data import VALIDATION, DataError, Source
 from repvgg.data.cache import Arrays, Names, kept, once
 from repvgg.data.images import decode
 from repvgg.data.listing import Splitting, divided, open_table
-from repvgg.disk import IMAGES, escaped, is_image
+from repvgg.disk import IMAGES, LEFT_BEHIND, escaped, is_image
 from repvgg.models.manifest import Preprocessing
 
-VALIDATION = ("val", "valid", "validation")  # what a validation split is called
+CALLED = re.compile("train|val|test|dev|eval", re.IGNORECASE)  # how splits are called that are not called like ours
 MANY = 20_000  # images: fewer are listed in no time
 
 
@@ -25,7 +27,7 @@ class Folder:
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*")
-        found = once(lambda: kept(["folder", str(root.resolve())], _unchanged, lambda: _listing(root)))
+        found = once(lambda: kept(["images", str(root.resolve())], _unchanged, lambda: _listing(root)))
         self.classes = list(Names(found["classes"], found["class_ends"]))
         if classes is not None and (extra := sorted(set(self.classes) - set(classes))):
             raise DataError(f"{root}: class {extra[0]!r} has no images to train on; it is missing in train/")
@@ -46,11 +48,10 @@ class Folder:
 
 
 class _Visible(ImageFolder):
-    """Leaves out what programs leave behind: .cache, .ipynb_checkpoints, __MACOSX."""
+    """Leaves out what programs leave behind."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-        names = [name for name in names if not name.startswith((".", "__"))]
+        names = _folders(directory)
         if not names:
             raise FileNotFoundError(directory)
         return names, {name: i for i, name in enumerate(names)}
@@ -59,7 +60,7 @@ class _Visible(ImageFolder):
 def _listing(root: Path) -> Arrays:
     """Names of classes and images, labels; and for a folder of many, all its sub-folders with the times of their last change."""
     try:
-        folder = _Visible(str(root), is_valid_file=lambda p: is_image(Path(p)), allow_empty=True)
+        folder = _Visible(str(root), is_valid_file=lambda p: is_image(p.removeprefix(f"{root}/")), allow_empty=True)
     except FileNotFoundError:
         raise DataError(f"{root}: holds no class folders: put the images of each class into a folder named like it") from None
     names, classes = Names.of([path for path, _ in folder.samples]), Names.of(folder.classes)
@@ -98,11 +99,15 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
     held = next((path / name for name in VALIDATION if (path / name).is_dir()), None)
     if held is None:
         root = path / "train" if _is_split(path / "train") else path
+        if root is path:
+            _refuse_splits(path)
         everything = Folder(root)
         everything = Folder(root, sorted(everything.classes, key=escaped))  # in the order in which a table of them has them
         names = [os.path.relpath(name, path) for name in everything.names]
         classes = sorted(map(escaped, everything.classes))
-        return divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
+        found = divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
+        tested = root != path and _is_split(path / "test")
+        return replace(found, test=Folder(path / "test", everything.classes)) if tested else found
     if how is not None:
         raise DataError(f"--val: {path} has a validation split of its own, {held.name}/")
     train = Folder(path / "train")
@@ -114,4 +119,15 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
 
 def _is_split(folder: Path) -> bool:
     """Tell a split, which holds class folders, from a class of that name."""
-    return folder.is_dir() and any(inner.is_dir() for inner in folder.iterdir())
+    return folder.is_dir() and bool(_folders(folder))
+
+
+def _folders(path: str | Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(LEFT_BEHIND))
+
+
+def _refuse_splits(path: Path) -> None:
+    """Raise DataError where the class folders are called like splits and all hold a sub-folder of one name, which is a class."""
+    names = _folders(path)
+    if len(names) > 1 and all(map(CALLED.search, names)) and set.intersection(*(set(_folders(path / name)) for name in names)):
+        raise DataError(f"{path}: {', '.join(f'{name}/' for name in names)} look like splits: call them train/, val/ and test/")

@@ -6,11 +6,12 @@ from typing import Any
 import datasets
 from torch import Tensor
 
-from repvgg.data import DataError, Images, InMemory, Source
+from repvgg.data import VALIDATION, DataError, Images, InMemory, Source
 from repvgg.data.images import decode
 from repvgg.models.manifest import Preprocessing
 
-VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+HELD_OUT = (*VALIDATION, "test")  # splits to validate on, the first that is there
+LABELS = ("label", "labels", "class", "target", "cls")  # what a column of integers is called that are labels
 SMALL = 64  # pixels: images of at most this size are decoded once and kept in memory
 CIFAR10 = Preprocessing((3, 32, 32), 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
@@ -45,9 +46,9 @@ def open_hf(name: str) -> Source:
         raise DataError(f"hf:{name}: cannot be opened ({reason})") from None
     if "train" not in splits:
         raise DataError(f"hf:{name}: has no split called train (it has {', '.join(splits)})")
-    held_out = next((s for s in VALIDATION_SPLITS if s in splits), None)
+    held_out = next((s for s in HELD_OUT if s in splits), None)
     if held_out is None:
-        raise DataError(f"hf:{name}: has no {', '.join(VALIDATION_SPLITS)} split to evaluate on")
+        raise DataError(f"hf:{name}: has no {', '.join(HELD_OUT)} split to evaluate on")
     image, label, classes = columns(f"hf:{name}", splits["train"].features)
     train, val = (_images(f"hf:{name}, {s}", splits[s], image, label) for s in ("train", held_out))
     if classes is None:
@@ -58,11 +59,15 @@ def open_hf(name: str) -> Source:
             raise DataError(f"hf:{name}: label {wrong[0]} in {split}, but there are {len(classes)} classes")
     if unseen := sorted(set(val[1]) - set(train[1])):
         raise DataError(f"hf:{name}: class {classes[unseen[0]]!r} has no images to train on")
+    test = None
+    # Many of the hub's have test splits without labels.
+    if held_out != "test" and "test" in splits and set(splits["test"][label]) <= {*range(len(classes))}:
+        test, _ = _images(f"hf:{name}, test", splits["test"], image, label)
     small = isinstance(train[0], InMemory)
     is_cifar10 = small and len(classes) == 10 and tuple(train[0].pixels.shape[1:]) == (3, 32, 32)  # type: ignore[attr-defined]
     size = train[0].pixels.shape[-1] if isinstance(train[0], InMemory) else 224
     preprocessing = CIFAR10 if is_cifar10 else Preprocessing((3, size, size), size) if small else Preprocessing()
-    return Source(f"hf:{name}", train[0], val[0], classes, preprocessing, "cifar" if small else "light")
+    return Source(f"hf:{name}", train[0], val[0], classes, preprocessing, "cifar" if small else "light", test=test)
 
 
 def columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
@@ -70,7 +75,10 @@ def columns(name: str, features: Any) -> tuple[str, str, list[str] | None]:
     image, label, classes = find_columns(features)
     if image is None or label is None:
         there = ", ".join(f"{column} ({getattr(f, 'dtype', type(f).__name__)})" for column, f in features.items())
-        raise DataError(f"{name}: needs a column of images and one of labels (ClassLabel or integers); it has {there}")
+        called = f"{', '.join(LABELS[:-1])} or {LABELS[-1]}"
+        raise DataError(
+            f"{name}: needs a column of images and one of labels (ClassLabel, or integers called {called}); it has {there}"
+        )
     return image, label, classes
 
 
@@ -87,8 +95,8 @@ def find_columns(features: Any) -> tuple[str | None, str | None, list[str] | Non
     """Return the columns of images and of labels, and the names of the classes; None for what is not there."""
     image = next((c for c, f in features.items() if isinstance(f, datasets.Image)), None)
     labels = {c: f for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
-    integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith("int")]
-    label = next(iter(labels), next((c for c in integers if c in ("label", "labels", "class", "target", "cls")), None))
+    integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith(("int", "uint"))]
+    label = next(iter(labels), next((c for c in integers if c in LABELS), None))
     return image, label, labels[label].names if label in labels else None
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from repvgg.disk import FileError
+from repvgg.data import DataError
 from repvgg.terminal import printable
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: 300 MB once decoded, up to 9 bytes a pixel while it is
@@ -163,7 +163,7 @@ def size_of(source: str | os.PathLike[str]) -> tuple[int, int]:
 def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Callable[[Image.Image], Any]) -> Any:
     """Open an image and return what `convert` makes of it.
 
-    Raises `ImageError`; `FileError` where it is the machine that fails: of the image that says nothing, and later it may be read.
+    Raises `ImageError`; `DataError` where it is the machine that fails: of the image that says nothing, and later it may be read.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
@@ -184,7 +184,7 @@ def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Cal
         raise ImageError(f"{name}: too large to decode") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-            raise FileError(f"{name}: cannot be read ({os.strerror(error.errno)})") from None
+            raise DataError(f"{name}: cannot be read ({os.strerror(error.errno)})") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ImageError(f"{name}: not an image, or a damaged one ({reason})") from None
 

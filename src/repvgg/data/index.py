@@ -51,7 +51,7 @@ class Index:
     def counts(self, tables: dict[str, Any], label: str) -> Counts:
         """Return the counts that are written down, or make those of a small set; of many processes one does.
 
-        Raises `DataError` where there are none of a large set.
+        Raises `DataError` where there are none of a large set, and for images without labels.
         """
 
         def find() -> Arrays:
@@ -64,14 +64,17 @@ class Index:
             return found
         if (count := sum(table.num_shards for table in tables.values())) > MANY:
             raise DataError(f"{self.spec}: {count:,} shards and no index of them: repvgg index {self.spec}")
-        made = {split: _counted(table, label, 0) for split, table in tables.items()}
+        made = self._made(tables, label, 0)
         with suppress(FileError, OSError):
             self._write(self._paths()[-1], made)
         return made
 
     def make(self, tables: dict[str, Any], label: str, workers: int, log: Log) -> Path:
-        """Count, write it down beside the data if that can be, and return where. Raises `FileError` where it cannot be written."""
-        made = {split: _counted(table, label, workers) for split, table in tables.items()}
+        """Count, write it down beside the data if that can be, and return where.
+
+        Raises `DataError` for images without labels, `FileError` where it cannot be written.
+        """
+        made = self._made(tables, label, workers)
         for split, shards in made.items():
             log(f"{split}: {sum(sum(shard.values()) for shard in shards):,} images in {len(shards):,} shards")
         *beside, cached = self._paths()
@@ -81,6 +84,15 @@ class Index:
                 return path
         self._write(cached, made)
         return cached
+
+    def _made(self, tables: dict[str, Any], label: str, workers: int) -> Counts:
+        made = {split: _counted(table, label, workers) for split, table in tables.items()}
+        for split, shards in made.items():
+            labels = {label for shard in shards for label in shard}
+            if not labels or None in labels or min(labels) < 0:
+                what = "no images" if not labels else "images without a label" if None in labels else f"label {min(labels)}"
+                raise DataError(f"{self.spec}, {split}: holds {what}")
+        return made
 
     def _write(self, path: Path, counts: Counts) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,14 +118,8 @@ def _counted(table: Any, label: str, workers: int) -> list[dict[int, int]]:
     if workers:
         # None of PyTorch's workers: in those, `datasets` reads a part of each shard.
         with ProcessPoolExecutor(workers, initializer=leave_signals_to_the_main_process, initargs=(0,)) as pool:
-            counts = list(pool.map(count, range(table.num_shards)))
-    else:
-        counts = list(map(count, range(table.num_shards)))
-    labels = {label for shard in counts for label in shard}
-    if not labels or None in labels or min(labels) < 0:
-        what = "no images" if not labels else "images without a label" if None in labels else f"label {min(labels)}"
-        raise DataError(f"holds {what}")
-    return counts
+            return list(pool.map(count, range(table.num_shards)))
+    return list(map(count, range(table.num_shards)))
 
 
 def _count(table: Any, label: str, shard: int) -> dict[int, int]:

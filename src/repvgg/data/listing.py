@@ -116,15 +116,16 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
     """
     own = root is not None  # written by a run: cells are what they are, classes escaped already
     root, name = root or path.parent, name or str(path)
-    columns = _columns(path, trim=not own)
+    lines, columns = _columns(path, trim=not own)
     names, labels, splits = columns["path"], columns["label"], columns.get("split")
     if own:
         labels = [unescaped(label) for label in labels]
     if splits is not None and how is not None:
         raise DataError(f"{path}: has a column split: leave out --val")
-    for line, image in enumerate(names, 2):
+    for line, image in zip(lines, names, strict=True):
         if not (root / image).is_file():
-            raise DataError(f"{path}, line {line}: there is no image {escaped(str(root / image))}")
+            remedy = ": put it back, or give another --out, or --resume never" if own else ""
+            raise DataError(f"{path}, line {line}: there is no image {escaped(str(root / image))}{remedy}")
     classes = sorted(set(labels))
     numbers = [classes.index(label) for label in labels]
     images, shown = Listed(root, names, numbers), [escaped(label) for label in classes]
@@ -149,28 +150,31 @@ def reopened(source: Source, run: Path, val: float | None = None) -> Source:
         raise DataError(f"{run}: holds a run with --val {began[0]}, not {val}: another --out, or --resume never")
     root = Path(source.name)
     found = open_table(table, root=root.parent if root.suffix == ".csv" else root, name=source.name)
-    return replace(found, splitting=began)
+    return replace(found, splitting=began, test=source.test if found.classes == source.classes else None)
 
 
-def _columns(path: Path, trim: bool) -> dict[str, list[str]]:
-    """Return the columns of a table that are known; trim: without the space around their cells."""
+def _columns(path: Path, trim: bool) -> tuple[list[int], dict[str, list[str]]]:
+    """Return the lines of a table's rows, and its columns that are known; trim: without the space around their cells."""
     try:
         table = csv.DictReader(
             io.StringIO(path.read_text(encoding="utf-8-sig", errors="surrogateescape"), newline=""), skipinitialspace=trim
         )
-        rows = list(table)
+        rows = [(table.line_num, row) for row in table]
     except (OSError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     wanted = ("path", "label", "split")
     header = table.fieldnames or []
     if not {"path", "label"} <= set(header):
-        raise DataError(f"{path}: needs a first line that names the columns path and label, and split if there is one")
-    for line, row in enumerate(rows, 2):
+        raise DataError(
+            f"{path}: needs a first line that names the columns path and label, and split if there is one, separated by commas"
+        )
+    for line, row in rows:
         if any(not (row[name] or "").strip() for name in wanted if name in header):
             raise DataError(f"{path}, line {line}: a cell of path, label or split is empty")
     if not rows:
         raise DataError(f"{path}: lists no images")
-    return {name: [row[name].strip() if trim else row[name] for row in rows] for name in wanted if name in header}
+    found = {name: [row[name].strip() if trim else row[name] for _, row in rows] for name in wanted if name in header}
+    return [line for line, _ in rows], found
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:

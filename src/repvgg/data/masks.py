@@ -109,7 +109,7 @@ def _cityscapes_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    return sorted(path for path in folder.rglob("*") if is_image(path))
+    return sorted(path for path in folder.rglob("*") if is_image(path.relative_to(folder)))
 
 
 def _paired(photos: Sequence[Path], masks: Sequence[Path], mask_of: Any) -> list[tuple[Path, Path]]:

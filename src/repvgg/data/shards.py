@@ -18,9 +18,9 @@ from typing import Any
 import datasets
 from torch import Tensor
 
-from repvgg.data import DataError, open_source
+from repvgg.data import VALIDATION, DataError, open_source
 from repvgg.data.cifar10 import HUB_NAME
-from repvgg.data.hf import VALIDATION_SPLITS, find_columns
+from repvgg.data.hf import HELD_OUT, find_columns
 from repvgg.data.stream import expanded, refuse_damaged
 from repvgg.disk import describe, escaped, is_image
 from repvgg.terminal import printable
@@ -98,16 +98,17 @@ def _in_rows(name: str, count: int, size: int, items: Callable[[range], Iterator
 
 def _of_folder(root: Path, split: str, size: int) -> Shards:
     """All images below ROOT/SPLIT, in which a folder is a class; or below ROOT, without labels, if it has no splits."""
-    found = root / split
-    if not found.is_dir() and any((root / other).is_dir() for other in ("train", *VALIDATION_SPLITS)):
+    called = VALIDATION if split == "val" else (split,)
+    found = next((root / name for name in called if (root / name).is_dir()), root / split)
+    if not found.is_dir() and any((root / other).is_dir() for other in ("train", *HELD_OUT)):
         raise DataError(f"{root}: has no split called {split}")
     labelled = found.is_dir()
     below = found if labelled else root
     names = sorted(
-        os.path.relpath(os.path.join(folder, name), below)  # noqa: PTH118 - there may be millions
+        path
         for folder, _, files in os.walk(below, followlinks=True)
         for name in files
-        if is_image(Path(name))
+        if is_image(path := os.path.relpath(os.path.join(folder, name), below))  # noqa: PTH118 - there may be millions
     )
 
     def items(numbers: range) -> Iterator[Item]:
@@ -185,7 +186,7 @@ def _split(spec: str, load: dict[str, Any], split: str) -> Any:
         splits = datasets.load_dataset(**load)
     except Exception as error:  # the library raises many types; each is a reason in words
         raise DataError(f"{spec}: cannot be opened ({describe(error).splitlines()[0]})") from None
-    names = (split, *VALIDATION_SPLITS) if split == "val" else (split,)
+    names = (split, *HELD_OUT) if split == "val" else (split,)
     found = next((name for name in names if name in splits), None)
     if found is None:
         raise DataError(f"{spec}: has no split called {split}: --split {' or '.join(splits)}")
@@ -223,7 +224,7 @@ def _tar_files(spec: str, split: str) -> list[str]:
     root = Path(spec)
     if root.is_dir():
         found, every = (sorted(map(str, root.glob(pattern))) for pattern in (f"{split}*.tar", "*.tar"))
-        if not found and any(Path(name).name.startswith(("train", *VALIDATION_SPLITS)) for name in every):
+        if not found and any(Path(name).name.startswith(("train", *HELD_OUT)) for name in every):
             raise DataError(f"wds:{spec}: has no {split}*.tar")
         files = found or every
     elif ";" in spec:

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from repvgg.data import DataError, Source
-from repvgg.data.hf import VALIDATION_SPLITS, columns, refuse_ids
+from repvgg.data.hf import HELD_OUT, columns, refuse_ids
 from repvgg.data.images import decode
 from repvgg.data.index import Counts, Index
 from repvgg.disk import Log, describe
@@ -209,10 +209,7 @@ def write_index(spec: str, workers: int = 0, log: Log = print) -> Path:
     if kind not in ("wds", "hf-stream") or not rest:
         raise DataError(f"{spec}: only wds: and hf-stream: have an index; other data need none")
     opened = _of_tars(rest) if kind == "wds" else _of_hub(rest)
-    try:
-        return opened.index.make(opened.tables, opened.label, workers, log)
-    except DataError as error:
-        raise DataError(f"{spec}: {error}") from None
+    return opened.index.make(opened.tables, opened.label, workers, log)
 
 
 def _of_hub(name: str) -> Opened:
@@ -263,9 +260,9 @@ def expanded(pattern: str) -> list[str]:
 def _opened(name: str, load: dict[str, Any], folder: Path | None, files: Sequence[Path]) -> Opened:
     try:
         splits = datasets.load_dataset(**load, streaming=True)
-        held_out = next((s for s in VALIDATION_SPLITS if s in splits), None)
+        held_out = next((s for s in HELD_OUT if s in splits), None)
         if "train" not in splits or held_out is None:
-            raise DataError(f"{name}: needs a train split and one of {', '.join(VALIDATION_SPLITS)}; it has {', '.join(splits)}")
+            raise DataError(f"{name}: needs a train split and one of {', '.join(HELD_OUT)}; it has {', '.join(splits)}")
         features = splits["train"].features or splits["train"]._resolve_features().features
         image, label, classes = columns(name, features)
         tables = {s: splits[s].cast_column(image, datasets.Image(decode=False)) for s in ("train", held_out)}

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,13 @@ def _work_on_ray(cells: Sequence[Cell], address: str, progress: Progress) -> Non
 
 
 def _work_far_away(cell: Cell) -> None:
-    _work(cell, open_source(cell.grid.data).limited(cell.grid.limit))
+    _work(cell, _opened(cell.grid.data).limited(cell.grid.limit))
+
+
+@lru_cache(maxsize=1)
+def _opened(data: str) -> Source:
+    """Keep open what many cells of one worker are trained on."""
+    return open_source(data)
 
 
 def _work(cell: Cell, source: Source) -> None:

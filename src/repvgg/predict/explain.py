@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from repvgg.data.images import ImageError, decode
 from repvgg.data.transforms import eval_transform, normalise
-from repvgg.disk import atomically
+from repvgg.disk import EVIDENCE, atomically
 from repvgg.models.finite import finite
 from repvgg.models.plain import PlainNet
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.labels import named
-from repvgg.predict.paths import expand
+from repvgg.predict.paths import expand, targets
 from repvgg.predict.prediction import Prediction
 
 FOR, AGAINST = (214, 69, 32), (47, 108, 171)  # colours of evidence
@@ -75,21 +75,19 @@ def classifier_of(model: nn.Module) -> nn.Linear:
 def explain(
     model: nn.Module, patterns: Sequence[str], out: Path | None = None, top: int = 5, device: str = "cpu"
 ) -> Iterator[Prediction]:
-    """Yield predictions as `predict` does, each with a picture of the evidence for its likeliest class: NAME_cam.png.
+    """Yield predictions as `predict` does, each with a picture of the evidence for its likeliest class: NAME.cam.png.
 
     The picture is what the network saw, red where it speaks for the class and blue where it speaks against it. out: the folder of
-    the pictures; by default each lies beside its image. Raises ValueError for masks, and for two images of one name.
+    the pictures; by default each lies beside its image, and whoever walks that folder leaves it out. Raises ValueError for masks,
+    and for two images of one name.
     """
     manifest = manifest_of(model)
     if manifest.task != "labels":
         raise ValueError("--explain cam is for labels: a mask shows itself what was found where")
     transform, p = eval_transform(manifest.preprocessing), manifest.preprocessing
     model = model.to(device).eval()
-    written: dict[Path, str] = {}
-    for path in expand(patterns):
-        target = (out or Path(path).parent) / f"{Path(path).stem}_cam.png"
-        if target in written:
-            raise ValueError(f"{path}: {written[target]} has the same name: give each folder an --out of its own")
+    for path, made in targets(expand(patterns), out).items():
+        target = made.with_name(made.name + EVIDENCE)
         try:
             pixels = transform(decode(path, p.input_size[0]))
         except ImageError as error:
@@ -104,7 +102,6 @@ def explain(
         data = io.BytesIO()
         shown(pixels, evidence).save(data, "PNG")
         atomically(target, partial(_write, data.getvalue()))
-        written[target] = path
         yield replace(Prediction(path, labels), explanation=str(target))
 
 

@@ -26,7 +26,7 @@ from repvgg.disk import atomically
 from repvgg.models.finite import finite
 from repvgg.models.views import WHOLE, Views, placed, segment
 from repvgg.models.zoo import dtype_of, manifest_of
-from repvgg.predict.paths import expand
+from repvgg.predict.paths import expand, targets
 
 # The usual colours of Cityscapes; CamVid's names are here as well. Other classes get colours of their own.
 COLOURS = {
@@ -127,23 +127,27 @@ def _shares(mask: Tensor, names: Sequence[str]) -> dict[str, float]:
     return {names[i]: counts[i] / mask.numel() for i in order if counts[i]}
 
 
-def write_masks(answers: Iterable[MaskPrediction], out: Path, names: Sequence[str]) -> Iterator[MaskPrediction]:
+def write_masks(
+    answers: Iterable[MaskPrediction], paths: Sequence[str], out: Path, names: Sequence[str]
+) -> Iterator[MaskPrediction]:
     """Write NAME.png (class ids, with colours for viewers) and NAME_overlay.jpg of each into a folder; at the end masks.json.
 
-    Yields what it has written. Raises ValueError for two images of one name.
+    paths: of all images. Yields what it has written. Raises ValueError, before anything is, for two images of one name and for the
+    folder of an image, which its mask might overwrite.
     """
+    if out.resolve() in {folder.resolve() for folder in {Path(path).parent for path in paths}}:
+        raise ValueError(f"--out {out}: the images lie there, and masks would overwrite them: name another folder")
+    made = targets(paths, out)
     out.mkdir(parents=True, exist_ok=True)
-    palette, found = colours(names), dict[str, dict[str, Any]]()
+    palette, found = colours(names), list[dict[str, Any]]()
     for answer in answers:
         if answer.image is not None and answer.mask is not None:
-            name = Path(answer.path).stem
-            if name in found:
-                raise ValueError(f"{answer.path}: {found[name]['path']} has the same name: give each folder an --out of its own")
-            _save(png(answer.mask, palette), out / f"{name}.png", format="PNG")
-            _save(overlay(answer.image, answer.mask, palette), out / f"{name}_overlay.jpg", format="JPEG", quality=90)
-            found[name] = {"path": answer.path, "mask": f"{name}.png", "overlay": f"{name}_overlay.jpg", "shares": answer.shares}
+            mask, covered = (made[answer.path].with_name(made[answer.path].name + end) for end in (".png", "_overlay.jpg"))
+            _save(png(answer.mask, palette), mask, format="PNG")
+            _save(overlay(answer.image, answer.mask, palette), covered, format="JPEG", quality=90)
+            found.append({"path": answer.path, "mask": mask.name, "overlay": covered.name, "shares": answer.shares})
         yield answer
-    text = json.dumps({"classes": list(names), "images": list(found.values())}, indent=1) + "\n"
+    text = json.dumps({"classes": list(names), "images": found}, indent=1) + "\n"
     atomically(out / "masks.json", lambda path: path.write_text(text))
 
 

@@ -1,6 +1,7 @@
 """The image files that words name: files, folders and globs. Importable without PyTorch."""
 
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,5 +27,22 @@ def expand(patterns: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def targets(paths: Sequence[str], out: Path | None = None) -> dict[str, Path]:
+    """Return where what is made of each image is written, without an ending: in a folder, by default beside the image.
+
+    It is called like the image without its suffix; with it where an image beside it differs in nothing else. Raises ValueError for
+    two images of one name.
+    """
+    alike = Counter(Path(path).with_suffix("") for path in paths)
+    found: dict[Path, str] = {}
+    for path in paths:
+        image = Path(path)
+        target = (out or image.parent) / (image.name if alike[image.with_suffix("")] > 1 else image.stem)
+        if target in found:
+            raise ValueError(f"{path}: {found[target]} has the same name: give each folder an --out of its own")
+        found[target] = path
+    return {path: target for target, path in found.items()}
+
+
 def _images(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if is_image(p) and p.is_file()) if path.is_dir() else [path]
+    return sorted(p for p in path.rglob("*") if is_image(p.relative_to(path)) and p.is_file()) if path.is_dir() else [path]

@@ -26,7 +26,7 @@ from repvgg.models.names import resolve_name
 from repvgg.models.pretrained import pretrained_file
 from repvgg.numerics import repeatable
 from repvgg.train.augment import train_transform
-from repvgg.train.finetune import started_from
+from repvgg.train.finetune import finetuning, started_from
 from repvgg.train.recipes import RECIPES, Recipe
 from repvgg.train.tasks import task_of
 from repvgg.train.trainer import Trainer
@@ -93,7 +93,8 @@ def choose(
     count, classes = len(source.train), len(source.classes)
     log(f"auto: {count:,} images to train on in {classes} classes, their short sides about {native} pixels; {why}")
     sizes = [image_size] if image_size else _sizes(native)
-    recipe = _recipe(count, bool(init), sizes[0])
+    tuned = finetuning(init) if init else None
+    recipe = _recipe(count, tuned, sizes[0])
     if count >= LARGE or not alone:
         chosen = replace(recipe, image_size=sizes[0], precision="bf16" if "cuda" in device else "fp32")
         what = "several processes: nothing is measured"
@@ -111,7 +112,7 @@ def choose(
     least = min(recipe.epochs, ENOUGH[bool(init)])
     size = next((s for s in sizes if pace.epoch(source, s) * least <= 60 * minutes), sizes[-1])
     epochs = max(min(5, least), min(recipe.epochs, int(60 * minutes / pace.epoch(source, size))))
-    chosen = replace(_recipe(count, bool(init), size), image_size=size, epochs=epochs, precision=precision)  # type: ignore[arg-type]
+    chosen = replace(_recipe(count, tuned, size), image_size=size, epochs=epochs, precision=precision)  # type: ignore[arg-type]
     chosen = replace(chosen, warmup_epochs=min(chosen.warmup_epochs, epochs / 5))
     cost = _minutes(epochs * pace.epoch(source, size))
     log(f"auto: {_told(chosen)}: about {cost}, where --minutes allows {minutes:g}")
@@ -162,15 +163,15 @@ def _sizes(native: int) -> list[int]:
     return [size for size in SIZES if size <= 1.1 * native] or [native // 8 * 8]
 
 
-def _recipe(count: int, trained: bool, size: int) -> Recipe:
-    """Return what suits so many images of this size, if time does not matter."""
-    if count >= LARGE and not trained:
+def _recipe(count: int, tuned: Recipe | None, size: int) -> Recipe:
+    """Return what suits so many images of this size, if time does not matter. tuned: what trained weights are gone on from with."""
+    if count >= LARGE and not tuned:
         return RECIPES["light"]
     batch = max(size for least, size in BATCHES if count >= least)
     scale = (1000 / max(count, 1000)) ** 0.3  # the more images, the fewer times each must be seen
     crop = replace(RECIPES["cifar" if size <= SMALL else "light"], crop_area=0.35)
-    if trained:
-        recipe = replace(RECIPES["finetune"], epochs=max(6, round(30 * scale)), lr=0.02 * batch / 64)
+    if tuned:
+        recipe = replace(tuned, epochs=max(6, round(30 * scale)), lr=0.02 * batch / 64)
     else:
         recipe = replace(RECIPES["cifar"], epochs=max(40, round(200 * scale)), lr=0.2 * batch / 128, warmup_epochs=4)
         recipe = replace(recipe, ema=0.0)  # few steps: an average over them would lag behind for most of the run

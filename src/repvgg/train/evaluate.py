@@ -119,10 +119,18 @@ def evaluate(network: Network, data: Iterable[tuple[Tensor, Tensor]], num_classe
     return Accuracy(count, loss / count, float(confusion.trace()) / count, top5 / count, confusion)
 
 
-def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, workers: int = 0, device: str = "cpu") -> Accuracy:
+def evaluate_model(
+    model: nn.Module,
+    source: Source,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+    bad: BadImages | None = None,
+) -> Accuracy:
     """Evaluate a model on the validation split of a source, with the preprocessing that the model carries.
 
-    Raises ValueError if they differ in the number of classes or channels.
+    bad: list images that cannot be read there, and leave them out. Raises ValueError if the two differ in the number of classes or
+    channels.
     """
     manifest = manifest_of(model)
     check_fit(manifest, source)
@@ -130,14 +138,31 @@ def evaluate_model(model: nn.Module, source: Source, batch_size: int = 64, worke
         raise ValueError(f"--batch-size {batch_size}: at least 1")
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dtype = dtype_of(model)
-    data = batches(source.val, manifest.preprocessing, batch_size, workers, device)
+    data = batches(source.val, manifest.preprocessing, batch_size, workers, device, bad)
     return evaluate(lambda x: finite(model, x.to(dtype)), data, len(source.classes))
 
 
 def check_fit(manifest: Manifest, source: Source) -> None:
-    """Raises ValueError where a model and a source differ in the number of channels or classes."""
+    """Raise ValueError where a model and a source differ in the number of channels or classes, or in the order of the same classes.
+
+    Classes of other names are taken by their numbers (see `told_apart`).
+    """
     own, given = manifest.preprocessing.input_size[0], source.preprocessing.input_size[0]
     if own != given:
         raise ValueError(f"the model takes images of {own} channels, those of {source.name} have {given}")
-    if manifest.classes is not None and len(manifest.classes) != len(source.classes):
+    if manifest.classes is None:
+        return
+    if len(manifest.classes) != len(source.classes):
         raise ValueError(f"the model knows {len(manifest.classes)} classes, {source.name} has {len(source.classes)}")
+    if sorted(manifest.classes) == sorted(source.classes) and (apart := told_apart(manifest, source)):
+        number, (theirs, name) = next(iter(apart.items()))
+        raise ValueError(
+            f"{source.name}: its classes are the model's in another order (number {number} is {name!r}, the model's {theirs!r}): "
+            "give them names that sort as the model's classes do, such as 0_NAME, 1_NAME"
+        )
+
+
+def told_apart(manifest: Manifest, source: Source) -> dict[int, tuple[str, str]]:
+    """Return the numbers of the classes that a model and a source call by other names, with both names."""
+    pairs = enumerate(zip(manifest.classes or source.classes, source.classes, strict=True))
+    return {number: pair for number, pair in pairs if pair[0] != pair[1]}

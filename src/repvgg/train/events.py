@@ -17,7 +17,7 @@ class Events:
     file cannot be written.
     """
 
-    def __init__(self, folder: Path, forget_from: int | None = None) -> None:
+    def __init__(self, folder: Path, forget_from: int) -> None:
         """Open a new file in `folder`.
 
         forget_from: the step from which on TensorBoard leaves out what earlier files in the folder say.
@@ -30,8 +30,7 @@ class Events:
         self._file = (folder / name).open("wb", buffering=0)  # a record is whole or not there
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
-        if forget_from is not None:
-            self._add(step=forget_from, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self._add(step=forget_from, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Add a point to the curve of that name."""

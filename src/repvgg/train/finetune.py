@@ -1,4 +1,4 @@
-"""Models of other classes, started from trained weights."""
+"""Models of other classes, started from trained weights, and the recipe for that."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,8 +9,19 @@ from repvgg.data import Source
 from repvgg.disk import Log
 from repvgg.models import zoo
 from repvgg.models.load import is_file, open_model, tell_left_out
-from repvgg.models.names import PSPNETS, resolve_name
+from repvgg.models.names import FAMILY, PSPNETS, resolve_name
 from repvgg.models.repvgg import RepVGG
+from repvgg.train.recipes import RECIPES, Recipe
+
+
+def finetuning(init: str | nn.Module) -> Recipe:
+    """Return the recipe for going on from trained weights: `finetune`, with one learning rate where the stages are not known.
+
+    Those of the RepVGG family are. init: as of `started_from`. Raises what opening a model file raises.
+    """
+    model = open_model(init) if isinstance(init, str) and is_file(init) else init
+    known = isinstance(model, RepVGG) if isinstance(model, nn.Module) else resolve_name(model) in FAMILY
+    return RECIPES["finetune"] if known else replace(RECIPES["finetune"], layer_decay=1.0)
 
 
 def started_from(

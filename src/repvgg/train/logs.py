@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,8 @@ class Logs:
                 import wandb as client
             except ImportError:
                 raise ValueError("--wandb needs wandb: pip install wandb") from None
-            self.wandb = client.init(project=wandb, name=out.name, dir=str(out), config=settings, id=out.name, resume="allow")
+            run = _id(out, step)
+            self.wandb = client.init(project=wandb, name=out.name, dir=str(out), config=settings, id=run, resume="allow")
         self.board = _board(out, step, log)
         if step:
             self.write(step=step, resumed_from=step)
@@ -76,6 +78,14 @@ class Logs:
                 self.log(f"{what}: cannot be written ({describe(error).splitlines()[0]}); training goes on")
 
 
+def _id(out: Path, step: int) -> str:
+    """Return the folder's own name for its run, a new one for a run that begins: folders may share a name, and steps only rise."""
+    path = out / "wandb_id"
+    if not step or not path.exists():
+        atomically(path, lambda temporary: temporary.write_text(secrets.token_hex(8)))
+    return path.read_text()
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -91,7 +101,7 @@ def _board(out: Path, step: int, log: Log) -> Events | None:
     if not find_spec("tensorboard"):
         return None
     try:
-        return Events(out, step + 1 if step else None)
+        return Events(out, step + 1 if step else 0)
     except OSError as error:
         log(f"TensorBoard's events: cannot be written ({error.strerror}); training goes on")
         return None
@@ -113,7 +123,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-TITLES = {"loss": "loss", "top1": "top-1, %", "pixel_accuracy": "pixel accuracy, %", "mean_iou": "mean IoU, %"}
+TITLES = {"loss": "loss", "top1": "top-1, %", "mean_iou": "mean IoU, %", "pixel_accuracy": "pixel accuracy, %"}
+FAR = 2.0  # times the third quartile: what is above leaves the chart at its top
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
@@ -141,7 +152,10 @@ def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, label=what, marker="." if len(points) < 30 else None)
                 drawn += [y for _, y in points]
-        axes.set_title(TITLES[name] + (_without_outliers(axes, drawn) if name == "loss" else ""), loc="left", fontsize=10)
+        axes.set_title(TITLES[name], loc="left", fontsize=10)
+        if name == "loss" and (top := top_of(drawn)) < max(drawn):
+            axes.set_title(f"{TITLES[name]}   (highest: {max(drawn):.3g})", loc="left", fontsize=10)
+            axes.set_ylim(0, top)
         if best is not None:
             axes.axvline(best["epoch"] + 1, color="#2f855a", linestyle=":", linewidth=1)
             if name == measure:
@@ -157,12 +171,7 @@ def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
     atomically(path, lambda temporary: temporary.write_bytes(image.getvalue()))
 
 
-def _without_outliers(axes: Any, values: list[float]) -> str:
-    """Let few values that are far above the others leave the chart at its top; return what to say of it."""
-    if len(values) < 4:
-        return ""
-    most = 2 * sorted(values)[3 * len(values) // 4]
-    if (highest := max(values)) <= most:
-        return ""
-    axes.set_ylim(0, most)
-    return f"   (highest: {highest:.3g})"
+def top_of(values: Sequence[float]) -> float:
+    """Return the highest value that a chart shows: few that are far above the others leave it."""
+    highest = max(values, default=0.0)
+    return min(highest, FAR * sorted(values)[3 * len(values) // 4]) if len(values) >= 4 else highest

@@ -55,7 +55,7 @@ def train(
     """
     refuse(source, Path(out))
     with joined(device) as world, repeatable(device):
-        log = log if world.main else _silent
+        log = log if world.main else (lambda line: None)
         task = task_of(source)
         source = task.prepared(source, recipe)
         torch.manual_seed(seed)
@@ -116,7 +116,3 @@ def _kernels(model: nn.Module) -> str:
         if parameter.ndim > 1:
             digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _silent(line: str) -> None:
-    pass

@@ -34,7 +34,10 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
         raise ValueError(f"--head-lr: which part of {type(model).__name__} is its head is not known here")
     if layer_decay != 1 and not isinstance(model, RepVGG):
-        raise ValueError(f"--layer-decay: the stages of {type(model).__name__} are not known here; it is for the RepVGG family")
+        raise ValueError(
+            f"--layer-decay: the stages of {type(model).__name__} are not known here; it is for the RepVGG family "
+            "(the recipe finetune asks for it): --layer-decay 1"
+        )
     spared = {p for block in _two_branches(model) for p in _kernels(block)} if recipe.custom_l2 else set()
     decaying = set(_identities(model)) if recipe.decay_identity else set()
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

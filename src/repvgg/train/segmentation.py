@@ -186,11 +186,12 @@ class Segmentation:
         workers: int = 0,
         device: str = "cpu",
         views: Views = WHOLE,
+        bad: BadImages | None = None,
     ) -> Overlap:
         """Evaluate a PSPNet on a split of a source, photo by photo, with the preprocessing that it carries (see `Task`)."""
         self.check(model, source)
         p = manifest_of(model).preprocessing
-        data = self.batches(source.split(split), p, workers=workers, device=device)
+        data = self.batches(source.split(split), p, workers=workers, device=device, bad=bad)
         world = replace(ALONE, device=device)
         return self.evaluate(placed(model, device), data, len(source.classes), world, views, p.input_size[1:])
 

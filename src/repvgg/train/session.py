@@ -118,7 +118,6 @@ class Session:
         self._finish(course, lines)
         assert course.last is not None
         assert course.best is not None
-        self.trainer.model._compiled_call_impl = None
         return Run(self.trainer.best_model.eval(), course.last, course.best, course.seconds, lines, self.out)
 
     def _go_on(self, course: Course) -> None:
@@ -269,10 +268,11 @@ class Session:
     def _begin(self) -> Course:
         if self.world.main:
             models = [name for name in ("best.safetensors", "last.safetensors") if (self.out / name).exists()]
-            killed_early = (self.out / "state").exists()
+            killed_early = (self.out / "state").exists() and not (self.out / "summary.json").exists()
             if models and not killed_early and self.keeping.resume == "auto":
                 raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
-            (self.out / "summary.json").unlink(missing_ok=True)  # of the run before
+            for of_the_run_before in ("summary.json", "bad_images.txt"):
+                (self.out / of_the_run_before).unlink(missing_ok=True)
             self.store.clear()
             self._describe()
             if (rows := self.source.rows) is not None:

@@ -1,7 +1,8 @@
 """The state that a run needs to go on, bit for bit: state/STEP.safetensors in its folder, the last two of them.
 
 store = Store(Path("runs/a0/state"))
-store.save(State(500, {"model.stem...": tensor}, {"seconds": 61.0}))
+store.save_soon(State(500, {"model.stem...": tensor}, {"seconds": 61.0}))
+store.wait()                              # until it is on the disk
 state = store.latest()                    # the last one that is whole; None if there is none
 
 Each holds a SHA-256 of all that is in it, and is renamed into place once it is on the disk.
@@ -45,19 +46,20 @@ class Store:
         self.writer = ThreadPoolExecutor(1, "repvgg state")
         self.writing: Future[None] | None = None
 
-    def save(self, state: State) -> None:
-        """Write it whole, then let go of all but the last two. Raises `FileError` if the disk is full; those before are intact."""
-        self.save_soon(state)
-        self.wait()
-
     def save_soon(self, state: State) -> None:
-        """Copy the state, and write it while the caller goes on. Raises the error of the one before, as `wait` does."""
+        """Copy the state, and write it whole while the caller goes on; then let go of all but the last two.
+
+        Raises the error of the one before, as `wait` does.
+        """
         self.wait()
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.tensors.items()}
         self.writing = self.writer.submit(self._save, State(state.step, copies, state.facts))
 
     def wait(self) -> None:
-        """Wait until what was given to `save_soon` is on the disk. Raises `FileError` if it is not."""
+        """Wait until what was given to `save_soon` is on the disk.
+
+        Raises `FileError` if it cannot be, such as on a full disk; those before are intact.
+        """
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()

@@ -99,11 +99,12 @@ class Task(Protocol):
         workers: int = 0,
         device: str = "cpu",
         views: Views = WHOLE,
+        bad: BadImages | None = None,
     ) -> Evaluation:
         """Evaluate a model or an engine on a split of a source, with the preprocessing that it carries.
 
-        views: how a photo is shown to a network that gives masks, which takes photos one by one whatever the batch size. Raises
-        ValueError where `check` or `check_views` does.
+        views: how a photo is shown to a network that gives masks, which takes photos one by one whatever the batch size. bad: list
+        images that cannot be read there instead of raising `ImageError`. Raises ValueError where `check` or `check_views` does.
         """
         ...
 
@@ -159,10 +160,11 @@ class Classification:
         workers: int = 0,
         device: str = "cpu",
         views: Views = WHOLE,
+        bad: BadImages | None = None,
     ) -> Evaluation:
         self.check_views(views)
         self.check(model, source)
-        return evaluate.evaluate_model(model, replace(source, val=source.split(split)), batch_size, workers, device)
+        return evaluate.evaluate_model(model, replace(source, val=source.split(split)), batch_size, workers, device, bad)
 
 
 CLASSIFICATION = Classification()

@@ -1,6 +1,7 @@
 """One process's part in the training of one model: what a step does, and all that must be kept to go on from it."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,8 +17,8 @@ from repvgg.train.optimizer import custom_l2, freeze, keep_still, make_optimizer
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import CLASSIFICATION, Task
 
-# What an optimizer remembers of a parameter, by the name that it is saved under.
-REMEMBERED = {"momentum": "momentum_buffer", "first": "exp_avg", "second": "exp_avg_sq", "steps": "step"}
+# What each optimizer remembers of a parameter, by the name that it is saved under.
+REMEMBERED = {"sgd": {"momentum": "momentum_buffer"}, "adamw": {"first": "exp_avg", "second": "exp_avg_sq", "steps": "step"}}
 
 
 class Trainer:
@@ -45,13 +46,13 @@ class Trainer:
         )
         self.optimizer = make_optimizer(self.model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")  # type: ignore[attr-defined]
-        if recipe.compile:
-            self.model.compile(dynamic=False)
         self.sums = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         self.summed = self.number = 0
         self.epoch = [0.0, 0.0, 0.0]  # sums of loss and share, and the steps: of those steps of the epoch that `means` has told
         self.mix = mixing(recipe, num_classes)
-        self.network: Any = nn.parallel.DistributedDataParallel(self.model) if world.size > 1 else self.model
+        # A wrapper is compiled, so that only steps are: not statistics taken anew, nor evaluations, which are other graphs.
+        wrapped: Any = torch.compile(self.model, dynamic=False) if recipe.compile else self.model
+        self.network: Any = nn.parallel.DistributedDataParallel(wrapped) if world.size > 1 else wrapped
 
     def _placed(self, model: nn.Module) -> nn.Module:
         if self.recipe.checkpointing:
@@ -170,10 +171,9 @@ class Trainer:
                     norms.append((module, module.momentum))
                     module.reset_running_stats()
                     module.momentum = None  # the mean over all that it sees
-        with torch.compiler.set_stance("force_eager"):  # a mean over all is another graph: minutes of compiling for a few batches
-            for x in batches:
-                for model in models:
-                    self._forward(model, x)
+        for x in batches:
+            for model in models:
+                self._forward(model, x)
         for module, momentum in norms:
             module.momentum = momentum
 
@@ -196,29 +196,35 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Return weights, statistics, momentum and the moving average. Raises FloatingPointError if one is not finite."""
         found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        kinds = REMEMBERED[self.recipe.optimizer]
         for name, parameter in self.model.named_parameters():
             remembered = self.optimizer.state[parameter]
-            found |= {f"{kind}.{name}": remembered[key] for kind, key in REMEMBERED.items() if remembered.get(key) is not None}
+            found |= {f"{kind}.{name}": remembered[key] for kind, key in kinds.items() if remembered.get(key) is not None}
         if self.ema is not None:
             found |= {f"ema.{name}": tensor for name, tensor in self.ema.state_dict().items()}
         refuse_infinite(found)
         return {**found, "figures": torch.tensor([*self.sums.tolist(), self.summed, *self.epoch], dtype=torch.float64)}
 
     def load(self, tensors: dict[str, Tensor], scaler: dict[str, Any]) -> None:
-        """Go on from the `tensors()` and the `scaler.state_dict()` of an earlier trainer of the same model and recipe."""
-        groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", "figures", *REMEMBERED)}
+        """Go on from the `tensors()` and the `scaler.state_dict()` of an earlier trainer of the same model.
+
+        Where the recipe is another, a new optimizer remembers nothing, and a new moving average begins at the weights as they are.
+        """
+        groups = defaultdict[str, dict[str, Tensor]](dict)
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             groups[kind][rest] = tensor
         self.model.load_state_dict(groups["model"])
         for name, parameter in self.model.named_parameters():
-            for kind, key in REMEMBERED.items():
+            for kind, key in REMEMBERED[self.recipe.optimizer].items():
                 if (saved := groups[kind].get(name)) is not None:
                     # In the gradient's own layout: a sum of the same numbers in another order would round otherwise.
                     like = parameter if saved.dim() else saved
                     self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(saved)
-        if self.ema is not None:
+        if self.ema is not None and "ema" in groups:
             self.ema.load_state_dict(groups["ema"])
+        elif self.ema is not None:
+            self.ema.module.load_state_dict(groups["model"])
         for figures in groups["figures"].values():
             loss, share, summed, *self.epoch = figures.tolist()
             self.sums, self.summed = self.sums.new_tensor([loss, share]), int(summed)

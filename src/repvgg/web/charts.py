@@ -9,6 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from repvgg.train.logs import top_of
 from repvgg.web.drawing import IDENTITY, INK, MUTED, PAPER, POINT, POINTWISE, RULE, WIDEST, plot
 
 Points = Sequence[tuple[float, float]]
@@ -17,7 +18,6 @@ TEXT = 13 * POINT
 LINES = (WIDEST[1], POINTWISE[1], IDENTITY[1], "#8a5a9c", "#a33b3b", INK, MUTED)
 MOST_NUMBERS, MOST_NAMES = 20, 60  # classes whose cells are numbered; whose names are written
 TOO_LONG = 10_000  # counts from here on are written as shares
-FAR = 2.0  # times the third quartile: what is above leaves the chart at its top
 SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#a9c6e6", WIDEST[1], "#173a61"])
 
 
@@ -36,7 +36,8 @@ def curves(title: str, lines: Mapping[str, Points], best: tuple[float, float] | 
     if level:
         _level(axes, [y for points in shown.values() for _, y in points])
     if len(shown) + (best is not None) > 1:
-        axes.legend(frameon=False, fontsize=TEXT * 0.92, loc="best")
+        for text in axes.legend(frameon=False, fontsize=TEXT * 0.92, loc="best").get_texts():
+            text.set_parse_math(False)
     axes.set_xlabel("epoch", fontsize=TEXT, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -65,8 +66,8 @@ def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     ticks = range(size) if named else ()
-    axes.set_xticks(ticks, classes if named else (), rotation=90 if max(map(len, classes)) > 2 else 0)
-    axes.set_yticks(ticks, classes if named else ())
+    axes.set_xticks(ticks, classes if named else (), rotation=90 if max(map(len, classes)) > 2 else 0, parse_math=False)
+    axes.set_yticks(ticks, classes if named else (), parse_math=False)
     axes.tick_params(labelsize=TEXT if numbered else TEXT * 0.75)
     if numbered:
         for (i, j), count in np.ndenumerate(counts):
@@ -93,9 +94,8 @@ def _colours(names: list[str]) -> list[str]:
     return [MUTED if name == "training" else LINES[others.index(name) % len(LINES)] for name in names]
 
 
-def _level(axes: Axes, values: list[float]) -> None:
-    top = max(values, default=0.0)
-    if len(values) >= 4 and top > (most := FAR * sorted(values)[3 * len(values) // 4]):
-        axes.set_title(f"{axes.get_title('left')}   (highest: {top:.3g})", fontsize=TEXT * 1.08, color=INK, loc="left")
-        top = most
+def _level(axes: Axes, values: Sequence[float]) -> None:
+    top, highest = top_of(values), max(values, default=0.0)
+    if top < highest:
+        axes.set_title(f"{axes.get_title('left')}   (highest: {highest:.3g})", fontsize=TEXT * 1.08, color=INK, loc="left")
     axes.set_ylim(0, top * 1.05 or 1)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from repvgg.data import Source, drawn
 from repvgg.data.masks import IGNORED
-from repvgg.data.transforms import normalise
+from repvgg.data.transforms import BadImages, normalise
 from repvgg.disk import Log
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
@@ -80,21 +81,25 @@ def forms(model: nn.Module, log: Log) -> dict[str, nn.Module]:
 # ------------------------------------------------------------------------------------------------------------------- mistakes
 
 
-def mistakes(network: nn.Module, source: Source, device: str = "cpu") -> Mistakes:
-    """Return the worst mistakes among at most `LOOKED_AT` images of the validation split, drawn; the worst first."""
+def mistakes(network: nn.Module, source: Source, device: str = "cpu", bad: Path | None = None) -> Mistakes:
+    """Return the worst mistakes among at most `LOOKED_AT` images of the validation split, drawn; the worst first.
+
+    bad: list images that cannot be read there, and leave them out, instead of raising `ImageError`.
+    """
     kind = "masks" if source.masks else "labels"
     images = drawn(source.val, LOOKED_AT[kind], 0) if len(source.val) > LOOKED_AT[kind] else source.val
     wrong = _wrong_masks if source.masks else _wrong_labels
     worst: list[tuple[float, Mistake]] = []
-    for found in wrong(placed(network, device), replace(source, val=images), device):
+    unread = BadImages(bad, replace=False) if bad else None
+    for found in wrong(placed(network, device), replace(source, val=images), device, unread):
         worst = sorted([*worst, found], key=lambda pair: -pair[0])[: WORST[kind]]
     return Mistakes(len(images), [mistake for _, mistake in worst])
 
 
 @torch.inference_mode()
-def _wrong_labels(network: Network, source: Source, device: str) -> Iterator[tuple[float, Mistake]]:
+def _wrong_labels(network: Network, source: Source, device: str, bad: BadImages | None) -> Iterator[tuple[float, Mistake]]:
     """Yield what is labelled wrongly with its loss."""
-    for x, y in task_of(source).batches(source.val, source.preprocessing, 32, 0, device):
+    for x, y in task_of(source).batches(source.val, source.preprocessing, 32, 0, device, bad):
         logits = network(x)
         losses = F.cross_entropy(logits, y.clamp(min=0), reduction="none")
         sure, taken = logits.softmax(1).max(1)
@@ -104,10 +109,10 @@ def _wrong_labels(network: Network, source: Source, device: str) -> Iterator[tup
 
 
 @torch.inference_mode()
-def _wrong_masks(network: Network, source: Source, device: str) -> Iterator[tuple[float, Mistake]]:
+def _wrong_masks(network: Network, source: Source, device: str, bad: BadImages | None) -> Iterator[tuple[float, Mistake]]:
     """Yield photos beside their true and predicted masks, with the share of labelled pixels that is wrong."""
     palette = np.concatenate([colours(source.classes), np.zeros((256 - len(source.classes), 3), np.uint8)])
-    for x, masks in task_of(source).batches(source.val, source.preprocessing, 1, 0, device):
+    for x, masks in task_of(source).batches(source.val, source.preprocessing, 1, 0, device, bad):
         true = masks[0].long()
         found = segment(network, x, (true.shape[0], true.shape[1]), ())[0].argmax(0)
         labelled = true != IGNORED
@@ -125,9 +130,12 @@ def _wrong_masks(network: Network, source: Source, device: str) -> Iterator[tupl
 # ----------------------------------------------------------------------------------------------------------------- first batch
 
 
-def first_batch(source: Source, recipe: Recipe, seed: int) -> Image.Image:
-    """Return the first images of the first training batch as one picture: augmented, as the network saw them."""
-    feed = Feed(source, replace(recipe, accumulate=1), seed)
+def first_batch(source: Source, recipe: Recipe, seed: int, bad: Path | None = None) -> Image.Image:
+    """Return the first images of the first training batch as one picture: augmented, as the network saw them.
+
+    bad: list images that cannot be read there, and show the next one instead, as training did.
+    """
+    feed = Feed(source, replace(recipe, accumulate=1), seed, bad=bad)
     x, y = next(iter(feed.epoch(0)))
     if y.dim() == 1:
         x, _ = _mixed(normalise(x, source.preprocessing), y, recipe, len(source.classes), seed)

@@ -20,6 +20,7 @@ from repvgg.data import Source
 from repvgg.disk import Log, atomically
 from repvgg.measure.machine import write_record
 from repvgg.models.load import load
+from repvgg.train.logs import TITLES
 from repvgg.train.recipes import Recipe
 from repvgg.web import charts, findings, page
 from repvgg.web.findings import Mistakes, Speeds
@@ -28,7 +29,6 @@ from repvgg.web.run_folder import NAMES, RunFolder, open_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CURVES = {"loss": "loss", "top1": "top-1, %", "mean_iou": "mean IoU, %", "pixel_accuracy": "pixel accuracy, %"}
 HARDEST = 100  # classes in the table
 SHOWN = 100  # points of the learning rate
 
@@ -48,8 +48,9 @@ def write_report(folder: Path, source: Source | None = None, data: str = "", dev
     if source is not None:
         source = run.as_trained(source)
         network = both.get("deploy form", both["training form"])
-        sections.append(("Its worst mistakes", _mistakes(findings.mistakes(network, source, device), run, pieces)))
-        batch = findings.first_batch(source, run.recipe, int(run.settings.get("seed", 0)))
+        bad = listed if (listed := folder / "bad_images.txt").exists() else None  # it was trained with --on-bad-image skip
+        sections.append(("Its worst mistakes", _mistakes(findings.mistakes(network, source, device, bad), run, pieces)))
+        batch = findings.first_batch(source, run.recipe, int(run.settings.get("seed", 0)), bad)
         sections.append(("What it saw", _first_batch(batch, pieces)))
     sections += [("What it costs", _costs(speeds)), ("How it was made", _settings(run))]
     target = folder / "run.html"
@@ -93,7 +94,7 @@ def _lead(run: RunFolder) -> str:
 
 def _learning(run: RunFolder, pieces: Pieces) -> str:
     drawn = []
-    for name, title in CURVES.items():
+    for name, title in TITLES.items():
         scale = 1 if name == "loss" else 100
         training = run.curve(f"train_{name}", scale) or run.curve(name, scale)
         lines = {"training": training, "validation": run.curve(f"val_{name}", scale)}
@@ -241,7 +242,7 @@ def write_comparison(folders: Iterable[Path], out: Path) -> list[tuple[str, ...]
     for name in ("loss", measure):
         scale = 1 if name == "loss" else 100
         lines = {str(run.path): run.curve(f"val_{name}", scale) for run in runs}
-        drawn.append(page.svg(charts.curves(f"validation: {CURVES[name]}", lines, level=name == "loss")))
+        drawn.append(page.svg(charts.curves(f"validation: {TITLES[name]}", lines, level=name == "loss")))
     sections = [
         ("The runs", page.table(rows, COMPARED)),
         ("How they learned", page.charts(drawn)),
