@@ -133,6 +133,14 @@ def test_trap_15_hooks(register: str) -> None:
     assert seen == [1]
 
 
+@pytest.mark.parametrize("nothing", [nn.Identity, nn.Dropout])
+def test_trap_15_a_hook_on_what_does_nothing_does_something(nothing: type[nn.Module]) -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nothing(), nn.BatchNorm2d(4)), SMALL)
+    model[1].register_forward_hook(lambda module, args, out: out.relu())
+    report = assert_folds_exactly(model, SMALL)
+    assert report.left["2"].startswith(f"its {nothing.__name__} carries forward hooks")
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_trap_15_old_weight_norm_is_refused_and_old_spectral_norm_left() -> None:
     weight_normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)).eval()

@@ -54,8 +54,10 @@ def of_module(module: nn.Module, path: str) -> Operator | None:
     """Return the operator that a module is, if it is one by itself. Raises `ReparamError` where it looks like one and is not."""
     cls = type(module).__name__
     looks = isinstance(module, nn.Conv2d) or resembles_batch_norm(module)
-    if looks and (reason := altered(module)):
-        raise ReparamError(f"its {cls} {reason}")
+    if reason := altered(module):
+        if looks or type(module) in NOTHING:
+            raise ReparamError(f"its {cls} {reason}")
+        return None
     if looks and hasattr(module, "parametrizations"):
         raise ReparamError(f"its {why_unknown(module)}")
     if type(module) in CONVOLUTIONS:
@@ -72,7 +74,7 @@ def of_module(module: nn.Module, path: str) -> Operator | None:
         raise ReparamError(f"its {why_unknown(module)}")
     if type(module) in NOTHING:
         return same()
-    if altered(module) or as_linear.reader(module) is None or type(module) is nn.Sequential:
+    if as_linear.reader(module) is None or type(module) is nn.Sequential:
         return None
     return mapped("other", lambda channels: as_linear.child(path, module, channels), _run(module))
 
