@@ -150,9 +150,9 @@ def test_what_is_changed_in_place_is_not_read_later() -> None:
             self.other = nn.Conv2d(3, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = x * 1
+            x = x.sigmoid()
             a = self.conv(x)
-            x.relu_()
+            x.sub_(0.5).relu_()
             out: Tensor = self.bn(a) + self.other(x)
             return out
 

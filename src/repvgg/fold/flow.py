@@ -225,8 +225,11 @@ class _Part:
                 continue
             spared = sum(self._cost(w, source) for w in inside) - _cost(m, m.kernel.numel())
             stretch = Stretch(source, v, m, inside)
-            if spared >= 0 and (spared, len(inside)) > most and not self.flow.refuse(stretch):
-                best, most = stretch, (spared, len(inside))
+            if spared >= 0 and (spared, len(inside)) > most:
+                if why := self.flow.refuse(stretch):
+                    self.refusals.setdefault((v, source), why)
+                else:
+                    best, most = stretch, (spared, len(inside))
         return best
 
     def _takes_its_norm(self, v: Value) -> bool:

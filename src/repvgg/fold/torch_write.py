@@ -14,6 +14,7 @@ from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered, inside
 from repvgg.fold.torch_graph import ModuleFlow
+from repvgg.fold.torch_memory import MUTATED
 from repvgg.fold.torch_operators import FLAT
 from repvgg.fold.tracer import kept
 
@@ -44,6 +45,8 @@ class ModuleWriter:
 
     def refuse(self, stretch: Stretch) -> str | None:
         """Return why it cannot be written, if so."""
+        if self.read.memory.moves_past_a_change(stretch, self.read.values):
+            return MUTATED
         if self._chain(stretch):
             return None
         if any(self._is_flat(v) for v in stretch.inside):

@@ -203,7 +203,7 @@ TENSOR_FILES = {
     "upsampling",
     "flatten",
 }
-ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "mean"}
+ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "mean"}
 TENSOR_CALLS = {
     *ARITHMETIC,
     "relu",

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import operator
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -266,9 +267,29 @@ class _Value(fx.Proxy):
             return Tensor
         raise AsksTypeError(self.node)
 
+    def changed(self, how: Callable[..., Any], plain: Callable[..., Any], other: Any) -> Any:
+        """Return what `how` makes of the value in place; of a number, what `plain` does."""
+        return self.tracer.create_proxy("call_function", plain if _is_size(self.node) else how, (self, other), {})
+
     def __len__(self) -> int:
         count = _parts_of(self.node)
         return super().__len__() if count is None else count
+
+
+# `x += y` and its like, which fx takes for `x = x + y`: by the plain operator
+IN_PLACE = {
+    getattr(operator, name, None) or getattr(operator, f"{name}_"): getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+for _plain, _how in IN_PLACE.items():
+    setattr(_Value, f"__{_how.__name__}__", lambda a, b, how=_how, plain=_plain: a.changed(how, plain, b))
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Tell whether a value is a number or a tuple, which nothing changes in place: a size, or what was made of sizes."""
+    if node.op == "call_method" or node.target is getattr:
+        return (node.target if node.op == "call_method" else node.args[1]) in ("size", "shape", "dim", "ndim", "numel")
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes))
 
 
 def _parts_of(node: fx.Node) -> int | None:
