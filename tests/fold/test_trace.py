@@ -192,3 +192,35 @@ def test_one_thread_traces_at_a_time() -> None:
         thread.join()
     turns = [ident for ident, before in zip(order, [None, *order], strict=False) if ident != before]
     assert len(turns) == 2
+
+
+def test_models_of_other_threads_work_meanwhile() -> None:
+    """What tracing changes, it changes in all threads: theirs call modules and read parameters as ever."""
+    in_forward, called = threading.Event(), threading.Event()
+
+    class Waits(Siblings):
+        def forward(self, x: Tensor) -> Tensor:
+            in_forward.set()
+            assert called.wait(30)
+            return super().forward(x)
+
+    def elsewhere() -> None:
+        try:
+            in_forward.wait(30)
+            found.append(outputs(other, x))
+            other.note = "set"
+        except Exception as error:  # to be seen below
+            found.append(error)
+        finally:
+            called.set()
+
+    found: list[Any] = []
+    other, x = Siblings().eval(), torch.randn(SMALL)
+    wanted = outputs(other, x)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    traces = trace(Waits().eval())
+    thread.join()
+    assert torch.equal(found[0], wanted)
+    assert other.note == "set"
+    assert [node.op for node in traces.graphs[""][0].nodes] == ["placeholder", "call_module", "call_module", "call_method", "output"]

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -110,7 +111,13 @@ ARGUMENTS = "a list or dictionary that it is given"
 MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
 
 
-_tracing: list["_Tracer"] = []  # the last one is at work
+class _Here(threading.local):
+    """Say which tracer is at work in this thread. What a trace changes (`nn.Module`, fx) it changes for all threads."""
+
+    tracer: "_Tracer | None" = None
+
+
+_here = _Here()
 
 
 @contextmanager
@@ -119,7 +126,7 @@ def watched_modules() -> Iterator[None]:
     plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
 
     def get(module: nn.Module, name: str) -> Any:
-        tracer = _tracing[-1] if _tracing else None
+        tracer = _here.tracer
         if tracer is None or not tracer.watching or module is tracer.root or name in MACHINERY:
             return plain_get(module, name)
         tracer.seen.reads.append((module, name))  # before it: a parameter is found in another way than this
@@ -129,7 +136,7 @@ def watched_modules() -> Iterator[None]:
         return value
 
     def set_(module: nn.Module, name: str, value: Any) -> None:
-        tracer = _tracing[-1] if _tracing else None
+        tracer = _here.tracer
         if tracer is None:
             plain_set(module, name, value)
             return
@@ -197,11 +204,11 @@ class _Tracer(fx.Tracer):
     @contextmanager
     def _watch(self) -> Iterator[None]:
         self.watching = True
-        _tracing.append(self)
+        before, _here.tracer = _here.tracer, self
         try:
             yield
         finally:
-            _tracing.pop()
+            _here.tracer = before
             self.watching = False
 
     def note_write(self, module: nn.Module, name: str) -> None:
@@ -226,9 +233,13 @@ class _Tracer(fx.Tracer):
             self.watching = watching
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if _here.tracer is not self:  # another thread's
+            return attr_val
         return self._quietly(lambda: super(_Tracer, self).getattr(attr, attr_val, parameter_proxy_cache))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _here.tracer is not self:
+            return forward(*args, **kwargs)
         return self._quietly(lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))
 
     def create_arg(self, a: Any) -> Any:
