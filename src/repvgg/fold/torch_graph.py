@@ -47,6 +47,11 @@ class ModuleFlow:
         device = next(model.get_submodule(root).parameters(), torch.empty(0)).device
         self.flow = Flow(self.values, outputs, device)
 
+    def owners(self, values: list[Value]) -> list[str]:
+        """Return the modules whose forwards call all that makes these, outermost first."""
+        owners = [self.places[v].owners for v in values if v in self.places] or [(self.root,)]
+        return [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
+
     # ------------------------------------------------------------------------------------------------------------- one forward
 
     def _run(self, path: str, graph: fx.Graph, inputs: list[Any], owners: tuple[str, ...]) -> Any:

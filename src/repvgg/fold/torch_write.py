@@ -47,7 +47,13 @@ class ModuleWriter:
         """Return why it cannot be written, if so."""
         if self.read.memory.moves_past_a_change(stretch, self.read.values):
             return MUTATED
-        if self._chain(stretch):
+        traces, chain = self.read.traces, self._chain(stretch)
+        names = traces.open.get(self.read.owners(stretch.inside)[-1])
+        if names and traces.call is None:
+            return f"the forward that it lies in may do something else, given {names}: pass an example of how it is called"
+        if names and not chain:
+            return f"writing the forward that it lies in anew would take {names} away"
+        if chain:
             return None
         if any(self._is_flat(v) for v in stretch.inside):
             return "its linear layers are no chain"
@@ -113,12 +119,10 @@ class ModuleWriter:
 
     def _home(self, stretch: Stretch) -> str | None:
         """The innermost module whose forward sees both ends of a stretch and calls all that is inside."""
-        owners = [self.read.places[v].owners for v in stretch.inside if v in self.read.places]
-        common: list[str] = [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
         source, target = (self.read.places.get(v) for v in (stretch.source, stretch.target))
         if source is None or target is None:
             return None
-        for path in reversed(common):
+        for path in reversed(self.read.owners(stretch.inside)):
             if not self._may_rewrite(path):
                 return None
             if path in source.nodes and path in target.nodes:
@@ -128,7 +132,7 @@ class ModuleWriter:
     def _may_rewrite(self, path: str) -> bool:
         """Nobody else looks into it, and its forward does nothing besides computing."""
         traces = self.read.traces
-        known = path in traces.exposed or path in traces.hidden or altered(self.model.get_submodule(path))
+        known = path in traces.exposed or path in traces.hidden or path in traces.open or altered(self.model.get_submodule(path))
         return not known and all(node.target is not kept for node in traces.graphs[path][0].nodes)
 
     def _write_forward(self, stretch: Stretch) -> str:

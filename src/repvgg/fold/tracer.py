@@ -8,8 +8,10 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count, zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -47,6 +49,20 @@ class Call:
         needed = sum(p.default is p.empty and p.kind in kinds for p in parameters)
         many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
         return Call(tuple(Slot(i, tensor=True) for i in range(needed or many)), {})
+
+    @staticmethod
+    def by_example(inputs: tuple[Any, ...]) -> "Call":
+        """Return the call that passes these, tensors of any value in the place of theirs."""
+        number = count()
+        fill: Any = lambda v: Slot(next(number), tensor=True) if isinstance(v, Tensor) else v  # noqa: E731
+        return Call(torch.utils._pytree.tree_map(fill, inputs), {})
+
+    def leaves_open(self, module: nn.Module) -> str:
+        """Return the names of what another call of this module may pass: what this one does not, or passes as a fixed value."""
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        pairs = zip_longest(inspect.signature(module.forward).parameters.values(), self.args)
+        open_ = [p.name for p, given in pairs if p is not None and (p.kind in several or not isinstance(given, Slot))]
+        return ", ".join(f"`{name}`" for name in open_)
 
 
 ONE_INPUT = Call((Slot(0),), {})
@@ -167,8 +183,8 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over the parts of a value, where the call that makes them says how many there are."""
-        if (count := _parts_of(obj.node)) is not None:
-            return iter([obj[i] for i in range(count)])  # type: ignore[index]
+        if (parts := _parts_of(obj.node)) is not None:
+            return iter([obj[i] for i in range(parts)])  # type: ignore[index]
         found: Iterator[Any] = super().iter(obj)
         return found
 
@@ -283,8 +299,8 @@ class _Value(fx.Proxy):
         return self.tracer.create_proxy("call_function", plain if _is_size(self.node) else how, (self, other), {})
 
     def __len__(self) -> int:
-        count = _parts_of(self.node)
-        return super().__len__() if count is None else count
+        parts = _parts_of(self.node)
+        return super().__len__() if parts is None else parts
 
 
 # `x += y` and its like, which fx takes for `x = x + y`: by the plain operator
