@@ -207,3 +207,13 @@ def test_a_detector_s_way_of_calling_is_followed() -> None:
     report = assert_folds_exactly(randomize(Root(), BLOCK), BLOCK)
     assert len(report.pairs) == 3
     assert report.left == {}
+
+
+def test_a_slice_beyond_the_last_channel_is_left() -> None:
+    """Python takes what there is."""
+
+    class Beyond(Siblings):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)[:, :100]).relu()  # type: ignore[no-any-return]
+
+    assert assert_folds_exactly(randomize(Beyond(), SMALL), SMALL).left.keys() == {"bn"}

@@ -167,7 +167,12 @@ def concat(*maps: LinearMap) -> LinearMap:
 
 
 def pick(m: LinearMap, channels: Tensor) -> LinearMap:
-    """Return the map whose outputs are these channels of `m`'s, in this order; channels: [n], int64."""
+    """Return the map whose outputs are these channels of `m`'s, in this order; channels: [n], int64.
+
+    Raises `ReparamError` where `m` has no such channels.
+    """
+    if int(channels.max()) >= m.out_channels:
+        raise ReparamError(f"takes out channel {int(channels.max())} of {m.out_channels}")
     if torch.equal(channels, torch.arange(m.out_channels, device=channels.device)):
         return m
     m = regroup(m, 1)
