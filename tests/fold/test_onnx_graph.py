@@ -26,7 +26,8 @@ def test_a_linear_operator_on_a_constant_is_none(tmp_path: Path, operator: str) 
     inputs, attributes = CONSTANT[operator]
     node = helper.make_node(operator, inputs, ["z", "z2"] if operator == "Split" else ["z"], **attributes)
     known = {"k": np.ones((1, 3, 5, 5)), "s": np.array([1, 2]), "p": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
-    file = pair(tmp_path, node, **{name: known[name] for name in inputs if name in known})
+    given: dict[str, Any] = {name: known[name] for name in inputs if name in known}
+    file = pair(tmp_path, node, **given)
     fold_onnx(file, tmp_path / "b.onnx")
     assert kinds(tmp_path / "b.onnx") == Counter(kinds(file)) - Counter({"BatchNormalization": 1})
     assert apart(tmp_path / "b.onnx", file, (1, 3, 9, 9)) < REPORTED

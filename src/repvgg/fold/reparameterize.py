@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, why_unknown
-from repvgg.fold.guards import copied, inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable, refuse_wrapper
+from repvgg.fold.guards import (
+    copied,
+    inside,
+    parts,
+    refuse_nonfinite,
+    refuse_train_mode,
+    refuse_uncopyable,
+    refuse_without_numbers,
+    refuse_wrapper,
+)
 from repvgg.fold.proof import check_part
 from repvgg.fold.report import Folded, FoldReport
 from repvgg.fold.stretches import fold_stretches
@@ -41,12 +50,13 @@ def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
     ours needs none, it knows its input size.
 
     Raises `ReparamError` if a module is in train mode, a block contains something that is not linear, a parameter is not
-    finite, a running variance is negative, a folded kernel does not fit the parameters' dtype, the model is compiled, or the
-    folded model computes something else than the original.
+    finite or has no numbers yet, a running variance is negative, a folded kernel does not fit the parameters' dtype, the model is
+    compiled or holds what cannot be copied, or the folded model computes something else than the original.
     """
     refuse_wrapper(model)
     refuse_train_mode(model)
     refuse_uncopyable(model)
+    refuse_without_numbers(model)
     for name, parameter in model.named_parameters():
         refuse_nonfinite(name, parameter)
     inputs = example_of(model) if example is None else as_inputs(example)
