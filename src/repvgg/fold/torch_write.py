@@ -123,11 +123,19 @@ class ModuleWriter:
         if source is None or target is None:
             return None
         for path in reversed(self.read.owners(stretch.inside)):
-            if not self._may_rewrite(path):
+            if not self._may_rewrite(path) or self._breaks_apart(stretch, path):
                 return None
             if path in source.nodes and path in target.nodes:
                 return str(path)
         return None
+
+    def _breaks_apart(self, stretch: Stretch, home: str) -> bool:
+        """Tell whether a module that `home` calls holds a part of a stretch and something else besides, which would be lost."""
+        below = {place.owners[: place.owners.index(home) + 2] for place in map(self.read.places.get, stretch.inside) if place}
+        gone = {owners for owners in below if owners[-1] != home}
+        return any(
+            v not in stretch.inside and any(place.owners[: len(o)] == o for o in gone) for v, place in self.read.places.items()
+        )
 
     def _may_rewrite(self, path: str) -> bool:
         """Nobody else looks into it, and its forward does nothing besides computing."""
