@@ -135,7 +135,7 @@ def _count(model: Any) -> list[int]:
     from torch import nn
 
     modules = list(model.modules())
-    return [sum(isinstance(m, kind) for m in modules) for kind in (nn.Conv2d, nn.BatchNorm2d)]
+    return [sum(isinstance(m, kind) for m in modules) for kind in (nn.Conv2d, nn.modules.batchnorm._BatchNorm)]
 
 
 def _of_theirs(case: str) -> dict[str, Any]:

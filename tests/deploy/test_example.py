@@ -13,7 +13,7 @@ from conftest import randomize
 from PIL import Image
 from torch import nn
 
-from repvgg.deploy.example import preparation
+from repvgg.deploy.example import preparation, program
 from repvgg.deploy.export import Shape, export
 from repvgg.deploy.formats import FORMATS
 from repvgg.models import zoo
@@ -85,3 +85,10 @@ def test_preparation_in_words() -> None:
         "divide by 255",
     ]
     assert preparation(Preprocessing((1, 8, 8), 8, mean=(0.0,), std=(1.0,)), True, False)[0].startswith("decode as grey")
+
+
+def test_no_photo_has_four_channels() -> None:
+    for channels in (1, 3, 4):
+        known = Preprocessing((channels, 32, 32), 32, mean=(0.5,) * channels, std=(0.2,) * channels)
+        code = program("a.onnx", "onnx", Manifest({"in_chans": channels}, preprocessing=known), None, pixels=False, resized=False)
+        assert (code is None) == (channels == 4)

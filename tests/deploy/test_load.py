@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from deploying import has, silent, wanted
+from PIL import Image
 from rounding import ENGINES, rounding
 from torch import Tensor, nn
 
@@ -72,6 +73,15 @@ def test_a_network_of_somebody_else_and_files(model: nn.Module, images: Tensor, 
         load_engine(nn.Sequential(nn.BatchNorm2d(3)), "eager")
 
 
+def test_a_manifest_need_not_say_how_many_classes(model: nn.Module, tmp_path: Path) -> None:
+    runner = load_engine(model, "eager")
+    arch = {name: value for name, value in (zoo.manifest_of(model).arch or {}).items() if name != "num_classes"}
+    runner.manifest = replace(zoo.manifest_of(model), arch=arch)
+    assert runner.num_classes is None
+    Image.new("L", (8, 8)).save(tmp_path / "scan.png")
+    assert len(repvgg.predict(runner, str(tmp_path / "scan.png"))) == 1
+
+
 def test_predict_and_evaluate_take_an_engine_for_a_model(model: nn.Module, tmp_path: Path) -> None:
     has("onnxruntime", "onnxscript")
     source = open_source("digits").limited(40)
@@ -81,8 +91,6 @@ def test_predict_and_evaluate_take_an_engine_for_a_model(model: nn.Module, tmp_p
         got, exact = evaluate_model(runner, source, 16), evaluate_model(model, source, 16)
         assert torch.equal(got.confusion, exact.confusion)
         assert got.loss == pytest.approx(exact.loss, rel=1e-4)
-    from PIL import Image
-
     Image.fromarray(source.val[0][0][0].numpy()).save(tmp_path / "scan.png")
     answers = [next(predict(m, [str(tmp_path / "scan.png")])) for m in (runner, model)]
     assert answers[0].labels[0][0] == answers[1].labels[0][0]

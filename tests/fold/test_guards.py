@@ -1,6 +1,8 @@
 """guards.py: train mode, damage, hooks and what cannot be copied are refused by name."""
 
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,10 +10,12 @@ import torch
 from conftest import randomize
 from folding import SMALL, Siblings, assert_folds_exactly, conv, report_of, small
 from torch import nn
+from torch.nn.utils import prune
 
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import Branches, as_linear
 from repvgg.fold.blocks import repvgg
+from repvgg.fold.guards import is_finite
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 
@@ -133,6 +137,14 @@ def test_trap_15_hooks(register: str) -> None:
     assert seen == [1]
 
 
+@pytest.mark.parametrize("nothing", [nn.Identity, nn.Dropout])
+def test_trap_15_a_hook_on_what_does_nothing_does_something(nothing: type[nn.Module]) -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nothing(), nn.BatchNorm2d(4)), SMALL)
+    model[1].register_forward_hook(lambda module, args, out: out.relu())
+    report = assert_folds_exactly(model, SMALL)
+    assert report.left["2"].startswith(f"its {nothing.__name__} carries forward hooks")
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_trap_15_old_weight_norm_is_refused_and_old_spectral_norm_left() -> None:
     weight_normed = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)).eval()
@@ -144,6 +156,54 @@ def test_trap_15_old_weight_norm_is_refused_and_old_spectral_norm_left() -> None
     with torch.no_grad():
         report = assert_folds_exactly(spectral, SMALL)
     assert report.left["1"].startswith("its Conv2d carries forward hooks (old-style spectral_norm is one)")
+
+
+class Holds(Siblings):
+    """Holds something besides."""
+
+    def __init__(self, thing: Any) -> None:
+        super().__init__()
+        self.thing = thing
+
+
+def pruned() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: nn.Sequential(Holds(threading.Lock())), r"0: `thing`, a lock, cannot be copied \(.*\): take it out"),
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), r"0\.weight: is not initialised yet: call the model with an input first"),
+        (lambda: Siblings().to("meta"), r"conv\.weight: is on the meta device, .*: load the weights first"),
+        (lambda: small().to("meta"), r"stem\.block.*: is on the meta device"),
+        (pruned, r"0: `weight` is the result of a computation.*prune\.remove"),
+    ],
+    ids=["lock", "lazy", "meta", "meta block", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_cannot_be_folded_or_copied_is_refused_by_name(make: Callable[[], nn.Module], line: str) -> None:
+    with pytest.raises(ReparamError, match=f"^{line}"):
+        reparameterize(make().eval())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_convolution_without_channels_is_left_and_a_batch_norm_refused() -> None:
+    report = report_of(reparameterize(nn.Sequential(nn.Conv2d(0, 4, 3), nn.BatchNorm2d(4)).eval()))
+    assert report.left.keys() == {"1"}
+    with pytest.raises(ReparamError, match=r"^1\.weight: has no channels: take the module out"):
+        reparameterize(nn.Sequential(nn.Conv2d(3, 0, 3), nn.BatchNorm2d(0)).eval())
+
+
+def test_parameters_of_any_dtype_are_looked_at() -> None:
+    numbers = torch.ones(3, dtype=torch.complex64)
+    for dtype in (torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.bool):
+        assert is_finite(numbers.real.to(dtype) if dtype != torch.complex64 else numbers)
+    assert not is_finite(numbers * complex(1, math.nan))
+    assert not is_finite(torch.tensor([1, math.inf]).to(torch.float8_e5m2))
+    assert report_of(reparameterize(Holds(nn.Parameter(numbers)).eval())).pairs == [("conv", "bn")]
 
 
 def test_trap_15_a_forward_of_its_own_is_refused() -> None:

@@ -1,18 +1,17 @@
 """fold/onnx*.py: strangers' files fold, stay what they were around it, and are refused where they are damaged or hostile."""
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import randomize
 from official import DEPTHS, Official
 from onnx import TensorProto, helper, numpy_helper
+from onnx_files import apart, kinds
 from rounding import REPORTED
 from torch import Tensor, nn
 
@@ -24,22 +23,6 @@ from repvgg.fold.onnx import fold_onnx
 from repvgg.fold.onnx_graph import OnnxGraph
 
 Make = Callable[..., Path]
-
-
-def kinds(path: Path) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
-
-
-def run(path: Path, *inputs: np.ndarray[Any, Any]) -> list[Any]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    found: list[Any] = session.run(None, dict(zip(names, inputs, strict=True)))
-    return found
-
-
-def apart(a: Path, b: Path, shape: tuple[int, ...] = (2, 3, 16, 16)) -> float:
-    x = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
-    return max(float(np.abs(g - w).max() / np.abs(w).max()) for g, w in zip(run(a, x), run(b, x), strict=True))
 
 
 def exported(model: nn.Module, path: Path, shape: tuple[int, ...] = (2, 3, 16, 16), dynamo: bool = False) -> Path:

@@ -332,3 +332,18 @@ def test_a_comparator_with_blocks_there_and_back(form: str, tmp_path: Any) -> No
     assert torch.equal(again(x), model(x))
     assert again.manifest.arch["block"] == "repvgg"  # type: ignore[union-attr, index]
     assert (form == "training") == any(isinstance(m, Branches) for m in again.modules())
+
+
+def test_a_synchronised_batch_norm_stays_one() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(randomize(with_bn(nn.Conv2d(3, 3, 3, padding=1)), (4, 3, 8, 8)))
+    norms = [type(m) for m in replace_conv(model).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms == [nn.SyncBatchNorm] * 3
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_was_frozen_stays_so(frozen: int) -> None:
+    model = with_bn(nn.Conv2d(3, 3, 3, padding=1, bias=False))
+    model[frozen].requires_grad_(False)
+    for module in replace_conv(model).modules():
+        for parameter in module.parameters(recurse=False):
+            assert parameter.requires_grad == (frozen != isinstance(module, nn.BatchNorm2d))

@@ -296,3 +296,14 @@ def test_a_batch_norm_before_a_linear_layer(flatten: Callable[[Tensor], Tensor],
     assert (type(folded.bn) is nn.Identity) == folds_it
     assert type(folded.fc) is nn.Linear
     assert relative_error(outputs(folded, x.double()), outputs(model, x.double())) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "shape"), [(nn.Conv1d, nn.BatchNorm1d, (2, 3, 9)), (nn.Conv3d, nn.BatchNorm3d, (2, 3, 5, 5, 5))]
+)
+def test_batch_norms_of_one_and_three_dimensions_are_told_as_left(
+    conv: type[nn.Module], norm: type[nn.Module], shape: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(conv(3, 4, 3), norm(4), nn.ReLU())  # type: ignore[call-arg]
+    report = assert_folds_exactly(randomize(model, shape), shape)
+    assert report.left == {"1": f"a {norm.__name__}: only those of maps [N, C, H, W] and of features [N, C] are folded"}

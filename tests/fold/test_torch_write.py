@@ -150,9 +150,9 @@ def test_what_is_changed_in_place_is_not_read_later() -> None:
             self.other = nn.Conv2d(3, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = x * 1
+            x = x.sigmoid()
             a = self.conv(x)
-            x.relu_()
+            x.sub_(0.5).relu_()
             out: Tensor = self.bn(a) + self.other(x)
             return out
 
@@ -207,3 +207,45 @@ def test_a_detector_s_way_of_calling_is_followed() -> None:
     report = assert_folds_exactly(randomize(Root(), BLOCK), BLOCK)
     assert len(report.pairs) == 3
     assert report.left == {}
+
+
+def test_a_slice_beyond_the_last_channel_is_left() -> None:
+    """Python takes what there is."""
+
+    class Beyond(Siblings):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)[:, :100]).relu()  # type: ignore[no-any-return]
+
+    assert assert_folds_exactly(randomize(Beyond(), SMALL), SMALL).left.keys() == {"bn"}
+
+
+class TwoOutputs(Siblings):
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(self.conv(x)), x.sigmoid()
+
+
+class KeepsOne(Siblings):
+    seen: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        self.seen = x.sigmoid()
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("child", [TwoOutputs, KeepsOne])
+def test_a_child_that_does_something_else_besides_stays(child: type[Siblings]) -> None:
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = child(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.child(x.relu())
+            y, other = out if child is TwoOutputs else (out, self.child.seen)
+            return y * 2 + other if child is TwoOutputs else y * 2  # type: ignore[no-any-return]
+
+    model = randomize(Parent(), SMALL)
+    assert_folds_exactly(model, SMALL)
+    folded: Any = reparameterize(model)
+    folded(torch.randn(SMALL, dtype=torch.float64))
+    assert child is TwoOutputs or folded.child.seen is not None

@@ -201,3 +201,103 @@ def test_one_thread_traces_at_a_time() -> None:
         thread.join()
     turns = [ident for ident, before in zip(order, [None, *order], strict=False) if ident != before]
     assert len(turns) == 2
+
+
+def test_models_of_other_threads_work_meanwhile() -> None:
+    """What tracing changes, it changes in all threads: theirs call modules and read parameters as ever."""
+    in_forward, called = threading.Event(), threading.Event()
+
+    class Waits(Siblings):
+        def forward(self, x: Tensor) -> Tensor:
+            in_forward.set()
+            assert called.wait(30)
+            return super().forward(x)
+
+    def elsewhere() -> None:
+        try:
+            in_forward.wait(30)
+            found.append(outputs(other, x))
+            other.note = "set"  # type: ignore[assignment]
+        except Exception as error:  # to be seen below
+            found.append(error)
+        finally:
+            called.set()
+
+    found: list[Any] = []
+    other, x = Siblings().eval(), torch.randn(SMALL)
+    wanted = outputs(other, x)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    traces = trace(Waits().eval())
+    thread.join()
+    assert torch.equal(found[0], wanted)
+    assert other.note == "set"
+    assert [node.op for node in traces.graphs[""][0].nodes] == [
+        "placeholder",
+        "call_module",
+        "call_module",
+        "call_method",
+        "output",
+    ]
+
+
+class Asked(Siblings):
+    """Another call than the one with an input alone does something else."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+        self.inner, self.point = with_bn(nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y: Tensor = self.conv(self.inner(x))
+        z: Tensor = y if raw else self.bn(y).relu()
+        return self.conv(z).relu() if raw else self.point(z) + self.inner(z)  # type: ignore[no-any-return]
+
+
+def test_a_forward_folds_as_it_is_called() -> None:
+    net, x = randomize(Asked(), SMALL).double(), torch.randn(SMALL, dtype=torch.float64)
+    folded = reparameterize(net)
+    assert report_of(folded).pairs == [("inner.conv", "inner.bn")]
+    why = "the forward that it lies in may do something else, given `raw`: pass an example of how it is called"
+    assert report_of(folded).left["bn"].startswith(why)
+    for other, calls in [(folded, [False, True]), *((reparameterize(net, (x, raw)), [raw]) for raw in (False, True))]:
+        for raw in calls:
+            assert relative_error(other(x, raw), net(x, raw)) <= EXACT
+        assert report_of(other).left.keys() == ({"bn"} if other is folded or calls == [True] else set())
+    assert report_of(reparameterize(net, x)).pairs == [("conv", "bn"), ("inner.conv", "inner.bn")]
+
+
+def test_blocks_do_not_swallow_what_another_call_asks_for() -> None:
+    net, x = randomize(Asked(), SMALL).double(), torch.randn(SMALL, dtype=torch.float64)
+    changed = replace_conv(net)
+    for raw in (False, True):
+        assert relative_error(changed(x, raw), net(x, raw)) <= EXACT
+
+
+def test_a_rewritten_forward_loses_no_argument() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor, act: bool = True) -> Tensor:
+            y: Tensor = self.a(x) + self.b(x)
+            return y.relu() if act else y
+
+    net, x = Two().double().eval(), torch.randn(SMALL, dtype=torch.float64)
+    for example in (None, x, (x, False)):
+        for act in (False, True):
+            assert torch.equal(reparameterize(net, example)(x, act=act), net(x, act=act))
+
+
+def test_an_example_may_be_a_dictionary() -> None:
+    class Batch(Siblings):
+        def forward(self, x: Any) -> Any:
+            return {"out": super().forward(x["image"])}
+
+    batch = {"image": torch.randn(SMALL, dtype=torch.float64), "name": "a"}
+    net = randomize(Siblings(), SMALL).double()
+    net.__class__ = Batch
+    folded = reparameterize(net, batch)
+    assert report_of(folded).pairs == [("conv", "bn")]
+    assert relative_error(folded(batch)["out"], net(batch)["out"]) <= EXACT

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
-from repvgg.measure.costs import cost, measure_peak_activation
+from repvgg.measure.costs import cost, measure_peak_activation, num_paths
 from repvgg.models.names import FAMILY
 from repvgg.models.repvgg import RepVGG
 from repvgg.paper.numbers import FRAGMENTS, PEAK_ACTIVATION, TABLE1, TABLE4, TABLE5, KernelSpeed, ModelSpeed
@@ -289,3 +289,14 @@ def test_measured_peak_on_cuda() -> None:
 def test_measuring_refuses_train_mode() -> None:
     with pytest.raises(ReparamError, match="train mode"):
         measure_peak_activation(plain_layer(4), torch.zeros(1, 4, 6, 6))
+
+
+def test_counting_paths_leaves_nothing_behind() -> None:
+    class Adds(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.ones(1)
+
+    model = Adds(3, 4, 1)
+    before = [*vars(model)]
+    assert num_paths(model) == 1
+    assert [*vars(model)] == before

@@ -13,6 +13,7 @@ import torch
 from small_files import ours
 
 import repvgg
+from repvgg.disk import FileError
 from repvgg.models.header import Header, costs_of, read_header
 
 Options = dict[str, Any]
@@ -120,3 +121,13 @@ def test_info_of_a_file_imports_no_pytorch(tmp_path: Path) -> None:
     told = [json.loads(text) for text in re.findall(r"^\{.*?^\}", shown, re.MULTILINE | re.DOTALL)]
     assert [one["form"] for one in told] == ["deploy", "training"]
     assert [sum(layer["params"] for layer in one["cost"]) for one in told] == [one["params"] for one in told]
+
+
+def test_a_list_of_layers_that_lacks_something_is_left_to_who_builds_it(tmp_path: Path) -> None:
+    repvgg.save(repvgg.create_model("repvgg_micro", deploy=True, width=1 / 16), tmp_path / "a.safetensors")
+    header = header_of(tmp_path / "a.safetensors")
+    first, *layers = header.manifest.layers or []
+    without = [{key: value for key, value in first.items() if key != "groups"}, *layers]
+    assert costs_of(replace(header, manifest=replace(header.manifest, layers=without))) is None
+    with pytest.raises(FileError, match="names elsewhere, of which it holds no tensors"):
+        costs_of(replace(header, manifest=replace(header.manifest, layers=[{**first, "path": "elsewhere"}, *layers])))

@@ -139,7 +139,7 @@ def _answering(model: "Model", engine: str, precision: str, batch_size: int, dev
     network = open_model(given, engine, precision, batch_size, device, log)
     manifest = manifest_of(network)
     last = (manifest.layers or [{"op": "linear"}])[-1]["op"]
-    if manifest.arch["num_classes"] == 0 if manifest.arch else last != "linear":
+    if manifest.arch.get("num_classes") == 0 if manifest.arch else last != "linear":
         named = given if isinstance(given, str) else "this model"
         raise ValueError(f"{named}: a backbone, which gives no labels: train a head on it first (repvgg train --init {named} ...)")
     return network

@@ -76,11 +76,11 @@ def preparation(p: Preprocessing, pixels: bool, resized: bool) -> list[str]:
 
 
 def program(name: str, to: str, manifest: Manifest, batch: int | None, pixels: bool, resized: bool) -> str | None:
-    """Return a program that runs an exported file on a photo; None for one that gives masks."""
-    if manifest.task == "masks" or to not in RUN:
-        return None
+    """Return a program that runs an exported file on a photo; None for one that gives masks, or takes what no photo has."""
     p = manifest.preprocessing
     channels, height, width = p.input_size
+    if manifest.task == "masks" or to not in RUN or channels not in (1, 3):
+        return None
     mode = "RGB" if channels == 3 else "L"
     lines = [f'image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("{mode}")']
     if resized:

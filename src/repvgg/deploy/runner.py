@@ -27,7 +27,7 @@ class Runner(nn.Module):
     def num_classes(self) -> int | None:
         """Return how many classes the network tells apart, if its manifest says."""
         known = self.manifest and self.manifest.arch
-        return known["num_classes"] if known else len(self.manifest.classes or []) or None if self.manifest else None
+        return known.get("num_classes") if known else len(self.manifest.classes or []) or None if self.manifest else None
 
     def forward(self, images: Any) -> Any:
         """Return the logits. Raises ValueError for images of another size than it was built for."""

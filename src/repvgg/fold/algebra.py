@@ -72,6 +72,13 @@ class LinearMap:
     def to(self, device: torch.device | str) -> "LinearMap":
         return replace(self, kernel=self.kernel.to(device), bias=self.bias.to(device))
 
+    def noise(self) -> Tensor:
+        """Return an input to prove the map on: two images just large enough for every tap, border and a second step."""
+        geometry = zip(self.kernel_size, self.dilation, self.stride, self.padding, strict=True)
+        size = [d * (k - 1) + 1 + 2 * s + p for k, d, s, p in geometry]
+        random = torch.Generator().manual_seed(self.in_channels * 31 + self.kernel_size[0])
+        return torch.randn(2, self.in_channels, *size, generator=random, dtype=torch.float64).to(self.kernel.device)
+
     def __call__(self, x: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros" and any(padding):
@@ -85,11 +92,16 @@ def scale(weight: Tensor, bias: Tensor) -> LinearMap:
     return LinearMap(weight.view(-1, 1, 1, 1), bias, groups=weight.numel())
 
 
-def identity(channels: int, like: Tensor | None = None) -> LinearMap:
-    """`x -> x` on `channels` channels, on the device of `like`."""
-    device = None if like is None else like.device
-    one = torch.ones(channels, dtype=torch.float64, device=device)
+def identity(channels: int) -> LinearMap:
+    """`x -> x` on `channels` channels."""
+    one = torch.ones(channels, dtype=torch.float64)
     return scale(one, torch.zeros_like(one))
+
+
+def average(channels: int, size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) -> LinearMap:
+    """Return the average over windows whose padding counts; divisor: by what to divide, in place of the window's size."""
+    kernel = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)), dtype=torch.float64)
+    return LinearMap(kernel, kernel.new_zeros(channels), stride, padding, groups=channels)
 
 
 def batch_norm(mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> LinearMap:
@@ -167,7 +179,12 @@ def concat(*maps: LinearMap) -> LinearMap:
 
 
 def pick(m: LinearMap, channels: Tensor) -> LinearMap:
-    """Return the map whose outputs are these channels of `m`'s, in this order; channels: [n], int64."""
+    """Return the map whose outputs are these channels of `m`'s, in this order; channels: [n], int64.
+
+    Raises `ReparamError` where `m` has no such channels.
+    """
+    if int(channels.max()) >= m.out_channels:
+        raise ReparamError(f"takes out channel {int(channels.max())} of {m.out_channels}")
     if torch.equal(channels, torch.arange(m.out_channels, device=channels.device)):
         return m
     m = regroup(m, 1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repvgg.fold.algebra import LinearMap, Pair, ReparamError, add, batch_norm, compose, identity
+from repvgg.fold.algebra import LinearMap, Pair, ReparamError, add, average, batch_norm, compose, identity
 from repvgg.fold.guards import altered, inside, is_finite, parts, refuse_damage, refuse_train_mode
 
 Reader = Callable[[Any, int | None], LinearMap]
@@ -112,9 +112,9 @@ def conv_map(m: nn.Conv2d) -> LinearMap:
     return LinearMap(
         m.weight.double(),
         bias.double(),
-        _two(m.stride),
+        two(m.stride),
         conv_padding(m),
-        _two(m.dilation),
+        two(m.dilation),
         m.groups,
         m.padding_mode,
     )
@@ -150,15 +150,15 @@ def _identity(m: nn.Module, channels: int | None) -> LinearMap:
     return identity(_needed(channels))
 
 
+BORDER = "with ceil_mode, or padding that is not counted, is not one linear map at the border"
+
+
 @as_linear.register(nn.AvgPool2d)
 def _average_pool(m: nn.AvgPool2d, channels: int | None) -> LinearMap:
-    size = _two(m.kernel_size)
-    padding = _two(m.padding)
+    padding = two(m.padding)
     if m.ceil_mode or (any(padding) and not m.count_include_pad):
-        raise ReparamError("with ceil_mode, or padding that is not counted, is not one linear map at the border")
-    c = _needed(channels)
-    kernel = torch.full((c, 1, *size), 1 / (m.divisor_override or size[0] * size[1]), dtype=torch.float64)
-    return LinearMap(kernel, kernel.new_zeros(c), _two(m.stride), padding, groups=c)
+        raise ReparamError(BORDER)
+    return average(_needed(channels), two(m.kernel_size), two(m.stride), padding, m.divisor_override)
 
 
 @as_linear.register(nn.Sequential, Chain)
@@ -247,9 +247,9 @@ def conv_padding(m: nn.Conv2d) -> Pair:
     if pads_unevenly(m):
         raise ReparamError(UNEVEN)
     if m.padding == "same":
-        rows, columns = (d * (k - 1) // 2 for k, d in zip(_two(m.kernel_size), _two(m.dilation), strict=True))
+        rows, columns = (d * (k - 1) // 2 for k, d in zip(two(m.kernel_size), two(m.dilation), strict=True))
         return rows, columns
-    return _two(m.padding)
+    return two(m.padding)
 
 
 UNEVEN = 'with padding="same" and an even kernel pads one side more than the other'
@@ -307,7 +307,8 @@ def main_tensor(module: nn.Module) -> Tensor:
 # ---------------------------------------------------------------------- helpers
 
 
-def _two(value: Any) -> Pair:
+def two(value: Any) -> Pair:
+    """Return what a module may hold as one number or as two, as two."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 

@@ -225,8 +225,11 @@ class _Part:
                 continue
             spared = sum(self._cost(w, source) for w in inside) - _cost(m, m.kernel.numel())
             stretch = Stretch(source, v, m, inside)
-            if spared >= 0 and (spared, len(inside)) > most and not self.flow.refuse(stretch):
-                best, most = stretch, (spared, len(inside))
+            if spared >= 0 and (spared, len(inside)) > most:
+                if why := self.flow.refuse(stretch):
+                    self.refusals.setdefault((v, source), why)
+                else:
+                    best, most = stretch, (spared, len(inside))
         return best
 
     def _takes_its_norm(self, v: Value) -> bool:
@@ -300,17 +303,13 @@ def _cost(m: LinearMap, multiplications: int) -> float:
 
 
 def check(stretch: Stretch) -> float:
-    """Return the relative float64 error of a stretch, on noise just large enough for every tap, border and a second step.
+    """Return the relative float64 error of a stretch, on noise.
 
     Raises `ReparamError` where it is more than rounding, which counts by the largest number on the way: 1e6 + x - 1e6 has lost
     six digits of x. Where so many are lost that a wrong fold would look alike, that is the error.
     """
-    m = stretch.map
-    geometry = zip(m.kernel_size, m.dilation, m.stride, m.padding, strict=True)
-    size = [max(d * (k - 1) + 1 + 2 * s + p, p + 1) for k, d, s, p in geometry]
-    noise = torch.Generator().manual_seed(m.in_channels * 31 + m.kernel_size[0])
-    x = torch.randn(2, m.in_channels, *size, generator=noise, dtype=torch.float64).to(m.kernel.device)
-    steps, got = stretch.steps(x), m(x)
+    x = stretch.map.noise()
+    steps, got = stretch.steps(x), stretch.map(x)
     wanted = steps[stretch.target]
     scale = max(float(wanted.abs().max()), TINY)
     error = float((got - wanted).abs().max()) / scale if wanted.shape == got.shape else math.inf

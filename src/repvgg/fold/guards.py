@@ -66,7 +66,7 @@ def refuse_uncopyable(model: nn.Module) -> None:
             if isinstance(value, Tensor) and not value.is_leaf:
                 raise ReparamError(
                     f"`{name}` is the result of a computation, so the module cannot be copied: remove old-style weight_norm or "
-                    "spectral_norm, or run it under torch.no_grad()",
+                    "spectral_norm, or torch.nn.utils.prune's mask (prune.remove), or run it under torch.no_grad()",
                     path or type(module).__name__,
                 )
 
@@ -74,16 +74,45 @@ def refuse_uncopyable(model: nn.Module) -> None:
 def copied(model: nn.Module, share_tensors: bool = False) -> nn.Module:
     """Return a deep copy in which each module is in the mode of the original (that of an fx.GraphModule comes back in train mode).
 
-    share_tensors: parameters stay the same objects.
+    share_tensors: parameters stay the same objects. Raises `ReparamError` naming what cannot be copied.
     """
-    copy_ = copy.deepcopy(model, {id(p): p for p in model.parameters()} if share_tensors else {})
+    try:
+        copy_ = copy.deepcopy(model, {id(p): p for p in model.parameters()} if share_tensors else {})
+    except Exception as error:  # whatever a stranger's object raises
+        raise _uncopyable(model, error) from None
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in copy_.named_modules():
         module.training = modes.get(path, module.training)
     return copy_
 
 
+def _uncopyable(model: nn.Module, error: Exception) -> ReparamError:
+    """Return the refusal of a model that holds something of which there can be no copy: an open file, a lock."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                if name != "_modules":
+                    copy.deepcopy(value)
+            except Exception as found:
+                why = f"`{name}`, a {type(value).__name__}, cannot be copied ({found}): take it out while the model is folded"
+                return ReparamError(why, path or type(module).__name__)
+    return ReparamError(f"cannot be copied ({error})", type(model).__name__)
+
+
+def refuse_without_numbers(model: nn.Module) -> None:
+    """Raise `ReparamError` naming the first parameter or buffer that has no numbers yet."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ReparamError("is not initialised yet: call the model with an input first", name)
+        if tensor.is_meta:
+            raise ReparamError("is on the meta device, where tensors have no numbers: load the weights first", name)
+
+
 def refuse_damage(module: nn.Module) -> None:
+    """Raise `ReparamError` naming a parameter without channels, or a tensor with NaN or Inf."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if not parameter.numel():
+            raise ReparamError("has no channels: take the module out of the model", name)
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         refuse_nonfinite(name, tensor)
 
@@ -95,6 +124,10 @@ def refuse_nonfinite(path: str, tensor: Tensor) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Tell whether there is no NaN and no Inf; by the extremes, in a twentieth of the time that each element would take."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.dtype.itemsize == 1:  # of float8 there are no extremes
+        tensor = tensor.float()
     return tensor.numel() == 0 or tensor.is_meta or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 

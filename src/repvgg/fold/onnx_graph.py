@@ -16,6 +16,7 @@ from repvgg.fold.onnx_operators import READERS, Node
 # Worked out where all that goes in is constant; none makes more numbers than it is given, but for those of `Expand`.
 FOLDED = frozenset(("Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Cast", "Neg", "Sqrt", "Add", "Sub",
                     "Mul", "Div", "Reciprocal", "Shape", "Gather", "Slice", "Concat", "Expand", "CastLike"))  # fmt: skip
+LISTED_TOO = 4  # until this IR version each initializer had to be an input as well; since, one that is may be given from outside
 SMALL = 1 << 20  # numbers that a constant which is worked out may have
 
 
@@ -32,7 +33,10 @@ class OnnxGraph:
         self._constants: dict[str, np.ndarray[Any, Any] | None] = {}
         order: list[Value] = []
         inputs = {i.name for i in self.graph.input}
-        self.tensors = {name: t for name, t in self.tensors.items() if name not in inputs}  # those may be given from outside
+        if self.file.model.ir_version < LISTED_TOO:
+            inputs -= self.tensors.keys()
+        self.defaults = inputs & self.tensors.keys()  # what may be given from outside is no constant
+        self.tensors = {name: t for name, t in self.tensors.items() if name not in inputs}
         for name in inputs:
             self.values[name] = Value(name, says="an input")
             order.append(self.values[name])
@@ -96,7 +100,7 @@ class OnnxGraph:
         says, why = f"{'an' if proto.op_type[:1] in 'AEIOU' else 'a'} {proto.op_type}", ""
         reader = READERS.get(proto.op_type) if proto.domain in ("", "ai.onnx") else None
         found: list[Value] = []
-        if reader is not None and all(i in self.values or self.tensor(i) is not None for i in proto.input if i):
+        if reader is not None and inputs and all(i in self.values or self.tensor(i) is not None for i in proto.input if i):
             try:
                 operators, pads = reader(Node(proto, self.tensor, inputs))
                 if pads is not None:  # a convolution that pads unevenly: an unpadded one of what is padded before
@@ -108,6 +112,8 @@ class OnnxGraph:
                 if error.path:  # a tensor that is damaged
                     raise
                 why = f"its {proto.op_type} {error.reason}"
+        if not found and (name := next((i for i in proto.input if i in self.defaults), "")):
+            why = f"its {proto.op_type} reads {name}, an input of the graph that has a default: take it out of graph.input first"
         if not found and proto.op_type == "BatchNormalization":
             self.norms[proto.output[0]] = why or "its tensors are computed from the inputs"
         found = found or [Value(o, inputs, says=says, why=why) for o in proto.output if o]
@@ -165,10 +171,15 @@ class OnnxGraph:
         names = {name for node in ordered for name in (*node.input, *node.output)} | used
         del self.graph.node[:]
         self.graph.node.extend(ordered)
-        for field in (self.graph.initializer, self.graph.value_info):
-            kept = [t for t in field if t.name in names]  # type: ignore[attr-defined]
+        given = {i.name for i in self.graph.input} - self.tensors.keys()
+        for field in (self.graph.initializer, self.graph.value_info, self.graph.input):
+            kept = [t for t in field if t.name in names | given]  # type: ignore[attr-defined]
             del field[:]  # type: ignore[attr-defined]
             field.extend(kept)  # type: ignore[attr-defined]
+        if self.file.model.ir_version < LISTED_TOO:
+            listed = {i.name for i in self.graph.input}
+            new = (t for t in self.graph.initializer if t.name not in listed)
+            self.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in new)
 
     def _replace(self, v: Value, node: NodeProto) -> None:
         self.made[v.name] = node

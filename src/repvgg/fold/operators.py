@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repvgg.fold.algebra import LinearMap, Pair, ReparamError, add, compose, concat, identity, pick, scale
+from repvgg.fold.algebra import LinearMap, Pair, ReparamError, add, average, compose, concat, identity, pick, scale
 
 Kind = Literal["convolution", "norm", "scale", "other", "same"]
 
@@ -84,11 +84,7 @@ def padded(rows: int, columns: int) -> Operator:
 
 def pooled(size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) -> Operator:
     """Return an average over windows, whose padding counts."""
-
-    def own(channels: int) -> LinearMap:
-        kernel = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)), dtype=torch.float64)
-        return LinearMap(kernel, kernel.new_zeros(channels), stride, padding, groups=channels)
-
+    own = lambda channels: average(channels, size, stride, padding, divisor)  # noqa: E731
     return mapped("other", own, lambda x: F.avg_pool2d(x, size, stride, padding, divisor_override=divisor))
 
 

@@ -131,11 +131,8 @@ def compare(a: nn.Module, b: nn.Module, inputs: tuple[Any, ...]) -> Verification
 
 
 def check_part(original: nn.Module, folded: LinearMap) -> float:
-    """Return the relative float64 error of a folded module, on noise just large enough for every tap, border and a second step."""
-    geometry = zip(folded.kernel_size, folded.dilation, folded.stride, folded.padding, strict=True)
-    size = [d * (k - 1) + 1 + 2 * s + p for k, d, s, p in geometry]
-    noise = torch.Generator().manual_seed(folded.in_channels * 31 + folded.kernel_size[0])
-    x = torch.randn(2, folded.in_channels, *size, generator=noise, dtype=torch.float64).to(folded.kernel.device)
+    """Return the relative float64 error of a folded module, on noise."""
+    x = folded.noise()
     exact = copy.deepcopy(original).double()
     wanted, got = exact(x), folded(x)
     if wanted.shape != got.shape:

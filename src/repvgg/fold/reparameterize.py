@@ -11,11 +11,21 @@ import torch
 from torch import nn
 
 from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, why_unknown
-from repvgg.fold.guards import copied, inside, parts, refuse_nonfinite, refuse_train_mode, refuse_uncopyable, refuse_wrapper
+from repvgg.fold.guards import (
+    copied,
+    inside,
+    parts,
+    refuse_nonfinite,
+    refuse_train_mode,
+    refuse_uncopyable,
+    refuse_without_numbers,
+    refuse_wrapper,
+)
 from repvgg.fold.proof import check_part
 from repvgg.fold.report import Folded, FoldReport
 from repvgg.fold.stretches import fold_stretches
 from repvgg.fold.trace import Traces, trace
+from repvgg.fold.tracer import Call
 from repvgg.fold.whole import as_inputs, check_whole, example_of
 
 F = TypeVar("F", bound=Folded)
@@ -33,35 +43,41 @@ def reparameterize(model: nn.Module, example: Any = None) -> nn.Module:
     was compared with the original alone, in float64, on an input made for its channels and kernel. Children that a module names in
     its `training_only` (an auxiliary head) become None. `model` is not changed.
 
+    The model is followed as it is called with its required arguments, or as `example` calls it. Where it takes others besides, its
+    own forward is not written anew. Other methods than `forward` are not followed.
+
     example: an input of the model, or a tuple of its arguments; with it the whole is compared with the original as well. A model of
     ours needs none, it knows its input size.
 
     Raises `ReparamError` if a module is in train mode, a block contains something that is not linear, a parameter is not
-    finite, a running variance is negative, a folded kernel does not fit the parameters' dtype, the model is compiled, or the
-    folded model computes something else than the original.
+    finite or has no numbers yet, a running variance is negative, a folded kernel does not fit the parameters' dtype, the model is
+    compiled or holds what cannot be copied, or the folded model computes something else than the original.
     """
     refuse_wrapper(model)
     refuse_train_mode(model)
     refuse_uncopyable(model)
+    refuse_without_numbers(model)
     for name, parameter in model.named_parameters():
         refuse_nonfinite(name, parameter)
-    folded, report = _fold(model)
-    done = [*report.blocks, *(names[0] for names in report.stretches.values())]
     inputs = example_of(model) if example is None else as_inputs(example)
+    call = None if example is None else Call.by_example(as_inputs(example))
+    folded, report = _fold(model, call)
+    done = [*report.blocks, *(names[0] for names in report.stretches.values())]
     if inputs is not None and done:
-        report.whole = check_whole(model, folded, inputs, done, lambda chosen: _fold(model, chosen)[0])
+        report.whole = check_whole(model, folded, inputs, done, lambda chosen: _fold(model, call, chosen)[0])
     folded.fold_report = report  # type: ignore[assignment]
     return folded
 
 
-def _fold(model: nn.Module, chosen: frozenset[str] | None = None) -> tuple[nn.Module, FoldReport]:
-    """Return a folded copy. chosen: the blocks, and the first operators of stretches, to fold; by default all."""
+def _fold(model: nn.Module, call: Call | None, chosen: frozenset[str] | None = None) -> tuple[nn.Module, FoldReport]:
+    """Return a folded copy. call: how it is called, if that is known. chosen: the blocks, and the first operators of stretches, to
+    fold; by default all."""
     report = FoldReport()
     deployed = copied(model)
     for module in deployed.modules():
         for name in getattr(module, "training_only", ()):
             setattr(module, name, None)
-    traces = trace(deployed)
+    traces = trace(deployed, call)
     folded = _Blocks(traces, report, chosen).fold(deployed, "")
     for path in traces.below(report.blocks):
         del traces.graphs[path]

@@ -90,7 +90,7 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         if not fresh:
             with inside(path):
                 _take_over(new.to(conv.weight.device, torch.float64), conv, norm)
-        model = _place(model, path, _like(new, conv))
+        model = _place(model, path, _like(new, conv, norm))
         report.replaced.append(path)
         if norm is not None:
             model.set_submodule(norm_paths[path], split_activation(norm)[1].train(norm.training))
@@ -197,10 +197,15 @@ def _copy_norm(norm: nn.BatchNorm2d, to: nn.BatchNorm2d) -> None:
         getattr(to, name).copy_(getattr(norm, name))
 
 
-def _like(new: nn.Module, conv: nn.Conv2d) -> nn.Module:
-    """Put a block in the dtype, device, memory format and mode of what it replaces; frozen if that was."""
+def _like(new: nn.Module, conv: nn.Conv2d, norm: nn.Module | None) -> nn.Module:
+    """Put a block in the dtype, device, memory format and mode of what it replaces; frozen, and synchronised, where that was."""
     weight = conv.weight
     new = new.to(weight).train(conv.training).requires_grad_(weight.requires_grad)
+    if norm is not None and isinstance(norm.weight, Tensor):
+        for inner in (m for m in new.modules() if isinstance(m, nn.BatchNorm2d)):
+            inner.requires_grad_(norm.weight.requires_grad)
+    if isinstance(norm, nn.SyncBatchNorm):
+        new = nn.SyncBatchNorm.convert_sync_batchnorm(new, norm.process_group)
     if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
         new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return new

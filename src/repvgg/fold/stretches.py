@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.fold.as_linear import resembles_batch_norm
 from repvgg.fold.flow import check
@@ -37,9 +38,15 @@ def fold_stretches(model: nn.Module, traces: Traces, report: FoldReport, chosen:
         model = writer.finish()
     refuse_lost(model, traces, "folded")
     for path, module in model.named_modules():
-        if resembles_batch_norm(module):
-            report.left.setdefault(path, left.get(path) or traces.hidden.get(path, UNSEEN))
+        if resembles_batch_norm(module) or isinstance(module, _BatchNorm):
+            report.left.setdefault(path, left.get(path) or traces.hidden.get(path) or _why_not(module))
     return model
+
+
+def _why_not(norm: nn.Module) -> str:
+    if resembles_batch_norm(norm):
+        return UNSEEN
+    return f"a {type(norm).__name__}: only those of maps [N, C, H, W] and of features [N, C] are folded"
 
 
 def partners(model: nn.Module, traces: Traces) -> dict[str, str]:
@@ -49,7 +56,8 @@ def partners(model: nn.Module, traces: Traces) -> dict[str, str]:
         for v in read.flow.values:
             if v.is_norm and (conv := v.inputs[0]).operator is not None and conv.operator.kind == "convolution":
                 paths = read.places[conv].path, read.places[v].path
-                if read.flow.readers[conv] == [v] and conv not in read.flow.outputs and None not in paths:
+                alone = read.flow.readers[conv] == [v] and conv not in read.flow.outputs
+                if alone and None not in paths and read.owners([conv, v])[-1] not in traces.open:
                     found[paths[0]] = paths[1]
     return found  # type: ignore[return-value]
 

@@ -12,13 +12,9 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import resembles_batch_norm, split_activation
 from repvgg.fold.flow import Flow, Value
 from repvgg.fold.guards import altered
+from repvgg.fold.torch_memory import Memory, changed_by, is_view, makes_new, may_change
 from repvgg.fold.torch_operators import FUNCTIONS, Input, makes_flat, of_flat, of_module
 from repvgg.fold.trace import Traces
-
-MUTATED = "what it reads is changed in place"
-# What may give back the memory of its input: a change in place of the one is one of the other.
-VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "to", "split", "chunk", "unbind", "squeeze",
-         "unsqueeze", "expand", "detach", "getitem", "float", "narrow", "identity"}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -41,15 +37,20 @@ class ModuleFlow:
         self.places: dict[Value, Place] = {}
         self.apart: list[str] = []  # modules that are a computation of their own
         self.norms: dict[str, str] = {}  # batch norms that are no operator here, and why
-        self._aliases: dict[Value, Value] = {}
+        self.memory = Memory()
         self._flat: set[Value] = set()  # those that are known to be [N, C]
-        self._changed: list[tuple[Value, Value]] = []
         (graph,) = traces.graphs[root]
         inputs = [self._enter(Value(n.name, says="the input"), None, (root,)) for n in graph.nodes if n.op == "placeholder"]
         returned = self._run(root, graph, inputs, (root,))
-        self._refuse_changed()
+        outputs = set(_values_in(returned))
+        self.memory.refuse_stale(self.values, {*inputs, *outputs})
         device = next(model.get_submodule(root).parameters(), torch.empty(0)).device
-        self.flow = Flow(self.values, set(_values_in(returned)), device)
+        self.flow = Flow(self.values, outputs, device)
+
+    def owners(self, values: list[Value]) -> list[str]:
+        """Return the modules whose forwards call all that makes these, outermost first."""
+        owners = [self.places[v].owners for v in values if v in self.places] or [(self.root,)]
+        return [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
 
     # ------------------------------------------------------------------------------------------------------------- one forward
 
@@ -80,25 +81,29 @@ class ModuleFlow:
         if node.target is operator.getitem and not isinstance(args[0], Value):
             return args[0][args[1]]
         inputs = list(dict.fromkeys(_values_in((args, kwargs))))
+        changed = changed_by(node, args, kwargs)
         if not inputs:
-            return _constant(node, args, kwargs)
+            return None if changed and node.op == "call_function" else _constant(node, args, kwargs)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         says, why, found = f"`{name}`", "", None
-        if (reader := FUNCTIONS.get(node.target)) is not None:
+        if (reader := FUNCTIONS.get(node.target)) is not None and not any(isinstance(c, Tensor) for c in changed):
             try:
                 found = reader(*_numbered(args), **_numbered(kwargs))
                 inputs = list(_values_in((args, kwargs)))
             except (ReparamError, TypeError) as error:
                 why = f"{says} {error}"
         if isinstance(found, list):
-            return [self._enter(Value(f"{node.name}.{i}", tuple(inputs), how, says), None, owners) for i, how in enumerate(found)]
+            made = [self._enter(Value(f"{node.name}.{i}", tuple(inputs), how, says), None, owners) for i, how in enumerate(found)]
+            for part in made:
+                self.memory.share(part, inputs)
+            return made
         v = self._enter(Value(node.name, tuple(inputs), found, says, why), None, owners)
         if makes_flat(name, *args[1:], **kwargs):
             self._flat.add(v)
-        if name in VIEWS or (found is not None and found.kind == "same"):
-            self._aliases[v] = inputs[0]
-        if _changes_its_input(name, kwargs):
-            self._changed.append((inputs[0], v))
+        if is_view(name, args) or (found is not None and found.kind == "same"):
+            self.memory.share(v, inputs)
+        elif changed:
+            self.memory.change(list(_values_in(changed)), v)
         return v
 
     def _module(self, path: str, module: nn.Module, args: Any, kwargs: Any, given: list[Any], owners: tuple[str, ...]) -> Any:
@@ -123,10 +128,10 @@ class ModuleFlow:
         v = self._enter(Value(path, tuple(inputs), found, says, why), path, owners)
         if makes_flat(module) or (found is not None and inputs[0] in self._flat):
             self._flat.add(v)
-        if found is not None and found.kind == "same":
-            self._aliases[v] = inputs[0]
-        if any(getattr(m, "inplace", False) for m in module.modules()) and inputs and found is None:
-            self._changed.append((inputs[0], v))
+        if found is None and may_change(self.traces, path, module):
+            self.memory.change(inputs, v)
+        elif found.kind == "same" if found is not None else not makes_new(module):
+            self.memory.share(v, inputs)
         if found is not None and found.kind == "norm" and not isinstance(split_activation(module)[1], nn.Identity):
             return self._enter(Value(f"{path}.act", (v,), None, f"the activation of {says}"), None, owners)
         return v
@@ -134,27 +139,6 @@ class ModuleFlow:
     def _enter(self, v: Value, path: str | None, owners: tuple[str, ...]) -> Value:
         self.values.append(v)
         self.places[v] = Place(path, owners)
-        return v
-
-    # --------------------------------------------------------------------------------------------------------- changes in place
-
-    def _refuse_changed(self) -> None:
-        """A value that is changed in place and read elsewhere too is no operator's input: when it is read would matter."""
-        readers: dict[Value, set[Value]] = {}
-        for v in self.values:
-            for source in v.inputs:
-                readers.setdefault(self._base(source), set()).add(v)
-        aliases = set(self._aliases)
-        for value, by in self._changed:
-            base = self._base(value)
-            others = readers[base] - {by} - aliases
-            if others:
-                for v in readers[base]:
-                    v.operator, v.why = None, v.why or MUTATED
-
-    def _base(self, v: Value) -> Value:
-        while v in self._aliases:
-            v = self._aliases[v]
         return v
 
 
@@ -202,8 +186,3 @@ def _attribute(module: nn.Module, target: str) -> Any:
     for name in target.split("."):
         module = getattr(module, name)
     return module.detach() if isinstance(module, Tensor) else module
-
-
-def _changes_its_input(name: str, kwargs: dict[str, Any]) -> bool:
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("iadd", "isub", "imul", "itruediv", "setitem") or bool(kwargs.get("inplace"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repvgg.fold.algebra import LinearMap, Pair, ReparamError, batch_norm
 from repvgg.fold.as_linear import (
+    BORDER,
     CONVOLUTIONS,
     NO_STATISTICS,
     UNEVEN,
@@ -21,6 +22,7 @@ from repvgg.fold.as_linear import (
     pads_unevenly,
     resembles_batch_norm,
     split_activation,
+    two,
     why_unknown,
 )
 from repvgg.fold.guards import altered, inside, refuse_damage
@@ -54,8 +56,10 @@ def of_module(module: nn.Module, path: str) -> Operator | None:
     """Return the operator that a module is, if it is one by itself. Raises `ReparamError` where it looks like one and is not."""
     cls = type(module).__name__
     looks = isinstance(module, nn.Conv2d) or resembles_batch_norm(module)
-    if looks and (reason := altered(module)):
-        raise ReparamError(f"its {cls} {reason}")
+    if reason := altered(module):
+        if looks or type(module) in NOTHING:
+            raise ReparamError(f"its {cls} {reason}")
+        return None
     if looks and hasattr(module, "parametrizations"):
         raise ReparamError(f"its {why_unknown(module)}")
     if type(module) in CONVOLUTIONS:
@@ -72,7 +76,7 @@ def of_module(module: nn.Module, path: str) -> Operator | None:
         raise ReparamError(f"its {why_unknown(module)}")
     if type(module) in NOTHING:
         return same()
-    if altered(module) or as_linear.reader(module) is None or type(module) is nn.Sequential:
+    if as_linear.reader(module) is None or type(module) is nn.Sequential:
         return None
     return mapped("other", lambda channels: as_linear.child(path, module, channels), _run(module))
 
@@ -202,7 +206,7 @@ def _steps(index: tuple[Any, ...]) -> Pair | None:
         return None
     steps = [s.step or 1 for s in last]
     from_the_first = all(s.start in (None, 0) and s.stop is None for s in last)
-    return _two(steps) if from_the_first and all(isinstance(n, int) and n > 0 for n in steps) else None
+    return two(steps) if from_the_first and all(isinstance(n, int) and n > 0 for n in steps) else None
 
 
 def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Operator:
@@ -214,9 +218,9 @@ def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -
 
 def _pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
           count_include_pad: bool = True, divisor_override: int | None = None) -> Operator:  # fmt: skip
-    size, step, around = (_two(v) for v in (kernel_size, stride or kernel_size, padding))
+    size, step, around = (two(v) for v in (kernel_size, stride or kernel_size, padding))
     if ceil_mode or (any(around) and not count_include_pad):
-        raise ReparamError("with ceil_mode, or padding that is not counted, is not one linear map at the border")
+        raise ReparamError(BORDER)
     return pooled(size, step, around, divisor_override)
 
 
@@ -225,7 +229,7 @@ def _conv(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any =
         raise ReparamError("has a kernel that is computed, or padding in words")
     weight = weight.detach().double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
-    geometry = _two(stride), _two(padding), _two(dilation), groups
+    geometry = two(stride), two(padding), two(dilation), groups
     run = lambda x: F.conv2d(x, weight, bias, *geometry)  # noqa: E731
     return convolved(lambda: LinearMap(weight, bias, *geometry), run, weight.shape, groups)
 
@@ -248,10 +252,6 @@ def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = Fals
 
 def _unchanged(x: Any, *arguments: Any, **named: Any) -> Operator:
     return same()
-
-
-def _two(value: Any) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 FUNCTIONS: dict[Any, Reader] = {

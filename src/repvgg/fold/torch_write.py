@@ -14,6 +14,7 @@ from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered, inside
 from repvgg.fold.torch_graph import ModuleFlow
+from repvgg.fold.torch_memory import MUTATED
 from repvgg.fold.torch_operators import FLAT
 from repvgg.fold.tracer import kept
 
@@ -44,7 +45,15 @@ class ModuleWriter:
 
     def refuse(self, stretch: Stretch) -> str | None:
         """Return why it cannot be written, if so."""
-        if self._chain(stretch):
+        if self.read.memory.moves_past_a_change(stretch, self.read.values):
+            return MUTATED
+        traces, chain = self.read.traces, self._chain(stretch)
+        names = traces.open.get(self.read.owners(stretch.inside)[-1])
+        if names and traces.call is None:
+            return f"the forward that it lies in may do something else, given {names}: pass an example of how it is called"
+        if names and not chain:
+            return f"writing the forward that it lies in anew would take {names} away"
+        if chain:
             return None
         if any(self._is_flat(v) for v in stretch.inside):
             return "its linear layers are no chain"
@@ -110,22 +119,28 @@ class ModuleWriter:
 
     def _home(self, stretch: Stretch) -> str | None:
         """The innermost module whose forward sees both ends of a stretch and calls all that is inside."""
-        owners = [self.read.places[v].owners for v in stretch.inside if v in self.read.places]
-        common: list[str] = [paths[0] for paths in zip(*owners, strict=False) if len(set(paths)) == 1]
         source, target = (self.read.places.get(v) for v in (stretch.source, stretch.target))
         if source is None or target is None:
             return None
-        for path in reversed(common):
-            if not self._may_rewrite(path):
+        for path in reversed(self.read.owners(stretch.inside)):
+            if not self._may_rewrite(path) or self._breaks_apart(stretch, path):
                 return None
             if path in source.nodes and path in target.nodes:
                 return str(path)
         return None
 
+    def _breaks_apart(self, stretch: Stretch, home: str) -> bool:
+        """Tell whether a module that `home` calls holds a part of a stretch and something else besides, which would be lost."""
+        below = {place.owners[: place.owners.index(home) + 2] for place in map(self.read.places.get, stretch.inside) if place}
+        gone = {owners for owners in below if owners[-1] != home}
+        return any(
+            v not in stretch.inside and any(place.owners[: len(o)] == o for o in gone) for v, place in self.read.places.items()
+        )
+
     def _may_rewrite(self, path: str) -> bool:
         """Nobody else looks into it, and its forward does nothing besides computing."""
         traces = self.read.traces
-        known = path in traces.exposed or path in traces.hidden or altered(self.model.get_submodule(path))
+        known = path in traces.exposed or path in traces.hidden or path in traces.open or altered(self.model.get_submodule(path))
         return not known and all(node.target is not kept for node in traces.graphs[path][0].nodes)
 
     def _write_forward(self, stretch: Stretch) -> str:

@@ -33,6 +33,8 @@ class Traces:
         of them, more arguments.
     hidden: modules of which not every use can be seen, with the reason. So a part of them must not be changed.
     untraceable: modules whose forward cannot be traced, with what went wrong. All that they hold is hidden.
+    open: modules that a user calls, and what may be passed to them besides what was; then they may do something else.
+    call: how the model is called, where an example says so.
     """
 
     graphs: dict[str, list[fx.Graph]] = field(default_factory=dict)
@@ -40,6 +42,8 @@ class Traces:
     exposed: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
     untraceable: dict[str, str] = field(default_factory=dict)
+    open: dict[str, str] = field(default_factory=dict)
+    call: Call | None = None
 
     def below(self, paths: Collection[str]) -> set[str]:
         """Return the traced modules that lie at or below one of these paths."""
@@ -54,15 +58,16 @@ class Traces:
         return None
 
 
-def trace(model: nn.Module) -> Traces:
-    """Trace a copy of `model` (a forward may store what it sees), from the top down; the whole as it is called with one input."""
+def trace(model: nn.Module, call: Call | None = None) -> Traces:
+    """Trace a copy of `model` (a forward may store what it sees), from the top down; the whole as `call` does, or else with what
+    it requires."""
     with _alone:
-        return _Walk(copied(model, share_tensors=True)).traces
+        return _Walk(copied(model, share_tensors=True), call).traces
 
 
 def refuse_lost(model: nn.Module, before: Traces, done: str) -> None:
     """Raise `ReparamError` naming a module whose forward could be traced before, and now, its parts `done`, cannot."""
-    if broken := trace(model).untraceable.keys() & before.graphs.keys():
+    if broken := trace(model, before.call).untraceable.keys() & before.graphs.keys():
         raise ReparamError(f"uses a {done} module in another way than calling its own child of that name", min(broken))
 
 
@@ -72,13 +77,14 @@ _alone = threading.RLock()  # tracing changes `nn.Module` for as long as it last
 class _Walk:
     """Trace the modules of one network, each once for each way in which it is called."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: Call | None) -> None:
         self.names = {module: path for path, module in model.named_modules()}
-        self.traces = Traces()
+        self.traces = Traces(call=call)
         self.counted: dict[str, Counter[str]] = {}  # by the module whose forward it is
         self.written: dict[nn.Module, set[str]] = {}
         self.read: list[tuple[nn.Module, nn.Module, str]] = []  # who reads, of whom, what
-        self.todo = [(m, Call.by_default(m)) for m in _entries(model)]
+        self.todo = [(m, call or Call.by_default(m)) for m in _entries(model)]
+        self.traces.open = {self.names[m]: names for m, call in self.todo if (names := call.leaves_open(m))}
         done: set[tuple[nn.Module, str]] = set()
         with watched_modules():
             while self.todo:
@@ -204,7 +210,7 @@ TENSOR_FILES = {
     "upsampling",
     "flatten",
 }
-ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "mean"}
+ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "mean"}
 TENSOR_CALLS = {
     *ARITHMETIC,
     "relu",

@@ -2,12 +2,16 @@
 
 import gc
 import inspect
+import operator
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count, zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 
@@ -45,6 +49,20 @@ class Call:
         needed = sum(p.default is p.empty and p.kind in kinds for p in parameters)
         many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
         return Call(tuple(Slot(i, tensor=True) for i in range(needed or many)), {})
+
+    @staticmethod
+    def by_example(inputs: tuple[Any, ...]) -> "Call":
+        """Return the call that passes these, tensors of any value in the place of theirs."""
+        number = count()
+        fill: Any = lambda v: Slot(next(number), tensor=True) if isinstance(v, Tensor) else v  # noqa: E731
+        return Call(torch.utils._pytree.tree_map(fill, inputs), {})
+
+    def leaves_open(self, module: nn.Module) -> str:
+        """Return the names of what another call of this module may pass: what this one does not, or passes as a fixed value."""
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        pairs = zip_longest(inspect.signature(module.forward).parameters.values(), self.args)
+        open_ = [p.name for p, given in pairs if p is not None and (p.kind in several or not isinstance(given, Slot))]
+        return ", ".join(f"`{name}`" for name in open_)
 
 
 ONE_INPUT = Call((Slot(0),), {})
@@ -109,7 +127,13 @@ ARGUMENTS = "a list or dictionary that it is given"
 MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
 
 
-_tracing: list["_Tracer"] = []  # the last one is at work
+class _Here(threading.local):
+    """Say which tracer is at work in this thread. What a trace changes (`nn.Module`, fx) it changes for all threads."""
+
+    tracer: "_Tracer | None" = None
+
+
+_here = _Here()
 
 
 @contextmanager
@@ -118,7 +142,7 @@ def watched_modules() -> Iterator[None]:
     plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
 
     def get(module: nn.Module, name: str) -> Any:
-        tracer = _tracing[-1] if _tracing else None
+        tracer = _here.tracer
         if tracer is None or not tracer.watching or module is tracer.root or name in MACHINERY:
             return plain_get(module, name)
         tracer.seen.reads.append((module, name))  # before it: a parameter is found in another way than this
@@ -128,7 +152,7 @@ def watched_modules() -> Iterator[None]:
         return value
 
     def set_(module: nn.Module, name: str, value: Any) -> None:
-        tracer = _tracing[-1] if _tracing else None
+        tracer = _here.tracer
         if tracer is None:
             plain_set(module, name, value)
             return
@@ -159,8 +183,8 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over the parts of a value, where the call that makes them says how many there are."""
-        if (count := _parts_of(obj.node)) is not None:
-            return iter([obj[i] for i in range(count)])  # type: ignore[index]
+        if (parts := _parts_of(obj.node)) is not None:
+            return iter([obj[i] for i in range(parts)])  # type: ignore[index]
         found: Iterator[Any] = super().iter(obj)
         return found
 
@@ -196,11 +220,11 @@ class _Tracer(fx.Tracer):
     @contextmanager
     def _watch(self) -> Iterator[None]:
         self.watching = True
-        _tracing.append(self)
+        before, _here.tracer = _here.tracer, self
         try:
             yield
         finally:
-            _tracing.pop()
+            _here.tracer = before
             self.watching = False
 
     def note_write(self, module: nn.Module, name: str) -> None:
@@ -225,9 +249,13 @@ class _Tracer(fx.Tracer):
             self.watching = watching
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if _here.tracer is not self:  # another thread's
+            return attr_val
         return self._quietly(lambda: super(_Tracer, self).getattr(attr, attr_val, parameter_proxy_cache))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _here.tracer is not self:
+            return forward(*args, **kwargs)
         return self._quietly(lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))
 
     def create_arg(self, a: Any) -> Any:
@@ -266,9 +294,29 @@ class _Value(fx.Proxy):
             return Tensor
         raise AsksTypeError(self.node)
 
+    def changed(self, how: Callable[..., Any], plain: Callable[..., Any], other: Any) -> Any:
+        """Return what `how` makes of the value in place; of a number, what `plain` does."""
+        return self.tracer.create_proxy("call_function", plain if _is_size(self.node) else how, (self, other), {})
+
     def __len__(self) -> int:
-        count = _parts_of(self.node)
-        return super().__len__() if count is None else count
+        parts = _parts_of(self.node)
+        return super().__len__() if parts is None else parts
+
+
+# `x += y` and its like, which fx takes for `x = x + y`: by the plain operator
+IN_PLACE = {
+    getattr(operator, name, None) or getattr(operator, f"{name}_"): getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+for _plain, _how in IN_PLACE.items():
+    setattr(_Value, f"__{_how.__name__}__", lambda a, b, how=_how, plain=_plain: a.changed(how, plain, b))
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Tell whether a value is a number or a tuple, which nothing changes in place: a size, or what was made of sizes."""
+    if node.op == "call_method" or node.target is getattr:
+        return (node.target if node.op == "call_method" else node.args[1]) in ("size", "shape", "dim", "ndim", "numel")
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes))
 
 
 def _parts_of(node: fx.Node) -> int | None:

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from repvgg.fold.guards import refuse_train_mode
+from repvgg.fold.guards import copied, refuse_train_mode
 
 aten = torch.ops.aten
 
@@ -150,7 +150,7 @@ def num_paths(model: nn.Module) -> int:
     cannot trace.
     """
     try:
-        graph = fx.Tracer().trace(model)
+        graph = fx.Tracer().trace(copied(model))  # fx leaves constants on what it traces
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be traced, so its paths cannot be counted: {error}") from error
     paths: dict[fx.Node, int] = {}

@@ -58,10 +58,12 @@ def costs_of(header: Header) -> list[Row] | None:
 
     Raises `FileError` where list and tensors do not fit.
     """
-    if header.manifest.layers:
-        return _listed(header)
     try:
+        if header.manifest.layers:
+            return _listed(header)
         rows = _branches(header)
+    except FileError:
+        raise
     except (ValueError, LookupError, TypeError):  # a manifest that lies: who builds the network says where
         return None
     held = sum(math.prod(shape) for name, shape in header.shapes.items() if name.endswith(PARAMETERS))
