@@ -3,14 +3,11 @@
 python results/measure_training.py [BATCH] [ROUNDS]      # on a machine that does nothing else
 """
 
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +23,21 @@ from repvgg.train.state import State, Store
 from repvgg.train.trainer import Trainer
 
 BATCH, ROUNDS = (int(word) for word in [*sys.argv[1:], "32", "8"][:2])
-SETTINGS = {
-    "eager, fp32, NCHW": Recipe(channels_last=False),
-    "eager, bf16, NCHW": Recipe(channels_last=False, precision="bf16"),
-    "compiled, bf16, NCHW": Recipe(channels_last=False, precision="bf16", compile=True),
-    "eager, fp32, NHWC": Recipe(),
-    "eager, bf16, NHWC": Recipe(precision="bf16"),
-    "compiled, bf16, NHWC": Recipe(precision="bf16", compile=True),
+REFERENCE = "timm, eager, fp32, NCHW"
+VARIANTS: dict[str, tuple[Callable[[], nn.Module], Recipe]] = {
+    REFERENCE: (lambda: timm.create_model("repvgg_a0"), Recipe(channels_last=False)),
+    "ours, eager, fp32, NCHW": (lambda: zoo.create_model("repvgg_a0"), Recipe(channels_last=False)),
+    "timm, eager, bf16, NCHW": (lambda: timm.create_model("repvgg_a0"), Recipe(channels_last=False, precision="bf16")),
+    "ours, eager, bf16, NCHW": (lambda: zoo.create_model("repvgg_a0"), Recipe(channels_last=False, precision="bf16")),
+    "ours, eager, fp32, NHWC": (lambda: zoo.create_model("repvgg_a0"), Recipe()),
+    "ours, eager, bf16, NHWC": (lambda: zoo.create_model("repvgg_a0"), Recipe(precision="bf16")),
+    "ours, compiled, bf16, NHWC": (lambda: zoo.create_model("repvgg_a0"), Recipe(precision="bf16", compile=True)),
 }
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "timm": lambda: timm.create_model("repvgg_a0"),
-    "ours": lambda: zoo.create_model("repvgg_a0"),
-}
-STEPS = 20  # in which a heap that is damaged in each one is found to be
 
 
 def stepper(trainer: Trainer) -> Callable[[], Any]:
     batch = (torch.randn(BATCH, 3, 224, 224), torch.randint(1000, (BATCH,)))
     return lambda: trainer.step([batch], 0.01, 0)
-
-
-def trainer_of(whose: str, setting: str) -> Trainer:
-    trainer = Trainer(NETWORKS[whose](), SETTINGS[setting], 1000)
-    trainer.train()
-    return trainer
-
-
-def steps(whose: str, setting: str) -> None:
-    step = stepper(trainer_of(whose, setting))
-    for _ in range(STEPS):
-        step()
-
-
-def death(whose: str, setting: str) -> str:
-    """Return the signal that a process dies of which trains so (oneDNN's backward of a strided 1x1: see fold/blocks.py), or ""."""
-    child = get_context("spawn").Process(target=steps, args=(whose, setting))
-    child.start()
-    child.join()
-    return signal.Signals(-child.exitcode).name if child.exitcode else ""
 
 
 def state_of(trainer: Trainer) -> dict[str, float]:
@@ -83,31 +57,23 @@ def state_of(trainer: Trainer) -> dict[str, float]:
 
 
 def main() -> None:
-    # timm's network in NHWC is never run in this process: it damages the heap, sooner or later.
-    deaths = {setting: death("timm", setting) for setting, recipe in SETTINGS.items() if recipe.channels_last}
-    print(f"timm's in NHWC: {deaths}")
-    trainers = {
-        (whose, setting): trainer_of(whose, setting)
-        for whose, setting in product(NETWORKS, SETTINGS)
-        if whose == "ours" or setting not in deaths
-    }
-    times = interleave({", ".join(name): stepper(t) for name, t in trainers.items()}, rounds=ROUNDS, batches=1, warmup=2)
-    best = min((setting for whose, setting in trainers if whose == "timm"), key=lambda setting: times[f"timm, {setting}"].median)
+    trainers = {name: Trainer(make(), recipe, 1000) for name, (make, recipe) in VARIANTS.items()}
+    for trainer in trainers.values():
+        trainer.train()
+    times = interleave({name: stepper(t) for name, t in trainers.items()}, rounds=ROUNDS, batches=1, warmup=2)
     rows = {}
-    for setting in SETTINGS:
-        timm_s, ours_s = times.get(f"timm, {setting}"), times[f"ours, {setting}"]
-        rows[setting] = {
-            "timm": BATCH / timm_s.median if timm_s else deaths[setting] or "not timed",
-            "ours": BATCH / ours_s.median,
-            "over_timms_best": asdict(ratio(times[f"timm, {best}"], ours_s)),
+    for name, t in times.items():
+        others = [other for other in (REFERENCE, name.replace("ours", "timm")) if other in times]
+        rows[name] = {
+            "img_per_s": BATCH / t.median,
+            "quartiles": [BATCH / s for s in reversed(t.quartiles)],
+            "faster_than": {other: asdict(ratio(times[other], t)) for other in others},
         }
-        print(setting, rows[setting])
+        print(f"{name}: {BATCH / t.median:.1f} img/s, {ratio(times[REFERENCE], t)} times {REFERENCE}")
     protocol = {"batch_size": BATCH, "rounds": ROUNDS, "input": "224 x 224, loading left out"}
-    state = state_of(trainers["ours", "eager, fp32, NHWC"])
+    state = state_of(trainers["ours, eager, fp32, NHWC"])
     print(state)
-    write_record(
-        Path(__file__).with_name("training.json"), {"protocol": protocol, "timms_best": best, "steps": rows, "state": state}
-    )
+    write_record(Path(__file__).with_name("training.json"), {"protocol": protocol, "steps": rows, "state": state})
 
 
 if __name__ == "__main__":
