@@ -1,4 +1,4 @@
-"""Markdown: tables, counts in words, intervals, machines, and when what was measured."""
+"""Markdown: tables, counts in words, speeds, intervals, machines, and when what was measured."""
 
 import re
 from typing import Any
@@ -9,6 +9,11 @@ NAMED = 12  # parts of a record that are named one by one
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def pace(per_second: float) -> str:
+    """Return a speed to three digits: 7.8, 59.4, 1,510."""
+    return f"{float(f'{per_second:.3g}'):,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def interval(ratio: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from layout import interval, many, table
+from layout import interval, many, pace, table
 
 from repvgg.measure.timing import Ratio, Times, ratio
 
@@ -75,9 +75,9 @@ def short(r: dict[str, Any]) -> list[list[str]]:
             best = next(iter(rivals(run, precision).items()), None)
             if ours and best:
                 what = f"{words.split()[0]}, {_images(batch)}"
-                theirs = f"{named(best[0])}, {best[1]['images_per_second']:.3g}"
+                theirs = f"{named(best[0])}, {pace(best[1]['images_per_second'])}"
                 errors = ", ".join(_speed(f)[1] for f in (ours, best[1]))
-                rows.append([what, f"{ours['images_per_second']:.3g} images/s", theirs, over(ours, best[1]), errors])
+                rows.append([what, f"{pace(ours['images_per_second'])} images/s", theirs, over(ours, best[1]), errors])
     return rows
 
 
@@ -120,7 +120,7 @@ def _table(title: str, run: Run) -> str:
 
 
 def _speed(f: Figures) -> list[str]:
-    return [f"{f['images_per_second']:.3g}", f"{f['rms_error']:.0e}"]
+    return [pace(f["images_per_second"]), f"{f['rms_error']:.0e}"]
 
 
 def _members(r: dict[str, Any]) -> Iterator[str]:
@@ -140,8 +140,8 @@ def _member(name: str, run: Run) -> list[str]:
     found = [ours.get(words) for words in ("fp32 high", "int16 high")]
     return [
         f"`{name}`",
-        *(f"{f['images_per_second']:.3g}" if f else "" for f in found),
-        f"{named(rival)}, {best['images_per_second']:.3g}",
+        *(pace(f["images_per_second"]) if f else "" for f in found),
+        f"{named(rival)}, {pace(best['images_per_second'])}",
         *(over(f, best) if f else "" for f in found),
         ", ".join(f"{f['rms_error']:.0e}" for f in (*found, best) if f),
     ]

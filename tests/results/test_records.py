@@ -186,3 +186,14 @@ def test_the_page_counts_the_files_for_the_browser() -> None:
     assert record["bytes"].keys() == {path.name for path in folder.glob("*.wasm")}
     record["bytes"] = {"repvgg_engine.relaxed.wasm": 191964, "repvgg_engine.wasm": 195088}
     assert "The engine is 2 files of 192 and 195 kB" in sections.wasm(record)
+
+
+def test_speeds_have_three_digits_and_no_exponents() -> None:
+    assert [layout.pace(speed) for speed in (7.804, 59.44, 99.96, 177.4, 1513.0, 345_533.0)] == [
+        "7.8",
+        "59.4",
+        "100",
+        "177",
+        "1,510",
+        "346,000",
+    ]
