@@ -62,6 +62,17 @@ def test_each_stage_has_its_share_of_the_learning_rate() -> None:
         assert {value for name, value in scale.items() if name.startswith(prefix)} == {share}
 
 
+def test_biases_of_batch_norms_have_a_learning_rate_of_their_own_where_asked_for() -> None:
+    model = zoo.create_model("repvgg_micro", num_classes=10)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, Recipe(layer_decay=0.5, bn_bias_lr=16))
+    scale = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len(names)
+    assert {value for name, value in scale.items() if name.startswith("stages.3.") and name.endswith("bias")} == {8}
+    assert {value for name, value in scale.items() if name.startswith("stages.3.") and name.endswith("weight")} == {1 / 2}
+    assert scale["head.bias"] == scale["head.weight"] == 1
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
     model = zoo.create_model("repvgg_micro", num_classes=10)
     model.requires_grad_(False)

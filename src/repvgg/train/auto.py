@@ -175,6 +175,8 @@ def _recipe(count: int, tuned: Recipe | None, size: int) -> Recipe:
     else:
         recipe = replace(RECIPES["cifar"], epochs=max(40, round(200 * scale)), lr=0.2 * batch / 128, warmup_epochs=4)
         recipe = replace(recipe, ema=0.0)  # few steps: an average over them would lag behind for most of the run
+        if size > SMALL:
+            recipe = replace(recipe, whiten=False, bn_bias_lr=1.0)  # measured on small images alone
     return replace(recipe, batch_size=batch, crop=crop.crop, crop_area=crop.crop_area)
 
 

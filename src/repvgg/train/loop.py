@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from repvgg.data import Source
+from repvgg.data.transforms import normalise
 from repvgg.disk import FileError, Log
 from repvgg.models import zoo
 from repvgg.numerics import repeatable
@@ -26,6 +27,7 @@ from repvgg.train.recipes import Keeping, Recipe
 from repvgg.train.session import Run, Session
 from repvgg.train.tasks import task_of
 from repvgg.train.trainer import Trainer
+from repvgg.train.whiten import whiten
 
 __all__ = ["KEEPING", "Run", "new_model", "train"]
 
@@ -73,6 +75,8 @@ def train(
         out = Path(out)
         bad = out / "bad_images.txt" if keeping.on_bad_image == "skip" else None
         feed = Feed(source, recipe, seed, workers, world, bad, device)
+        if recipe.whiten and not init:
+            whiten(model, (normalise(x, source.preprocessing) for x, _ in feed.epoch(0)))
         trainer = Trainer(model, recipe, len(source.classes), task=task, world=world, device=device, seed=seed)
         settings = {
             "arch": arch,

@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Return groups of parameters: weight decay on kernels (more than one dimension) alone, not on biases, nor on batch norms'
     weights (section 4.1), but for those of identity branches with `decay_identity`.
 
-    `lr_scale` of each group holds its learning rate as `layer_decay` and `head_lr` say. With custom_l2 the kernels that it
+    `lr_scale` of each group holds its learning rate as `layer_decay`, `head_lr` and `bn_bias_lr` say. With custom_l2 the kernels that it
     regularises are spared. Raises ValueError where stages are not known (outside the family), or the backbone is not.
     """
     layer_decay, head_lr = recipe.layer_decay, recipe.head_lr
@@ -40,12 +40,15 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         )
     spared = {p for block in _two_branches(model) for p in _kernels(block)} if recipe.custom_l2 else set()
     decaying = set(_identities(model)) if recipe.decay_identity else set()
+    quick = {m.bias for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (STAGES - _stage(name)) if layer_decay != 1 else 1.0
             if not name.startswith(BACKBONE):
                 scale *= head_lr
+            if parameter in quick:
+                scale *= recipe.bn_bias_lr
             decays = parameter in decaying or (parameter.dim() > 1 and parameter not in spared)
             groups.setdefault((scale, decays), []).append(parameter)
     return [
