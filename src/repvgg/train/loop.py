@@ -23,6 +23,7 @@ from repvgg.numerics import repeatable
 from repvgg.train.batches import Feed
 from repvgg.train.distributed import joined
 from repvgg.train.finetune import started_from
+from repvgg.train.heap import kept_heap
 from repvgg.train.recipes import Keeping, Recipe
 from repvgg.train.session import Run, Session
 from repvgg.train.tasks import task_of
@@ -56,7 +57,7 @@ def train(
     number, `StoppedError` when a signal asked for the end and the state is saved.
     """
     refuse(source, Path(out))
-    with joined(device) as world, repeatable(device):
+    with joined(device) as world, repeatable(device), kept_heap():
         log = log if world.main else (lambda line: None)
         task = task_of(source)
         source = task.prepared(source, recipe)

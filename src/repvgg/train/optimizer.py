@@ -27,8 +27,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Return groups of parameters: weight decay on kernels (more than one dimension) alone, not on biases, nor on batch norms'
     weights (section 4.1), but for those of identity branches with `decay_identity`.
 
-    `lr_scale` of each group holds its learning rate as `layer_decay`, `head_lr` and `bn_bias_lr` say. With custom_l2 the kernels that it
-    regularises are spared. Raises ValueError where stages are not known (outside the family), or the backbone is not.
+    `lr_scale` of each group holds its learning rate as `layer_decay`, `head_lr` and `bn_bias_lr` say. With custom_l2 the kernels
+    that it regularises are spared. Raises ValueError where stages are not known (outside the family), or the backbone is not.
     """
     layer_decay, head_lr = recipe.layer_decay, recipe.head_lr
     if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
