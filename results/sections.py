@@ -116,15 +116,14 @@ def cifar10(r: Record) -> str:
     """A row for each run, and the model that is in the package."""
     forms = ("training form", "deploy form", "native engine")
     header = ["model", "epochs", "seed", "minutes", *(f"top-1, {form}" for form in forms), "same predictions"]
-    rows, commands, notes = [], [], []
+    rows, made = [], []
     for run in r["runs"].values():
         shares = [f"{run['top1'][form]:.2%}" if form in run["top1"] else "" for form in forms]
         same = min(run["equal_predictions"].values())
         facts = f"{run['recipe']['epochs']}", f"{run['seed']}", f"{run['minutes']:.0f}"
         rows.append([f"`{run['arch']}`", *facts, *shares, f"{same:,} of {r['images']:,}"])
-        commands.append(f"`{run['command']}`")
-        notes += [run["note"]] if run["note"] else []
-    text = f"{table(header, rows)}\n\nMade by {', '.join(dict.fromkeys(commands))}{''.join(dict.fromkeys(notes))}."
+        made.append(f"- `{run['command']}`" + (f": {run['note']}" if run["note"] else ""))
+    text = "\n".join([table(header, rows), "", "Made by", "", *dict.fromkeys(made)])
     if e := r.get("embedded"):
         text += (
             f"\n\nThe model `cifar10` that comes with the package is the deploy form of `{e['arch']}` after {e['epochs']} epochs, "
