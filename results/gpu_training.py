@@ -26,7 +26,9 @@ from repvgg.paper.numbers import TABLE6, TABLE7
 from repvgg.train.recipes import Recipe, get_recipe
 
 # What `Stepper` does of it: no moving average, one size of images.
-RECIPE = replace(get_recipe("cifar"), lr=0.1, batch_size=128, decay="cosine", ema=0.0, small_first=0.0)
+RECIPE = replace(
+    get_recipe("cifar"), lr=0.1, batch_size=128, decay="cosine", ema=0.0, small_first=0.0, whiten=False, bn_bias_lr=1.0
+)
 SHIFT = 8  # a crop moves by up to an eighth of the side
 COMPILING = 180.0  # seconds that a process must have for compiling to pay: it takes up to a minute
 SAVING = 15.0  # seconds of training that a kill may cost at most, beside an epoch
