@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_steps import Asked, Record, Stepper
+from plain_recipe import PLAIN
 from torch import Tensor
 
 from repvgg.disk import atomically
@@ -23,12 +24,10 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.paper.numbers import TABLE6, TABLE7
-from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.recipes import Recipe
 
 # What `Stepper` does of it: no moving average, one size of images.
-RECIPE = replace(
-    get_recipe("cifar"), lr=0.1, batch_size=128, decay="cosine", ema=0.0, small_first=0.0, whiten=False, bn_bias_lr=1.0
-)
+RECIPE = replace(PLAIN, lr=0.1, batch_size=128, decay="cosine")
 SHIFT = 8  # a crop moves by up to an eighth of the side
 COMPILING = 180.0  # seconds that a process must have for compiling to pay: it takes up to a minute
 SAVING = 15.0  # seconds of training that a kill may cost at most, beside an epoch

@@ -14,17 +14,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from plain_recipe import PLAIN
+
 from repvgg.disk import atomically
 from repvgg.measure.machine import write_record
 from repvgg.paper.ablation import draw, draw_curves, record
 from repvgg.paper.findings import kept
 from repvgg.paper.grid import TABLES, Grid, Outcome, run, settle
 from repvgg.paper.result import PaperSettings
-from repvgg.train.recipes import get_recipe
 
 RATES = (0.05, 0.1, 0.2)
-PLAIN = {"ema": 0.0, "small_first": 0.0, "whiten": False, "bn_bias_lr": 1.0}  # the paper has none of these
-RECIPE = replace(get_recipe("cifar"), epochs=15, **PLAIN)  # type: ignore[arg-type]
+RECIPE = replace(PLAIN, epochs=15)
 WIDTH = 0.125
 
 

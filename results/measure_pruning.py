@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_recipe import PLAIN
 from records import keep
 from torch import nn
 
@@ -48,9 +49,7 @@ def forms(run: Path, data: str) -> None:
 
 def structures(out: Path, data: str) -> None:
     source = open_source(data)
-    recipe = replace(
-        get_recipe("cifar"), epochs=FIRST_EPOCHS, warmup_epochs=0.5, ema=0.0, small_first=0.0, whiten=False, bn_bias_lr=1.0
-    )
+    recipe = replace(PLAIN, epochs=FIRST_EPOCHS, warmup_epochs=0.5)
     after = replace(recipe, epochs=AFTER_EPOCHS, warmup_epochs=0, lr=recipe.lr / 4)
     found: dict[str, Any] = {}
     for name, network in STRUCTURES.items():  # the plain one first, whose MACs the other one is brought to

@@ -2,8 +2,8 @@
 
 python results/measure_training.py [BATCH] [ROUNDS]      # on a machine that does nothing else
 
-Each network trains in a process of its own, in each of the settings, for some of timm's die: PyTorch's backward pass of a strided
-1x1 with 3 input channels damages the heap in channels_last (see Conv1x1 in fold/blocks.py). What died is in the record.
+Each network trains in a process of its own, in each of the settings, because some of timm's die: PyTorch's backward pass of a
+strided 1x1 with 3 input channels damages the heap in channels_last (see Conv1x1 in fold/blocks.py). What died is in the record.
 """
 
 import signal
@@ -82,7 +82,7 @@ class Apart:
             self.process.join()
 
     def died_of(self) -> str:
-        """Return the signal that ended the process, be it as it ended by itself; or ""."""
+        """End the process if it lives, and return the signal that it died of; or ""."""
         if self.process.exitcode is None:
             self.tell(False)
         code = self.process.exitcode or 0
@@ -112,7 +112,7 @@ def timed() -> tuple[dict[tuple[str, str], Times], dict[tuple[str, str], str]]:
     trainings = {(whose, setting): Apart(whose, setting) for whose, setting in product(NETWORKS, SETTINGS)}
     times = interleave({", ".join(name): training for name, training in trainings.items()}, rounds=ROUNDS, batches=1, warmup=2)
     lived = {name: times[", ".join(name)] for name, training in trainings.items() if training.process.is_alive()}
-    return lived, {name: signal for name, training in trainings.items() if (signal := training.died_of())}
+    return lived, {name: death for name, training in trainings.items() if (death := training.died_of())}
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
-"""The memory that a step gives back is kept for the next one, which has nothing to wait for then.
+"""The memory that a step frees is kept for the next one, which need not wait for it then.
 
-glibc hands large blocks back to the system as soon as they are free, and the system clears each page that it gives out again. A
-step of `repvgg_mini` on a CPU waits a sixteenth of its time for that.
+glibc hands large blocks back to the system as soon as they are free, and the system clears each page that it gives out again.
 """
 
 import ctypes

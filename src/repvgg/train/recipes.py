@@ -61,7 +61,7 @@ class Optimization:
     head_lr: float = 1.0
     """Learning rate of what comes after the backbone, as a multiple of the backbone's."""
     bn_bias_lr: float = 1.0
-    """Learning rate of batch norms' biases, as a multiple of their layer's: above 1 few epochs go further (Jordan 2024)."""
+    """Learning rate of batch norms' biases, as a multiple of their layer's; where epochs are few, well above 1 (Jordan 2024)."""
     layer_decay: float = 1.0
     """Learning rate of a stage as a share of the next one's; the head has all of it."""
     frozen_stages: int = 0
@@ -71,7 +71,7 @@ class Optimization:
     ema: float = 0.0
     """Decay of a moving average of the weights, which is what is evaluated and kept; 0: none."""
     whiten: bool = False
-    """Start a new network's first layer as a whitening of the images' patches (Jordan 2024): small images are learnt sooner."""
+    """Start a new network's first layer as a whitening of the images' patches (Jordan 2024); meant for small images."""
     label_smoothing: float = 0.0
     """Share of each target spread over all classes."""
     auxiliary: float = 0.4

@@ -1,4 +1,4 @@
-"""The first layer as a whitening of the images' patches, so that small images are learnt in fewer epochs.
+"""The first layer as a whitening of the images' patches, by which small images are said to be learnt in fewer epochs.
 
 Sources: Page, "How to train your ResNet 8: bag of tricks" (2019); Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024).
 There these kernels are frozen; here they are a start, as the other branches' kernels are.
