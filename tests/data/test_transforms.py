@@ -192,7 +192,8 @@ sys.modules["kept to the end"] = batches
 """
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_program_may_end_with_a_loader_half_read(workers: str) -> None:
     done = subprocess.run([sys.executable, "-c", HALF, workers], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -72,7 +72,7 @@ def images() -> Tensor:
 NETWORKS = [("repvgg_micro", 0.25, 1, "repvgg"), ("repvgg_b1g4", 0.125, 4, "repvgg"), ("repvgg_b0_residual", 0.125, 1, "repvgg")]
 BLOCKS = [
     ("repvgg_b0_residual", 0.125, 1, "plain"),
-    *(("repvgg_micro", 0.25, 1, b) for b in ("plain", "no_identity", "identity_no_bn", "post_bn", "acb", "mobileone", "qarepvgg")),
+    *(("repvgg_micro", 0.25, 1, b) for b in ("acb", "mobileone", "plain", "no_identity", "identity_no_bn", "post_bn", "qarepvgg")),
 ]
 
 
@@ -80,7 +80,8 @@ BLOCKS = [
     ("name", "width", "groups", "block", "form"),
     [
         *((*network, form) for network in NETWORKS for form in ("training", "deploy")),
-        *((*network, "training") for network in BLOCKS),
+        *((*network, "training") for network in BLOCKS[:3]),
+        *(pytest.param(*network, "training", marks=pytest.mark.slow) for network in BLOCKS[3:]),
         *(pytest.param(*network, "deploy", marks=pytest.mark.slow) for network in BLOCKS),  # plain networks, as those above
     ],
 )

@@ -21,8 +21,18 @@ def scripted(model: nn.Module, path: Path) -> Any:
         return torch.jit.load(path)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_classes": 0}, {"num_classes": 0, "global_pool": ""}])
-@pytest.mark.parametrize("name", ["repvgg_micro", "repvgg_d2se", "repvgg_l2pse"])
+HEADS = [{}, {"num_classes": 0}, {"num_classes": 0, "global_pool": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("repvgg_micro", head) for head in HEADS),
+        ("repvgg_d2se", {}),
+        *(pytest.param("repvgg_d2se", head, marks=pytest.mark.slow) for head in HEADS[1:]),
+        *(pytest.param("repvgg_l2pse", head, marks=pytest.mark.slow) for head in HEADS),
+    ],
+)
 def test_torch_jit_scripts_it(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = randomize(repvgg.create_model(name, width=1 / 32, **options), (4, 3, 32, 32))
     deploy = repvgg.reparameterize(model.eval())

@@ -185,7 +185,8 @@ async def visit(folder: Path, images: list[Path], profile: Path, picture: Path |
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-@pytest.mark.parametrize(("channels", "interpolation"), [(3, "bilinear"), pytest.param(1, "bicubic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "interpolation"), [(3, "bilinear"), (1, "bicubic")])
 def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     try:

@@ -100,7 +100,7 @@ def test_without_the_images_there_is_a_page_without_pictures_of_them(runs: tuple
         recorded.source("nothing-of-the-kind", said.append)
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.slow), "killed"])
 def test_a_run_that_was_ended_early_has_a_page_that_says_so(how: str, runs: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs[1], folder)
