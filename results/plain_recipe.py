@@ -4,4 +4,5 @@ from dataclasses import replace
 
 from repvgg.train.recipes import get_recipe
 
-PLAIN = replace(get_recipe("cifar"), ema=0.0, small_first=0.0, whiten=False, bn_bias_lr=1.0)
+_USUAL = replace(get_recipe("cifar"), label_smoothing=0.1, shift=1 / 8, border="black")  # as CIFAR-10 is usually trained
+PLAIN = replace(_USUAL, ema=0.0, small_first=0.0, whiten=False, bn_bias_lr=1.0)

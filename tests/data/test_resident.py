@@ -34,18 +34,18 @@ def feed(seed: int = 3, data: Any = None, **options: Any) -> Feed:
     return Feed(source(data or images()), RECIPE, seed, **options)
 
 
-def test_a_batch_is_what_torchvision_crops_and_flips() -> None:
+@pytest.mark.parametrize("reflected", [False, True])
+def test_a_batch_is_what_torchvision_crops_and_flips(reflected: bool) -> None:
     data = images()
     resident = Resident.of(data, Preprocessing((3, 16, 16), 16), "cpu")
     assert resident is not None
-    assert resident.border == 2
-    shifts = Shifts(40, 2, True, (0, 5))
+    shifts = Shifts(40, 2, reflected, True, (0, 5))
     indices = torch.randperm(40)[:23]
     pixels, labels = resident.batch(indices, shifts)
     assert pixels.dtype == torch.uint8
     assert labels.tolist() == [i % 4 for i in indices.tolist()]
     for got, i in zip(pixels, indices.tolist(), strict=True):
-        padded = v2.functional.pad(data.pixels[i], [2])
+        padded = v2.functional.pad(data.pixels[i], [2], padding_mode="reflect" if reflected else "constant")
         crop = v2.functional.crop(padded, int(shifts.top[i]) + 2, int(shifts.left[i]) + 2, 16, 16)
         assert torch.equal(got, v2.functional.hflip(crop) if shifts.mirrored[i] else crop)
     seen = {(int(t), int(x), bool(m)) for t, x, m in zip(shifts.top, shifts.left, shifts.mirrored, strict=True)}
@@ -127,11 +127,11 @@ def test_a_subset_of_a_subset() -> None:
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_mirrors_are_half_or_none(flip: bool) -> None:
-    assert abs(float(Shifts(4000, 4, flip, (0, 0)).mirrored.float().mean()) - (0.5 if flip else 0)) < 0.05
+    assert abs(float(Shifts(4000, 4, False, flip, (0, 0)).mirrored.float().mean()) - (0.5 if flip else 0)) < 0.05
 
 
 def test_an_image_is_mirrored_in_every_other_epoch() -> None:
-    first, second, third = (Shifts(100, 4, True, (7, epoch)).mirrored for epoch in range(3))
+    first, second, third = (Shifts(100, 4, False, True, (7, epoch)).mirrored for epoch in range(3))
     assert torch.equal(first, ~second)
     assert torch.equal(first, third)
-    assert not torch.equal(first, Shifts(100, 4, True, (8, 0)).mirrored)
+    assert not torch.equal(first, Shifts(100, 4, False, True, (8, 0)).mirrored)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from repvgg.models.manifest import Preprocessing
-from repvgg.train.augment import RATIOS, side_of, train_transform
+from repvgg.train.augment import RATIOS, shift_of, side_of, train_transform
 from repvgg.train.recipes import RECIPES, Recipe
 
 RGB = Preprocessing((3, 48, 40), 48)
@@ -43,6 +43,23 @@ def spots(recipe: Recipe, draws: int) -> list[tuple[int, int]]:
 def test_a_shift_is_at_most_an_eighth_and_never_mirrors() -> None:
     recipe = replace(RECIPES["demo"], crop="shift", flip=False)
     assert set(spots(recipe, 400)) == {(5 + dy, 8 + dx) for dy in range(-2, 3) for dx in range(-2, 3)}
+
+
+def test_a_longer_shift_brings_in_the_image_reflected() -> None:
+    recipe = replace(RECIPES["demo"], shift=0.25, border="reflected", flip=False)
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    padded = v2.functional.pad(image, [4], padding_mode="reflect")
+    windows = {(y, x): padded[:, y : y + 16, x : x + 16] for y in range(9) for x in range(9)}
+    transform = train_transform(recipe, GREY)
+    met = {where for _ in range(400) for out in [transform(image)] for where, one in windows.items() if torch.equal(out, one)}
+    assert len(met) > 70
+
+
+def test_a_shift_is_shorter_than_the_shorter_side() -> None:
+    recipe = replace(RECIPES["demo"], shift=0.5, border="reflected")
+    flat = Preprocessing((1, 3, 32), 32, mean=(0.5,), std=(0.5,))
+    assert shift_of(recipe, flat) == 2
+    assert train_transform(recipe, flat)(torch.zeros(1, 3, 32, dtype=torch.uint8)).shape == (1, 3, 32)
 
 
 def test_half_of_the_images_are_mirrored() -> None:

@@ -2,7 +2,7 @@
 
 resident = Resident.of(source.train, source.preprocessing, "cuda")       # None for what must be read image by image
 images, labels = resident.batch(indices)                                 # uint8 [N, C, H, W], int64 [N]
-images, labels = resident.batch(indices, Shifts(len(source.train), 4, flip=True, seed=(0, epoch)))
+images, labels = resident.batch(indices, Shifts(len(source.train), 4, False, flip=True, seed=(0, epoch)))
 """
 
 import weakref
@@ -29,8 +29,13 @@ class Shifts:
     chance would (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
     """
 
-    def __init__(self, count: int, most: int, flip: bool, seed: tuple[int, int]) -> None:
-        """Draw them. most: pixels that a shift is at most; seed: of the run, and the number of the epoch."""
+    def __init__(self, count: int, most: int, reflected: bool, flip: bool, seed: tuple[int, int]) -> None:
+        """Draw them.
+
+        most: pixels that a shift is at most, fewer than either side has. reflected: the image comes in from outside, not black.
+        seed: of the run, and the number of the epoch.
+        """
+        self.reflected = reflected
         run, epoch = seed
         random = torch.Generator().manual_seed(hash(seed) % 2**63)
         self.top, self.left = torch.randint(0, 2 * most + 1, (2, count), generator=random) - most
@@ -44,15 +49,13 @@ class Shifts:
 
 
 class Resident:
-    """All images of a split, of the input's size, within a black border."""
+    """All images of a split, of the input's size."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, device: str) -> None:
         """Take the pixels, uint8 [N, C, H, W], and labels [N] to a device."""
         self.count, self.channels, self.height, self.width = pixels.shape
-        self.border = max(self.height, self.width) // 8
-        bordered = F.pad(pixels, [self.border] * 4)
-        # A pixel is a row, with its channels in it, so that a batch is one selection of rows.
-        self.rows = bordered.permute(0, 2, 3, 1).reshape(-1, self.channels).to(device)
+        # A pixel is a row, with its channels in it, so that a batch is one selection of rows. The last row is black.
+        self.rows = F.pad(pixels.permute(0, 2, 3, 1).reshape(-1, self.channels), (0, 0, 0, 1)).to(device)
         self.labels, self.device = labels.to(device), device
         self.y, self.x = torch.arange(self.height, device=device), torch.arange(self.width, device=device)
 
@@ -84,11 +87,19 @@ class Resident:
     def batch(self, indices: Tensor, shifts: Shifts | None = None) -> tuple[Tensor, Tensor]:
         """Return the images of these indices [B], uint8 [B, C, H, W] in channels-last, and their labels [B], on the device."""
         i = indices.to(self.device, non_blocking=True)
-        wide, x, y = self.width + 2 * self.border, self.x + self.border, (self.y + self.border)[None]
-        columns = x[None]
+        y, x = self.y[None].expand(len(i), -1), self.x[None].expand(len(i), -1)
         if shifts is not None:
-            columns = torch.where(shifts.mirrored[i, None], x.flip(0), x) + shifts.left[i, None]
             y = y + shifts.top[i, None]
-        rows = (i[:, None, None] * (self.height + 2 * self.border) + y[:, :, None]) * wide + columns[:, None, :]
+            x = torch.where(shifts.mirrored[i, None], x.flip(1), x) + shifts.left[i, None]
+        inside = ((y >= 0) & (y < self.height))[:, :, None] & ((x >= 0) & (x < self.width))[:, None, :]
+        y, x = _reflected(y, self.height), _reflected(x, self.width)
+        rows = (i[:, None, None] * self.height + y[:, :, None]) * self.width + x[:, None, :]
+        if shifts is not None and not shifts.reflected:
+            rows = torch.where(inside, rows, len(self.rows) - 1)
         pixels = self.rows.index_select(0, rows.flatten()).view(len(i), self.height, self.width, self.channels)
         return pixels.permute(0, 3, 1, 2), self.labels[i]
+
+
+def _reflected(index: Tensor, size: int) -> Tensor:
+    """Return indices from -size + 1 to 2 * size - 2 as reflected by the first and the last pixel, which are not repeated."""
+    return size - 1 - (size - 1 - index.abs()).abs()

@@ -21,7 +21,8 @@ def train_transform(recipe: Recipe, preprocessing: Preprocessing) -> nn.Module:
     if recipe.crop == "random_resized":
         steps.append(Crop((height, width), (recipe.crop_area, 1.0), RATIOS, mode, antialias=True))
     else:
-        steps += [fit(preprocessing), v2.RandomCrop((height, width), padding=max(height, width) // 8, pad_if_needed=True)]
+        padding, how = shift_of(recipe, preprocessing), "reflect" if recipe.border == "reflected" else "constant"
+        steps += [fit(preprocessing), v2.RandomCrop((height, width), padding, pad_if_needed=True, padding_mode=how)]
     if recipe.auto_augment:
         steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, interpolation=mode))
     if recipe.rand_augment:
@@ -44,6 +45,12 @@ class Crop(v2.RandomResizedCrop):
         crop = rows.contiguous().permute(2, 0, 1)
         resized: Tensor = resize(crop, self.size, self.interpolation, antialias=self.antialias)
         return resized
+
+
+def shift_of(recipe: Recipe, preprocessing: Preprocessing) -> int:
+    """Return how many pixels an image is shifted at most: fewer than either side has."""
+    sides = preprocessing.input_size[1:]
+    return min(int(recipe.shift * max(sides)), min(sides) - 1)
 
 
 def side_of(recipe: Recipe, preprocessing: Preprocessing) -> int:

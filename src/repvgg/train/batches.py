@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from repvgg.data import Source
 from repvgg.data.resident import Resident, Shifts
 from repvgg.data.transforms import BadImages, Transformed, load, load_lanes
-from repvgg.train.augment import only_shifts, side_of
+from repvgg.train.augment import only_shifts, shift_of, side_of
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import task_of
@@ -40,7 +41,7 @@ class Feed:
         Raises ValueError for a batch smaller than its parts.
         """
         listing = BadImages(bad, replace=True) if bad else None
-        self.count, self.seed, self.workers, self.world, self.flip = len(source.train), seed, workers, world, recipe.flip
+        self.count, self.seed, self.workers, self.world = len(source.train), seed, workers, world
         parts = world.size * recipe.accumulate
         self.batch_size = min(recipe.batch_size, self.count)
         if self.batch_size < parts:
@@ -56,6 +57,7 @@ class Feed:
         transform = task_of(source).train_transform(recipe, source.preprocessing)
         self.images = Transformed(source.train, transform, seed, listing, side_of(recipe, source.preprocessing))
         self.resident = Resident.of(source.train, source.preprocessing, device) if only_shifts(recipe) else None
+        self.drawn = partial(Shifts, self.count, shift_of(recipe, source.preprocessing), recipe.border == "reflected", recipe.flip)
         self.spent, self.made = 0.0, 0
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,7 +79,7 @@ class Feed:
         return load(self.images, self.sizes, self.workers, own.tolist())
 
     def _from_device(self, resident: Resident, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        shifts = Shifts(self.count, resident.border, self.flip, (self.seed, epoch)).to(resident.device)
+        shifts = self.drawn((self.seed, epoch)).to(resident.device)
         for indices in order.split(self.sizes * (len(order) // sum(self.sizes))) if len(order) else ():
             started = time.perf_counter()
             batch = resident.batch(indices, shifts)

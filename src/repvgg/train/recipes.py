@@ -85,7 +85,11 @@ class Augmentation:
     image_size: int = 0
     """Height and width that images are trained and tested at; 0: what suits the data, or the model that it starts from."""
     crop: Literal["random_resized", "shift", "scale"] = "random_resized"
-    """A crop of random size and shape; a shift by up to an eighth of the size; of masks, a scale from 0.5 to 2 and then a crop."""
+    """A crop of random size and shape; a shift by up to `shift`; of masks, a scale from 0.5 to 2 and then a crop."""
+    shift: float = 0.125
+    """Longest shift, as a share of the image's longer side."""
+    border: Literal["black", "reflected"] = "black"
+    """What a shift brings in from outside the image: black, or the image reflected."""
     crop_area: float = 0.08
     """Smallest share of the image in a random_resized crop."""
     crop_size: int = 0
@@ -135,7 +139,7 @@ class Recipe(Machine, Augmentation, Optimization, Schedule):
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1")
-        for name in ("momentum", "label_smoothing", "ema", "erasing", "small_first"):
+        for name in ("momentum", "label_smoothing", "ema", "erasing", "shift", "small_first"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: from 0 to below 1")
         never_negative = ("weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_norm", "lr_per", "frozen_stages", "auxiliary")
@@ -208,12 +212,14 @@ RECIPES = {
         weight_decay=5e-4,
         warmup_epochs=2,
         decay="linear",
-        label_smoothing=0.1,
+        label_smoothing=0.2,
         ema=0.995,
         bn_bias_lr=16,
         whiten=True,
         small_first=0.6,
         crop="shift",
+        shift=1 / 16,
+        border="reflected",
         precision="bf16",
     ),
     "finetune": Recipe(epochs=15, batch_size=64, lr=0.02, nesterov=True, warmup_epochs=1, label_smoothing=0.1, layer_decay=0.7),
