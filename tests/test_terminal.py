@@ -33,3 +33,16 @@ def test_without_stderr(monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
     with Progress(1, print) as progress, live() as show:
         show("a line")
         progress.add(1, lambda: "a line", "things")
+
+
+def test_where_the_terminal_is_narrow_the_count_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(5460, print, before=1000, left=lambda share: (1 - share) ** 2) as progress:
+        progress.add(28, lambda: "epoch 2/14  " + "a long line " * 9, "step")
+    assert "1028/5460" in stream.getvalue()
+    assert "epoch 2/14" in stream.getvalue()
+    assert "…" in stream.getvalue()

@@ -11,6 +11,7 @@ from typing import Any
 from repvgg.disk import Log
 
 quiet = False  # neither bars nor live lines: set by `repvgg -q`
+BAR = 16  # characters
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 
 
@@ -19,36 +20,35 @@ def _at_a_terminal() -> bool:
     return bool(sys.stderr) and not sys.stderr.closed and sys.stderr.isatty()
 
 
+def alike(share: float) -> float:
+    """Return the work that is left after a share of it, where all parts take the same time."""
+    return 1 - share
+
+
 class Progress:
     """A bar with a line that changes in place in a terminal; elsewhere a plain line now and then. Use as a context manager.
 
     total: how many there are, None where it is not known; before: how many an earlier process did. board: returns what a terminal
-    shows above the bar, as rich has it; asked once a second.
+    shows above the bar, as rich has it; asked once a second. left: returns the share of the work that is left after a share of the
+    total.
     """
 
-    def __init__(self, total: int | None, log: Log = print, before: int = 0, board: Callable[[], Any] | None = None) -> None:
-        self.total, self.log, self.done, self.before, self.board = total, log, before, before, board
+    def __init__(
+        self,
+        total: int | None,
+        log: Log = print,
+        before: int = 0,
+        board: Callable[[], Any] | None = None,
+        left: Callable[[float], float] = alike,
+    ) -> None:
+        self.total, self.log, self.done, self.before, self.board, self.left = total, log, before, before, board, left
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
         if not quiet and _at_a_terminal():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            board = self.board
-
-            class Shown(Bar):
-                def get_renderables(self) -> Iterator[Any]:
-                    if board is not None:
-                        yield board()
-                    yield from super().get_renderables()
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            console = Console(file=sys.stderr)  # today's: it may be a file while something else is at work
-            self.bar = Shown(*columns, console=console, transient=True, refresh_per_second=1 if board else 10)
+            self.bar = _bar(self.board)
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.total, completed=self.before)
+            self.task = self.bar.add_task("starting", total=self.total, **self._shown())
         self.spoke = self.mark = time.perf_counter()
         self.seconds = 0.0
         return self
@@ -63,14 +63,24 @@ class Progress:
         self.seconds, self.mark = self.seconds + now - self.mark, now
         self.done += count
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, description=line())
+            self.bar.update(self.task, description=line(), **self._shown())
         elif now - self.spoke > PLAIN_EVERY:
             self.spoke = now
-            of, left = "", ""
-            if self.total is not None:
-                of = f"/{self.total}"
-                left = f"  {self.seconds / (self.done - self.before) * (self.total - self.done) / 60:.1f} min left"
-            self.log(f"{line()}  {what} {self.done}{of}{left}")
+            rest = "" if self.total is None else f"/{self.total}  {self.minutes_left(self.before, self.seconds):.1f} min left"
+            self.log(f"{line()}  {what} {self.done}{rest}")
+
+    def _shown(self) -> dict[str, Any]:
+        """Return what the bar shows: it moves with the work, and counts what is done."""
+        if self.total is None:
+            return {"completed": self.done, "count": f"{self.done}"}
+        work = 1 - self.left(self.done / self.total) / self.left(0.0) if self.total else 1.0
+        return {"completed": self.total * work, "count": f"{self.done}/{self.total}"}
+
+    def minutes_left(self, since: int, seconds: float) -> float:
+        """Return the minutes that the rest takes, if what was done since so many were done took so many seconds."""
+        total = self.total or self.done
+        left = self.left(self.done / total)
+        return seconds / (self.left(since / total) - left) * left / 60
 
     def say(self, line: str) -> None:
         """Print a line that stays; the time since the last `add` does not count."""
@@ -79,6 +89,32 @@ class Progress:
             self.bar.console.print(line, highlight=False, markup=False)
         else:
             self.log(line)
+
+
+def _bar(board: Callable[[], Any] | None) -> Any:
+    """Return a bar of rich, below what `board` returns."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    class Bar(Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            if board is not None:
+                yield board()
+            yield from super().get_renderables()
+
+    class Line(TextColumn):
+        """What is cut where the terminal is narrow, so that count and time left are not."""
+
+        def render(self, task: Any) -> Any:
+            text = super().render(task)
+            text.no_wrap = True
+            return text
+
+    line = Line("{task.description}", table_column=Column(overflow="ellipsis"))
+    columns = (line, BarColumn(BAR), TextColumn("{task.fields[count]}"), TimeRemainingColumn())
+    console = Console(file=sys.stderr)  # today's: it may be a file while something else is at work
+    return Bar(*columns, console=console, transient=True, refresh_per_second=1 if board else 10)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from repvgg import terminal
 from repvgg.train.evaluate import Accuracy
 from repvgg.train.progress import Progress
+from repvgg.train.recipes import Recipe
 
 ACCURACY = Accuracy(360, 0.5, 0.9, 1.0, torch.zeros(10, 10))
 
@@ -52,7 +54,7 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch)
             if step == 50:
                 p.seen(2.0, 0.5)
     assert lines == [
-        "about 4 min for the 290 steps that are left, by the first 10; evaluations come on top",
+        "about 4 min for the 290 steps that are left; evaluations come on top",
         "epoch 1/3  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 51/300  3.1 min left",
         "epoch 1/3  loss 2.000  top-1 50.0%  13 img/s (loader 50, data wait 0%)  lr 0.1000  step 92/300  2.6 min left",
     ]
@@ -86,6 +88,16 @@ def test_a_resumed_run_counts_from_where_it_was(monkeypatch: pytest.MonkeyPatch)
             p.step(1, 0.1)
     assert lines == [
         "epoch 1/2: val top-1 90.00% (360 images); in training top-1 25.0%, loss 1.500",
-        "about 2 min for the 40 steps that are left, by the first 10; evaluations come on top",
-        "epoch 2/2  3 img/s (loader 0, data wait 0%)  lr 0.1000  step 171/200  1.4 min left",
+        "about 2 min for the 40 steps that are left; evaluations come on top",
+        "epoch 2/2  3 img/s (loader 0, data wait 0%)  lr 0.1000  step 171/200  1.5 min left",
     ]
+
+
+def test_the_first_steps_are_slow_and_the_larger_images_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = Clock(monkeypatch), list[str]()
+    recipe = Recipe(small_first=0.5)  # at 3/4 of the side a step is 9/16 of the work
+    with Progress(2, 100, 10, lines.append, left=partial(recipe.work_left, 32)) as p:
+        for step in range(10):
+            clock.now += 9.0 if step >= 5 else 100.0
+            p.step(0, 0.1)
+    assert lines[-1].startswith(f"about {(90 * 9 + 100 * 16) / 60:.0f} min for the 190 steps")

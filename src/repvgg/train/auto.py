@@ -106,7 +106,7 @@ def choose(
     task_of(source).check(model, source)
     speeds = {precision: _seconds(model, source, sizes[0], device, precision) for precision in ("fp32", "bf16")}
     precision = min(speeds, key=lambda name: speeds[name])
-    pace = Pace(loading / max(1, workers), speeds[precision] * _eased(recipe), sizes[0])
+    pace = Pace(loading / max(1, workers), speeds[precision] * recipe.work_left(SIZES[0], 0.0), sizes[0])
     figures = ", ".join(f"{1 / seconds:.0f} in {name}" for name, seconds in speeds.items())
     log(f"auto: a training step here takes so many images a second at {sizes[0]} pixels: {figures}")
     least = min(recipe.epochs, ENOUGH[bool(init)])
@@ -205,11 +205,6 @@ def _seconds(model: nn.Module, source: Source, size: int, device: str, precision
             wait()
             times.append(time.perf_counter() - started)
     return min(times[1:]) / TRIAL
-
-
-def _eased(recipe: Recipe) -> float:
-    """Return the time of all steps as a share of what it would be if none saw smaller images."""
-    return 1 - recipe.small_first * (1 - (recipe.side_at(SIZES[0], 0.0) / SIZES[0]) ** 2)
 
 
 def _told(recipe: Recipe) -> str:

@@ -1,12 +1,13 @@
 """The figures that people look at during a run, on a live line in a terminal, in plain lines elsewhere."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from repvgg import terminal
 from repvgg.train.tasks import Evaluation
 
-FIRST = 10  # steps, after which it is known how long all will take
+FIRST = 10  # steps, after which it is known how long all will take; the first half of them is slow
 SPOKEN = {"top1": "top-1", "pixel_accuracy": "pixels"}
 
 
@@ -14,12 +15,23 @@ class Progress:
     """Loss and the share that is recognised (means since they were last looked at), images a second, the share of time that data
     was waited for, time left.
 
-    before: steps that an earlier process did; share: the name of what is recognised. Use as a context manager.
+    before: steps that an earlier process did; share: the name of what is recognised; left: as `terminal.Progress` takes it. Use as
+    a context manager.
     """
 
-    def __init__(self, epochs: int, steps: int, batch_size: int, log: Any = print, before: int = 0, share: str = "top1") -> None:
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        batch_size: int,
+        log: Any = print,
+        before: int = 0,
+        share: str = "top1",
+        left: Callable[[float], float] = terminal.alike,
+    ) -> None:
         self.epochs, self.batch_size, self.share = epochs, batch_size, share
-        self.line = terminal.Progress(epochs * steps, log, before)
+        self.total = epochs * steps
+        self.line = terminal.Progress(self.total, log, before, left=left)
         self.steps, self.waited, self.lr, self.loader = 0, 0.0, 0.0, 0.0
         self.means: tuple[float, float] | None = None
 
@@ -34,17 +46,16 @@ class Progress:
         """Count a training step. waited: seconds for its images; loader: images a second that could be had."""
         self.steps, self.waited, self.lr, self.loader = self.steps + 1, self.waited + waited, lr, loader
         self.line.add(1, lambda: f"epoch {epoch + 1}/{self.epochs}  {self._loss()}{self._speed()}  lr {lr:.4f}", "step")
-        if self.steps == FIRST:
-            self._foretell()
+        if self.steps == FIRST // 2:
+            self.half = self.line.done, self.line.seconds
+        elif self.steps == FIRST:
+            self._foretell(*self.half)
 
-    def _foretell(self) -> None:
-        """Say how long it will take, where that is long."""
-        left = self.line.total - self.line.done if self.line.total else 0
-        minutes = self.line.seconds / FIRST * left / 60
+    def _foretell(self, done: int, seconds: float) -> None:
+        """Say how long it will take, where that is long, by the steps since then."""
+        minutes, left = self.line.minutes_left(done, self.line.seconds - seconds), self.total - self.line.done
         if minutes > 1:
-            self.line.say(
-                f"about {minutes:.0f} min for the {left} steps that are left, by the first {FIRST}; evaluations come on top"
-            )
+            self.line.say(f"about {minutes:.0f} min for the {left} steps that are left; evaluations come on top")
 
     def seen(self, loss: float, right: float) -> None:
         """Take note of the means over some steps."""

@@ -167,6 +167,11 @@ class Recipe(Machine, Augmentation, Optimization, Schedule):
         """Return the pixels a side of training images after `progress` (0 to 1) of all steps: where fewer, a multiple of 8."""
         return min(side, max(8, side * 3 // 32 * 8)) if progress < self.small_first else side
 
+    def work_left(self, side: int, progress: float) -> float:
+        """Return the work after `progress` (0 to 1) of all steps, as a share of what a run has that sees no smaller images."""
+        small = max(0.0, self.small_first - progress)
+        return 1 - progress - small * (1 - (self.side_at(side, 0.0) / side) ** 2)
+
     def lr_at(self, progress: float) -> float:
         """Learning rate after `progress` (0 to 1) of all steps."""
         warmup = min(0.5, self.warmup_epochs / self.epochs)

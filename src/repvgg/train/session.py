@@ -180,9 +180,8 @@ class Session:
     def _input(self, x: torch.Tensor, progress: float) -> torch.Tensor:
         """Return images on the device, normalised, of the size that they have after that share of the run."""
         x = normalise(x.to(self.trainer.device, non_blocking=True), self.source.preprocessing)
-        height, width = x.shape[-2:]
-        size = self.recipe.side_at(height, progress), self.recipe.side_at(width, progress)
-        return x if size == (height, width) else interpolate(x, size, mode="bilinear", antialias=True)
+        size = [self.recipe.side_at(side, progress) for side in x.shape[-2:]]
+        return x if size == [*x.shape[-2:]] else interpolate(x, size, mode="bilinear", antialias=True)
 
     def _evaluate(self, epoch: int, course: Course, logs: Logs, progress: Progress) -> None:
         """Evaluate at the end of an epoch, and save the models and the state."""
@@ -311,7 +310,8 @@ class Session:
             self._save(course)
 
     def _progress(self, course: Course) -> Progress:
-        return Progress(self.recipe.epochs, self.feed.steps, self.feed.batch_size, self.log, course.step, self.task.share)
+        left = partial(self.recipe.work_left, self.source.preprocessing.input_size[1])
+        return Progress(self.recipe.epochs, self.feed.steps, self.feed.batch_size, self.log, course.step, self.task.share, left)
 
     def _logs(self, course: Course) -> Logs:
         return Logs(self.out if self.world.main else None, course.step, self.keeping.wandb, self.settings, self.log)
