@@ -104,7 +104,7 @@ def _bar(board: Callable[[], Any] | None) -> Any:
             yield from super().get_renderables()
 
     class Line(TextColumn):
-        """What is cut where the terminal is narrow, so that count and time left are not."""
+        """Shows a line that is cut where the terminal is narrow, so that count and time left are not."""
 
         def render(self, task: Any) -> Any:
             text = super().render(task)
