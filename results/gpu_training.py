@@ -28,7 +28,6 @@ from repvgg.train.recipes import Recipe
 
 # What `Stepper` does of it: no moving average, one size of images.
 RECIPE = replace(PLAIN, lr=0.1, batch_size=128, decay="cosine")
-SHIFT = 8  # a crop moves by up to an eighth of the side
 COMPILING = 180.0  # seconds that a process must have for compiling to pay: it takes up to a minute
 SAVING = 15.0  # seconds of training that a kill may cost at most, beside an epoch
 PART = 48_000_000  # bytes of images in a packed file: what carries files to a machine may refuse larger ones
@@ -167,9 +166,9 @@ def _epoch(stepper: Stepper, data: "Data", job: Job, epoch: int) -> None:
 
 
 def augmented(images: Tensor, draw: torch.Generator, mirror: bool) -> Tensor:
-    """Shift each image by up to an eighth of its side, with zeros around it, and mirror half of them: one gather, no loop."""
+    """Shift each image as far as the recipe says, with zeros around it, and mirror half of them: one gather, no loop."""
     count, _, height, width = images.shape
-    reach = max(1, height // SHIFT)
+    reach = int(RECIPE.shift * height)
     padded = torch.nn.functional.pad(images, (reach,) * 4)
     down, right = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=draw, device=images.device)
     rows = down + torch.arange(height, device=images.device)

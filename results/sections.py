@@ -223,10 +223,9 @@ def _needed(r: Record) -> str:
     rises = [100 * (curve[-1] - curve[-2]) for curve in curves]
     best = 100 * max(curve[-1] for curve in curves)
     return (
-        f"What would be needed: in the last epoch the variants still gained {min(rises):.1f} to {max(rises):.1f} points (seed 0), "
-        f"and the best of them ended at {best:.0f}%. So early, what trains fastest leads. Trainings as long as the paper's (120 "
-        "epochs), of networks wide enough to learn their images, would decide the order: a GPU's work, step `ablation` of "
-        "[gpu.py](../results/gpu.py).\n\n"
+        f"In the last epoch the variants still gained {min(rises):.1f} to {max(rises):.1f} points (seed 0), and the best of them "
+        f"ended at {best:.0f}%. What would be needed: trainings as long as the paper's (120 epochs), of networks wide enough to "
+        "learn their images. That is a GPU's work: step `ablation` of [gpu.py](../results/gpu.py).\n\n"
     )
 
 

@@ -94,10 +94,11 @@ class Progress:
 def _bar(board: Callable[[], Any] | None) -> Any:
     """Return a bar of rich, below what `board` returns."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Rich
     from rich.table import Column
 
-    class Bar(Progress):
+    class Bar(Rich):
         def get_renderables(self) -> Iterator[Any]:
             if board is not None:
                 yield board()

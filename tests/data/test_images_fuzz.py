@@ -15,7 +15,7 @@ from PIL import Image
 from repvgg.data import images
 from repvgg.data.images import ImageError, decode
 
-MUTANTS = 4_000
+MUTANTS = 8_000
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # pictures.py is found
 
 

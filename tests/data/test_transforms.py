@@ -192,8 +192,7 @@ sys.modules["kept to the end"] = batches
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_program_may_end_with_a_loader_half_read(workers: str) -> None:
     done = subprocess.run([sys.executable, "-c", HALF, workers], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

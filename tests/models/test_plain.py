@@ -29,8 +29,8 @@ HEADS = [{}, {"num_classes": 0}, {"num_classes": 0, "global_pool": ""}]
     [
         *(("repvgg_micro", head) for head in HEADS),
         ("repvgg_d2se", {}),
-        *(pytest.param("repvgg_d2se", head, marks=pytest.mark.slow) for head in HEADS[1:]),
-        *(pytest.param("repvgg_l2pse", head, marks=pytest.mark.slow) for head in HEADS),
+        ("repvgg_l2pse", {}),
+        *(pytest.param(name, head, marks=pytest.mark.slow) for name in ("repvgg_d2se", "repvgg_l2pse") for head in HEADS[1:]),
     ],
 )
 def test_torch_jit_scripts_it(name: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -197,3 +197,11 @@ def test_speeds_have_three_digits_and_no_exponents() -> None:
         "1,510",
         "346,000",
     ]
+
+
+def test_what_would_be_needed_is_told_where_the_order_is_not_the_papers() -> None:
+    record = json.loads((Path(sections.__file__).parent / "ablation.json").read_text())
+    record["rank_correlation"]["spearman"] = 0.4
+    assert "What would be needed" in sections.ablation(record)
+    record["rank_correlation"]["spearman"] = 0.9
+    assert "What would be needed" not in sections.ablation(record)

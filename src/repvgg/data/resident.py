@@ -91,11 +91,11 @@ class Resident:
         if shifts is not None:
             y = y + shifts.top[i, None]
             x = torch.where(shifts.mirrored[i, None], x.flip(1), x) + shifts.left[i, None]
-        inside = ((y >= 0) & (y < self.height))[:, :, None] & ((x >= 0) & (x < self.width))[:, None, :]
-        y, x = _reflected(y, self.height), _reflected(x, self.width)
-        rows = (i[:, None, None] * self.height + y[:, :, None]) * self.width + x[:, None, :]
+        within_y, within_x = _reflected(y, self.height), _reflected(x, self.width)
+        rows = (i[:, None, None] * self.height + within_y[:, :, None]) * self.width + within_x[:, None, :]
         if shifts is not None and not shifts.reflected:
-            rows = torch.where(inside, rows, len(self.rows) - 1)
+            outside = (within_y != y)[:, :, None] | (within_x != x)[:, None, :]
+            rows = torch.where(outside, len(self.rows) - 1, rows)
         pixels = self.rows.index_select(0, rows.flatten()).view(len(i), self.height, self.width, self.channels)
         return pixels.permute(0, 3, 1, 2), self.labels[i]
 

@@ -33,6 +33,7 @@ class Progress:
         self.total = epochs * steps
         self.line = terminal.Progress(self.total, log, before, left=left)
         self.steps, self.waited, self.lr, self.loader = 0, 0.0, 0.0, 0.0
+        self.half = 0, 0.0  # steps done, and seconds, after half of the FIRST
         self.means: tuple[float, float] | None = None
 
     def __enter__(self) -> "Progress":
