@@ -142,6 +142,7 @@ def test_any_computation_is_what_it_was(drawn: tuple[Net, list[Value]]) -> None:
             assert stretch.map.kernel.numel() <= multiplications(stretch.inside), (shared, stretch)
     inside = {v for s in found for v in s.inside}
     assert not inside & set(flow.left)
+    assert not [v for v in inside if not v.is_norm and sum(v in s.inside for s in found) > 1]
 
 
 def test_the_property_test_draws_what_it_claims() -> None:

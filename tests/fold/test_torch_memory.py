@@ -1,5 +1,6 @@
 """torch_memory.py: what forwards change in place is read, folded or not, as they read it."""
 
+import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.fold.replace import replace_conv
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -106,6 +108,74 @@ FORWARDS = [sums, stem, part, returned, twice, given_from_outside, data, number]
 )
 def test_changes_in_place(net: nn.Module) -> None:
     assert_same(net)
+
+
+class Masked(nn.Conv2d):
+    """PixelCNN's: the optimiser moves what the mask takes out, until the next forward takes it out again."""
+
+    mask: Tensor
+
+    def __init__(self, *sizes: Any, **more: Any) -> None:
+        super().__init__(*sizes, **more)
+        self.register_buffer("mask", (torch.arange(3) < 2).to(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+class Clamped(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.clone()
+        w.clamp_(0)
+        return F.conv2d(x, w, self.bias, padding=1)
+
+
+class ClampedForGood(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.clamp_(0)
+        return F.conv2d(x, self.weight, self.bias, padding=1)
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        b = self.bias * 2
+        b += 1
+        return F.conv2d(x, self.weight, b, padding=1)
+
+
+@pytest.mark.parametrize("make", [Masked, Clamped, ClampedForGood, Shifted])
+def test_weights_that_a_forward_changes_in_place_are_not_folded(make: type[nn.Conv2d]) -> None:
+    model = nn.Sequential(make(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+        folded = reparameterize(copy.deepcopy(model))
+        assert torch.allclose(folded(x), model(x), rtol=1e-12)
+    assert set(folded.fold_report.left) == {"1"}
+
+
+class AdaptedNorm(nn.BatchNorm2d):
+    """At the statistics of the batch at hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, x.mean((0, 2, 3)), x.var((0, 2, 3)), self.weight, self.bias, False, 0.0, self.eps)
+
+
+class ConditionalNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, x.mean((0, 2, 3)), self.bias, True)
+
+
+@pytest.mark.parametrize("make", [AdaptedNorm, ConditionalNorm])
+@torch.no_grad()
+def test_a_batch_norm_by_computed_numbers_is_left(make: type[nn.BatchNorm2d]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), make(4)).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded = reparameterize(model)
+    assert torch.equal(folded(x), model(x))
+    replace_conv(model)
 
 
 OPERATIONS = [

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize
+from conftest import randomize, relative_error
 from folding import SMALL, Siblings, assert_folds_exactly, report_of
 from torch import Tensor, nn
 
 from repvgg.fold.blocks import with_bn
-from repvgg.fold.reparameterize import reparameterize
+from repvgg.fold.reparameterize import _fold, reparameterize
+from repvgg.fold.tracer import Call
 
 
 class Official(nn.Module):
@@ -141,6 +142,66 @@ def test_a_batch_norm_of_a_concatenation_falls_apart() -> None:
     report = assert_folds_exactly(model, BLOCK)
     assert set(report.stretches) == {"a", "b"}
     assert type(reparameterize(model)) is Mixed  # type: ignore[comparison-overlap]
+
+
+class Heads(nn.Module):
+    """A convolution with its batch norm, read by two others."""
+
+    def __init__(self, width: int = 8, kernel: int = 3) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, width, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(width)
+        self.a, self.b = nn.Conv2d(width, 4, 1), nn.Conv2d(width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return torch.cat([self.a(y).relu(), self.b(y).sigmoid()], 1)
+
+
+@pytest.mark.parametrize(("width", "kernel"), [(8, 3), (24, 1), (64, 1)])
+def test_a_convolution_is_folded_into_one_reader_or_into_none(width: int, kernel: int) -> None:
+    report = assert_folds_exactly(randomize(Heads(width, kernel), SMALL), SMALL)
+    assert report.stretches == {"conv": ["conv", "bn"]}
+    assert report.left == {}
+
+
+class Concatenated(nn.Module):
+    """A batch norm of a concatenation, in a forward that may do something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor:
+        y: Tensor = self.bn(torch.cat([self.a(x), self.b(x)], 1))
+        return y if features else y.relu()
+
+
+class Changing(Concatenated):
+    """What both convolutions read is changed between them."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x * 1
+        a = self.a(x)
+        b = self.b(x.relu_())
+        return self.bn(torch.cat([a, b], 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [Concatenated, Changing])
+def test_a_batch_norm_whose_parts_cannot_all_be_folded_stays_whole(make: type[nn.Module]) -> None:
+    report = assert_folds_exactly(randomize(make(), SMALL), SMALL)
+    assert report.stretches == {}
+    assert report.left.keys() == {"bn"}
+
+
+@torch.no_grad()
+def test_of_a_batch_norm_that_falls_apart_all_parts_are_folded_or_none() -> None:
+    """As the search for the part that makes a whole network differ asks for some of them."""
+    model = randomize(Concatenated(), SMALL).double()
+    call, x = Call.by_example((torch.zeros(SMALL),)), torch.randn(SMALL, dtype=torch.float64)
+    for chosen in (None, {"a", "b"}, {"a"}, set[str]()):
+        folded, report = _fold(model, call, None if chosen is None else frozenset(chosen))
+        assert len(report.stretches) == (2 if chosen is None or len(chosen) == 2 else 0)
+        assert relative_error(folded(x), model(x)) < 1e-12
 
 
 def test_what_is_changed_in_place_is_not_read_later() -> None:

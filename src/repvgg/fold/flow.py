@@ -79,7 +79,8 @@ class Stretch:
 class Flow:
     """A computation: its values, each after those it is made from, and those of them that are read from outside.
 
-    refuse: why a front end could not write a stretch, if so. left: batch norms that no stretch took in, and why.
+    refuse: why a front end could not write a stretch, if so. left: batch norms that no stretch took in, and why. fallen: those of
+    a concatenation that fell apart, so that their inputs are parts of them; with the concatenation and the operator that they had.
     """
 
     values: list[Value]
@@ -87,6 +88,7 @@ class Flow:
     device: torch.device | str = "cpu"
     refuse: Callable[[Stretch], str | None] = lambda _: None
     left: dict[Value, str] = field(default_factory=dict)
+    fallen: dict[Value, tuple[Value, Operator]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._read()
@@ -103,18 +105,26 @@ class Flow:
         ends = [(p, p.operator.channels) for p in together.inputs if p.operator and p.operator.kind == "convolution"]
         if self.readers[together] != [norm] or any(self.readers[p] != [together] or p in self.outputs for p in together.inputs):
             return
-        assert norm.operator is not None
-        total, start, parts = norm.operator.channels or 0, 0, []
+        whole = _operator(norm)
+        total, start, parts = whole.channels or 0, 0, []
         if len(ends) < len(together.inputs) or sum(count or 0 for _, count in ends) != total:
             return
         for i, (p, count) in enumerate(ends):
             assert count is not None
-            parts.append(Value(f"{norm.name}.{i}", (p,), part_of_norm(norm.operator, start, count, total), norm.says))
+            parts.append(Value(f"{norm.name}.{i}", (p,), part_of_norm(whole, start, count, total), norm.says))
             start += count
+        self.fallen[norm] = together, whole
         norm.inputs, norm.operator = tuple(parts), concatenated()
         at = self.values.index(norm)
         self.values[at:at] = parts
         self.values.remove(together)
+
+    def _rejoin(self, norm: Value) -> None:
+        """Make a batch norm that fell apart whole again."""
+        parts, (together, whole) = norm.inputs, self.fallen.pop(norm)
+        self.values[self.values.index(norm) : self.values.index(norm)] = [together]
+        self.values = [v for v in self.values if v not in parts]
+        norm.inputs, norm.operator = (together,), whole
 
     def _read(self) -> None:
         self.readers: dict[Value, list[Value]] = defaultdict(list)
@@ -123,10 +133,17 @@ class Flow:
                 self.readers[source].append(v)
         self.channels = self._count_channels()
 
-    def stretches(self) -> Iterator[Stretch]:
-        """Yield each linear stretch that becomes one convolution, exactly and at no more multiplications than before."""
-        for part in self._parts():
-            yield from _Part(self, part).stretches()
+    def stretches(self) -> list[Stretch]:
+        """Return each linear stretch that becomes one convolution, exactly and at no more multiplications than before."""
+        while True:
+            found = [stretch for part in self._parts() for stretch in _Part(self, part).stretches()]
+            torn = [norm for norm in self.fallen if not self.left.keys().isdisjoint(norm.inputs)]
+            if not torn:
+                return found
+            for norm in torn:  # a part of it is left over
+                self._rejoin(norm)
+            self.left.clear()
+            self._read()
 
     def _count_channels(self) -> dict[Value, int]:
         count: dict[Value, int] = {}
@@ -247,7 +264,8 @@ class _Part:
         inside: list[Value] = []
         for w in reversed(self.values):
             alone = w not in needed and all(r in inside for r in self.flow.readers[w])
-            if w in between and (w is target or alone or (w not in needed and self._spreads(w))):
+            spreads = w not in needed and w.inputs[0] is source and self._spreads(w)
+            if w in between and (w is target or alone or spreads):
                 inside.insert(0, w)
         return inside
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from repvgg.fold.as_linear import resembles_batch_norm
-from repvgg.fold.flow import check
+from repvgg.fold.flow import Flow, Stretch, check
 from repvgg.fold.guards import inside
 from repvgg.fold.report import FoldReport
 from repvgg.fold.torch_graph import ModuleFlow
@@ -25,10 +25,11 @@ def fold_stretches(model: nn.Module, traces: Traces, report: FoldReport, chosen:
     for read in _flows(model, traces):
         writer = ModuleWriter(model, read)
         read.flow.refuse = writer.refuse
-        for stretch in read.flow.stretches():
-            names = [writer.name_of(v) for v in stretch.inside if v.operator and v.operator.kind != "same"]
-            if chosen is not None and names[0] not in chosen:
-                continue
+        found = read.flow.stretches()
+        if chosen is not None:
+            found = _with_all_parts(read.flow, [s for s in found if _names(writer, s)[0] in chosen])
+        for stretch in found:
+            names = _names(writer, stretch)
             with inside(names[0]):
                 error = check(stretch)
             path = writer.write(stretch)
@@ -41,6 +42,18 @@ def fold_stretches(model: nn.Module, traces: Traces, report: FoldReport, chosen:
         if resembles_batch_norm(module) or isinstance(module, _BatchNorm):
             report.left.setdefault(path, left.get(path) or traces.hidden.get(path) or _why_not(module))
     return model
+
+
+def _names(writer: ModuleWriter, stretch: Stretch) -> list[str]:
+    return [writer.name_of(v) for v in stretch.inside if v.operator and v.operator.kind != "same"]
+
+
+def _with_all_parts(flow: Flow, found: list[Stretch]) -> list[Stretch]:
+    """Leave out stretches with a part of a batch norm of which another part is not folded."""
+    inside = {v for stretch in found for v in stretch.inside}
+    torn = {part for norm in flow.fallen for part in norm.inputs if not inside.issuperset(norm.inputs)}
+    kept = [stretch for stretch in found if torn.isdisjoint(stretch.inside)]
+    return kept if len(kept) == len(found) else _with_all_parts(flow, kept)
 
 
 def _why_not(norm: nn.Module) -> str:

@@ -12,7 +12,7 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import resembles_batch_norm, split_activation
 from repvgg.fold.flow import Flow, Value
 from repvgg.fold.guards import altered
-from repvgg.fold.torch_memory import Memory, changed_by, is_view, makes_new, may_change
+from repvgg.fold.torch_memory import Memory, changed_by, changed_weights, is_view, makes_new, may_change
 from repvgg.fold.torch_operators import FUNCTIONS, Input, makes_flat, of_flat, of_module
 from repvgg.fold.trace import Traces
 
@@ -57,10 +57,12 @@ class ModuleFlow:
     def _run(self, path: str, graph: fx.Graph, inputs: list[Any], owners: tuple[str, ...]) -> Any:
         """Return what the forward of the module at `path` returns for these."""
         known: dict[fx.Node, Any] = {}
-        waiting = iter(inputs)
+        waiting, changed = iter(inputs), changed_weights(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
                 known[node] = next(waiting)
+            elif node.op == "get_attr" and node in changed:
+                known[node] = self._enter(Value(node.name, says="a weight that is changed in place"), None, owners)
             elif node.op == "get_attr":
                 known[node] = _attribute(self.model.get_submodule(path), str(node.target))
             elif node.op == "output":
@@ -82,10 +84,11 @@ class ModuleFlow:
             return args[0][args[1]]
         inputs = list(dict.fromkeys(_values_in((args, kwargs))))
         changed = changed_by(node, args, kwargs)
-        if not inputs:
-            return None if changed and node.op == "call_function" else _constant(node, args, kwargs)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         says, why, found = f"`{name}`", "", None
+        if not inputs:
+            constant = None if changed else _constant(node, args, kwargs)
+            return self._enter(Value(node.name, says=says), None, owners) if constant is None else constant
         if (reader := FUNCTIONS.get(node.target)) is not None and not any(isinstance(c, Tensor) for c in changed):
             try:
                 found = reader(*_numbered(args), **_numbered(kwargs))

@@ -236,8 +236,9 @@ def _conv(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any =
 
 def _batch_norm(x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
                 training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Operator:  # fmt: skip
-    tensors = [None if t is None else t.detach().double() for t in (running_mean, running_var, weight, bias)]
-    mean, var, gain, shift = tensors
+    if any(isinstance(t, Input) for t in (running_mean, running_var, weight, bias)):
+        raise ReparamError("has statistics or weights that are computed")
+    mean, var, gain, shift = (None if t is None else t.detach().double() for t in (running_mean, running_var, weight, bias))
     if training is not False or mean is None or var is None or bool((var < 0).any() | (var + eps <= 0).any()):
         raise ReparamError("has no statistics, or a negative variance")
     run = lambda x: F.batch_norm(x, mean, var, gain, shift, False, 0.0, eps)  # noqa: E731

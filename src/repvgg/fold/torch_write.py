@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from repvgg.fold.algebra import concat
 from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered, inside
@@ -42,6 +41,7 @@ class ModuleWriter:
     def __init__(self, model: nn.Module, read: ModuleFlow) -> None:
         self.model, self.read = model, read
         self.rewritten: dict[str, fx.Graph] = {}  # by path
+        self.written: set[Value] = set()
 
     def refuse(self, stretch: Stretch) -> str | None:
         """Return why it cannot be written, if so."""
@@ -66,6 +66,7 @@ class ModuleWriter:
     def write(self, stretch: Stretch) -> str:
         """Returns the path of the convolution that takes its place."""
         chain = self._chain(stretch)
+        self.written.update(stretch.inside)
         return self._write_chain(stretch, chain) if chain else self._write_forward(stretch)
 
     def name_of(self, v: Value) -> str:
@@ -100,8 +101,9 @@ class ModuleWriter:
         convs = [p for v in stretch.inside if _operator(v) == "convolution" and (p := self._path(v)) is not None]
         keeps = max(convs, key=lambda path: main_tensor(self.model.get_submodule(path)).numel())
         norms = {self._path(v) for v in stretch.inside if v.is_norm}
+        fallen = {self._path(norm) for norm in self.read.flow.fallen}
         for path in paths:
-            if path != keeps and path not in self._parted():
+            if path != keeps and path not in fallen:
                 after = split_activation(self.model.get_submodule(path))[1] if path in norms else nn.Identity().eval()
                 self.model.set_submodule(path, after)
         kept = self.model.get_submodule(keeps)
@@ -109,11 +111,6 @@ class ModuleWriter:
             conv = as_conv(stretch.map, like=main_tensor(kept))
         self.model.set_submodule(keeps, _as_layer(conv) if isinstance(kept, nn.Linear) else conv)
         return keeps
-
-    def _parted(self) -> set[str]:
-        """Batch norms that fell apart over a concatenation."""
-        whole = [v for v in self.read.flow.values if v.operator and v.operator.apply is concat and v in self.read.places]
-        return {path for v in whole if (path := self.read.places[v].path) is not None}
 
     # -------------------------------------------------------------------------------------------------------------- forwards
 
@@ -185,8 +182,9 @@ class ModuleWriter:
 
     def finish(self) -> nn.Module:
         """Return the model with its rewritten forwards, the innermost first; batch norms that fell apart become identities."""
-        for path in self._parted():
-            self.model.set_submodule(path, split_activation(self.model.get_submodule(path))[1])
+        for norm in self.read.flow.fallen:
+            if (path := self._path(norm)) is not None and self.written.issuperset(norm.inputs):
+                self.model.set_submodule(path, split_activation(self.model.get_submodule(path))[1])
         model = self.model
         for path in sorted(self.rewritten, key=lambda p: -p.count(".") if p else 1):
             module, graph = model.get_submodule(path), self.rewritten[path]

@@ -294,6 +294,12 @@ class _Value(fx.Proxy):
             return Tensor
         raise AsksTypeError(self.node)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse `x.data = y`, of which a trace sees nothing."""
+        if name not in ("node", "tracer"):
+            raise ValueError(f"it sets `{name}` of a value")
+        super().__setattr__(name, value)
+
     def changed(self, how: Callable[..., Any], plain: Callable[..., Any], other: Any) -> Any:
         """Return what `how` makes of the value in place; of a number, what `plain` does."""
         return self.tracer.create_proxy("call_function", plain if _is_size(self.node) else how, (self, other), {})
