@@ -1,5 +1,6 @@
 """The table of docs/deploy.md: which engine to deploy on, from results/engines.json."""
 
+import statistics
 from typing import Any
 
 from layout import many, measured, table
@@ -100,8 +101,10 @@ def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
     """Return how many images a day each engine predicts on each machine that was measured, and what comes on top."""
     p, batches = r["protocol"], [t for t in _tables(r) if t["batch_size"] > 1]
     when = {t["name"]: t["machine"] for t in batches}
-    found = {
-        (f"{t['machine']['processor']}, {many(p['threads'], 'thread')}", name, t["precision"]): e["images_per_second"]
+    found: dict[tuple[str, str, str, int], list[float]] = {
+        (f"{t['machine']['processor']}, {many(p['threads'], 'thread')}", f"`{name}`", t["precision"], t["batch_size"]): [
+            e["images_per_second"]
+        ]
         for t in batches
         for name, e in t["engines"].items()
     }
@@ -110,17 +113,19 @@ def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
         for row in f.get("rows", ()):
             if len(words) == 5 and words[3] != "batch 1" and row["model"] == p["model"]:
                 when[name] = stamps(gpu or {})[f"figures/{name}"]
-                key = when[name]["gpu"], words[1], words[2]
-                found[key] = max(found.get(key, 0), row["images_per_second"])
+                key = when[name]["gpu"], f"`{words[1]}`, {words[4]}", words[2], row["batch_size"]
+                found.setdefault(key, []).append(row["images_per_second"])
     when |= {f"data/{part}": stamp for part, stamp in stamps(data or {}, "photos", "prediction").items()}
+    speeds = {key: statistics.median(measured) for key, measured in found.items()}
     rows = [
-        [where, f"`{engine}`", precision, f"{speed:,.0f}", f"{speed * DAY / 1e6:,.1f}", f"{1e9 / (DAY * speed):,.0f}"]
-        for (where, engine, precision), speed in sorted(found.items(), key=lambda item: -item[1])
+        [where, engine, precision, str(batch), f"{speed:,.0f}", f"{speed * DAY / 1e6:,.1f}", f"{1e9 / (DAY * speed):,.0f}"]
+        for (where, engine, precision, batch), speed in sorted(speeds.items(), key=lambda item: -item[1])
     ]
-    heads = ["machine", "engine", "precision", "images/s", "millions a day", "machines for a billion a day"]
+    heads = ["machine", "engine", "precision", "batch", "images/s", "millions a day", "machines for a billion a day"]
+    files = ["engines.json"] + ["gpu/speed.json"] * bool(gpu)
     return (
-        f"{table(heads, rows)}\n\n{p['model']} at {p['input_size'][-1]} px, batch {batches[0]['batch_size']}: "
-        f"the network alone, by\n[results/engines.json](../results/engines.json). {_on_top(data or {})}"
+        f"{table(heads, rows)}\n\n{p['model']} at {p['input_size'][-1]} px: the network alone, by\n"
+        f"{' and '.join(f'[results/{file}](../results/{file})' for file in files)}. {_on_top(data or {})}"
         "For another machine or model multiply what\n`repvgg bench NAME --batch-size 32` says there by 86,400.\n\n"
         f"{measured(when)}\n"
     )

@@ -123,7 +123,8 @@ def _trouble(args: argparse.Namespace) -> str:
         os.environ.setdefault("REPVGG_COMMIT", commit.read_text().strip())
     code = "import sys, torch, timm, gpu_steps; torch.zeros(1, device=sys.argv[1])"  # not here: it would take memory of the GPU
     done = subprocess.run([sys.executable, "-c", code, args.device], capture_output=True, text=True)
-    return f"--device {args.device}: {done.stderr.strip().splitlines()[-1]}" if done.returncode else ""
+    why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]  # of a signal there are no words
+    return f"--device {args.device}: {why[-1]}" if done.returncode else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- the steps

@@ -18,6 +18,7 @@ from gpu_steps import Asked, Record, Stepper
 from plain_recipe import PLAIN
 from torch import Tensor
 
+from repvgg.data.resident import Resident, Shifts
 from repvgg.disk import atomically
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
@@ -79,6 +80,7 @@ def _seeds(
     """
     if record.figures.get(name, {}).get("finished"):
         return []
+    more = {"arch": arch, "options": options, "recipe": asdict(recipe), **more}
     asks = json.dumps([record.settings, arch, options, asdict(recipe)], sort_keys=True)
     stem = f"{record.path.stem}-{name}-{hashlib.sha256(asks.encode()).hexdigest()[:8]}"  # other networks or data have other files
     jobs = [Job(arch, options, recipe, seed, asked.work / "runs" / f"{stem}-{seed}.json") for seed in range(seeds)]
@@ -113,7 +115,7 @@ def train(job: Job, asked: Asked) -> None:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     data = read(asked)
     torch.manual_seed(job.seed)
-    model = zoo.create_model(job.arch, num_classes=data.classes, in_chans=data.images.shape[1], **job.options)
+    model = zoo.create_model(job.arch, num_classes=data.classes, in_chans=data.train.channels, **job.options)
     # CUDA graphs: such small images leave a GPU waiting for Python otherwise.
     compiled = asked.on_cuda and asked.until - time.time() > COMPILING
     stepper = Stepper(model, job.recipe, asked.device, "reduce-overhead" if compiled else "")
@@ -131,12 +133,13 @@ def train(job: Job, asked: Asked) -> None:
         run["top1_by_epoch"].append(float((_predictions(model, data.held_out) == data.held_out_labels).float().mean()))
         if epoch + 1 == job.recipe.epochs:
             run |= {"finished": True, **_folded(model, data)}
-        if run["finished"] or asked.over or time.time() - saved > SAVING:
+        over = asked.over
+        if run["finished"] or over or time.time() - saved > SAVING:
             text, saved = json.dumps(run | {"compiled": stepper.network is not model}), time.time()
             state = {"model": model.state_dict(), "optimizer": stepper.optimizer.state_dict(), "run": text}
             atomically(state_file, partial(torch.save, state))
             atomically(job.out, partial(Path.write_text, data=text))
-        if asked.over:
+        if over:
             return
 
 
@@ -155,29 +158,15 @@ def _epoch_or_uncompiled(stepper: Stepper, data: "Data", job: Job, epoch: int) -
 def _epoch(stepper: Stepper, data: "Data", job: Job, epoch: int) -> None:
     """Pass over the images once, shuffled, shifted and mirrored on the device, by seed and epoch."""
     stepper.model.train()
-    draw = torch.Generator(data.images.device).manual_seed(1_000_003 * job.seed + epoch)
-    order = torch.randperm(len(data.images), generator=draw, device=data.images.device)
-    size = job.recipe.batch_size
+    recipe, train, size = job.recipe, data.train, job.recipe.batch_size
+    most, reflected = int(recipe.shift * train.height), recipe.border == "reflected"
+    shifts = Shifts(train.count, most, reflected, data.mirror, (job.seed, epoch)).to(train.device)
+    draw = torch.Generator().manual_seed(1_000_003 * job.seed + epoch)
+    order = torch.randperm(train.count, generator=draw).to(train.device)
     steps = max(1, len(order) // size)
     for i in range(steps):
-        chosen = order[i * size : (i + 1) * size]
-        progress = (epoch * steps + i) / (job.recipe.epochs * steps)
-        stepper(augmented(data.images[chosen], draw, data.mirror), data.labels[chosen], job.recipe.lr_at(progress))
-
-
-def augmented(images: Tensor, draw: torch.Generator, mirror: bool) -> Tensor:
-    """Shift each image as far as the recipe says, with zeros around it, and mirror half of them: one gather, no loop."""
-    count, _, height, width = images.shape
-    reach = int(RECIPE.shift * height)
-    padded = torch.nn.functional.pad(images, (reach,) * 4)
-    down, right = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=draw, device=images.device)
-    rows = down + torch.arange(height, device=images.device)
-    columns = right + torch.arange(width, device=images.device)
-    if mirror:
-        flip = torch.rand(count, 1, generator=draw, device=images.device) < 0.5
-        columns = torch.where(flip, columns.flip(1), columns)
-    index = torch.arange(count, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        images, labels = train.batch(order[i * size : (i + 1) * size], shifts)
+        stepper(data.normalised(images), labels, recipe.lr_at((epoch * steps + i) / (recipe.epochs * steps)))
 
 
 def _folded(model: torch.nn.Module, data: "Data") -> dict[str, Any]:
@@ -201,29 +190,41 @@ def _predictions(model: torch.nn.Module, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """Normalised images [N, C, H, W] and labels [N] of both splits, on the device. mirror: not of digits."""
+    """The training images, and the held-out ones, normalised [N, C, H, W], with their labels [N], on the device.
 
-    images: Tensor
-    labels: Tensor
+    mean, deviation: of the training images, by channel. mirror: not of digits.
+    """
+
+    train: Resident
     held_out: Tensor
     held_out_labels: Tensor
+    mean: Tensor
+    deviation: Tensor
     classes: int
     mirror: bool
 
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Return images whose channels have mean 0 and deviation 1."""
+        return (pixels.float() - self.mean) / self.deviation
+
 
 def read(asked: Asked) -> Data:
-    """Put packed files, or any data that repvgg knows, on the device, each channel with mean 0 and deviation 1."""
+    """Put packed files, or any data that repvgg knows, on the device."""
     arrays = _packed(Path(asked.data)) if asked.data.endswith(".npz") else _arrays(asked.data)
-    pixels, labels, held_out, held_out_labels = (
-        torch.from_numpy(arrays[name]).to(asked.device) for name in ("images", "labels", "held_out", "held_out_labels")
-    )
-    if asked.tiny:
-        pixels, labels, held_out, held_out_labels = pixels[:256], labels[:256], held_out[:100], held_out_labels[:100]
+    most = (256, 100) if asked.tiny else (None, None)
+    pixels, labels = (torch.from_numpy(arrays[name][: most[0]]) for name in ("images", "labels"))
+    held_out, held_out_labels = (torch.from_numpy(arrays[f"held_out{name}"][: most[1]]) for name in ("", "_labels"))
     mean = pixels.float().mean((0, 2, 3), keepdim=True)
-    deviation = pixels.float().var((0, 2, 3), keepdim=True).sqrt().clamp(min=1)
-    normalised = ((p.float() - mean) / deviation for p in (pixels, held_out))
-    images, held_out = normalised
-    return Data(images, labels.long(), held_out, held_out_labels.long(), int(arrays["labels"].max()) + 1, pixels.shape[1] == 3)
+    deviation = pixels.float().std((0, 2, 3), keepdim=True).clamp(min=1)
+    return Data(
+        Resident(pixels, labels.long(), asked.device),
+        ((held_out.float() - mean) / deviation).to(asked.device),
+        held_out_labels.long().to(asked.device),
+        mean.to(asked.device),
+        deviation.to(asked.device),
+        int(arrays["labels"].max()) + 1,
+        pixels.shape[1] == 3,
+    )
 
 
 def _arrays(spec: str) -> dict[str, Any]:

@@ -9,47 +9,58 @@ MIB = 2**20
 
 
 def speed(r: Record) -> str:
-    """A row for each pair and protocol that could be measured."""
+    """Return the table of the pairs and protocols that could be measured."""
     rows = []
     for name, f in _measured(r):
         slow, fast = f["rows"]
         speeds = " and ".join(f"{row['images_per_second']:,.0f}" for row in (fast, slow))
         memory = " and ".join(f"{row['memory_bytes'] / MIB:,.0f}" for row in (fast, slow))
-        rows.append([name, _ratio(f["paper"]), interval(f["ratio"]), speeds + _unequal(f), memory])
+        errors = " and ".join(f"{row['max_rel_err']:.0e}" for row in (fast, slow))
+        rows.append([name, _ratio(f["paper"]), interval(f["ratio"]), speeds + _unequal(f), memory, errors])
     return (
-        "Everything folded but what is called a training form, the two of a row taking turns; images are on the GPU already. The "
-        "paper's ratios are in fp32 at batch 128 on a GTX 1080Ti. Memory is the allocator's peak while a network is built and run "
-        "once, with the algorithms that cuDNN tries then.\n\n"
+        f"Everything folded but what is called a training form, the two of a row taking turns{_rounds(r)}; images are on the GPU "
+        "already. The paper's ratios are in fp32 at batch 128 on a GTX 1080Ti. Memory is the allocator's peak while a network is "
+        "built and run once, with the algorithms that cuDNN tries then. Errors are the largest of the logits against float64, "
+        "relative to the largest logit; what is off by more than rounding is not timed.\n\n"
         + table(
-            ["pair, engine, precision, batch, format", "paper", "ratio (95% interval)", "images/s of both", "MiB of both"], rows
+            [
+                "pair, engine, precision, batch, format",
+                "paper",
+                "ratio (95% interval)",
+                "images/s of both",
+                "MiB of both",
+                "errors",
+            ],
+            rows,
         )
         + _left_out(r)
     )
 
 
 def training(r: Record) -> str:
-    """A row for each network and kind of step."""
+    """Return the table of networks and kinds of step."""
     rows = []
     for name, f in _measured(r):
         speeds = " and ".join(f"{f['images_per_second'][who]:,.0f}" for who in ("ours", "timm"))
         memory = " and ".join(f"{f['memory_bytes'][who] / MIB:,.0f}" for who in ("ours", "timm"))
         rows.append([name, interval(f["ratio"]), speeds, memory, str(f["batch_size"])])
     return (
-        "A step of SGD in training form at 224 px, beside timm's own network of the same name, the two taking turns; images are on "
-        "the GPU already. Memory is the allocator's peak in a step.\n\n"
+        f"A step of SGD in training form at 224 px, beside timm's own network of the same name, the two taking turns{_rounds(r)}; "
+        "images are on the GPU already. Memory is the allocator's peak in a step.\n\n"
         + table(["network, step", "ours over timm's (95% interval)", "images/s, ours and timm's", "MiB of both", "batch"], rows)
         + _left_out(r)
     )
 
 
 def cifar10(r: Record) -> str:
-    """A row for each network."""
+    """Return the table of networks."""
     return "Trained with images and augmentation on the GPU, from scratch.\n\n" + _trained(r)
 
 
 def ablation(r: Record) -> str:
-    """A row for each block."""
-    return "B0 at full depth and half its width on CIFAR-10, each block with the same recipe.\n\n" + _trained(r)
+    """Return the table of blocks."""
+    width = next(iter(r["figures"].values()))["options"]["width"]
+    return f"B0 at full depth and width {width:g} on CIFAR-10, each block with the same recipe.\n\n" + _trained(r)
 
 
 def _trained(r: Record) -> str:
@@ -64,15 +75,21 @@ def _trained(r: Record) -> str:
 
 
 def pspnet(r: Record) -> str:
-    """A row for each network and precision."""
+    """Return the table of networks and precisions."""
     rows = [
         [name, _ratio(f["paper"]), interval(f["ratio"]), f"{f['rows'][-1]['batch_size']}{_unequal(f)}"] for name, f in _measured(r)
     ]
     return (
-        "Speed over PSPNet on ResNet-50, 713 x 713 pixels, deploy form.\n\n"
+        f"Speed over PSPNet on ResNet-50, 713 x 713 pixels, deploy form, the two of a row taking turns{_rounds(r)}.\n\n"
         + table(["network", "paper", "here (95% interval)", "batch"], rows)
         + _left_out(r)
     )
+
+
+def _rounds(r: Record) -> str:
+    """Return ", N rounds", of all figures."""
+    counts = sorted({f["rounds"] for _, f in _measured(r)})
+    return f", {' or '.join(map(str, counts))} rounds" if counts else ""
 
 
 def _measured(r: Record) -> list[tuple[str, Record]]:

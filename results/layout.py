@@ -1,6 +1,7 @@
 """Markdown: tables, counts in words, speeds, intervals, machines, and when what was measured."""
 
 import re
+import statistics
 from typing import Any
 
 NAMED = 12  # parts of a record that are named one by one
@@ -19,6 +20,12 @@ def pace(per_second: float) -> str:
 def interval(ratio: dict[str, float]) -> str:
     """Return a ratio and its 95% interval."""
     return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """Return a mean to two decimals, with the standard deviation where there are several values."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def many(count: int, one: str, more: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What `repvgg.reparameterize` does to other people's networks: results/compatibility.json and docs/compatibility.md.
+"""Fold other people's networks, and record what became of each: results/compatibility.json and docs/compatibility.md.
 
     python results/measure_compatibility.py                  # every network that is not in the file yet; stop and start at will
     python results/measure_compatibility.py --only timm:repvgg_a0 timm:mobileone_s0 --again
@@ -67,7 +67,7 @@ resnet50 densenet121 efficientnet_b0
 
 
 def create(case: str) -> tuple[Any, tuple[int, ...]]:
-    """A network with random weights, and the shape of what it takes."""
+    """Return a network with random weights, and the shape of what it takes."""
     source, _, name = case.partition(":")
     if source == "timm":
         import timm
@@ -155,7 +155,7 @@ def _of_theirs(case: str) -> dict[str, Any]:
 
 
 def python_for(source: str, environments: Path) -> str:
-    """The Python that has a package: this one, or one of its own that borrows what this one has."""
+    """Return the Python that has a package: this one, or one of its own that borrows what this one has."""
     if source not in PACKAGES:
         return sys.executable
     home = environments / source
@@ -211,7 +211,7 @@ def time_one(case: str) -> dict[str, Any]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """docs/compatibility.md"""
+    """Return the text of docs/compatibility.md."""
     networks = results["networks"]
     lines = [
         "# Networks of others",

@@ -25,7 +25,7 @@ import photos
 import psutil
 import pyarrow.parquet as pq
 import torch
-from records import keep
+from records import keep, say
 from torch.utils.data import default_collate
 
 import repvgg.bench.data
@@ -42,10 +42,6 @@ from repvgg.train.trainer import Trainer
 
 WORKERS, ROUNDS = 2, 3
 Record = dict[str, Any]
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ loading

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine_figure import draw
-from records import keep
+from records import keep, say
 from repvgg_engine import Net, load, reference
 from torch import Tensor, nn
 
@@ -57,12 +57,12 @@ def size(name: str) -> tuple[int, int, int]:
 
 
 def threads(name: str) -> int:
-    """That a network is timed on."""
+    """Return the number of threads that a network is timed on."""
     return 1 if name == MICRO else THREADS
 
 
 def deploy_form(name: str) -> nn.Module:
-    """A member of the family with weights that keep the variance."""
+    """Return a member of the family with weights that keep the variance."""
     torch.manual_seed(0)
     model = repvgg.create_model(name, num_classes=10, small_input=True) if name == MICRO else repvgg.create_model(name)
     return repvgg.reparameterize(randomise_norms(model, (4, *size(name))))
@@ -197,7 +197,7 @@ def against_resnets(folder: Path) -> dict[str, Any]:
 
 
 def avx2(folder: Path) -> dict[str, Run]:
-    """In a process of its own, because oneDNN reads its limit when it is loaded."""
+    """Measure with AVX2 alone, in a process of its own, because oneDNN reads its limit when it is loaded."""
     call = "all_engines('repvgg_a0', Path(sys.argv[1]))"
     script = f"import json; from measure_engine import *; print(json.dumps({call}))"
     environment = {**os.environ, "REPVGG_ENGINE_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -324,10 +324,6 @@ def main() -> None:
             keep(OUT, part, measure(Path(folder)), {"protocol": protocol}, load_before=load_before)
     if "algorithms" in (figures := json.loads(OUT.read_text())):
         draw(figures["algorithms"])
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

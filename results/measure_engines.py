@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from records import keep
+from records import keep, say
 
 from repvgg import load, load_engine, save
 from repvgg.bench.memory import held, peak
@@ -43,9 +44,10 @@ CACHES = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "REPVGG_ENGINE_CACHE")
 
 
 def speed(precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A table for each batch size and precision; ratios are to PyTorch. "auto" chose for itself, before the run that judges it."""
+    """Yield a table for each batch size and precision; ratios are to PyTorch. "auto" chooses before the run that judges it."""
     for batch_size in BATCHES:
         for precision in precisions:
+            taken = _auto(batch_size) if precision == "fp32" else ""
             report = bench(
                 candidates([MODEL], ["all"], [precision], log=say),
                 batch_size=batch_size,
@@ -66,22 +68,20 @@ def speed(precisions: Sequence[str]) -> Iterator[dict[str, Any]]:
             }
             table: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "engines": rows}
             if precision == "fp32":
-                table["auto"] = _auto(batch_size, {name: row["images_per_second"] for name, row in rows.items()})
+                speeds = {name: row["images_per_second"] for name, row in rows.items()}
+                table["auto"] = {"taken": taken, "share_of_best": speeds[taken] / max(speeds.values())}
             say(json.dumps(table, indent=1))
             yield table
 
 
-def _auto(batch_size: int, speeds: dict[str, float]) -> dict[str, Any]:
+def _auto(batch_size: int) -> str:
     deploy, _ = network(Candidate(MODEL))
-    with tempfile.TemporaryDirectory() as folder:  # so that nothing is remembered
-        os.environ["XDG_CACHE_HOME"] = folder
-        taken = fastest(deploy, Options(SIZE, batch_size, threads=THREADS), say)
-        del os.environ["XDG_CACHE_HOME"]
-    return {"taken": taken, "share_of_best": speeds[taken] / max(speeds.values())}
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):  # so that nothing is remembered
+        return fastest(deploy, Options(SIZE, batch_size, threads=THREADS), say)
 
 
 def load_and_memory() -> dict[str, Any]:
-    """By engine, in fp32: seconds from opening a model file to the first logits of one image, and by how much the process grew."""
+    """Return by engine, in fp32, the seconds from opening a file to the logits of one image, and by how much the process grew."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
@@ -99,7 +99,7 @@ def load_and_memory() -> dict[str, Any]:
 
 
 def one(name: str, file: str) -> None:
-    """In a process of its own."""
+    """Print the seconds and bytes of one engine: the work of a process of its own."""
     torch.set_num_threads(THREADS)
     before, started = held("cpu"), time.perf_counter()
     load_engine(file, name, threads=THREADS)(torch.zeros(1, *SIZE))
@@ -107,7 +107,7 @@ def one(name: str, file: str) -> None:
 
 
 def predictions(file: str, data: str) -> dict[str, Any]:
-    """By format: an exported file beside PyTorch in float64, on real images."""
+    """Compare an exported file of each format with PyTorch in float64, on real images."""
     model, found = load(file), {}
     images = real_images(model, data, IMAGES)
     wanted = reference(model, images)
@@ -119,10 +119,6 @@ def predictions(file: str, data: str) -> dict[str, Any]:
             found[to] = asdict(compare(runtime.open_file(path, options).in_turns(images, 50), wanted))
             say(f"{to}: {found[to]}")
     return {"model": manifest_of(model).arch, "data": Path(data).name, "clear": CLEAR, "formats": found}
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(words: list[str]) -> None:

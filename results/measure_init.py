@@ -1,4 +1,4 @@
-"""What the embedded CIFAR-10 model is worth as a start for one's own photos, where the hub cannot be reached; results/init.json.
+"""Train on few images from the embedded CIFAR-10 model and from new weights, as where no hub can be reached; write init.json.
 
     python results/measure_init.py ../shared/data/camvid [--epochs 8] [--seeds 1]
 

@@ -1,6 +1,6 @@
-"""What INT8 costs on CIFAR-10, plain and with each remedy, and what it gains on A0 at 224 px; write results/int8.json.
+"""Measure the cost of INT8 on CIFAR-10, plain and with each remedy, and its gain on A0 at 224 px; write results/int8.json.
 
-python results/measure_int8.py accuracy runs/cifar10 hf:../shared/data/cifar10 [REMEDY ...]
+python results/measure_int8.py accuracy src/repvgg/models/cifar10.safetensors hf:../shared/data/cifar10 [REMEDY ...]
 python results/measure_int8.py speed                       # on a machine that does nothing else
 """
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from records import keep
+from records import keep, say
 
 from repvgg import create_model, load
 from repvgg.data import Decoded, open_source
@@ -32,13 +32,15 @@ REMEDIES = {
 }
 
 
-def accuracy(run: Path, data: str, remedies: list[str]) -> None:
-    """Each remedy for OpenVINO, the first two for ONNX Runtime as well."""
+ALSO = {"plain": ("onnx", "native"), "bias correction": ("onnx",)}  # beside OpenVINO, for which all remedies are measured
+
+
+def accuracy(file: str, data: str, remedies: list[str]) -> None:
     source = open_source(data)
     source = replace(source, train=source.limited(QAT_IMAGES).train)
     for remedy in remedies or list(REMEDIES):
-        for to in ("openvino", "onnx") if remedy in ("plain", "bias correction") else ("openvino",):
-            model = load(run / "best.safetensors")
+        for to in ("openvino", *ALSO.get(remedy, ())):
+            model = load(file).float()  # the embedded one is stored in half precision
             with tempfile.TemporaryDirectory() as folder:
                 report = quantize(model, source, to, folder, settings=REMEDIES[remedy], log=say)
             figures = {
@@ -69,12 +71,8 @@ def speed() -> None:
         keep(OUT, f"speed/{to}", {"model": "repvgg_a0", "input_size": [3, 224, 224], **report.speedup.to_json()})
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["speed"]:
         speed()
     else:
-        accuracy(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+        accuracy(sys.argv[2], sys.argv[3], sys.argv[4:])

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import repvgg_engine
-from measure_engine import THREADS, model_file, say
-from records import keep
+from measure_engine import THREADS, model_file
+from records import keep, say
 
 ENGINE = Path(__file__).parents[1] / "engine"
 OUT = Path(__file__).with_name("plan.json")

@@ -1,6 +1,6 @@
 """Predictions of the native engine on a whole validation split beside PyTorch's: writes results/predictions.json.
 
-python results/measure_predictions.py runs/cifar10/best.safetensors hf:../shared/data/cifar10
+python results/measure_predictions.py src/repvgg/models/cifar10.safetensors hf:../shared/data/cifar10
 
 A prediction is clear as in repvgg/deploy/parity.py: by its lead over the next label, whatever the engine's error.
 """

@@ -4,7 +4,7 @@ python results/measure_pruning.py forms runs/cifar10 hf:../shared/data/cifar10  
 python results/measure_pruning.py structures runs/structures hf:../shared/data/cifar10 # plain against residual (section 3.1)
 
 Each stops and starts at will. The structures are RepVGG-B0's plain layers and Table 7's residual reorganisation of them, trained
-and pruned alike, the residual one to as many MACs as the plain one has left.
+and pruned alike with three seeds, the residual ones to as many MACs as the plain ones have left.
 """
 
 import sys
@@ -32,7 +32,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "plain": {"arch": "repvgg_b0", "block": "plain"},
     "residual": {"arch": "repvgg_b0_residual"},
 }
-WIDTH, FIRST_EPOCHS, AFTER_EPOCHS = 0.25, 2, 1
+WIDTH, FIRST_EPOCHS, AFTER_EPOCHS, SEEDS = 0.25, 6, 2, 3
 HALVINGS = 10  # of the span of shares that are looked through
 
 
@@ -40,7 +40,7 @@ def forms(run: Path, data: str) -> None:
     source = open_source(data)
     recipe = replace(get_recipe(source.recipe), epochs=EPOCHS)
     for form in ("training", "deploy"):
-        model = load(run / "best.safetensors")
+        model = load(run / "last.safetensors")  # the one that comes with the package
         with tempfile.TemporaryDirectory() as folder:
             report = prune(reparameterize(model) if form == "deploy" else model, source, folder, KEEP, recipe, engine=ENGINE)
         figures = {"arch": (manifest_of(model).arch or {}).get("name"), **report.to_json()}
@@ -51,14 +51,16 @@ def structures(out: Path, data: str) -> None:
     source = open_source(data)
     recipe = replace(PLAIN, epochs=FIRST_EPOCHS, warmup_epochs=0.5)
     after = replace(recipe, epochs=AFTER_EPOCHS, warmup_epochs=0, lr=recipe.lr / 4)
-    found: dict[str, Any] = {}
-    for name, network in STRUCTURES.items():  # the plain one first, whose MACs the other one is brought to
-        train(source=source, recipe=recipe, out=out / name, width=WIDTH, small_input=False, **network)
-        model = load(out / name / "last.safetensors")
-        share = share_left(model, found["plain"]["macs"][1]) if found else KEEP
-        found[name] = prune(model, source, out / f"{name}-pruned", share, after).to_json()
-    about = {"width": WIDTH, "train_images": len(source.train), "recipe": asdict(recipe), "after": asdict(after), "n": 1}
-    keep(OUT, "structures", {**about, **found})
+    about = {"width": WIDTH, "train_images": len(source.train), "recipe": asdict(recipe), "after": asdict(after)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in STRUCTURES}
+    for seed in range(SEEDS):
+        for name, network in STRUCTURES.items():  # the plain one first, whose MACs the other one is brought to
+            run = out / f"{name}-{seed}"
+            train(source=source, recipe=recipe, out=run, seed=seed, width=WIDTH, small_input=False, **network)
+            model = load(run / "last.safetensors")
+            share = KEEP if name == "plain" else share_left(model, found["plain"][0]["macs"][1])
+            found[name].append(prune(model, source, out / f"{name}-{seed}-pruned", share, after, seed=seed).to_json())
+        keep(OUT, "structures", {**about, **found})
 
 
 def share_left(model: nn.Module, macs: int) -> float:

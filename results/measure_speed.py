@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from records import say
+
 from repvgg.bench.models import Candidate, bench, candidates
 from repvgg.deploy.engines import ENGINES
 from repvgg.measure.machine import write_record
@@ -23,7 +25,7 @@ BATCH, ROUNDS, BATCHES, WARMUP = 32, 10, 1, 2
 
 
 def measure(fast: Candidate, slow: Candidate, paper: float | None) -> dict[str, Any]:
-    """The two taking turns."""
+    """Time the two, taking turns."""
     report = bench(
         [slow, fast], batch_size=BATCH, rounds=ROUNDS, batches=BATCHES, warmup=WARMUP, log=say, progress=lambda line: None
     )
@@ -37,10 +39,6 @@ def measure(fast: Candidate, slow: Candidate, paper: float | None) -> dict[str, 
         "images_per_second": [row.images_per_second, reference.images_per_second],
         "quartiles": [row.spread, reference.spread],
     }
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a user waits for besides the network: help, a model's facts, one prediction, the first `--engine auto`. Writes startup.json.
+"""Time what a user waits for: help, a model's facts, one prediction, the first `--engine auto`; write results/startup.json.
 
 python results/measure_startup.py          # on a machine that does nothing else; about three minutes
 

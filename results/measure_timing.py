@@ -4,6 +4,7 @@ python results/measure_timing.py          # on a machine that does nothing else;
 """
 
 import json
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,16 +21,24 @@ MODELS, BATCH, ROUNDS, BATCHES = ("repvgg_a0", "resnet18", "efficientnet_b0"), 8
 
 
 def compare(name: str) -> dict[str, object]:
-    """Seconds a batch by round in both, and theirs over ours."""
+    """Return the seconds a batch by round in both, and theirs over ours."""
     model, _ = network(Candidate(name))
     engine = engines.build("eager", model, Options(batch_size=BATCH))
     images = engine.prepare(torch.randn(BATCH, 3, 224, 224))
     timer = Timer("run(images)", globals={"run": engine.run, "images": images}, num_threads=torch.get_num_threads())
-    ours, theirs = [], []
+    times: dict[str, list[list[float]]] = {"ours": [], "theirs": []}
+
+    def one_of(who: str) -> float:
+        """Return the mean of a round: theirs gives no other."""
+        if who == "theirs":
+            return timer.timeit(BATCHES).mean  # warms up once too
+        return statistics.mean(interleave({who: lambda: engine.run(images)}, rounds=1, batches=BATCHES, warmup=1)[who].rounds[0])
+
     engine.run(images)
-    for _ in range(ROUNDS):
-        ours += interleave({name: lambda: engine.run(images)}, rounds=1, batches=BATCHES, warmup=1)[name].rounds
-        theirs.append([timer.timeit(BATCHES).median])  # warms up once too
+    for number in range(ROUNDS):
+        for who in sorted(times, reverse=bool(number % 2)):
+            times[who].append([one_of(who)])
+    ours, theirs = times["ours"], times["theirs"]
     found = ratio(Times(theirs), Times(ours))
     print(f"{name}: torch.utils.benchmark over ours {found}")
     return {"ours": Times(ours).by_round, "torch.utils.benchmark": Times(theirs).by_round, "theirs_over_ours": asdict(found)}

@@ -5,6 +5,7 @@ when. A part is named by its place in the record: "load", or "members/repvgg_b1"
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def keep(path: Path, part: str, figures: Any, about: Record | None = None, devic
     record["measured"] = [stamp for stamp in measured if stamp["parts"]]
     text = json.dumps(record, indent=2) + "\n"
     atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def say(line: str) -> None:
+    """Tell whoever waits where the work stands; what is printed on standard output may be figures."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def stamps(record: Record, *parts: str) -> dict[str, Stamp]:

@@ -128,8 +128,8 @@ def _members(r: dict[str, Any]) -> Iterator[str]:
     if runs:
         beside = dict.fromkeys(name for run in runs.values() for name in rivals(run))
         yield (
-            f"Other members, batch 8, {many(r['protocol']['rounds_of_members'], 'round')} each, beside "
-            f"{', '.join(map(named, beside))} in float32."
+            f"Other members, batch 8, {many(r['protocol']['rounds_of_members'], 'round')} each, so that the ratios are given from "
+            f"lowest to highest; beside {', '.join(map(named, beside))} in float32."
         )
         header = ["", "native, fp32", "native, int16", "fastest of the others", "fp32 over it", "int16 over it", "errors"]
         yield table(header, [_member(name, run) for name, run in sorted(runs.items())])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from layout import interval, many, pace, table
+from layout import interval, many, mean_and_deviation, pace, table
 
 from repvgg.paper import agreement
 
@@ -37,7 +37,7 @@ def wasm(r: Record) -> str:
 
 
 def speed(r: Record) -> str:
-    """A row for each pair, a column for each engine."""
+    """Return a table with a row for each pair and a column for each engine."""
     engines = list(dict.fromkeys((p["fast"]["engine"], p["fast"]["precision"]) for p in r["pairs"]))
     cells: dict[str, list[str]] = {}
     for p in r["pairs"]:
@@ -57,7 +57,7 @@ def _named(candidate: dict[str, str]) -> str:
 
 
 def int8(r: Record) -> str:
-    """A row for each remedy."""
+    """Return a table with a row for each remedy."""
     rows = [[name, _points(a), str(len(a["kept_in_float"]))] for name, a in r["accuracy"].items()]
     speeds = [f"{to} {interval(s['ratio'])}" for to, s in r["speed"].items()]
     images = next(iter(r["accuracy"].values()))["images"]
@@ -80,7 +80,7 @@ def _points(accuracy: Record) -> str:
 
 
 def pruning(r: Record) -> str:
-    """A row for each form that was pruned; and plain layers beside residual blocks."""
+    """Return a table of the forms that were pruned, and one of plain layers beside residual blocks."""
     forms = {form: r[form] for form in ("training", "deploy") if form in r}
     rows = []
     for form, p in forms.items():
@@ -91,29 +91,33 @@ def pruning(r: Record) -> str:
     return (
         f"{_trained(forms.values())}, cut to {keep:.0%} of its channels, then trained for {many(r['recipe']['epochs'], 'epoch')} "
         f"on {r['train_images']:,} images.\n\n"
-        + table(["pruned", "top-1 before", "after", "times fewer MACs", "times as fast"], rows)
+        + table(["pruned", "top-1 before", "best epoch after", "times fewer MACs", "times as fast"], rows)
         + (_structures(r["structures"]) if "structures" in r else "")
     )
 
 
 def _structures(s: Record) -> str:
-    rows = []
+    """Return a table of means and standard deviations over seeds, and tell what the pruning took from each structure."""
+    rows, lost = [], {}
     for name in ("plain", "residual"):
-        before, cut, after = (f"{s[name]['accuracy'][when]['top1']:.2%}" for when in ("before", "cut", "after"))
-        macs, params = ([f"{n / 1e6:.2f} M" for n in s[name][what]] for what in ("macs", "params"))
-        rows.append([name, before, cut, after, " to ".join(macs), " to ".join(params)])
+        tops = {when: [100 * run["accuracy"][when]["top1"] for run in s[name]] for when in ("before", "cut", "after")}
+        macs, params = ([f"{n / 1e6:.2f} M" for n in s[name][0][what]] for what in ("macs", "params"))
+        rows.append([name, *(mean_and_deviation(top1) for top1 in tops.values()), " to ".join(macs), " to ".join(params)])
+        lost[name] = [before - after for before, after in zip(tops["before"], tops["after"], strict=True)]
+    keep = {name: f"{s[name][0]['keep']:.0%}" for name in lost}
     return (
         f"\n\nThe paper says that shortcuts stand in the way of pruning (section 3.1). B0's plain layers and Table 7's residual "
         f"reorganisation of them, at width {s['width']:g}, trained alike for {many(s['recipe']['epochs'], 'epoch')} of "
-        f"{s['train_images']:,} images, cut by the same method to {s['plain']['keep']:.0%} and {s['residual']['keep']:.0%} of "
-        f"every set of channels, which leaves as many MACs, trained for "
-        f"{many(s['after']['epochs'], 'epoch')} more (n = {s['n']}):\n\n"
-        + table(["structure", "top-1 before", "cut", "after training on", "MACs", "parameters"], rows)
+        f"{s['train_images']:,} images, cut by the same method to {keep['plain']} and {keep['residual']} of every set of channels, "
+        f"which leaves as many MACs, trained for {many(s['after']['epochs'], 'epoch')} more. Means and standard deviations of "
+        f"top-1, %, over {many(len(s['plain']), 'seed')}; pruning took {mean_and_deviation(lost['plain'])} points from plain "
+        f"layers and {mean_and_deviation(lost['residual'])} from residual blocks.\n\n"
+        + table(["structure", "top-1 before", "cut", "best epoch after", "MACs", "parameters"], rows)
     )
 
 
 def cifar10(r: Record) -> str:
-    """A row for each run, and the model that is in the package."""
+    """Return a table with a row for each run, and name the model that is in the package."""
     forms = ("training form", "deploy form", "native engine")
     header = ["model", "epochs", "seed", "minutes", *(f"top-1, {form}" for form in forms), "same predictions"]
     rows, made = [], []
@@ -134,7 +138,7 @@ def cifar10(r: Record) -> str:
 
 
 def camvid(r: Record) -> str:
-    """One row a run, and what a full-size image takes."""
+    """Return a table with a row for each run, and tell what a full-size image takes."""
     header = ["model", "seed", "mean IoU", "pixel accuracy", "mean IoU with scales and flip", "parameters", "training"]
     rows = []
     for run in r["runs"]:
@@ -163,7 +167,7 @@ def camvid(r: Record) -> str:
 
 
 def table8(r: Record) -> str:
-    """One row for ResNet-50 and one for RepVGG, trained alike, under the paper's figures of the whole networks."""
+    """Return a table of ResNet-50 and RepVGG, trained alike, beside the paper's figures of the whole networks."""
     rows = []
     for run in r["runs"]:
         test, paper = run["test"]["deploy form"], run["paper"]
@@ -186,7 +190,7 @@ SAME_ORDER = 0.85  # rank correlation with the paper that was wanted
 
 
 def ablation(r: Record) -> str:
-    """A row for each variant of Tables 6 and 7, the paper's best first."""
+    """Return a table of the variants of Tables 6 and 7, the paper's best first."""
     s, pilot = r["settings"], r.get("pilot") or {}
     rows = []
     for name, v in sorted(r["variants"].items(), key=lambda item: -(item[1]["paper"] or 0)):

@@ -1,4 +1,4 @@
-"""What was wanted of the native engine, and what its records say was reached: the table of docs/engine.md.
+"""Compare the targets of the native engine with what its records say was reached: the table of docs/engine.md.
 
 A ratio is kept or missed by its value, whatever its interval.
 """
@@ -17,7 +17,7 @@ WHERE = {"a0": "", "avx2": ", AVX2 alone"}
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of the speed of RepVGG-A0 over a rival's, in a run of engine.json.
+    """A target for the speed of RepVGG-A0 over a rival's, in a run of engine.json.
 
     ours: the first words of our entries that count, of which the fastest is taken. theirs: a rival, "" for the fastest in float32.
     error: what ours may be at most, as a multiple of the rival's.

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from repvgg.data import open_source
 from repvgg.fold import proof
+from repvgg.models import finite as finite_outputs
+from repvgg.models import views
 from repvgg.numerics import full_float32, repeatable
 from repvgg.paper.grid import compare_forms
 from repvgg.train import loop
@@ -41,16 +44,19 @@ def test_float32_on_cuda_has_no_tf32() -> None:
 
 
 def test_a_run_on_cuda_can_be_repeated_and_what_follows_is_as_before() -> None:
+    filled: Any = torch.utils.deterministic
     with repeatable("cpu"):
         assert not torch.are_deterministic_algorithms_enabled()
     with suppress(RuntimeError), repeatable("cuda"):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.backends.cudnn.benchmark
+        assert not filled.fill_uninitialized_memory
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         raise RuntimeError("it stops")
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.benchmark
+    assert filled.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     with repeatable("cuda"):
         assert torch.is_deterministic_algorithms_warn_only_enabled()
@@ -85,6 +91,16 @@ def test_the_forms_of_a_grids_networks_are_compared_in_float32() -> None:
     with pytest.raises((RuntimeError, AssertionError)):
         compare_forms(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)), open_source("digits"), "cuda")
     assert tf32() == (False, False)
+
+
+@pytest.mark.parametrize("room", [views, finite_outputs])
+def test_predictions_are_in_float32(room: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of masks and of labels, on the device of the images."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(room, "full_float32", asked.append)
+    model, images = torch.nn.Conv2d(1, 1, 1).eval(), torch.zeros(1, 1, 4, 4)
+    assert (views.placed(model, "cpu")(images) if room is views else finite_outputs.finite(model, images)).shape == images.shape
+    assert asked == [torch.device("cpu")]
 
 
 def test_proofs_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SRC = Path(__file__).parent.parent / "src" / "repvgg"
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*(ROOT / "src" / "repvgg").rglob("*.py"), *(ROOT / "results").glob("*.py")])
 # With these a first line leans on something that the reader does not see.
 LEANING = {
     "Of",
@@ -57,7 +58,7 @@ def docstrings(path: Path) -> Iterator[Docstring]:
 
 def _within(node: ast.AST, path: Path, public: bool) -> Iterator[Docstring]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
-        where = f"{path.relative_to(SRC.parent.parent)}:{getattr(node, 'lineno', 1)}"
+        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
         function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         yield Docstring(where, " ".join(text.split("\n\n")[0].split()), function and public and not _is_property(node))
     for child in ast.iter_child_nodes(node):
@@ -68,7 +69,7 @@ def _is_property(node: ast.AST) -> bool:
     return any("property" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", []))
 
 
-@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_docstrings_can_be_read_alone(path: Path) -> None:
     faults = [f"{d.where}: {', '.join(d.faults)}: {d.first[:90]}" for d in docstrings(path) if d.faults]
     assert not faults, "\n" + "\n".join(faults)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -28,12 +29,14 @@ def repeatable(device: str | torch.device) -> Iterator[None]:
         yield
         return
     cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
-    before = cudnn.benchmark, torch.is_deterministic_algorithms_warn_only_enabled()
+    filled: Any = torch.utils.deterministic  # its switch is a property of the module
+    before = cudnn.benchmark, torch.is_deterministic_algorithms_warn_only_enabled(), filled.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     cudnn.benchmark = False  # which algorithm is fastest differs from run to run
+    filled.fill_uninitialized_memory = False  # nothing here reads memory that it has not written: it would only cost time
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        cudnn.benchmark = before[0]
+        cudnn.benchmark, filled.fill_uninitialized_memory = before[0], before[2]
         torch.use_deterministic_algorithms(deterministic, warn_only=before[1])

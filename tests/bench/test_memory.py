@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from repvgg.bench.memory import STACKS, fitting, held, is_out_of_memory, peak, resident_growth, stack
+from repvgg.bench.memory import STACKS, fitting, held, peak, resident_growth, stack
 from repvgg.measure.costs import cost, measure_peak_activation
 from repvgg.paper.numbers import PEAK_ACTIVATION
 
@@ -60,10 +60,7 @@ def test_fitting_halves_until_it_fits() -> None:
     assert words == ["it: out of memory, trying batch 6", "it: out of memory, trying batch 3"]
 
 
-def test_what_counts_as_out_of_memory() -> None:
-    assert is_out_of_memory(RuntimeError("std::bad_alloc"))
-    assert is_out_of_memory(RuntimeError("Exception from CPU plugin: Failed to allocate memory"))
-    assert not is_out_of_memory(RuntimeError("size mismatch"))
+def test_another_error_is_raised() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
         fitting(_mismatch, 4, "it", print)
 

@@ -154,12 +154,13 @@ def test_a_remedy_leaves_the_stamps_of_others(tmp_path: Path, clock: dict[str, s
     monkeypatch.setattr(measure_int8, "replace", lambda source, train: source)
     monkeypatch.setattr(measure_int8, "manifest_of", lambda model: SimpleNamespace(arch=None))
     monkeypatch.setattr(measure_int8, "quantize", lambda *words, **more: report)
-    measure_int8.accuracy(tmp_path, "some data", ["plain"])
+    measure_int8.accuracy("a file", "some data", ["plain"])
     turn(clock)
-    measure_int8.accuracy(tmp_path, "some data", ["equalised"])
+    measure_int8.accuracy("a file", "some data", ["equalised"])
     assert days(path) == {
         "accuracy/plain, openvino": "2026-11-20",
         "accuracy/plain, onnx": "2026-11-20",
+        "accuracy/plain, native": "2026-11-20",
         "accuracy/equalised, openvino": "2026-11-22",
     }
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg.disk import Log
+from repvgg.disk import Log, out_of_memory
 
 Made = TypeVar("Made")
 STACKS = ("residual", "plain")
@@ -26,7 +26,7 @@ CONVOLUTIONS = 4  # in a stack
 
 
 def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Log) -> Made:
-    """`make(batch_size)`, with half the batch as often as memory runs out, and a word each time.
+    """Return `make(batch_size)`, with half the batch as often as memory runs out, and a word each time.
 
     Raises what `make` raises, when it is something else or one image is too much.
     """
@@ -35,7 +35,7 @@ def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Log) -
         try:
             return make(batch_size)
         except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or not is_out_of_memory(error):
+            if batch_size == 1 or not out_of_memory(error):
                 raise
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -43,16 +43,8 @@ def fitting(make: Callable[[int], Made], batch_size: int, name: str, log: Log) -
         log(f"{name}: out of memory, trying batch {batch_size}")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an engine says, in whatever words, that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return any(words in text for words in ("out of memory", "not enough memory", "bad alloc", "bad_alloc", "allocate memory"))
-
-
 def held(device: str) -> int:
-    """Bytes held now: by CUDA's allocator, whose peak is counted from here on, or by the process."""
+    """Return the bytes held now: by CUDA's allocator, whose peak is counted from here on, or by the process."""
     if torch.device(device).type == "cuda":
         torch.cuda.init()  # "cuda:1" is refused before
         torch.cuda.reset_peak_memory_stats(device)

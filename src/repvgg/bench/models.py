@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from repvgg.bench.memory import fitting, held, peak
 from repvgg.deploy import engines, from_timm
 from repvgg.deploy.engines import Engine, Options
-from repvgg.deploy.parity import reference
 from repvgg.deploy.space_to_batch import space_to_batch
 from repvgg.disk import Log
+from repvgg.fold.guards import copied
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import Cost, cost
 from repvgg.measure.machine import this_machine
@@ -165,14 +165,20 @@ class Prepared:
     logits: Tensor
 
 
-def prepared(candidate: Candidate, input_size: tuple[int, int, int], allow_unfolded: bool = False) -> Prepared:
-    """Build, fold and count a candidate's network; its engine and precision do not matter here. Raises what `network` raises."""
+@torch.no_grad()
+def prepared(candidate: Candidate, input_size: tuple[int, int, int], allow_unfolded: bool = False, device: str = "cpu") -> Prepared:
+    """Build, fold and count a candidate's network; its engine and precision do not matter here. Raises what `network` raises.
+
+    device: a CUDA device runs it in float64 as well; all else is the processor's.
+    """
     model, left = network(candidate, allow_unfolded)
     images = torch.randn(2, *input_size)
-    return Prepared(model, left, cost(model, input_size), images, reference(model, images).logits)
+    on = device if torch.device(device).type == "cuda" else "cpu"  # others have no float64
+    exact = copied(model).to(on, torch.float64)(images.to(on, torch.float64))
+    return Prepared(model, left, cost(model, input_size), images, exact.cpu())
 
 
-Prepare = Callable[[Candidate, tuple[int, int, int], bool], Prepared]
+Prepare = Callable[[Candidate, tuple[int, int, int], bool, str], Prepared]
 
 
 def bench(
@@ -281,7 +287,7 @@ def _input_size(model: str) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def randomise_norms(model: nn.Module, shape: tuple[int, ...] = (4, 3, 64, 64)) -> nn.Module:
-    """`model` in eval mode, its batch norms as training might leave them: random affine parts, and the statistics of noise.
+    """Return `model` in eval mode, its batch norms as training might leave them: random affine parts, and the statistics of noise.
 
     Fresh ones are no stand-in: timm's ResNets begin with zeros in the last of each block, and hardware multiplies zeros with less
     power, so faster; and a fold of fresh ones folds nothing.
@@ -301,8 +307,9 @@ def randomise_norms(model: nn.Module, shape: tuple[int, ...] = (4, 3, 64, 64)) -
 
 
 def _ready(candidate: Candidate, options: Options, allow_unfolded: bool, log: Log, prepare: Prepare) -> _Ready:
-    """The engine built and run once, at the largest batch that fits."""
-    p = prepare(replace(candidate, engine="eager", precision="fp32"), options.input_size, allow_unfolded)  # one for all engines
+    """Return the engine, built and run once, at the largest batch that fits."""
+    plain = replace(candidate, engine="eager", precision="fp32")  # one for all engines
+    p = prepare(plain, options.input_size, allow_unfolded, options.device)
     images = torch.cat([p.images, torch.randn(options.batch_size, *options.input_size)])
 
     def make(batch_size: int) -> _Ready:

@@ -1,5 +1,7 @@
 """PyTorch as it is, recorded once as a CUDA graph and replayed: no operator waits for Python, as those of small batches do."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,23 @@ from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.engines.eager import in_precision, place
 
 WARMUP = 3  # runs before recording: cuDNN chooses its algorithms in them
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A recorded network. The graph knows the weights by their addresses alone, so the network must live as long as it does."""
+
+    network: nn.Module
+    graph: torch.cuda.CUDAGraph
+    taken: Tensor
+    """Where the graph reads its images."""
+    given: Tensor
+    """Where it leaves its logits."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.taken.copy_(images)
+        self.graph.replay()
+        return self.given
 
 
 def build(model: nn.Module, options: Options) -> Engine:
@@ -17,7 +36,7 @@ def build(model: nn.Module, options: Options) -> Engine:
     network, prepare = place(model, options)
     call = in_precision(network, options)
     with torch.cuda.device(device):
-        taken = prepare(torch.zeros(options.batch_size, *options.input_size))  # where the graph reads its images
+        taken = prepare(torch.zeros(options.batch_size, *options.input_size))
         aside, main = torch.cuda.Stream(), torch.cuda.current_stream()
         aside.wait_stream(main)
         with torch.cuda.stream(aside):
@@ -26,11 +45,5 @@ def build(model: nn.Module, options: Options) -> Engine:
         main.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            given: Tensor = call(taken)  # where it leaves its logits
-
-    def run(images: Tensor) -> Tensor:
-        taken.copy_(images)
-        graph.replay()
-        return given
-
-    return Engine(prepare, run, lambda logits: logits.float().cpu(), options.batch_size)
+            given: Tensor = call(taken)
+    return Engine(prepare, _Recorded(network, graph, taken, given), lambda logits: logits.float().cpu(), options.batch_size)
