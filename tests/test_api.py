@@ -17,6 +17,7 @@ from PIL import Image
 
 import repvgg
 from repvgg.api import opening, training, using
+from repvgg.api.files import stem_of
 from repvgg.data import open_source
 from repvgg.data.images import ImageError
 from repvgg.models.zoo import manifest_of
@@ -52,6 +53,22 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("runs/a/best.safetensors", "best"),
+        ("a/net.pth", "net"),
+        ("runs/lr0.1", "lr0.1"),
+        ("hf:me/net@v1.0", "net@v1.0"),
+        ("repvgg_a0", "repvgg_a0"),
+        (torch.nn.Identity(), "model"),
+        (".", Path.cwd().name),
+    ],
+)
+def test_what_files_made_of_a_model_are_called(model: Any, name: str) -> None:
+    assert stem_of(model) == name
 
 
 def test_rooms_are_verbs_too() -> None:

@@ -137,4 +137,6 @@ def test_memory_that_ran_out_is_known_by_its_words() -> None:
     assert out_of_memory(MemoryError())
     assert out_of_memory(OutOfMemoryError("CUDA"))
     assert out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))
+    assert out_of_memory(RuntimeError("std::bad_alloc"))
+    assert out_of_memory(RuntimeError("Exception from CPU plugin: Failed to allocate memory"))
     assert not out_of_memory(RuntimeError("shapes cannot be multiplied"))

@@ -16,7 +16,7 @@ STALE = 600  # seconds: a process on another machine may be writing to a shared 
 IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # by their suffixes
 LEFT_BEHIND = (".", "__", "@eaDir")  # how folders of programs begin: .ipynb_checkpoints, __MACOSX, a NAS's thumbnails
 EVIDENCE = ".cam.png"  # how pictures are named that `repvgg predict --explain cam` makes of images
-RAN_OUT = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")
+RAN_OUT = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "failed to map segment")
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
 
@@ -157,7 +157,7 @@ def describe(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Say whether an error, of whatever library, means that memory ran out."""
-    text = str(error)
+    text = str(error).lower()
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in text for words in RAN_OUT)
 
 

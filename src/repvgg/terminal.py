@@ -141,7 +141,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str
         table.add_row(*row)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 400
+        console.width = 100_000
     console.print(table)
 
 

@@ -105,6 +105,12 @@ def test_eval_convert_predict_and_info_refuse(run: Path, scans: Path, tmp_path: 
         (["eval", file, "--data", "digits", "--batch-size", 0], "--batch-size 0: at least 1"),
         (["eval", "repvgg_z9", "--data", "digits"], "no model 'repvgg_z9'"),
         (["convert", tmp_path / "no.pth", tmp_path / "x.safetensors"], "no such file"),
+        (
+            ["convert", tmp_path / "a.onnx", tmp_path / "b.onnx", "--to-keys", "timm"],
+            "--to-keys is for model files",
+        ),
+        (["convert", file, tmp_path / "b.safetensors", "--checkpoint", file], "--checkpoint is for timm:NAME"),
+        (["info", "repvgg_a0", "--graph", tmp_path / "a.onnx"], "lists that file alone: leave out repvgg_a0"),
         (["convert", run / "run/best.safetensors", tmp_path / "no/where/x.safetensors"], "there is no folder"),
         (["predict", file, tmp_path / "no.png"], "no such file, and no file fits it"),
         (["convert", run / "run/best.safetensors", tmp_path / "x.onnx"], "other runtimes' files are written by repvgg export"),

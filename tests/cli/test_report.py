@@ -30,5 +30,7 @@ def test_predictions_with_their_reasons(run: Path, scans: Path, tmp_path: Path, 
     assert "leave out --engine" in refused(capsys, *words, "--engine", "eager")
     whole_set = ("predict", run / "deploy.safetensors", "--data", "digits", "--out", tmp_path / "parts", "--explain", "cam")
     assert "--explain cam is for images that are named" in refused(capsys, *whole_set)
+    assert "--concurrency and --gpus are for --ray" in refused(capsys, *whole_set[:-2], "--gpus", 1)
+    assert "--workers is for one process" in refused(capsys, *whole_set[:-2], "--ray", "auto", "--workers", 1)
     for flags in (("--split", "test"), ("--part-size", 8), ("--workers", 1), ("--ray", "auto")):
         assert "are for a whole data set" in refused(capsys, "predict", run / "deploy.safetensors", scans, *flags)

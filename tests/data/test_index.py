@@ -74,6 +74,18 @@ def test_an_index_that_is_wrong_is_noticed(shards: Path) -> None:
         list(stream.read(stream.pieces))
 
 
+def test_labels_that_were_changed_since_are_noticed(shards: Path) -> None:
+    """A shard that was written again with other labels may have the size that it had."""
+    path = write_index(f"wds:{shards}", log=str)
+    found = json.loads(path.read_text())
+    found["counts"] = {split: [{"0": sum(shard.values())} for shard in counts] for split, counts in found["counts"].items()}
+    path.write_text(json.dumps(found))
+    stream = open_source(f"wds:{shards}").train
+    assert isinstance(stream, Stream)
+    with pytest.raises(DataError, match=r"has the label \d; it has changed since it was counted: repvgg index"):
+        list(stream.read(stream.pieces))
+
+
 @pytest.mark.parametrize(("labels", "complaint"), [([0, None], "images without a label"), ([0, -1], "label -1")])
 def test_images_without_labels_are_of_a_data_set_that_is_named(labels: list[int | None], complaint: str, tmp_path: Path) -> None:
     table = {"image": [{"bytes": b"", "path": None}] * 2, "label": labels}

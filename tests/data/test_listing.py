@@ -1,6 +1,7 @@
 """data/listing.py: images in one heap, divided by name or by a table."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_a_test_split_is_kept_where_the_validation_split_is_drawn(tmp_path: Path
     assert reopened(open_source(str(root)), tmp_path / "run").test is None  # its classes have other numbers than the run's
     heap(tmp_path / "flat", **{"train/a": 5, "train/b": 5, "test": 3})
     assert open_source(str(tmp_path / "flat")).test is None  # without labels
+
+
+def test_classes_have_one_order_whatever_they_are_called(tmp_path: Path) -> None:
+    """By their names as they are, in a folder, in its test split, and in a run's own table; not by what is shown of them."""
+    classes = [os.fsdecode(b"\xe9clair"), "tarte", "the\u0301\u00a0vert", "the\u0301baine"]
+    try:
+        root = heap(tmp_path / "set", **{f"train/{name}": 5 for name in classes}, **{f"test/{classes[0]}": 1, "test/tarte": 1})
+    except OSError:
+        pytest.skip("this file system knows UTF-8 alone")
+    source = open_source(str(root))
+    assert source.rows is not None
+    assert sorted(source.split("test")[i][1] for i in range(2)) == sorted(
+        source.classes.index(name) for name in ("\\xe9clair", "tarte")
+    )
+    (tmp_path / "run").mkdir()
+    write_table(tmp_path / "run/split.csv", source.rows())
+    assert reopened(source, tmp_path / "run").classes == source.classes
 
 
 def test_a_table(tmp_path: Path) -> None:

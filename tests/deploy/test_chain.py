@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randomize, relative_error
 from rounding import ENGINES, rounding
-from torch import nn
+from torch import Tensor, nn
 
 import repvgg
 
@@ -61,6 +62,34 @@ def test_vggs(network: type[nn.Module]) -> None:
     engine = engines.build("native", folded, Options((3, 28, 28), 3, threads=1))
     wanted = copy.deepcopy(folded).double()(images.double())
     assert relative_error(engine(images), wanted) <= rounding(folded, images, times=ENGINES)
+
+
+class Filtered(nn.Module):
+    """A first kernel that is no parameter: a buffer that is not saved, or a plain tensor. Then a reshape asks for the batch."""
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__()
+        kernel = torch.randn(3, 3, 3, 3)
+        if saved:
+            self.register_buffer("kernel", kernel, persistent=False)
+        else:
+            self.kernel = kernel
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(4 * 5 * 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.conv2d(x, self.kernel, padding=1)).relu()
+        out: Tensor = self.fc(x.view(x.size(0), -1))
+        return out
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_kernels_that_are_no_parameters(saved: bool) -> None:
+    model, images = Filtered(saved).eval(), torch.randn(3, 3, 12, 12)
+    engine = engines.build("native", model, Options((3, 12, 12), 3, threads=1))
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double()
+        wanted.kernel = model.kernel.double()
+        assert relative_error(engine(images), wanted(images.double())) <= 1e-5
 
 
 def test_what_a_chain_becomes() -> None:

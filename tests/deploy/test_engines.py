@@ -1,10 +1,14 @@
 """Every engine gives what PyTorch gives in float64, on random batch norm statistics."""
 
 import copy
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -56,9 +60,51 @@ def test_engines_of_cuda_are_not_offered_on_a_cpu(name: str, folded: nn.Module) 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_graph_gives_what_eager_gives(precision: str, folded: nn.Module, images: Tensor) -> None:
     options = Options(SIZE, len(images), precision, device="cuda")
-    for batch in (images, images.flip(0)):  # the second is no echo of the first
-        graph, eager = (engines.build(name, folded, options)(batch) for name in ("cudagraphs", "eager"))
-        assert torch.equal(graph, eager)
+    other = reparameterize(randomize(RepVGG(Member((1, 2, 1, 1), 0.25, 0.25, groups=2), 10)))
+    recorded = [engines.build("cudagraphs", network, options) for network in (folded, other)]
+    torch.cuda.empty_cache()
+    filler = [torch.full((2**18,), torch.nan, device="cuda") for _ in range(64)]  # takes whatever memory was let go
+    for graph, network in zip(recorded, (folded, other), strict=True):
+        for batch in (images, images.flip(0)):  # the second is no echo of the first
+            assert torch.equal(graph(batch), engines.build("eager", network, options)(batch))
+    del filler
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.threads.fill_(torch.get_num_threads())
+
+
+def test_eager_computes_on_as_many_threads_as_it_was_told() -> None:
+    before = torch.get_num_threads()
+    for threads, wanted in ((1, 1), (2, 2), (None, before)):
+        assert int(engines.build("eager", Counting(), Options(SIZE, 1, threads=threads))(torch.zeros(1, *SIZE))) == wanted
+        assert torch.get_num_threads() == before
+
+
+def test_a_graph_keeps_its_network_alive(monkeypatch: pytest.MonkeyPatch, folded: nn.Module, images: Tensor) -> None:
+    """A graph knows addresses alone: weights that were let go would be somebody else's memory."""
+    from repvgg.deploy.engines import cudagraphs
+
+    copies: list[weakref.ref[nn.Module]] = []
+
+    def place(model: nn.Module, options: Options) -> tuple[nn.Module, Any]:
+        network = copy.deepcopy(model)
+        copies.append(weakref.ref(network))
+        return network, torch.clone
+
+    monkeypatch.setattr(cudagraphs, "place", place)
+    monkeypatch.setattr(torch, "cuda", MagicMock())  # records nothing
+    engine = cudagraphs.build(folded, Options(SIZE, len(images), device="cuda"))
+    gc.collect()
+    assert copies[0]() is not None
+    del engine
+    gc.collect()
+    assert copies[0]() is None
 
 
 @pytest.mark.slow

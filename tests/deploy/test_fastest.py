@@ -1,6 +1,8 @@
 """fastest.py: the quickest engine that computes the same, chosen once."""
 
+import importlib
 import json
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +19,7 @@ from repvgg.deploy import fastest as choosing
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.fastest import fastest, measure
 from repvgg.deploy.load import load_engine
+from repvgg.deploy.parity import Reference, reference
 from repvgg.fold.reparameterize import reparameterize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -32,6 +35,35 @@ def built(monkeypatch: pytest.MonkeyPatch, **makers: Callable[[nn.Module], Engin
 
 def engine_of(function: Callable[[Tensor], Tensor]) -> Engine:
     return Engine(lambda x: x, function, lambda x: x)
+
+
+def test_the_reference_takes_nothing_of_the_time_to_build(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs two images however many are timed, and others are tried after a slow one."""
+
+    def slow(network: nn.Module, images: Tensor, precision: str) -> Reference:
+        assert len(images) == 2
+        time.sleep(0.3)
+        return reference(network, images, precision)
+
+    monkeypatch.setattr(choosing, "reference", slow)
+    only(monkeypatch, "onnxruntime", "eager")
+    built(monkeypatch, **dict.fromkeys(("onnxruntime", "eager"), lambda network: engine_of(torch.no_grad()(network))))
+    assert len(measure(reparameterize(model), Options((1, 16, 16), 4), str, seconds=0.2)) == 2
+
+
+def test_a_package_that_cannot_be_loaded_is_left_out(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = importlib.import_module
+
+    def broken(name: str) -> Any:
+        if name.endswith(".onnxruntime"):
+            raise ImportError("libonnxruntime.so.1: cannot open shared object file")
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    only(monkeypatch, "onnxruntime", "eager")
+    said: list[str] = []
+    assert list(measure(reparameterize(model), Options((1, 16, 16), 4), said.append)) == ["eager"]
+    assert "left out: onnxruntime (the engine onnxruntime is installed, but cannot be loaded (libonnxruntime.so.1" in said[0]
 
 
 def test_the_fastest_that_computes_the_same(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,16 @@ def nested_key() -> bytes:
     return b"\x80\x02}K\x00" + b"\x86".join([b"2"] * 60) + b"\x86K\x01s."
 
 
+# The same tuple as the name of a storage: to write it out takes as long.
+NESTED_NAME = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n)" + b"2\x86" * 60 + b"X\x03\x00\x00\x00cpuK\x02tQ"
+
+
+def legacy(loaded: bytes, keys: bytes) -> bytes:
+    """Return a file as PyTorch wrote them before 1.6: five pickles in a row."""
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+    return magic + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + loaded + b"\x80\x02" + keys
+
+
 def two_directories() -> bytes:
     """An archive behind another: readers differ in which directory they believe."""
     small = archive(pickle.dumps({"a": 1}))
@@ -146,6 +156,9 @@ def claims(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, coun
 
 HOSTILE: dict[str, bytes] = {
     "a key that is hashed for ever": archive(nested_key()),
+    "a storage whose name is written for ever": archive(b"\x80\x02" + NESTED_NAME + b"."),
+    "a storage whose name is written for ever, before 1.6": legacy(NESTED_NAME + b".", b"]."),
+    "a list of storages that is written for ever": legacy(b"}.", b"])" + b"2\x86" * 60 + b"a."),
     "six gigabytes in thirty bytes": archive(
         b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (6 * 10**9).to_bytes(5, "little") + b"\x85R."
     ),

@@ -23,7 +23,7 @@ import repvgg
 from repvgg import cli
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.disk import FileError
-from repvgg.models import keys, zoo
+from repvgg.models import hub, keys, zoo
 from repvgg.models.in_timm import timm_config
 from repvgg.models.push import MARK, model_card, push_to_hub, write_model
 
@@ -211,6 +211,22 @@ def test_a_card_that_somebody_wrote_stays(server: HubServer, model: nn.Module) -
     push_to_hub(repvgg.reparameterize(model), "me/pets")
     assert server.revisions["me/pets"]["main"]["README.md"] == own
     assert same(repvgg.from_pretrained("me/pets"), repvgg.reparameterize(model))
+
+
+def test_a_hub_that_stumbles_overwrites_no_card(server: HubServer, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_to_hub(model, "me/pets")
+    before = dict(server.revisions["me/pets"]["main"])
+    fetch = hub.fetch
+
+    def stumbling(repo: str, revision: str = "main", file: str = hub.MODEL_FILE, token: str | None = None) -> Path:
+        if file == "README.md":
+            raise FileError("the hub answers 503")
+        return fetch(repo, revision, file, token)
+
+    monkeypatch.setattr(hub, "fetch", stumbling)
+    with pytest.raises(FileError, match="503"):
+        push_to_hub(model, "me/pets", license="mit")
+    assert server.revisions["me/pets"]["main"] == before
 
 
 class Bomb:

@@ -80,6 +80,24 @@ def test_an_image_that_cannot_be_read_has_its_reason(files: Path, photos: Path, 
     assert not found
 
 
+def test_a_table_is_read_image_by_image(files: Path, photos: Path, tmp_path: Path) -> None:
+    """What cannot be read has its reason, and a table of other images is other data."""
+    table = tmp_path / "photos.csv"
+    names = sorted(str(path.relative_to(tmp_path)) for path in (photos / "val").rglob("*.png"))
+    assert photos.is_relative_to(tmp_path)
+    lines = [f"{name},{Path(name).parent.name},{'val' if i % 2 else 'train'}" for i, name in enumerate(names)]
+    table.write_text("\n".join(["path,label,split", *lines]) + "\n")
+    (tmp_path / names[1]).write_bytes(b"no photo")
+    job = Job(str(files / "colour.safetensors"), str(table), str(tmp_path / "out"), batch_size=3)
+    run(job)
+    found = rows(job.out)
+    assert [(row["key"], row["label"]) for row in found] == [(str(i), Path(n).parent.name) for i, n in enumerate(names[1::2])]
+    assert [row["error"] is None for row in found] == [i > 0 and Path(n).name != "07.png" for i, n in enumerate(names[1::2])]
+    table.write_text(table.read_text().replace(names[3], names[0]))
+    with pytest.raises(FileError, match="data"):
+        run(job)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(files: Path, photos: Path, tmp_path: Path) -> None:
     job = Job(str(files / "colour.safetensors"), str(photos), str(tmp_path / "0"), part_size=4, batch_size=3)

@@ -11,11 +11,13 @@ from conftest import randomize
 from PIL import Image
 from torch import nn
 
+from repvgg.api.using import predictions
 from repvgg.data import open_source
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.plain import PlainNet, layer_list
+from repvgg.models.views import Views
 from repvgg.models.zoo import create_model, manifest_of, remember
 from repvgg.predict.explain import AGAINST, FOR, class_maps, explain, shown
 from repvgg.predict.labels import predict
@@ -117,6 +119,10 @@ def test_what_cannot_be_explained_is_refused(model: nn.Module, photo: Path, tmp_
         list(explain(create_model("pspnet_repvgg_micro_fast", num_classes=3, width=0.0625).eval(), [str(photo)]))
     with pytest.raises(ValueError, match="does not give its last feature map"):
         class_maps(nn.Linear(4, 2), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="--top 0: at least 1"):
+        list(explain(model, [str(photo)], top=0))
+    with pytest.raises(ValueError, match="leave out --engine, --precision, --slide, --scales and --flip"):
+        list(predictions(model, photo, explain="cam", views=Views(flip=True)))
     (tmp_path / "below").mkdir()
     (tmp_path / "below/photo.png").write_bytes(photo.read_bytes())
     with pytest.raises(ValueError, match="has the same name"):

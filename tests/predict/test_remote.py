@@ -26,6 +26,8 @@ def put(url: str, data: bytes) -> None:
 def test_a_folder_of_images(bucket: str, photos: Path, files: Path, tmp_path: Path) -> None:
     for path in sorted((photos / "val").rglob("*.png")):
         put(f"{bucket}/all/{path.relative_to(photos / 'val')}", path.read_bytes())
+    for left_behind in ("cat/._00.png", "cat/00.png.cam.png", ".ipynb_checkpoints/00.png"):
+        put(f"{bucket}/all/{left_behind}", b"no photo")
     job = Job(str(files / "colour.safetensors"), f"{bucket}/all", str(tmp_path / "out"), part_size=4)
     run(job)
     run(replace(job, data=str(photos), out=str(tmp_path / "local")))

@@ -30,7 +30,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Choose with a speed: seconds that an image of 224 pixels takes in a step; loading takes nothing."""
 
     def chosen(source: Source, seconds: float, released: bool = False, **how: Any) -> tuple[Choice, list[str]]:
-        def step(model: Any, source: Source, size: int, device: str, precision: str) -> float:
+        def step(model: Any, source: Source, size: int, device: str, precision: str, count: int) -> float:
             return seconds * (size / 224) ** 2 / (2 if precision == "bf16" else 1)
 
         def weights(name: str) -> None:

@@ -18,6 +18,7 @@ from repvgg.models.manifest import Preprocessing
 from repvgg.train.batches import Feed
 from repvgg.train.recipes import get_recipe
 from repvgg.web import charts
+from repvgg.web.drawing import DPI
 from repvgg.web.findings import beside, first_batch, mistakes, mosaic, picture
 
 
@@ -98,6 +99,11 @@ def test_long_counts_are_shares_of_their_row() -> None:
     (axes,) = charts.confusion(np.array([[30_000, 10_000], [0, 5]]), ["a", "b"], "pixels").axes
     assert [text.get_text() for text in axes.texts] == ["75", "25", "100"]
     assert axes.get_title("left") == "pixels, % of each row"
+
+
+def test_a_matrix_of_a_thousand_classes_is_no_larger_than_a_screen() -> None:
+    figure = charts.confusion(np.eye(1000), [f"class {i}" for i in range(1000)], "images")
+    assert max(figure.get_size_inches() * DPI) < 1000
 
 
 def test_a_loss_that_is_far_above_the_others_does_not_squash_them() -> None:

@@ -32,6 +32,18 @@ class Exported:
         return f"{self.path}: {self.format}, largest relative error {self.max_rel_err:.1e}"
 
 
+def stem_of(model: "Model") -> str:
+    """Return what files made of a model are called: like its file without the suffix, like its run folder or its name."""
+    from torch import nn
+
+    from repvgg.models.checkpoint import PICKLE_SUFFIXES
+
+    if isinstance(model, nn.Module):
+        return "model"
+    path = Path(os.fspath(model))
+    return path.stem if path.suffix in {".safetensors", *PICKLE_SUFFIXES} else path.resolve().name
+
+
 def export(
     model: "Model",
     to: str | Sequence[str] = "onnx",
@@ -61,7 +73,7 @@ def export(
     network = opened(model)
     shape = Shape(batch_size or None, any_size, pixels, image_size)
     compared = real_images(network, data, images, shape) if data else None
-    stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
+    stem = name or stem_of(model)
     found = []
     for kind in [to] if isinstance(to, str) else to:
         path = write_web(network, out, shape, log) if kind == "web" else write(network, kind, out, stem, shape, compared, log)
@@ -94,7 +106,7 @@ def quantize(
 
     network, where = opened(model), device_named(device)
     source = open_data(data, val, limit, seed, model=network, log=log)
-    stem = name or ("model" if network is model else Path(os.fspath(model)).stem)  # type: ignore[arg-type]
+    stem = name or stem_of(model)
     return write(network, source, to, out, stem, settings or Quantization(), where, log)
 
 

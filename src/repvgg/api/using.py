@@ -98,8 +98,8 @@ def predictions(
     """
     patterns = [os.fspath(images)] if isinstance(images, (str, os.PathLike)) else list(images)
     if explain:
-        if (engine, precision) != ("", "fp32"):
-            raise ValueError("--explain cam looks into the network: leave out --engine and --precision")
+        if (engine, precision, views) != ("", "fp32", None):
+            raise ValueError("--explain cam looks into the network: leave out --engine, --precision, --slide, --scales and --flip")
         from repvgg.predict import explain as explaining
 
         network = _answering(model, "", "fp32", batch_size, device_named(device), log)

@@ -32,12 +32,17 @@ class Convert:
     """Keep the form, and spell the state dict as this implementation does."""
 
     def run(self) -> None:
-        if self.source.suffix == ".onnx":
+        foreign, from_timm = self.source.suffix == ".onnx", str(self.source).startswith("timm:")
+        if self.to_keys and (foreign or from_timm):
+            raise ValueError(f"--to-keys is for model files and checkpoints, not for {self.source}")
+        if self.checkpoint and not from_timm:
+            raise ValueError(f"--checkpoint is for timm:NAME, not for {self.source}")
+        if foreign:
             from repvgg.fold.onnx import fold_onnx
 
             say(str(fold_onnx(self.source, self.target)))
             return
-        if str(self.source).startswith("timm:"):
+        if from_timm:
             from repvgg.deploy.from_timm import convert_timm
 
             convert_timm(str(self.source).removeprefix("timm:"), self.target, self.checkpoint, say)

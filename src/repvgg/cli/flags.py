@@ -157,7 +157,7 @@ WithRecipe = OmitArgPrefixes[Settings]
 
 def listed(words: str) -> tuple[str, ...]:
     """Return "a,b" as a tuple; nothing for nothing."""
-    return tuple(words.split(",")) if words else ()
+    return tuple(word.strip() for word in words.split(",")) if words else ()
 
 
 def process() -> int:

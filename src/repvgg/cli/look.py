@@ -122,6 +122,8 @@ class Info:
     def run(self) -> None:
         from repvgg.cli.show_models import show, show_graph
 
+        if self.graph and self.model:
+            raise ValueError(f"--graph {self.graph} lists that file alone: leave out {self.model}")
         if self.graph:
             show_graph(self.graph, self.output.json)
         else:

@@ -123,6 +123,10 @@ class Predict:
     def _whole_set(self) -> None:
         if self.images or not self.out:
             raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
+        if not self.cluster.ray and self.cluster != Cluster():
+            raise ValueError("--concurrency and --gpus are for --ray")
+        if self.cluster.ray and self.where.workers:
+            raise ValueError("--workers is for one process: with --ray the cluster decodes")
         if self.explain:
             raise ValueError(f"--explain {self.explain} is for images that are named, not for those of --data")
         from repvgg.cli.show_results import show_predicted

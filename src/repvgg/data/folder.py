@@ -102,9 +102,8 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
         if root is path:
             _refuse_splits(path)
         everything = Folder(root)
-        everything = Folder(root, sorted(everything.classes, key=escaped))  # in the order in which a table of them has them
         names = [os.path.relpath(name, path) for name in everything.names]
-        classes = sorted(map(escaped, everything.classes))
+        classes = [escaped(name) for name in everything.classes]
         found = divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
         tested = root != path and _is_split(path / "test")
         return replace(found, test=Folder(path / "test", everything.classes)) if tested else found

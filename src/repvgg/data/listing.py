@@ -127,7 +127,8 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
             remedy = ": put it back, or give another --out, or --resume never" if own else ""
             raise DataError(f"{path}, line {line}: there is no image {escaped(str(root / image))}{remedy}")
     classes = sorted(set(labels))
-    numbers = [classes.index(label) for label in labels]
+    number = {label: i for i, label in enumerate(classes)}
+    numbers = [number[label] for label in labels]
     images, shown = Listed(root, names, numbers), [escaped(label) for label in classes]
     if splits is None:
         return divided(name, images, names, numbers, shown, how or Splitting())

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Mask
 
 from repvgg.data import DataError, Source
-from repvgg.data.cache import kept
+from repvgg.data.cache import kept, once
 from repvgg.data.images import LONGEST, ImageError, decode, decode_mask, size_of
 from repvgg.disk import is_image
 from repvgg.models.manifest import Preprocessing
@@ -128,7 +128,7 @@ def _source(name: str, splits: Sequence[Sequence[tuple[Path, Path]]], ids: Ids, 
         if not pairs:
             raise DataError(f"{name}: there are no images in {split}")
     everything = [pair for pairs in splits for pair in pairs]
-    pixels = kept(["masks", *map(_stamp, everything)], lambda found: True, lambda: _verified(everything, ids))
+    pixels = once(lambda: kept(["masks", *map(_stamp, everything)], lambda found: True, lambda: _verified(everything, ids)))
     if not pixels["labelled"][: len(splits[0])].any():
         raise DataError(f"{name}: no pixel to train on has a label")
     height, width = size_of(splits[0][0][0])

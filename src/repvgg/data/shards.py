@@ -21,6 +21,7 @@ from torch import Tensor
 from repvgg.data import VALIDATION, DataError, open_source
 from repvgg.data.cifar10 import HUB_NAME
 from repvgg.data.hf import HELD_OUT, find_columns
+from repvgg.data.listing import Listed
 from repvgg.data.stream import expanded, refuse_damaged
 from repvgg.disk import describe, escaped, is_image
 from repvgg.terminal import printable
@@ -59,7 +60,7 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
     if size < 1:
         raise DataError(f"--part-size {size}: at least 1")
     kind, _, rest = spec.partition(":")
-    if kind == "cifar10" and (not rest or any(Path(rest).glob("*.parquet"))):
+    if kind == "cifar10" and (not rest or any(Path(rest).rglob("*.parquet"))):
         kind, rest = "hf", rest or HUB_NAME
     if kind in ("hf", "hf-stream") and rest:
         return _of_hf(spec, rest, split, size) if kind == "hf" else _of_stream(spec, {"path": rest}, split, _tables(rest), {})
@@ -76,6 +77,15 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
             spec, len(photos), size, lambda numbers: (Item(escaped(str(photos[i])), None, str(photos[i])) for i in numbers), photos
         )
     pixels, classes = images, source.classes
+    if isinstance(table := getattr(images, "images", None), Listed):
+        rows = images.indices
+        return _in_rows(
+            spec,
+            len(rows),
+            size,
+            lambda numbers: (Item(str(i), classes[table.labels[rows[i]]], str(table.root / table.names[rows[i]])) for i in numbers),
+            [table.names[row] for row in rows],
+        )
 
     def items(numbers: range) -> Iterator[Item]:
         for i in numbers:

@@ -27,6 +27,7 @@ from repvgg.models.manifest import Preprocessing
 BLOCK = 512  # bytes; a tar file ends in blocks of zeros
 LANES = 16  # at most; each starts in the midst of a shard, which it reads from the front
 CHUNK = 512  # images
+CHANGED = "it has changed since it was counted: repvgg index counts it again"
 
 
 class Example(NamedTuple):
@@ -79,10 +80,10 @@ class Plan:
 
 
 class Stream:
-    """One split. Its keys are `Example`s. sizes: how many images each shard holds."""
+    """One split. Its keys are `Example`s. sizes: how many images each shard holds. classes: how many there are."""
 
-    def __init__(self, name: str, table: Any, image: str, label: str, sizes: Sequence[int]) -> None:
-        self.name, self.table, self.image, self.label = name, table, image, label
+    def __init__(self, name: str, table: Any, image: str, label: str, sizes: Sequence[int], classes: int) -> None:
+        self.name, self.table, self.image, self.label, self.classes = name, table, image, label, classes
         self.pieces = [Piece(shard, range(size)) for shard, size in enumerate(sizes)]
 
     def __len__(self) -> int:
@@ -94,7 +95,7 @@ class Stream:
     def limited(self, count: int, seed: int) -> "Stream":
         """Return the stream of `count` examples, drawn with the seed."""
         drawn = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
-        few = Stream(self.name, self.table, self.image, self.label, [])
+        few = Stream(self.name, self.table, self.image, self.label, [], self.classes)
         ends = np.cumsum([len(piece.rows) for piece in self.pieces])
         for piece, end in zip(self.pieces, ends, strict=True):
             own = drawn[(drawn >= end - len(piece.rows)) & (drawn < end)] - (end - len(piece.rows))
@@ -125,12 +126,14 @@ class Stream:
             table = self.table.shard(self.table.num_shards, shard)
             for number, example in self._rows(table.skip(wanted) if wanted else table, wanted, position):
                 if number == wanted:
+                    if not 0 <= example.label < self.classes:
+                        raise DataError(f"{self.name}, shard {shard}: image {number} has the label {example.label}; {CHANGED}")
                     yield example._replace(position=position)
                     position, wanted = position + 1, next(left, -1)
                     if wanted < 0:
                         break
             if wanted >= 0:
-                raise DataError(f"{self.name}, shard {shard}: ends before image {wanted}; it has changed since it was counted")
+                raise DataError(f"{self.name}, shard {shard}: ends before image {wanted}; {CHANGED}")
 
     def _rows(self, table: Any, first: int, position: int) -> Iterator[tuple[int, Example]]:
         try:
@@ -283,7 +286,8 @@ def _source(opened: Opened) -> Source:
         raise DataError(f"{name}: cannot be opened ({describe(error).splitlines()[0]})") from None
     classes = _classes(opened, counts)
     train, val = (
-        Stream(f"{name}, {s}", tables[s], opened.image, opened.label, [sum(shard.values()) for shard in counts[s]]) for s in tables
+        Stream(f"{name}, {s}", tables[s], opened.image, opened.label, [sum(shard.values()) for shard in counts[s]], len(classes))
+        for s in tables
     )
     return Source(name, train, val, classes, Preprocessing())
 

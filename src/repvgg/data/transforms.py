@@ -149,7 +149,7 @@ def load(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
-    return _closing(loader)
+    return closing(loader)
 
 
 def collated(pairs: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def load_lanes(images: Transformed, plan: Plan, workers: int = 0) -> Iterator[tu
 
     Raises as `load` does, and `DataError` for a shard that cannot be read.
     """
-    return _closing(_in_turn(images, plan, min(workers, len(plan.lanes))))
+    return closing(_in_turn(images, plan, min(workers, len(plan.lanes))))
 
 
 def _in_turn(images: Transformed, plan: Plan, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,13 +215,14 @@ class Lanes(torch.utils.data.IterableDataset[Any]):
                 yield collated([self.images[example] for example in examples])
 
 
-def _closing(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def closing(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield what a loader does; half read it ends its workers at the program's end, and their errors are told as in one process."""
     batches = _batches(loader)
     _unfinished.add(batches)
     return batches
 
 
-def _batches(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except (ImageError, DataError) as error:  # from a worker its message holds the whole traceback, newlines spelled out

@@ -49,8 +49,8 @@ def load_engine(
         return open_exported(file, engine, Options(batch_size=batch_size, precision=precision, threads=threads, device=device))
     network = model if isinstance(model, nn.Module) else _opened(os.fspath(model), log)
     manifest = zoo.manifest_of(network) if "manifest" in vars(network) else None
-    size = input_size or (manifest.preprocessing.input_size if manifest else Options().input_size)
-    options = Options(size, batch_size, precision, threads, device=device)
+    channels, height, width = input_size or (manifest.preprocessing.input_size if manifest else Options().input_size)
+    options = Options((channels, height, width), batch_size, precision, threads, device=device)
     deploy = reparameterize(network)
     if deploy.fold_report.left:  # type: ignore[union-attr, arg-type]
         log(str(deploy.fold_report))

@@ -162,7 +162,7 @@ def num_paths(model: nn.Module) -> int:
 
 
 def measure_peak_activation(model: nn.Module, x: Tensor) -> int:
-    """Bytes of activations that `model(x)` really holds at its peak, for the whole batch `x`; weights and buffers not counted.
+    """Return the bytes of activations that `model(x)` holds at its peak, for the whole batch `x`, without weights and buffers.
 
     `x` is included, because its caller holds it throughout. CUDA: the allocator's peak, with convolution workspaces and its
     rounding to 512 bytes. Elsewhere: the tensors alive after each operator, without what an operator uses inside. Either may be

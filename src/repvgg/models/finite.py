@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from repvgg.numerics import full_float32
+
 
 def finite(model: nn.Module, images: Tensor) -> Tensor:
     """Return what `model` makes of images in eval mode.
 
     Raises ValueError where that is not finite; it names the first layer whose output is not, and the remedy.
     """
+    full_float32(images.device)
     outputs: Tensor = model(images)
     if bool(torch.isfinite(outputs).all()):
         return outputs

@@ -23,10 +23,14 @@ def cached(repo: str, revision: str = "main", file: str = MODEL_FILE) -> Path | 
     return None
 
 
+class MissingError(FileError):
+    """A repository or a file that the hub says is not there."""
+
+
 def fetch(repo: str, revision: str = "main", file: str = MODEL_FILE, token: str | None = None) -> Path:
     """Return the local copy of a file, as it is on the hub now; where the hub cannot be reached, as it was fetched last.
 
-    HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT are honoured. Raises `FileError` if there is none.
+    HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT are honoured. Raises `MissingError` if there is none, `FileError` if it cannot be had.
     """
     from_hub = _client()
     try:
@@ -36,8 +40,10 @@ def fetch(repo: str, revision: str = "main", file: str = MODEL_FILE, token: str 
     except Exception as error:  # whatever the hub's client, and its client's client, raise
         if _status(error) is None and not isinstance(error, ValueError) and (kept := cached(repo, revision, file)):
             return kept
-        reason = _reason(error, file)
-        raise FileError(f"{repo}@{revision} is not in the local cache and cannot be fetched: {reason}") from None
+        missing = isinstance(error, (from_hub.errors.RepositoryNotFoundError, from_hub.errors.EntryNotFoundError))
+        gated = isinstance(error, from_hub.errors.GatedRepoError)
+        what = MissingError if missing and not gated and _status(error) is not None else FileError
+        raise what(f"{repo}@{revision} is not in the local cache and cannot be fetched: {_reason(error, file)}") from None
 
 
 def upload(folder: Path, repo: str, message: str, private: bool = False, token: str | None = None) -> str:

@@ -128,7 +128,7 @@ def _read_legacy(path: Path) -> Any:
         _, kind, key, _, count, *view = pid
         if view and view[0] is not None:
             raise FileError("holds views of storages, as PyTorch before 0.4 wrote: save it again")
-        return storages.setdefault(str(key), Storage(_dtype(kind), count, bytearray))
+        return storages.setdefault(key, Storage(_dtype(kind), count, bytearray))
 
     run = partial(_Machine(storage).run, file)
     first = run()
@@ -139,7 +139,7 @@ def _read_legacy(path: Path) -> Any:
     loaded, keys = run(), run()
     for key in keys:
         count = int.from_bytes(file.read(8), "little")
-        kept = storages.get(str(key))
+        kept = storages.get(key) if isinstance(key, str) else None
         if kept is None or count != kept.count:
             raise FileError("holds other numbers than it claims: copy or download it again")
         kept.read = partial(bytearray, file.read(count * kept.dtype.itemsize))
@@ -210,7 +210,9 @@ class _Machine:
             stack.append(Global(f"{module}.{attribute}" if isinstance(module, str) and isinstance(attribute, str) else ""))
         elif name in ("BINPERSID", "PERSID"):
             pid = stack.pop() if name == "BINPERSID" else argument
-            is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and type(pid[4]) is int
+            # Its name must be one: to write out a tuple of tuples of tuples would take for ever.
+            is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
+            is_storage = is_storage and type(pid[4]) is int
             stack.append(self.storage(pid) if is_storage else BLANK)
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])

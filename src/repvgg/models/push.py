@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.disk import FileError, atomically
+from repvgg.disk import atomically
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
@@ -79,7 +79,7 @@ def write_model(model: nn.Module, folder: Path) -> None:
 def _may_write_card(repo_id: str, token: str | None) -> bool:
     try:
         return MARK in hub.fetch(repo_id, file="README.md", token=token).read_text()
-    except FileError:  # there is none
+    except hub.MissingError:
         return True
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repvgg.numerics import full_float32
+
 STEP = 2 / 3  # of a window, between one and the next, as in the original PSPNet
 LARGEST_SCALE = 8
 
@@ -93,6 +95,7 @@ def placed(model: nn.Module, device: str) -> Callable[[Tensor], Tensor]:
     dtype = next(model.parameters()).dtype
 
     def network(x: Tensor) -> Tensor:
+        full_float32(x.device)
         scores: Tensor = model(x.to(dtype, memory_format=torch.channels_last))
         return scores if dtype == torch.float64 else scores.float()
 

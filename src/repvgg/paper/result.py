@@ -92,7 +92,7 @@ class PaperSettings:
     @property
     def where(self) -> str:
         """The name of the GPU, or of the processor and how many threads."""
-        here = this_machine()
+        here = this_machine(self.device)
         if self.device.startswith("cuda"):
             return str(here["gpu"])
         return f"{here['processor']}, {threads(self.threads or here['threads'])}"

@@ -85,6 +85,7 @@ def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, store: Sto
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # once it is imported
     ray.data.DataContext.get_current().enable_progress_bars = False
+    far = replace(job, device="cuda" if cluster.gpus else "cpu")  # what an actor was given; this machine may have something else
     processors = int(ray.cluster_resources().get("CPU", 1))
     least, most = cluster.actors(processors)
     beside = max(1, processors // 2)  # tasks that read ask for no processor: actors may take them all, and these must not starve
@@ -95,7 +96,7 @@ def _parts(job: Job, cluster: Cluster, engine: str, decoder: Decoder, store: Sto
         decoded = images.map_batches(partial(_decode, decoder), batch_size=job.batch_size, batch_format="pyarrow")
         rows = decoded.map_batches(
             Predictor,
-            fn_constructor_args=[job, engine, store],
+            fn_constructor_args=[far, engine, store],
             batch_size=job.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),

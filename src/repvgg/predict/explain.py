@@ -84,6 +84,8 @@ def explain(
     manifest = manifest_of(model)
     if manifest.task != "labels":
         raise ValueError("--explain cam is for labels: a mask shows itself what was found where")
+    if top < 1:
+        raise ValueError(f"--top {top}: at least 1")
     transform, p = eval_transform(manifest.preprocessing), manifest.preprocessing
     model = model.to(device).eval()
     for path, made in targets(expand(patterns), out).items():

@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from repvgg.data.images import ImageError, decode
 from repvgg.data.shards import Item, Shards
+from repvgg.data.transforms import closing
 from repvgg.data.workers import leave_signals_to_the_main_process
 
 
@@ -76,7 +77,7 @@ def load(shards: Shards, wanted: Sequence[int], decoder: Decoder, batch_size: in
         collate_fn=_as_it_is,
         worker_init_fn=leave_signals_to_the_main_process if workers else None,
     )
-    return iter(loader)
+    return closing(loader)
 
 
 def batches(shards: Shards, wanted: Iterable[int], size: int) -> Iterator[Batch]:

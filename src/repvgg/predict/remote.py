@@ -12,7 +12,7 @@ from repvgg.data import DataError
 from repvgg.data.hf import find_columns
 from repvgg.data.shards import Item, Shards, open_shards
 from repvgg.data.stores import filesystem, is_url
-from repvgg.disk import IMAGES, describe
+from repvgg.disk import describe, is_image
 
 ROWS = 64  # of a Parquet file, read at once
 
@@ -37,7 +37,7 @@ def open_url(url: str, size: int) -> Shards:
         raise _unreadable(url, error) from None
     sizes = {str(PurePosixPath(f.path).relative_to(root)): f.size for f in found if f.type == pyarrow.fs.FileType.File}
     tables = sorted(name for name in sizes if name.endswith(".parquet"))
-    images = sorted(name for name in sizes if PurePosixPath(name).suffix.lower() in IMAGES)
+    images = sorted(filter(is_image, sizes))
     if not tables and not images:
         raise DataError(f"{url}: holds neither Parquet files nor images")
     names = tables or images

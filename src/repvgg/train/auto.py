@@ -35,7 +35,7 @@ LARGE = 200_000  # images: what the paper's recipe is for
 SMALL = 64  # pixels: images that are shifted, not cropped
 SIZES = (224, 192, 160, 128, 112, 96)
 LOOKED_AT = 16  # images
-TRIAL = 16  # images of a step that is timed
+TRIAL = 16  # images of a step that is timed on a processor; so few leave a GPU waiting for Python
 EVALUATION = 1 / 3  # time of an image in evaluation, of that in training
 # Epochs for which smaller images are put up with, from new weights and from trained ones: few images must be seen often.
 ENOUGH = {False: 60, True: 8}
@@ -104,7 +104,8 @@ def choose(
         return Choice(chosen, init)
     model = _model(arch, init, source, sizes[0], allow_deploy, model_options)
     task_of(source).check(model, source)
-    speeds = {precision: _seconds(model, source, sizes[0], device, precision) for precision in ("fp32", "bf16")}
+    trial = recipe.batch_size if "cuda" in device else TRIAL
+    speeds = {precision: _seconds(model, source, sizes[0], device, precision, trial) for precision in ("fp32", "bf16")}
     precision = min(speeds, key=lambda name: speeds[name])
     pace = Pace(loading / max(1, workers), speeds[precision] * recipe.work_left(SIZES[0], 0.0), sizes[0])
     figures = ", ".join(f"{1 / seconds:.0f} in {name}" for name, seconds in speeds.items())
@@ -190,13 +191,13 @@ def _model(arch: str, init: str, source: Source, size: int, allow_deploy: bool, 
     return zoo.create_model(name, num_classes=len(source.classes), in_chans=source.preprocessing.input_size[0], **options)
 
 
-def _seconds(model: nn.Module, source: Source, size: int, device: str, precision: str) -> float:
-    """Return the seconds that one image takes in a step of training, which changes the model."""
+def _seconds(model: nn.Module, source: Source, size: int, device: str, precision: str, count: int) -> float:
+    """Return the seconds that one image of `count` takes in a step of training, which changes the model."""
     channels, classes = source.preprocessing.input_size[0], zoo.manifest_of(model).arch or {}
     with torch.random.fork_rng(), repeatable(device):
         recipe = replace(RECIPES["cifar"], precision=precision)  # type: ignore[arg-type]
         trainer = Trainer(model, recipe, classes.get("num_classes", len(source.classes)), device=device)
-        parts = [(torch.randn(TRIAL, channels, size, size, device=device), torch.zeros(TRIAL, dtype=torch.long, device=device))]
+        parts = [(torch.randn(count, channels, size, size, device=device), torch.zeros(count, dtype=torch.long, device=device))]
         trainer.train()
         wait, times = synchroniser(device), []
         for number in range(3):
@@ -204,7 +205,7 @@ def _seconds(model: nn.Module, source: Source, size: int, device: str, precision
             trainer.step(parts, 1e-6, number)
             wait()
             times.append(time.perf_counter() - started)
-    return min(times[1:]) / TRIAL
+    return min(times[1:]) / count
 
 
 def _told(recipe: Recipe) -> str:

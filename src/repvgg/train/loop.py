@@ -104,7 +104,7 @@ def refuse(source: Source, out: Path) -> None:
 
 
 def new_model(arch: str, source: Source, log: Log = print, **options: Any) -> nn.Module:
-    """`create_model` for this source: its classes, its channels, and `small_input` for small images."""
+    """Return a new network for this source: with its classes and channels, and `small_input` for small images."""
     channels, height, width = source.preprocessing.input_size
     if "small_input" not in options and max(height, width) <= 64 and zoo.takes(arch, "small_input"):
         log(f"images of {height} x {width} pixels: small_input is on (stem and first stage at stride 1)")

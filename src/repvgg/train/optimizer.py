@@ -79,7 +79,7 @@ def keep_still(model: nn.Module, stages: int, batch_norms: bool) -> None:
 
 
 def custom_l2(model: nn.Module) -> Tensor:
-    """Half the squared norm of the kernels that blocks fold to, as the official code's `get_custom_L2` measures it.
+    """Return half the squared norm of the kernels that blocks fold to, as the official code's `get_custom_L2` measures it.
 
     A 3x3 kernel K3 and a 1x1 kernel K1 with the scales t = gamma / sigma of their batch norms (constants here) make one kernel.
     Around its centre K3 counts; in the centre E = t3 K3 + t1 K1 does, as E^2 / (t3^2 + t1^2). Decaying these instead of K3

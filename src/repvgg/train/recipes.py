@@ -173,7 +173,7 @@ class Recipe(Machine, Augmentation, Optimization, Schedule):
         return 1 - progress - small * (1 - (self.side_at(side, 0.0) / side) ** 2)
 
     def lr_at(self, progress: float) -> float:
-        """Learning rate after `progress` (0 to 1) of all steps."""
+        """Return the learning rate after `progress` (0 to 1) of all steps."""
         warmup = min(0.5, self.warmup_epochs / self.epochs)
         if progress < warmup:
             return self.peak_lr * progress / warmup

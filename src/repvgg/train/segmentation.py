@@ -16,6 +16,7 @@ from repvgg.data.transforms import BadImages, Transformed, load, normalise
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.views import WHOLE, Views, placed, segment
 from repvgg.models.zoo import manifest_of
+from repvgg.numerics import full_float32
 from repvgg.train.distributed import ALONE, World
 from repvgg.train.evaluate import check_fit
 from repvgg.train.recipes import Recipe
@@ -130,7 +131,7 @@ class Segmentation:
         bad: BadImages | None = None,
         world: World = ALONE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole photos one by one, as they may differ in size, normalised [1, C, H, W]; and masks [1, H', W'], as they are."""
+        """Yield photos one by one, as they may differ in size: normalised [1, C, H, W], and their masks [1, H', W']."""
         order = range(world.rank, len(images), world.size)
         for pixels, masks in load(Transformed(images, ToNetwork(preprocessing), bad=bad), 1, workers, order):
             if masks.dim() == 3:  # else it is the label -1, of a photo that cannot be read
@@ -158,6 +159,7 @@ class Segmentation:
         images = 0
         with torch.no_grad():
             for photos, masks in data:
+                full_float32(photos.device)
                 masks = masks.long()
                 scores = segment(network, photos, (masks.shape[1], masks.shape[2]), window, views)
                 if scores.shape[1] != num_classes:

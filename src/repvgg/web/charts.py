@@ -54,7 +54,7 @@ def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:
     size = len(classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     named, numbered = size <= MOST_NAMES, size <= MOST_NUMBERS
-    cell = 36 if numbered else max(5, min(16, 600 / size))
+    cell = 36 if numbered else min(16, 600 / size)
     as_shares = numbered and counts.max() >= TOO_LONG
     margin = 8 * max(map(len, classes)) if named else 20
     side = max(230.0, size * cell)

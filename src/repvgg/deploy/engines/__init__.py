@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from repvgg.disk import Log
+from repvgg.disk import Log, describe
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int16", "int8")
 
@@ -176,14 +176,20 @@ class Int8Runtime(Runtime, Protocol):
 
 def runtime(module: str) -> Runtime:
     """Return the runtime in a file of this folder; see deploy/formats.py for which."""
-    return cast(Runtime, importlib.import_module(f"repvgg.deploy.engines.{module}"))
+    return cast(Runtime, _loaded(module))
 
 
 def build(name: str, model: nn.Module, options: Options) -> Engine:
     """Return an engine for `model`. Raises ValueError for an unknown or missing engine, or a precision that it does not have."""
     check(name, options.precision, options.device)
-    builder = cast(Builder, importlib.import_module(f"repvgg.deploy.engines.{ENGINES[name].module}"))
-    return builder.build(model, options)
+    return cast(Builder, _loaded(ENGINES[name].module)).build(model, options)
+
+
+def _loaded(module: str) -> Any:
+    try:
+        return importlib.import_module(f"repvgg.deploy.engines.{module}")
+    except ImportError as error:  # of a package that was built for another Python, NumPy or system, say
+        raise ValueError(f"the engine {module} is installed, but cannot be loaded ({describe(error)})") from None
 
 
 def check(name: str, precision: str, device: str = "cpu") -> None:

@@ -37,11 +37,14 @@ def chain(model: nn.Module, input_size: tuple[int, int, int]) -> Chain | None:
     except ValueError:
         return None
     signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    chained = _Chain({node: program.state_dict[names[node]] for node in names if names[node] in program.state_dict})
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    tensors = {**program.state_dict, **program.constants}  # these are buffers that are not saved, and plain tensors
+    chained = _Chain({node: tensors[name] for node, name in names.items()})
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in signature.user_inputs:
             chained.last, chained.map = node, _shape(node)
+        elif node.target is ATEN.sym_size.int:  # the batch, that a reshape asks for
+            continue
         elif node.op == "call_function" and not (node.args[0] is chained.last and chained.takes(node)):
             return None
     return chained.whole() if program.graph.output_node().args[0] == (chained.last,) else None

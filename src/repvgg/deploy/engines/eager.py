@@ -1,6 +1,8 @@
 """PyTorch as it is."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,9 +30,23 @@ def place(model: nn.Module, options: Options) -> tuple[nn.Module, Any]:
     return copy.deepcopy(model).to(**form), prepare
 
 
+@contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch compute on so many threads in the `with` block; None: on as many as it does."""
+    before = torch.get_num_threads()
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def in_precision(network: Any, options: Options) -> Any:
-    """`network` without gradients; on CUDA with TF32 products if and only if they are asked for, and with the fastest of cuDNN's
-    algorithms, found in the first runs.
+    """Return `network` without gradients, on as many threads as are asked for; on CUDA with TF32 products if and only if they are
+    asked for, and with the fastest of cuDNN's algorithms, found in the first runs.
 
     These switches are global, so they are set at each call; and by their older names, because torch.compile reads those, and
     they refuse to be read where the newer ones were set.
@@ -42,7 +58,7 @@ def in_precision(network: Any, options: Options) -> Any:
         if on_cuda:
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        with torch.inference_mode():
+        with torch.inference_mode(), on_threads(options.threads):
             logits: Tensor = network(images)
         return logits
 
