@@ -82,7 +82,7 @@ def test_another_machine_measures_anew(tmp_path: Path, timed: list[str], monkeyp
     here = this_machine()
     for name, value in (("processor", "Z80"), ("versions", {**here["versions"], "torch": "9.9"})):
         for module in ("speeds", "result"):
-            monkeypatch.setattr(f"repvgg.paper.{module}.this_machine", lambda n=name, v=value: {**here, n: v})
+            monkeypatch.setattr(f"repvgg.paper.{module}.this_machine", lambda *_, n=name, v=value: {**here, n: v})
         measure([(MICRO, TRAINING)], settings(tmp_path))
     assert timed == [MICRO.name] * 3
 
