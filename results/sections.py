@@ -57,8 +57,9 @@ def _named(candidate: dict[str, str]) -> str:
 
 
 def int8(r: Record) -> str:
-    """Return a table with a row for each remedy."""
-    rows = [[name, _points(a), str(len(a["kept_in_float"]))] for name, a in r["accuracy"].items()]
+    """Return a table with a row for each remedy, the best first."""
+    best_first = sorted(r["accuracy"].items(), key=lambda item: -item[1]["top1"]["int8"])
+    rows = [[name, _points(a), str(len(a["kept_in_float"]))] for name, a in best_first]
     speeds = [f"{to} {interval(s['ratio'])}" for to, s in r["speed"].items()]
     images = next(iter(r["accuracy"].values()))["images"]
     return (
