@@ -107,12 +107,13 @@ def _structures(s: Record) -> str:
         lost[name] = [before - after for before, after in zip(tops["before"], tops["after"], strict=True)]
     keep = {name: f"{s[name][0]['keep']:.0%}" for name in lost}
     return (
-        f"\n\nThe paper says that shortcuts stand in the way of pruning (section 3.1). B0's plain layers and Table 7's residual "
-        f"reorganisation of them, at width {s['width']:g}, trained alike for {many(s['recipe']['epochs'], 'epoch')} of "
-        f"{s['train_images']:,} images, cut by the same method to {keep['plain']} and {keep['residual']} of every set of channels, "
-        f"which leaves as many MACs, trained for {many(s['after']['epochs'], 'epoch')} more. Means and standard deviations of "
-        f"top-1, %, over {many(len(s['plain']), 'seed')}; pruning took {mean_and_deviation(lost['plain'])} points from plain "
-        f"layers and {mean_and_deviation(lost['residual'])} from residual blocks.\n\n"
+        "\n\nThe paper says that shortcuts stand in the way of pruning (section 3.1). RepVGG-B0, folded to plain layers before "
+        f"it is cut, and Table 7's residual reorganisation of its layers, at width {s['width']:g}, trained alike for "
+        f"{many(s['recipe']['epochs'], 'epoch')} of {s['train_images']:,} images, cut by the same method to {keep['plain']} and "
+        f"{keep['residual']} of every set of channels, which leaves as many MACs, trained for "
+        f"{many(s['after']['epochs'], 'epoch')} more. Means and standard deviations of top-1, %, over "
+        f"{many(len(s['plain']), 'seed')}; pruning took {mean_and_deviation(lost['plain'])} points from plain layers and "
+        f"{mean_and_deviation(lost['residual'])} from residual blocks.\n\n"
         + table(["structure", "top-1 before", "cut", "best epoch after", "MACs", "parameters"], rows)
     )
 

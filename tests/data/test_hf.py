@@ -158,6 +158,12 @@ def test_an_image_that_cannot_be_read_is_numbered(tmp_path: Path) -> None:
         source.train[1]
     with pytest.raises(ImageError, match=r"^image 3: not an image"):
         source.train[3]
+    cells[0], cells[-1] = cells[3], cells[1]  # those by which the shape is found
+    source = open_source(make(tmp_path / "other", {"train": {"image": cells, "label": [0, 1, 2, 1, 2]}, "test": columns([0])}))
+    assert isinstance(source.train, InMemory)
+    assert source.train[2][1] == 2
+    with pytest.raises(ImageError, match=r"^image 0: not an image"):
+        source.train[0]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/cifar10")

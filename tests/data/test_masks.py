@@ -12,7 +12,7 @@ from PIL import Image
 from roads import make_camvid, make_cityscapes
 
 from repvgg.data import DataError, Source, masks, open_source
-from repvgg.data.images import ImageError, decode_mask, size_of
+from repvgg.data.images import ImageError, decode, decode_mask, size_of
 from repvgg.data.masks import CAMVID, open_camvid, open_cityscapes
 
 REAL = Path(__file__).parents[3] / "shared/data/camvid"
@@ -206,6 +206,8 @@ def test_a_turned_photo_has_the_size_that_a_viewer_shows(tmp_path: Path) -> None
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
     assert size_of(tmp_path / "turned.jpg") == (20, 10)
+    Image.new("RGB", (20, 10)).save(tmp_path / "damaged.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert size_of(tmp_path / "damaged.png") == (10, 20) == tuple(decode(tmp_path / "damaged.png").shape[1:])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="CamVid is not here")

@@ -7,7 +7,7 @@ import datasets
 from torch import Tensor
 
 from repvgg.data import VALIDATION, DataError, Images, InMemory, Source
-from repvgg.data.images import decode
+from repvgg.data.images import ImageError, decode
 from repvgg.models.manifest import Preprocessing
 
 HELD_OUT = (*VALIDATION, "test")  # splits to validate on, the first that is there
@@ -106,7 +106,15 @@ def _images(name: str, table: Any, image: str, label: str) -> tuple[Images, list
     if not labels or None in labels:
         raise DataError(f"{name}: holds {'images without a label' if labels else 'no images'}")
     encoded = Encoded(table, image, labels)
-    shape = tuple(encoded.pixels(0).shape)
-    if max(shape[1:]) > SMALL or any(tuple(encoded.pixels(i).shape) != shape for i in (len(labels) // 2, len(labels) - 1)):
+    shapes = {shape for i in (0, len(labels) // 2, len(labels) - 1) if (shape := _shape(encoded, i))}
+    if len(shapes) != 1 or max((shape := shapes.pop())[1:]) > SMALL:
         return encoded, labels
     return InMemory(encoded.pixels, labels, shape), labels
+
+
+def _shape(encoded: Encoded, index: int) -> tuple[int, ...] | None:
+    """Return the shape of an image; None where it cannot be read, which is told when it is asked for."""
+    try:
+        return tuple(encoded.pixels(index).shape)
+    except ImageError:
+        return None

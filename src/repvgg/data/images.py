@@ -76,10 +76,14 @@ def _decoded(image: Image.Image, source: str | os.PathLike[str] | bytes, channel
     if pixels is None:
         image.load()  # what is truncated fails here
         pixels = _in_strips(image, channels)
+    return pixels, _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        return pixels, image.getexif().get(ORIENTATION, 1)
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF does not make a whole image useless
-        return pixels, 1
+        return 1
 
 
 def _from_jpeg(source: str | os.PathLike[str] | bytes, channels: int) -> Tensor | None:
@@ -150,10 +154,10 @@ def decode_mask(source: str | os.PathLike[str]) -> Tensor:
 
 
 def size_of(source: str | os.PathLike[str]) -> tuple[int, int]:
-    """Height and width, as a viewer would show it, from the file's header alone."""
+    """Return height and width, as a viewer would show it, from the file's header alone."""
 
     def size(image: Image.Image) -> tuple[int, int]:
-        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        turned = _orientation(image) in (5, 6, 7, 8)
         return image.size if turned else (image.height, image.width)
 
     found: tuple[int, int] = _read(source, None, size)
