@@ -106,10 +106,11 @@ def _images(name: str, table: Any, image: str, label: str) -> tuple[Images, list
     if not labels or None in labels:
         raise DataError(f"{name}: holds {'images without a label' if labels else 'no images'}")
     encoded = Encoded(table, image, labels)
-    shapes = {shape for i in (0, len(labels) // 2, len(labels) - 1) if (shape := _shape(encoded, i))}
-    if len(shapes) != 1 or max((shape := shapes.pop())[1:]) > SMALL:
+    found = (_shape(encoded, i) for i in (0, len(labels) // 2, len(labels) - 1))
+    shapes = {shape for shape in found if shape is not None}
+    if len(shapes) != 1 or max(max(shape[1:]) for shape in shapes) > SMALL:
         return encoded, labels
-    return InMemory(encoded.pixels, labels, shape), labels
+    return InMemory(encoded.pixels, labels, shapes.pop()), labels
 
 
 def _shape(encoded: Encoded, index: int) -> tuple[int, ...] | None:
