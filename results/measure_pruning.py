@@ -5,7 +5,7 @@ python results/measure_pruning.py structures runs/structures hf:../shared/data/c
 
 Each stops and starts at will. The structures are RepVGG-B0, which is folded to plain layers before it is pruned, and Table 7's
 residual reorganisation of its layers; both trained and pruned alike with three seeds, the residual ones to as many MACs as the
-plain ones have left. (Plain layers from the start hardly learn at this depth.)
+plain ones have left.
 """
 
 import sys

@@ -127,23 +127,6 @@ def test_a_subset_of_a_subset() -> None:
     assert list(whole[1]) == [part[i][1] for i in range(3)]
 
 
-@pytest.mark.parametrize("share", [1.0, 0.25])
-def test_what_is_erased_is_a_rectangle_of_the_mean_as_torchvision_draws_it(share: float) -> None:
-    count, blank = 4000, torch.zeros(3, 32, 32, dtype=torch.uint8)
-    resident = Resident(blank.expand(count, -1, -1, -1), torch.zeros(count), "cpu", (0.1, 0.5, 0.9))
-    pixels, _ = resident.batch(torch.arange(count), Shifts(count, 0, False, False, (0, 0), share))
-    assert pixels.flatten(2).amax(2).unique(dim=0).tolist() == [[0, 0, 0], [26, 128, 230]][-1 if share == 1 else 0 :]
-    covered = pixels[:, 0] > 0
-    heights, widths = covered.any(2).sum(1), covered.any(1).sum(1)
-    assert torch.equal(covered.sum((1, 2)), heights * widths)  # a rectangle
-    theirs = v2.RandomErasing(share, value=1)
-    torch.manual_seed(0)
-    wanted = torch.stack([theirs(image) for image in blank.expand(count, -1, -1, -1)])[:, 0] > 0
-    for ours, other in ((covered, wanted), (covered.any(2), wanted.any(2)), (covered.any(1), wanted.any(1))):
-        assert abs(float(ours.double().mean()) - float(other.double().mean())) < 0.02
-    assert torch.allclose(covered.double().mean(0), wanted.double().mean(0), atol=0.06)  # at every pixel as often
-
-
 @pytest.mark.parametrize("flip", [True, False])
 def test_mirrors_are_half_or_none(flip: bool) -> None:
     assert abs(float(Shifts(4000, 4, False, flip, (0, 0)).mirrored.float().mean()) - (0.5 if flip else 0)) < 0.05

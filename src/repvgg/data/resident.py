@@ -1,4 +1,4 @@
-"""Small images kept whole on the device, and shifted, mirrored and erased there in batches: no worker is as fast as no worker.
+"""Small images kept whole on the device, and cropped and mirrored there in batches: no worker is as fast as no worker.
 
 resident = Resident.of(source.train, source.preprocessing, "cuda")       # None for what must be read image by image
 images, labels = resident.batch(indices)                                 # uint8 [N, C, H, W], int64 [N]
@@ -7,10 +7,10 @@ images, labels = resident.batch(indices, Shifts(len(source.train), 4, False, fli
 
 import math
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg.data import Images
@@ -24,18 +24,17 @@ _known: Any = weakref.WeakKeyDictionary()  # the one of each split, for as long 
 
 
 class Shifts:
-    """The shift, the mirroring and the erasing of each image of a split in one epoch: a function of seed, epoch and image alone.
+    """The shift and the mirroring of each image of a split in one epoch: a function of seed, epoch and image alone.
 
     An image is mirrored in every other epoch, half of them in the first: of two epochs neither shows it twice the same way, as
-    chance would (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds"). erased: top, left, bottom and right of a rectangle of each
-    image [N, 4], as shares of its sides; where nothing is erased it has no pixel.
+    chance would (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
     """
 
-    def __init__(self, count: int, most: int, reflected: bool, flip: bool, seed: tuple[int, int], erasing: float = 0.0) -> None:
+    def __init__(self, count: int, most: int, reflected: bool, flip: bool, seed: tuple[int, int]) -> None:
         """Draw them.
 
         most: pixels that a shift is at most, fewer than either side has. reflected: the image comes in from outside, not black.
-        seed: of the run, and the number of the epoch. erasing: the share of images of which a rectangle is erased.
+        seed: of the run, and the number of the epoch.
         """
         self.reflected = reflected
         run, epoch = seed
@@ -43,38 +42,21 @@ class Shifts:
         self.top, self.left = torch.randint(0, 2 * most + 1, (2, count), generator=random) - most
         at_first = torch.rand(count, generator=torch.Generator().manual_seed(run)) < 0.5
         self.mirrored = (at_first ^ bool(epoch % 2)) & flip
-        self.erased = _rectangles(count, erasing, random) if erasing else None
 
     def to(self, device: str) -> "Shifts":
         """Move them to a device."""
         self.top, self.left, self.mirrored = (t.to(device, non_blocking=True) for t in (self.top, self.left, self.mirrored))
-        self.erased = None if self.erased is None else self.erased.to(device, non_blocking=True)
         return self
-
-
-def _rectangles(count: int, share: float, random: torch.Generator) -> Tensor:
-    """Return rectangles [N, 4] as torchvision's RandomErasing draws them: 2 to 33% of the image, height 0.3 to 3.3 times width.
-
-    A side that would be longer than the image's is as long; torchvision draws again then.
-    """
-    area = torch.empty(count).uniform_(0.02, 0.33, generator=random)
-    ratio = torch.empty(count).uniform_(math.log(0.3), math.log(3.3), generator=random).exp()
-    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)
-    sides *= (torch.rand(count, generator=random) < share)[:, None]
-    first = torch.rand(count, 2, generator=random) * (1 - sides)
-    return torch.cat([first, first + sides], 1)
 
 
 class Resident:
     """All images of a split, of the input's size."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor, device: str, mean: Sequence[float] = (0.5,)) -> None:
-        """Take the pixels, uint8 [N, C, H, W], and labels [N] to a device. mean: the colour of what is erased, 0 to 1."""
+    def __init__(self, pixels: Tensor, labels: Tensor, device: str) -> None:
+        """Take the pixels, uint8 [N, C, H, W], and labels [N] to a device."""
         self.count, self.channels, self.height, self.width = pixels.shape
-        # A pixel is a row, with its channels in it, so that a batch is one selection of rows. The last two are black and the mean.
-        black, grey = torch.zeros(2, 1, self.channels, dtype=torch.uint8)
-        grey[:] = torch.tensor([round(255 * x) for x in mean])
-        self.rows = torch.cat([pixels.permute(0, 2, 3, 1).reshape(-1, self.channels), black, grey]).to(device)
+        # A pixel is a row, with its channels in it, so that a batch is one selection of rows. The last row is black.
+        self.rows = F.pad(pixels.permute(0, 2, 3, 1).reshape(-1, self.channels), (0, 0, 0, 1)).to(device)
         self.labels, self.device = labels.to(device), device
         self.y, self.x = torch.arange(self.height, device=device), torch.arange(self.width, device=device)
 
@@ -103,7 +85,7 @@ class Resident:
         if one.shape[1:] != preprocessing.input_size:
             return None
         pixels = torch.cat([resize(some) for some in pixels.split(AT_ONCE)])
-        return cls(pixels, torch.tensor(labels), device, preprocessing.mean)
+        return cls(pixels, torch.tensor(labels), device)
 
     def batch(self, indices: Tensor, shifts: Shifts | None = None) -> tuple[Tensor, Tensor]:
         """Return the images of these indices [B], uint8 [B, C, H, W] in channels-last, and their labels [B], on the device."""
@@ -116,12 +98,7 @@ class Resident:
         rows = (i[:, None, None] * self.height + within_y[:, :, None]) * self.width + within_x[:, None, :]
         if shifts is not None and not shifts.reflected:
             outside = (within_y != y)[:, :, None] | (within_x != x)[:, None, :]
-            rows = torch.where(outside, len(self.rows) - 2, rows)
-        if shifts is not None and shifts.erased is not None:
-            top, left, bottom, right = shifts.erased[i, :, None].unbind(1)
-            erased_y = (self.y >= (top * self.height).round()) & (self.y < (bottom * self.height).round())
-            erased_x = (self.x >= (left * self.width).round()) & (self.x < (right * self.width).round())
-            rows = torch.where(erased_y[:, :, None] & erased_x[:, None, :], len(self.rows) - 1, rows)
+            rows = torch.where(outside, len(self.rows) - 1, rows)
         pixels = self.rows.index_select(0, rows.flatten()).view(len(i), self.height, self.width, self.channels)
         return pixels.permute(0, 3, 1, 2), self.labels[i]
 

@@ -146,6 +146,12 @@ def _read_legacy(path: Path) -> Any:
     return _built(loaded)
 
 
+def _is_storage(pid: Any) -> bool:
+    """Tell a storage by its five parts. Its name is a string: to write out a tuple of tuples of tuples would take for ever."""
+    five = isinstance(pid, tuple) and len(pid) >= 5
+    return five and pid[0] == "storage" and isinstance(pid[2], str) and type(pid[4]) is int
+
+
 def _dtype(kind: Any) -> torch.dtype:
     name = kind.name.rpartition(".")[2] if isinstance(kind, Global) else ""
     if name not in STORAGES:
@@ -210,10 +216,7 @@ class _Machine:
             stack.append(Global(f"{module}.{attribute}" if isinstance(module, str) and isinstance(attribute, str) else ""))
         elif name in ("BINPERSID", "PERSID"):
             pid = stack.pop() if name == "BINPERSID" else argument
-            # Its name must be one: to write out a tuple of tuples of tuples would take for ever.
-            is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[2], str)
-            is_storage = is_storage and type(pid[4]) is int
-            stack.append(self.storage(pid) if is_storage else BLANK)
+            stack.append(self.storage(pid) if _is_storage(pid) else BLANK)
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])
             stack[-count:] = [tuple(stack[-count:])]

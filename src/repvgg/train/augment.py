@@ -68,5 +68,5 @@ def mixing(recipe: Recipe, num_classes: int) -> nn.Module | None:
 
 
 def only_shifts(recipe: Recipe) -> bool:
-    """Tell whether images are shifted, mirrored and erased and no more, which is quickly done on whole batches."""
-    return recipe.crop == "shift" and not (recipe.auto_augment or recipe.rand_augment)
+    """Tell whether images are shifted and mirrored and no more, which is quickly done on whole batches."""
+    return recipe.crop == "shift" and not (recipe.auto_augment or recipe.rand_augment or recipe.erasing)

@@ -57,8 +57,7 @@ class Feed:
         transform = task_of(source).train_transform(recipe, source.preprocessing)
         self.images = Transformed(source.train, transform, seed, listing, side_of(recipe, source.preprocessing))
         self.resident = Resident.of(source.train, source.preprocessing, device) if only_shifts(recipe) else None
-        most, reflected = shift_of(recipe, source.preprocessing), recipe.border == "reflected"
-        self.drawn = partial(Shifts, self.count, most, reflected, recipe.flip, erasing=recipe.erasing)
+        self.drawn = partial(Shifts, self.count, shift_of(recipe, source.preprocessing), recipe.border == "reflected", recipe.flip)
         self.spent, self.made = 0.0, 0
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
