@@ -195,7 +195,7 @@ def test_mixup_mixes_images_and_targets(monkeypatch: pytest.MonkeyPatch) -> None
     assert distance(mixed, stepped(replace(EXACT, mixup=1.0, label_smoothing=0.1))) == 0
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_state_goes_on_to_the_last_bit(optimizer: Any) -> None:
     recipe = replace(EXACT, ema=0.9, mixup=0.5, cutmix=0.5, precision="fp16", optimizer=optimizer)
     first = stepped(recipe)
@@ -206,13 +206,13 @@ def test_state_goes_on_to_the_last_bit(optimizer: Any) -> None:
         trainer.step([batch(16, 9)], 0.03, 3)
     a, b = first.tensors(), second.tensors()
     assert a.keys() == b.keys()
-    remembered = {"momentum"} if optimizer == "sgd" else {"first", "second", "steps"}
+    remembered = {"sgd": {"momentum"}, "adamw": {"first", "second", "steps"}, "muon": {"turning"}}[optimizer]
     assert {name.partition(".")[0] for name in a} == {"model", "ema", "figures", *remembered}
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert first.scaler.state_dict() == second.scaler.state_dict()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_run_goes_on_with_another_optimizer_and_a_moving_average(optimizer: Any) -> None:
     """Which remembers nothing, and begins at the weights: as one that starts from them, but for what was added up meanwhile."""
     first = stepped(replace(EXACT, optimizer="adamw" if optimizer == "sgd" else "sgd"))

@@ -1,5 +1,5 @@
-"""SGD as the paper uses it, or AdamW: which parameters decay, at what learning rate each layer moves; and the official code's own
-L2 term."""
+"""SGD as the paper uses it, AdamW or Muon: which parameters decay, at what learning rate each layer moves; and the official code's
+own L2 term."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from repvgg.fold.as_linear import Branches
 from repvgg.models.repvgg import RepVGG
+from repvgg.train.muon import Muon, turned_kernels
 from repvgg.train.recipes import Recipe
 
 STAGES = 5  # the stem is the first; the head comes after the last
@@ -20,7 +21,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    kind = Muon if recipe.optimizer == "muon" else torch.optim.SGD
+    return kind(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -28,7 +30,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     weights (section 4.1), but for those of identity branches with `decay_identity`.
 
     `lr_scale` of each group holds its learning rate as `layer_decay`, `head_lr` and `bn_bias_lr` say. With custom_l2 the kernels
-    that it regularises are spared. Raises ValueError where stages are not known (outside the family), or the backbone is not.
+    that it regularises are spared, and so are those that Muon turns: their `lr_scale` holds `kernel_lr` too. Raises ValueError
+    where stages are not known (outside the family), or the backbone is not.
     """
     layer_decay, head_lr = recipe.layer_decay, recipe.head_lr
     if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
@@ -41,7 +44,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     spared = {p for block in _two_branches(model) for p in _kernels(block)} if recipe.custom_l2 else set()
     decaying = set(_identities(model)) if recipe.decay_identity else set()
     quick = {m.bias for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    turning = set(turned_kernels(model)) if recipe.optimizer == "muon" else set()
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (STAGES - _stage(name)) if layer_decay != 1 else 1.0
@@ -49,11 +53,21 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
                 scale *= head_lr
             if parameter in quick:
                 scale *= recipe.bn_bias_lr
-            decays = parameter in decaying or (parameter.dim() > 1 and parameter not in spared)
-            groups.setdefault((scale, decays), []).append(parameter)
+            turned = parameter in turning
+            if turned:
+                scale *= recipe.kernel_lr / recipe.peak_lr
+            decays = parameter in decaying or (parameter.dim() > 1 and parameter not in spared and not turned)
+            groups.setdefault((scale, decays, turned), []).append(parameter)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else None  # of Muon's matrices; None: the kernels' own
     return [
-        {"params": parameters, "weight_decay": recipe.weight_decay if decays else 0.0, "lr_scale": scale}
-        for (scale, decays), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {
+            "params": parameters,
+            "weight_decay": recipe.weight_decay if decays else 0.0,
+            "lr_scale": scale,
+            "turned": turned,
+            "dtype": dtype,
+        }
+        for (scale, decays, turned), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 
 

@@ -40,14 +40,16 @@ class Schedule:
 class Optimization:
     """The way in which weights are moved, and what they are moved towards."""
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, as in the paper; or AdamW, whose learning rate is nearer 0.001."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
+    """SGD with momentum, as in the paper; AdamW, whose learning rate is nearer 0.001; Muon for kernels, with SGD for all else."""
     lr: float = 0.1
     """Peak learning rate."""
     lr_per: int = 0
     """Images a step that `lr` is meant for: it is scaled by batch_size / lr_per. 0: never scaled."""
+    kernel_lr: float = 0.05
+    """Muon's peak learning rate: the angle in radians by which a step turns a kernel."""
     momentum: float = 0.9
-    """Of SGD; AdamW's first beta."""
+    """Of SGD and Muon; AdamW's first beta."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 1e-4
@@ -146,7 +148,7 @@ class Recipe(Machine, Augmentation, Optimization, Schedule):
         for name in (*never_negative, "crop_size", "resize", "jitter", "early_stop", "image_size"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: not negative")
-        for name in ("lr", "head_lr", "bn_bias_lr"):
+        for name in ("lr", "kernel_lr", "head_lr", "bn_bias_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: above 0")
         if not 0 <= self.rand_augment <= 30:
@@ -210,15 +212,16 @@ RECIPES = {
     "light": Recipe(),
     "heavy": Recipe(epochs=200, warmup_epochs=5, label_smoothing=0.1, auto_augment=True, mixup=0.2),
     "cifar": Recipe(
-        epochs=26,
-        batch_size=128,
+        epochs=28,
+        batch_size=256,
+        optimizer="muon",
         lr=0.2,
         nesterov=True,
         weight_decay=1e-3,
         warmup_epochs=2,
         decay="linear",
         label_smoothing=0.2,
-        ema=0.995,
+        ema=0.99,
         bn_bias_lr=16,
         whiten=True,
         small_first=0.6,

@@ -18,7 +18,11 @@ from repvgg.train.recipes import Recipe
 from repvgg.train.tasks import CLASSIFICATION, Task
 
 # What each optimizer remembers of a parameter, by the name that it is saved under.
-REMEMBERED = {"sgd": {"momentum": "momentum_buffer"}, "adamw": {"first": "exp_avg", "second": "exp_avg_sq", "steps": "step"}}
+REMEMBERED = {
+    "sgd": {"momentum": "momentum_buffer"},
+    "adamw": {"first": "exp_avg", "second": "exp_avg_sq", "steps": "step"},
+    "muon": {"turning": "momentum_buffer"},
+}
 
 
 class Trainer:
