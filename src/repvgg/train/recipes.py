@@ -46,7 +46,7 @@ class Optimization:
     """Peak learning rate."""
     lr_per: int = 0
     """Images a step that `lr` is meant for: it is scaled by batch_size / lr_per. 0: never scaled."""
-    kernel_lr: float = 0.05
+    kernel_lr: float = 0.02
     """Muon's peak learning rate: the angle in radians by which a step turns a kernel."""
     momentum: float = 0.9
     """Of SGD and Muon; AdamW's first beta."""
@@ -212,7 +212,7 @@ RECIPES = {
     "light": Recipe(),
     "heavy": Recipe(epochs=200, warmup_epochs=5, label_smoothing=0.1, auto_augment=True, mixup=0.2),
     "cifar": Recipe(
-        epochs=28,
+        epochs=26,
         batch_size=256,
         optimizer="muon",
         lr=0.2,
