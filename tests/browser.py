@@ -19,7 +19,7 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrom
 def served(folder: Path) -> Iterator[str]:
     """Have a folder on a web server; yields its address."""
     with app.server(folder) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield f"http://127.0.0.1:{running.server_port}"

@@ -2,9 +2,11 @@
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +35,12 @@ _set_aside = 0  # so many modules were imported when that was done last
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put what tests write into memory, where there is enough of it: they wait for a disk thousands of times."""
+    """Put what tests write into memory, where there is enough of it: they wait for a disk thousands of times. And keep them out of
+    the user's caches, which would make one run unlike another."""
+    if "REPVGG_TEST_CACHE" not in os.environ:  # a worker of pytest-xdist has its parent's
+        os.environ["REPVGG_TEST_CACHE"] = cache = tempfile.mkdtemp(prefix="repvgg-tests-")
+        os.environ |= {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     try:
         memory = os.statvfs("/dev/shm")
     except OSError:
@@ -62,9 +69,24 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Networks that several tests share are the same ones whatever ran before."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_curves() -> Iterator[None]:
+    """Runs end without a drawing, which takes longer than most of them: test_logs.py is about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("repvgg.train.session.draw_curve", lambda lines, path: path.touch())
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ class Net:
         self.before_first_call: Callable[[Net], None] | None = None  # what chooses the algorithms, once
         self._lock = threading.Lock()  # of that
         structs = (LayerStruct * len(self.layers))(*[_struct(layer) for layer in self.layers])
-        options = OptionsStruct(self.threads, pin, PRECISIONS.index(precision), isa.encode() if isa else None)
+        options = OptionsStruct(self.threads, pin, PRECISIONS.index(precision), isa.encode(errors="replace") if isa else None)
         message = Message()
         self._net = LIBRARY.repvgg_create(structs, len(structs), options, *message.room)
         message.check(self._net)
@@ -147,9 +147,11 @@ class Net:
 
 
 def _struct(layer: Layer) -> LayerStruct:
-    def address(array: Array) -> int:
+    def address(array: Array, *shape: int) -> int:
         if array.dtype != np.float32 or not array.flags.c_contiguous:
             raise EngineError("weights are contiguous float32")
+        if array.shape != shape:
+            raise EngineError(f"weights have the shape {array.shape}, where the layer needs {shape}")
         return array.ctypes.data
 
     if isinstance(layer, Pool):
@@ -158,9 +160,9 @@ def _struct(layer: Layer) -> LayerStruct:
         return LayerStruct(MAX_POOL, layer.channels, 0, layer.kernel, layer.stride, layer.padding)
     if isinstance(layer, SqueezeExcite):
         hidden, channels = layer.reduce.shape
-        arrays = [address(a) for a in (layer.reduce, layer.reduce_bias, layer.expand, layer.expand_bias)]
         struct = LayerStruct(op=SQUEEZE_EXCITE, in_channels=channels, out_channels=hidden, relu=layer.relu)
-        struct.weight, struct.bias, struct.weight2, struct.bias2 = arrays
+        struct.weight, struct.bias = address(layer.reduce, hidden, channels), address(layer.reduce_bias, hidden)
+        struct.weight2, struct.bias2 = address(layer.expand, channels, hidden), address(layer.expand_bias, channels)
         return struct
     assert isinstance(layer, Conv)
     struct = LayerStruct(
@@ -168,7 +170,7 @@ def _struct(layer: Layer) -> LayerStruct:
     )
     struct.kernel[:], struct.stride[:], struct.padding[:] = layer.weight.shape[2:], layer.stride, layer.padding
     struct.dilation[:], struct.largest_input = layer.dilation, layer.largest_input
-    struct.weight, struct.bias = address(layer.weight), address(layer.bias)
+    struct.weight, struct.bias = address(layer.weight, *layer.weight.shape), address(layer.bias, layer.out_channels)
     return struct
 
 

@@ -44,7 +44,8 @@ def parse(text: str) -> Plan:
         if values["repvgg_engine_plan"] != VERSION:
             raise EngineError(f"is a plan of version {values['repvgg_engine_plan']!r}, this engine reads {VERSION}")
         isa, precision, algorithms = values["isa"], values["precision"], values["algorithms"]
-        if not all(isinstance(word, str) for word in (isa, precision, *algorithms)) or not isinstance(algorithms, list):
+        words = (isa, precision, *algorithms)
+        if not all(isinstance(word, str) and word.isascii() for word in words) or not isinstance(algorithms, list):
             raise EngineError("is not a plan, or a damaged one")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise error if isinstance(error, EngineError) else EngineError("is not a plan, or a damaged one") from None

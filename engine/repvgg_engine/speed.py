@@ -184,7 +184,10 @@ def shrunk(layers: Sequence[Layer], size: Size, most_macs: float) -> Size:
         half = max(1, size[0] // 2), max(1, size[1] // 2)
         too_long = macs(layers, size) > most_macs and min(half) >= LEAST_SIDE
         too_large = largest_map(layers, size) > MOST_NUMBERS and half != size
-        if not (too_long or too_large) or any(min(s) < 1 for s in sizes_of_layers(layers, half)):
+        if not (too_long or too_large):
+            return size
+        sizes = sizes_of_layers(layers, half)
+        if any(min(s) < 1 for s in (*sizes, output_size(layers[-1], sizes[-1]))):
             return size
         size = half
 

@@ -43,9 +43,10 @@ struct Bytes {
         float scale[WIDTH];
         for (int lane = 0; lane < WIDTH; lane++) {
             // Rounding adds at most a half for each weight; as much again for the rounding of this very scale.
+            // A NaN is in the sum, and stays.
             const double by_sum = sum[lane] / (WEIGHTS_SUM_8 - static_cast<int64_t>(products) * depth),
                          by_size = largest[lane] / LARGEST_WEIGHT_8;
-            scale[lane] = static_cast<float>(by_sum > by_size ? by_sum : by_size);
+            scale[lane] = static_cast<float>(by_size > by_sum ? by_size : by_sum);
             scales(0, 0)[lane] = scale[lane] * (c.largest_input / LARGEST_BYTE);
         }
         for (int i = 0; i < depth; i++)

@@ -176,9 +176,10 @@ struct Integers {
                 float *sum = scales(p, c), *largest = row(p, c * Element::chunk);
                 for (int lane = 0; lane < WIDTH; lane++) {
                     // Rounding adds at most a half for each weight; as much again for the roundings of this very sum.
+                    // A NaN is in the sum, and stays.
                     const float by_sum = sum[lane] / (Element::weights_sum - length),
                                 by_size = largest[lane] / Element::largest_weight;
-                    sum[lane] = by_sum > by_size ? by_sum : by_size;
+                    sum[lane] = by_size > by_sum ? by_size : by_sum;
                     largest[lane] = 0;
                     if constexpr (Element::offset > 0) scales(p, c, 1)[lane] = 0;
                 }

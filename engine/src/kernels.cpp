@@ -152,7 +152,7 @@ void excite(const Excite &e, float *map, const Map &strides, const int size[2], 
     for (int64_t h = 0; h < e.hidden; h++) {
         float sum = e.reduce_bias[h];
         for (int64_t c = 0; c < e.channels; c++) sum += e.reduce[h * e.channels + c] * means[c];
-        hidden[h] = sum > 0 ? sum : 0;
+        hidden[h] = sum < 0 ? 0 : sum;  // NaN stays NaN
     }
     for (int64_t c = 0; c < e.channels; c++) {
         float sum = e.expand_bias[c];

@@ -128,6 +128,21 @@ def test_infinities_nans_zeros_and_tiny_numbers(isa: str) -> None:
     assert np.array_equal(by(nothing, "F4 int16", np.ones_like(x), isa)[0], flat)
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("channel", [0, 19, 39])
+def test_a_nan_among_the_weights_stays(isa: str, channel: int) -> None:
+    """Wherever it is: of the output's other channels nothing changes."""
+    layer = conv(np.random.default_rng(0), 40, 17, padding=(1, 1))
+    spoiled = layer.weight.copy()
+    spoiled[2, channel, 1, 1] = np.nan
+    x = images(1, channels=40, size=(12, 12))
+    others = np.arange(17) != 2
+    for algorithm in ("direct int16", "F4 int16"):
+        got = by(Conv(spoiled, layer.bias, padding=(1, 1)), algorithm, x, isa)
+        assert np.isnan(got[:, 2]).all()
+        assert np.array_equal(got[:, others], by(layer, algorithm, x, isa)[:, others])
+
+
 def test_half_the_bytes_of_float32() -> None:
     net = Net([conv(np.random.default_rng(0), 192, 192, padding=(1, 1))], precision="int16")
     assert net.weight_bytes(0, "F4 int16") < 0.51 * net.weight_bytes(0, "F4")

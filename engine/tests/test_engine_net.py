@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,21 @@ def test_the_gates_of_squeeze_excite() -> None:
     with np.errstate(over="ignore"):
         wanted = 1 / (1 + np.exp(-b.astype(np.float64)))
     assert gates == pytest.approx(wanted, rel=2e-7, nan_ok=True)
+
+
+def test_arrays_of_other_shapes_are_refused() -> None:
+    """What they do not hold would be read from behind them."""
+    weight, matrix, one = np.ones((8, 3, 3, 3), np.float32), np.ones((2, 8), np.float32), np.ones(1, np.float32)
+    gates = SqueezeExcite(matrix, np.ones(2, np.float32), matrix.T.copy(), np.ones(8, np.float32))
+    for layers in (
+        [Conv(weight, one)],
+        *(
+            [Conv(weight, np.ones(8, np.float32)), replace(gates, **{name: one})]
+            for name in ("reduce_bias", "expand", "expand_bias")
+        ),
+    ):
+        with pytest.raises(EngineError, match=r"have the shape .* where the layer needs"):
+            Net(layers)
 
 
 def test_feature_maps_of_any_size() -> None:

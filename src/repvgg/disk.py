@@ -1,14 +1,16 @@
 """Files written whole or not at all, the cache folder, how errors of files are told, and which files are images."""
 
 import errno
-import glob
+import hashlib
 import os
 import re
 import shutil
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,6 +18,7 @@ STALE = 600  # seconds: a process on another machine may be writing to a shared 
 IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # by their suffixes
 LEFT_BEHIND = (".", "__", "@eaDir")  # how folders of programs begin: .ipynb_checkpoints, __MACOSX, a NAS's thumbnails
 EVIDENCE = ".cam.png"  # how pictures are named that `repvgg predict --explain cam` makes of images
+TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
 RAN_OUT = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "failed to map segment")
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
@@ -36,7 +39,8 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
     What a process that was killed left behind in writing the same file is taken away. Raises `FileError` for an OSError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    short = path.name if len(os.fsencode(path.name)) < 220 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    temporary = path.with_name(f".{short}.{os.getpid()}.tmp")  # a name has 255 bytes at most
     try:
         write_to(temporary)
         flush(temporary)
@@ -49,7 +53,7 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
     finally:
         with suppress(OSError):
             temporary.unlink()
-    _sweep(path)
+    _sweep(path.parent, short)
 
 
 def flush(path: str | os.PathLike[str]) -> None:
@@ -67,13 +71,32 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def _sweep(path: Path) -> None:
-    """Take away temporary files of this one that nobody has touched for a while and whose process is gone."""
-    with suppress(OSError):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            process = left.name.removesuffix(".tmp").rpartition(".")[2]
-            if process.isdigit() and not alive(int(process)) and time.time() - left.stat().st_mtime > STALE:
+def make_folder(path: str | os.PathLike[str], what: str) -> None:
+    """Make a folder and those above it. what: "a run folder", say, for the message. Raises `FileError` where it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be {what} ({error.strerror})") from None
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Take away temporary files of that name that nobody has touched for a while and whose process is gone."""
+    for left in _left_behind(folder).pop(name, ()):
+        process = int(left.suffixes[-2][1:])
+        with suppress(OSError):
+            if not alive(process) and time.time() - left.stat().st_mtime > STALE:
                 left.unlink()
+
+
+@lru_cache(maxsize=256)
+def _left_behind(folder: Path) -> dict[str, list[Path]]:
+    """List a folder's temporary files by the names they are for; once, for it may hold very many files."""
+    found = defaultdict[str, list[Path]](list)
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if ours := TEMPORARY.fullmatch(path.name):
+                found[ours[1]].append(path)
+    return found
 
 
 def alive(process: int) -> bool:
@@ -164,6 +187,22 @@ def out_of_memory(error: BaseException) -> bool:
 def cache_folder() -> Path:
     """Return the folder for what took long to find out: ~/.cache/repvgg (XDG_CACHE_HOME is honoured)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg"
+
+
+def images_below(root: str | os.PathLike[str]) -> list[str]:
+    """Return the paths of the images below a folder, relative to it, sorted. Links to folders are followed, but none to a folder
+    that it lies in."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder)
+        folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name), here)]  # noqa: PTH118
+        below = (os.path.relpath(os.path.join(folder, name), root) for name in files)  # noqa: PTH118 - there may be millions
+        found += filter(is_image, below)
+    return sorted(found)
+
+
+def _leads_back(path: str, here: str) -> bool:
+    return os.path.islink(path) and f"{here}/".startswith(f"{os.path.realpath(path)}/".replace("//", "/"))  # noqa: PTH114
 
 
 def is_image(path: str | PurePath) -> bool:

@@ -1,13 +1,16 @@
 """bench/data.py: every stage is timed on the images it is said to be."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from repvgg.bench.data import data_speeds
-from repvgg.data import open_source
+from repvgg.data import Source, open_source
 from repvgg.models.manifest import Preprocessing
 from repvgg.train.recipes import Recipe, get_recipe
 
@@ -16,6 +19,26 @@ def test_small_images_have_no_workers() -> None:
     speeds = data_speeds(open_source("digits"), get_recipe("demo"), workers=2, count=256)
     assert list(speeds) == ["batches", "to device"]
     assert all(speed > 0 for speed in speeds.values())
+
+
+class Slow:
+    """Images that take 20 ms each."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        time.sleep(0.02)
+        return torch.zeros(3, 32, 32, dtype=torch.uint8), 0
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_batches_that_were_ready_before_are_not_counted(workers: int) -> None:
+    """Three workers begin together: their first batches come at once."""
+    images = Slow()
+    source = Source("slow", images, images, ["a"], Preprocessing((3, 32, 32), 32))
+    speed = data_speeds(source, Recipe(batch_size=4), workers=workers, count=8)["batches"]
+    assert speed < 1.2 * max(1, workers) / 0.02
 
 
 def test_photos_are_timed_stage_by_stage(tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ def parts(model: nn.Module, kind: type[nn.Module]) -> int:
 # --------------------------------------------------------------------------------------------------------- what is timed
 
 
+def test_threads_and_sizes_are_at_least_one() -> None:
+    for how, complaint in (({"threads": 0}, "--threads 0"), ({"input_size": (3, 0, 0)}, "--input-size 0")):
+        with pytest.raises(ValueError, match=f"{complaint}: at least 1"):
+            quick(MICRO, **how)
+
+
 def test_trap_8_what_is_timed_as_deploy_form_has_no_branches_left(built: list[nn.Module]) -> None:
     quick(MICRO, TRAINING)
     deploy, training = built

@@ -1,8 +1,6 @@
 """A trained run folder and held-out scans, for all tests of the commands."""
 
 import io
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,15 +8,6 @@ from commands import TRAIN, repvgg
 from PIL import Image
 
 from repvgg.data import open_source
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = [signal.getsignal(name) for name in names]
-    yield
-    for name, handler in zip(names, before, strict=True):
-        signal.signal(name, handler)
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,29 @@ def test_a_folder_of_many_is_listed_once_and_again_when_it_changes(tmp_path: Pat
     assert len(listings) == 6
 
 
+def test_the_division_is_the_same_by_whatever_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many images too, whose names are kept: what was trained on must not be evaluated on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_folder, "MANY", 3)
+    root = make(tmp_path / "set", *(f"{label}/{number}.png" for label in "ab" for number in range(8)))
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    sources = [open_source(path) for path in (str(root), str(tmp_path / "link"), "set")]
+    rows = [source.rows() for source in sources if source.rows]
+    assert rows[0] == rows[1] == rows[2]
+    assert [int(source.val[0][0][0, 0, 0]) for source in sources] == [int(sources[0].val[0][0][0, 0, 0])] * 3
+
+
+@pytest.mark.parametrize("names", [("valid", "invalid"), ("test", "holiday"), ("bus", "train", "car")])
+def test_classes_called_like_splits(names: tuple[str, ...], tmp_path: Path) -> None:
+    """They hold no class folders, and lie beside no train/ that does."""
+    make(tmp_path, *(f"{name}/{number}.png" for name in names for number in range(3)))
+    assert open_source(str(tmp_path)).classes == sorted(names)
+    keys = {item.key for item in open_shards(str(tmp_path)).read(0)}
+    assert {key.split("/")[0] for key in keys} == set(names)
+    assert len(keys) == 3 * len(names)
+
+
 def test_names_that_are_not_utf8_are_shown_and_read(tmp_path: Path) -> None:
     """A Latin-1 folder trains, and its file says so in words that any terminal and any JSON can hold."""
     latin = os.fsdecode(b"caf\xe9")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from repvgg.data import DataError
-from repvgg.data.images import ImageError, decode
+from repvgg.data.images import ImageError, decode, size_of
 from repvgg.disk import is_image
 from repvgg.terminal import printable
 
@@ -158,6 +158,16 @@ def test_exif_orientation(orientation: int) -> None:
     exif[274] = orientation
     source = encoded(Image.fromarray(stored), "JPEG", quality=95, exif=exif)
     assert_decodes(source, UPRIGHT[orientation](stored), tolerance=4)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_size_is_that_of_the_upright_image(kind: str, orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "a.img"
+    path.write_bytes(encoded(Image.new("RGB", (24, 16)), kind, exif=exif))
+    assert size_of(path) == decode(path).shape[1:] == ((16, 24) if orientation == 1 else (24, 16))
 
 
 def test_damaged_exif_spoils_no_image() -> None:

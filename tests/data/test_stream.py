@@ -151,7 +151,7 @@ class server:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
 
     def __enter__(self) -> str:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __exit__(self, *_: object) -> None:
@@ -182,6 +182,17 @@ def test_streamed_parquet(tmp_path: Path) -> None:
     source = open_source(f"hf-stream:{tmp_path / 'set'}")
     assert (source.classes, len(source.train), len(source.val)) == (["a", "b"], 10, 4)
     assert sorted(greys(train_stream(source), batches=10)) == list(range(10))
+
+
+def test_streamed_image_files(tmp_path: Path) -> None:
+    """The hub's commonest layout: each image is a file, in a folder of its class."""
+    for number in range(8):
+        path = tmp_path / "set" / ("test" if number > 5 else "train") / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
+    source = open_source(f"hf-stream:{tmp_path / 'set'}")
+    assert (source.classes, len(source.train), len(source.val)) == (["a", "b"], 6, 2)
+    assert sorted(greys(train_stream(source), batches=6)) == list(range(6))
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, shards: Path) -> None:

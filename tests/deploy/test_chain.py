@@ -148,9 +148,17 @@ class MeanOfChannels(nn.Module):
         return x.mean((1, 2))
 
 
+class AlwaysDrops(nn.Module):
+    """As F.dropout does by default, whatever `eval` says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
 @pytest.mark.parametrize(
     "network",
     [
+        nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), AlwaysDrops()),
         nn.Sequential(nn.Conv2d(3, 14, 3), MeanOfChannels()),
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 3), nn.GELU()),

@@ -34,7 +34,8 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 10, 3), dtype=np.uint8)).resize((90, 71)).save(path)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 4), dtype=np.uint8)  # the fourth is how opaque they are
+    Image.fromarray(pixels).resize((90, 71)).save(path)
     return path
 
 

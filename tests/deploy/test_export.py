@@ -121,6 +121,19 @@ def test_resizing_as_two_products(height: int, width: int, mode: str, seed: int)
     torch.testing.assert_close(rows @ image @ columns, v2.functional.center_crop(resized, [20, 24]), rtol=1e-9, atol=1e-9)
 
 
+def test_bicubic_overshoot_is_cut_off_as_in_predict() -> None:
+    """Beside a sharp edge it goes beyond black and white."""
+    p = Preprocessing((1, 20, 20), 20, "bicubic", (0.0,), (1.0,))
+    pixels = torch.zeros(1, 1, 50, 50, dtype=torch.uint8)
+    pixels[..., 20:33] = 255
+    graph = FromPixels(nn.Conv2d(1, 1, 1, bias=False), p, (50, 50))
+    graph.network = nn.Identity()
+    shown = v2.functional.resize(pixels, [20], v2.InterpolationMode.BICUBIC, antialias=True).float() / 255
+    assert (graph(pixels) - shown).abs().max() < 1.01 / 255
+    graph.overshoots = False
+    assert graph(pixels).max() > 1.02
+
+
 def test_an_image_that_is_too_small_once_resized() -> None:
     with pytest.raises(ValueError, match="--image-size: 64 x 64, resized to 28, is too small to crop"):
         resize_and_crop((64, 64), Preprocessing((3, 32, 32), 28))

@@ -66,3 +66,5 @@ def test_files_that_are_not_ours(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         load_engine(tmp_path / "y.onnx")
     assert exported_file(tmp_path / "m.safetensors") is exported_file(tmp_path / "none") is None
+    (tmp_path / "best.safetensors").touch()  # the folder is a run's
+    assert exported_file(tmp_path) is None

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomize, relative_error
+from PIL import Image
 from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.cli import main
-from repvgg.data import Decoded, Source
+from repvgg.data import Decoded, Source, open_source
+from repvgg.data.images import ImageError
 from repvgg.deploy import engines
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.parity import compare, reference
@@ -26,7 +28,7 @@ from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.repvgg import Layer, Residual
-from repvgg.train.recipes import get_recipe
+from repvgg.train.recipes import Keeping, get_recipe
 
 SIZE = (3, 16, 16)
 P = Preprocessing(SIZE, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -239,3 +241,19 @@ def test_what_is_refused(model: nn.Module, source: Source, images: Tensor, tmp_p
     with pytest.raises(ValueError, match="the model takes images of 3 channels, those of self-labelled have 1"):
         prune(model, grey, tmp_path / "p", 0.5, RECIPE)
     assert not list(tmp_path.iterdir())
+
+
+def test_images_that_cannot_be_read_are_left_out_where_it_is_asked_for(model: nn.Module, tmp_path: Path) -> None:
+    for number in range(24):
+        path = tmp_path / ("val" if number > 17 else "train") / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 50).convert("RGB").save(path)
+    (tmp_path / "train/a/0.png").write_bytes(b"damaged")
+    path.write_bytes(b"damaged")
+    source = replace(open_source(str(tmp_path)), preprocessing=P)
+    with pytest.raises(ImageError, match=r"0\.png"):
+        prune(model, source, tmp_path / "stopped", 0.5, RECIPE, log=lambda line: None)
+    skip = Keeping(on_bad_image="skip")
+    report = prune(model, source, tmp_path / "p", 0.5, RECIPE, keeping=skip, log=lambda line: None)
+    assert report.before.images == report.after.images == 5
+    assert str(path) in (tmp_path / "p/bad_images.txt").read_text()

@@ -1,8 +1,6 @@
 """convert.py: training form to deploy form as files, and other implementations' checkpoints in and out."""
 
 import copy
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +20,6 @@ from repvgg.fold.rounding import Error
 from repvgg.models import convert as module
 from repvgg.models import zoo
 from repvgg.models.convert import convert
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

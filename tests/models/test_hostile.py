@@ -3,12 +3,11 @@
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ import repvgg
 from repvgg.cli import main
 from repvgg.disk import FileError
 from repvgg.models.checkpoint import METADATA_KEY
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def holds_itself() -> dict[str, Any]:

@@ -220,7 +220,7 @@ def test_refusals_before_any_work(changes: dict[str, Any], reason: str, tmp_path
 
 def test_folders_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FileError, match="cannot hold a grid"):
+    with pytest.raises(FileError, match=r"cannot be a grid.s folder"):
         run(small(tmp_path / "file"), quiet)
     (tmp_path / "grid.json").write_text("{")
     with pytest.raises(FileError, match=r"grid.json: cannot be read as JSON"):

@@ -15,6 +15,7 @@ from PIL import Image
 from roads import COLOURS, make_camvid, road
 from torch import Tensor, nn
 
+from repvgg.api.using import predictions
 from repvgg.data.images import ImageError, decode, decode_mask
 from repvgg.data.masks import CAMVID
 from repvgg.data.transforms import normalise
@@ -160,6 +161,19 @@ def test_masks_never_overwrite_the_photos(model: nn.Module, photos: Path, out: s
     with pytest.raises(ValueError, match="the images lie there, and masks would overwrite them: name another folder"):
         next(written(model, photos, photos / out))
     assert {path: path.read_bytes() for path in photos.rglob("*.*")} == before
+
+
+def test_the_same_command_again_takes_no_mask_for_a_photo(model: nn.Module, photos: Path) -> None:
+    """Wherever it writes to, be it below the photos."""
+    out = photos / "masks"
+    first = [(answer.path, answer.shares) for answer in predictions(model, str(photos), out=out)]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert [(answer.path, answer.shares) for answer in predictions(model, str(photos), out=out)] == first
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [answer.path for answer in predictions(model, str(photos), out=photos / "more")] == [path for path, _ in first]
+    (out / "mine.png").write_bytes((photos / "test_000.png").read_bytes())  # a photo, among masks
+    with pytest.raises(ValueError, match="the images lie there"):
+        list(predictions(model, str(photos), out=out))
 
 
 def test_what_cannot_be_read_is_said_and_the_others_go_on(model: nn.Module, photos: Path) -> None:

@@ -35,6 +35,15 @@ def test_files_folders_and_globs(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert expand(["[1].png"]) == ["[1].png"]  # a file's name before a pattern
 
 
+def test_links_to_folders_are_followed_but_none_leads_back(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "e.png").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "deep/back").symlink_to(folder)
+    (elsewhere / "back").symlink_to(elsewhere)
+    assert names(expand([str(folder)]), folder) == ["a.jpg", "b.png", "deep/c.png", "deep/d.GIF", "linked/e.png"]
+
+
 @pytest.mark.parametrize("pattern", ["missing.png", "no/*.png", "empty"])
 def test_a_pattern_that_fits_nothing(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()

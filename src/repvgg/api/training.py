@@ -24,7 +24,7 @@ def train(
     *,
     recipe: "str | os.PathLike[str] | Recipe" = "",
     init: "nn.Module | str" = "",
-    minutes: float = 10.0,
+    minutes: float | None = None,
     val: float | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -42,8 +42,8 @@ def train(
 
     recipe: a name, a file (.json), a `Recipe`, or "auto" (see train/auto.py), which is the default for photos; changes: fields of
     it to set, such as epochs=20 or image_size=160. init: a model to start from; "none" for new weights where auto would take
-    trained ones; `arch` may then be empty. minutes: what auto plans for. val: the share held out where the data has no splits of
-    its own.
+    trained ones; `arch` may then be empty. minutes: what auto plans for, by default 10. val: the share held out where the data has
+    no splits of its own.
 
     Raises ValueError before any work if something does not fit, FloatingPointError if training diverges, `StoppedError` (a
     KeyboardInterrupt) when a signal asked for the end and the state is saved.
@@ -67,9 +67,11 @@ def train(
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
         loop.refuse(source, Path(out))
         plain, start = resolved(recipe, source, "" if new else init, changes, log), init
+        if plain is not None and minutes is not None:
+            raise ValueError(f"--minutes {minutes:g} is what --recipe auto plans for: leave one of --recipe and --minutes out")
         if plain is None:
-            how: dict[str, Any] = {"minutes": minutes, "device": where, "workers": workers, "allow_deploy": keeping.allow_deploy}
-            how |= {"log": log, **options}
+            how: dict[str, Any] = {"minutes": 10.0 if minutes is None else minutes, "device": where, "workers": workers}
+            how |= {"allow_deploy": keeping.allow_deploy, "log": log, **options}
             plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
         if isinstance(start, str) and start == "none":
             start = ""

@@ -5,7 +5,7 @@ speeds["decode"]                                     # images a second that one 
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -26,7 +26,8 @@ def data_speeds(source: Source, recipe: Recipe, workers: int = 0, device: str = 
     """Return images a second by stage, over `count` images of the training split.
 
     Of images that are read one by one: "read" (streams only: elsewhere it is part of decoding), "decode", "augment" and "collate"
-    in one process each. Always: "to device", normalisation included, and "batches", what a training run gets from all its workers.
+    in one process each. Always: "to device", normalisation included, and "batches", what a training run gets from all its workers,
+    of whom there are at most half as many as an epoch has batches.
     Raises ValueError for a count below 1 and where the recipe does not suit the data.
     """
     if count < 1:
@@ -56,10 +57,23 @@ def data_speeds(source: Source, recipe: Recipe, workers: int = 0, device: str = 
             "augment", lambda pair: transform(*pair) if source.masks else (transform(pair[0]), pair[1]), decoded, len(keys)
         )
         timed("collate", collated, [augmented[i : i + feed.part] for i in range(0, len(augmented), feed.part)], len(keys))
-    batches, wanted = iter(feed.epoch(0)), min(count // feed.part, feed.steps * recipe.accumulate - 1)
-    if wanted:
-        next(batches)  # workers have started
-    wanted = max(1, wanted)
+    batches, wanted = _under_way(feed, count)
     loaded = timed("batches", lambda batch: batch[0], islice(batches, wanted), wanted * feed.part)
     timed("to device", lambda x: normalise(x.to(device), source.preprocessing), loaded, sum(map(len, loaded)))
     return speeds
+
+
+def _under_way(feed: Feed, count: int) -> tuple[Iterator[Any], int]:
+    """Return batches whose workers have started, and how many of them are to be timed: about `count` images, as many of each.
+
+    Workers begin together, so that where the first batch is there all their first ones are, and would seem to take no time.
+    """
+    most = feed.steps * feed.accumulate
+    feed.workers = min(feed.workers, most // 2)
+    each = max(1, feed.workers)
+    skipped = min(each, most - 1)
+    batches = feed.epoch(0)
+    for _ in range(skipped):
+        next(batches)
+    left = most - skipped
+    return batches, max(each, min(count // feed.part, left) // each * each)

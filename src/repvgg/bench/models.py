@@ -208,6 +208,10 @@ def bench(
     """
     if min(batch_size, rounds, batches) < 1 or not candidates:
         raise ValueError("at least one model, one image a batch, one batch a round and one round are needed")
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads {threads}: at least 1")
+    if input_size is not None and min(input_size) < 1:
+        raise ValueError(f"--input-size {input_size[-1]}: at least 1")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch sees no CUDA device here")
     candidates = list(dict.fromkeys(replace(c, model=from_timm.resolve(c.model)) for c in candidates))

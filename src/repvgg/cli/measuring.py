@@ -70,7 +70,7 @@ class Bench:
                 threads=self.timing.threads,
                 channels_last=self.timing.channels_last,
                 device=device,
-                input_size=(3, self.input_size, self.input_size) if self.input_size else None,
+                input_size=(3, self.input_size, self.input_size) if self.input_size is not None else None,
                 allow_unfolded=self.allow_unfolded,
                 log=say,
             )

@@ -1,6 +1,6 @@
 """Commands that train: train, prune, quantize, ablate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,8 +46,8 @@ class Train:
     recipe: str = ""
     """auto (chosen for these images and this machine; the default for photos), light, heavy, cifar, finetune, demo, pspnet, camvid;
     or a file (.json). Its fields are the flags below."""
-    minutes: float = 10.0
-    """What --recipe auto plans for."""
+    minutes: float | None = None
+    """What --recipe auto plans for; by default 10."""
     block: str = ""
     """The structure of each layer in training form; by default the model's own. (An unknown one lists them all.)"""
     report: bool = True
@@ -205,7 +205,7 @@ class Ablate:
         from repvgg.paper.result import PaperSettings as How
 
         recipe = settled(self.recipe, open_source(self.data), "light", self.settings.changes, say)
-        device = self.where.chosen()
+        device = (replace(self.where, device="") if self.ray else self.where).chosen()  # of this machine; a cluster has its own
         grid = Grid(
             out=self.out,
             data=self.data,
@@ -216,7 +216,7 @@ class Ablate:
             limit=self.limit,
             variants=listed(self.variants),
             seeds=self.seeds,
-            device=device,
+            device=self.where.device if self.ray else device,
             workers=self.where.workers,
         )
         how = How(data=self.data, device=device, out=self.out, log=say)

@@ -171,7 +171,7 @@ def _is_files(spec: str) -> bool:
     """Tell whether a folder or a table is meant, and not what a word names: a run folder called digits holds no images."""
     path = Path(spec)
     named = spec in ("digits", "cifar10") and (path / "settings.json").exists()
-    return bool(spec) and (path.is_dir() or spec.endswith(".csv")) and not named
+    return bool(spec) and (path.is_dir() or spec.lower().endswith(".csv")) and not named
 
 
 def open_source(spec: str, val: float | None = None, seed: int = 0) -> Source:

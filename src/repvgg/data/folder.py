@@ -27,11 +27,12 @@ class Folder:
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*")
-        found = once(lambda: kept(["images", str(root.resolve())], _unchanged, lambda: _listing(root)))
+        found = once(lambda: kept(["images below", str(root.resolve())], _unchanged, lambda: _listing(root)))
         self.classes = list(Names(found["classes"], found["class_ends"]))
         if classes is not None and (extra := sorted(set(self.classes) - set(classes))):
             raise DataError(f"{root}: class {extra[0]!r} has no images to train on; it is missing in train/")
         own = classes or self.classes
+        self.root = root
         self.names = Names(found["names"], found["ends"])
         self.labels = np.array([own.index(name) for name in self.classes], dtype=np.int32)[found["labels"]]
         suffixes = ", ".join(sorted(IMAGES))
@@ -44,7 +45,7 @@ class Folder:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode(self.names[index]), int(self.labels[index])
+        return decode(self.root / self.names[index]), int(self.labels[index])
 
 
 class _Visible(ImageFolder):
@@ -58,12 +59,13 @@ class _Visible(ImageFolder):
 
 
 def _listing(root: Path) -> Arrays:
-    """Names of classes and images, labels; and for a folder of many, all its sub-folders with the times of their last change."""
+    """Names of classes, and of images below the root, labels; and for a folder of many, all its sub-folders with the times of their
+    last change."""
     try:
         folder = _Visible(str(root), is_valid_file=lambda p: is_image(p.removeprefix(f"{root}/")), allow_empty=True)
     except FileNotFoundError:
         raise DataError(f"{root}: holds no class folders: put the images of each class into a folder named like it") from None
-    names, classes = Names.of([path for path, _ in folder.samples]), Names.of(folder.classes)
+    names, classes = Names.of([path.removeprefix(f"{root}/") for path, _ in folder.samples]), Names.of(folder.classes)
     folders = [path for path, _, _ in os.walk(root, followlinks=True)] if len(names) >= MANY else []
     watched = Names.of(folders)
     return {
@@ -94,18 +96,18 @@ def _changed(path: str) -> int:
 def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
     """Open a folder of class folders, or a table of paths and labels (see `open_source`)."""
     how = None if val is None else Splitting(val, seed)
-    if path.suffix == ".csv" and not path.is_dir():
+    if path.suffix.lower() == ".csv" and not path.is_dir():
         return open_table(path, how)
-    held = next((path / name for name in VALIDATION if (path / name).is_dir()), None)
+    held = next((path / name for name in VALIDATION if is_split(path / name)), None)
     if held is None:
-        root = path / "train" if _is_split(path / "train") else path
+        root = path / "train" if is_split(path / "train") else path
         if root is path:
             _refuse_splits(path)
         everything = Folder(root)
-        names = [os.path.relpath(name, path) for name in everything.names]
+        names = [name if root is path else f"train/{name}" for name in everything.names]
         classes = [escaped(name) for name in everything.classes]
         found = divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
-        tested = root != path and _is_split(path / "test")
+        tested = root != path and is_split(path / "test")
         return replace(found, test=Folder(path / "test", everything.classes)) if tested else found
     if how is not None:
         raise DataError(f"--val: {path} has a validation split of its own, {held.name}/")
@@ -116,9 +118,10 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
     )
 
 
-def _is_split(folder: Path) -> bool:
-    """Tell a split, which holds class folders, from a class of that name."""
-    return folder.is_dir() and bool(_folders(folder))
+def is_split(folder: Path) -> bool:
+    """Tell a split from a class of that name: it holds class folders, or lies beside a train/ that does."""
+    beside = folder.with_name("train")
+    return folder.is_dir() and (bool(_folders(folder)) or (beside.is_dir() and bool(_folders(beside))))
 
 
 def _folders(path: str | Path) -> list[str]:

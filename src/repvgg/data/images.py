@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from repvgg.data import DataError
@@ -158,7 +158,10 @@ def size_of(source: str | os.PathLike[str]) -> tuple[int, int]:
 
     def size(image: Image.Image) -> tuple[int, int]:
         turned = _orientation(image) in (5, 6, 7, 8)
-        return image.size if turned else (image.height, image.width)
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size some versions of Pillow turn, and some do not
+            width, height = image.tag_v2[256], image.tag_v2[257]
+        return (width, height) if turned else (height, width)
 
     found: tuple[int, int] = _read(source, None, size)
     return found

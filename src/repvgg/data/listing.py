@@ -150,7 +150,7 @@ def reopened(source: Source, run: Path, val: float | None = None) -> Source:
     if val not in (None, began[0]):
         raise DataError(f"{run}: holds a run with --val {began[0]}, not {val}: another --out, or --resume never")
     root = Path(source.name)
-    found = open_table(table, root=root.parent if root.suffix == ".csv" else root, name=source.name)
+    found = open_table(table, root=root.parent if root.suffix.lower() == ".csv" else root, name=source.name)
     return replace(found, splitting=began, test=source.test if found.classes == source.classes else None)
 
 

@@ -21,7 +21,7 @@ from torchvision.tv_tensors import Mask
 from repvgg.data import DataError, Source
 from repvgg.data.cache import kept, once
 from repvgg.data.images import LONGEST, ImageError, decode, decode_mask, size_of
-from repvgg.disk import is_image
+from repvgg.disk import images_below
 from repvgg.models.manifest import Preprocessing
 
 IGNORED = 255
@@ -109,7 +109,7 @@ def _cityscapes_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    return sorted(path for path in folder.rglob("*") if is_image(path.relative_to(folder)))
+    return [folder / name for name in images_below(folder)]
 
 
 def _paired(photos: Sequence[Path], masks: Sequence[Path], mask_of: Any) -> list[tuple[Path, Path]]:

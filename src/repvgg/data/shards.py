@@ -9,7 +9,6 @@ is a file of WebDataset or hf-stream, else a number of images in a row. Which im
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from repvgg.data import VALIDATION, DataError, open_source
 from repvgg.data.cifar10 import HUB_NAME
+from repvgg.data.folder import is_split
 from repvgg.data.hf import HELD_OUT, find_columns
 from repvgg.data.listing import Listed
 from repvgg.data.stream import expanded, refuse_damaged
-from repvgg.disk import describe, escaped, is_image
+from repvgg.disk import describe, escaped, images_below
 from repvgg.terminal import printable
 
 
@@ -109,22 +109,16 @@ def _in_rows(name: str, count: int, size: int, items: Callable[[range], Iterator
 def _of_folder(root: Path, split: str, size: int) -> Shards:
     """All images below ROOT/SPLIT, in which a folder is a class; or below ROOT, without labels, if it has no splits."""
     called = VALIDATION if split == "val" else (split,)
-    found = next((root / name for name in called if (root / name).is_dir()), root / split)
-    if not found.is_dir() and any((root / other).is_dir() for other in ("train", *HELD_OUT)):
+    found = next((root / name for name in called if is_split(root / name)), None)
+    if found is None and any(is_split(root / other) for other in ("train", *HELD_OUT)):
         raise DataError(f"{root}: has no split called {split}")
-    labelled = found.is_dir()
-    below = found if labelled else root
-    names = sorted(
-        path
-        for folder, _, files in os.walk(below, followlinks=True)
-        for name in files
-        if is_image(path := os.path.relpath(os.path.join(folder, name), below))  # noqa: PTH118 - there may be millions
-    )
+    below = found or root
+    names = images_below(below)
 
     def items(numbers: range) -> Iterator[Item]:
         for name in (names[i] for i in numbers):
             folder, *rest = Path(name).parts
-            yield Item(escaped(name), escaped(folder) if labelled and rest else None, str(below / name))
+            yield Item(escaped(name), escaped(folder) if found and rest else None, str(below / name))
 
     return _in_rows(str(root), len(names), size, items, names)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+from datasets.utils.file_utils import xopen
 from torch import Tensor
 
 from repvgg.data import DataError, Source
@@ -139,13 +140,22 @@ class Stream:
         try:
             for number, row in enumerate(table, first):
                 cell = row[self.image] or {"bytes": None, "path": None}
-                data = cell["bytes"] if cell["bytes"] is not None else b""
+                data = cell["bytes"] if cell["bytes"] is not None else _fetched(cell["path"])
                 name = f"{row.get('__url__', self.name)}: {cell['path'] or number}"
                 yield number, Example(position, data, name, int(row[self.label]))
         except (DataError, GeneratorExit):
             raise
         except Exception as error:  # of whatever protocol and file format is beneath
             raise DataError(f"{self.name}: cannot be read on ({describe(error)})") from None
+
+
+def _fetched(path: str | None) -> bytes:
+    """Read an image that is a file of its own, near or far; one that is missing is no image."""
+    if not path:
+        return b""
+    with xopen(path, "rb") as file:
+        found: bytes = file.read()
+    return found
 
 
 def cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:

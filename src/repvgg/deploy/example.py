@@ -82,7 +82,12 @@ def program(name: str, to: str, manifest: Manifest, batch: int | None, pixels: b
     if manifest.task == "masks" or to not in RUN or channels not in (1, 3):
         return None
     mode = "RGB" if channels == 3 else "L"
-    lines = [f'image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("{mode}")']
+    lines = [
+        "image = ImageOps.exif_transpose(Image.open(sys.argv[1]))",
+        "if image.has_transparency_data:",
+        '    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))',
+        f'image = image.convert("{mode}")',
+    ]
     if resized:
         lines.append(f"image = image.resize(({width}, {height}))")
     else:

@@ -80,12 +80,14 @@ class FromPixels(nn.Module):
             rows, columns = (m.to(dtype) for m in resize_and_crop(image_size, p))
         self.register_buffer("rows", rows)
         self.register_buffer("columns", columns)
+        self.overshoots = rows is not None and p.interpolation == "bicubic"
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = pixels.to(self.mean.dtype)
         if self.rows is not None and self.columns is not None:
             x = self.rows @ x @ self.columns
+            x = x.clamp(0, 255) if self.overshoots else x
         return self.network((x - self.mean) / self.std)  # type: ignore[no-any-return]
 
 
@@ -173,6 +175,8 @@ def described(manifest: Manifest, shape: Shape) -> Manifest:
 
 def real_images(model: nn.Module, data: str, count: int, shape: Shape = Shape()) -> Tensor:
     """Return `count` images of the validation split that `data` names, prepared as an exported file of that shape takes them."""
+    if count < 1:
+        raise ValueError(f"--images {count}: at least 1")
     source = open_source(data).limited(count)
     preprocessing = described(zoo.manifest_of(model), shape).preprocessing
     return torch.cat([x for x, _ in batches(source.val, preprocessing, 64)])

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from repvgg.models.names import in_run_folder
+
 
 @dataclass(frozen=True)
 class Format:
@@ -39,7 +41,8 @@ def report_of(path: Path) -> Path:
 
 
 def exported_file(path: str | os.PathLike[str]) -> Path | None:
-    """Return the exported file that a path names, or that lies in the folder it names; None for anything else.
+    """Return the exported file that a path names, or that lies in the folder it names; None for anything else, and for the folder
+    of a run, which stands for its best model.
 
     Raises ValueError for a folder with several, and for a pt2 file.
     """
@@ -48,6 +51,8 @@ def exported_file(path: str | os.PathLike[str]) -> Path | None:
         raise ValueError(f"{path}: a pt2 file is a program; if it is your own, open it with torch.export.load or aoti_load_package")
     if not path.is_dir():
         return path if path.suffix in SUFFIXES else None
+    if in_run_folder(path) != path:
+        return None
     found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
     if len(found) > 1:
         raise ValueError(f"{path}: holds {', '.join(p.name for p in found)}: name one of them")

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.data import Source
+from repvgg.data.transforms import BadImages
 from repvgg.deploy import engines
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.parity import folded
 from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.surgery import insert_bn
-from repvgg.disk import Log
+from repvgg.disk import Log, make_folder
 from repvgg.fold.algebra import LinearMap, ReparamError
 from repvgg.fold.as_linear import CONVOLUTIONS, Branches, as_linear
 from repvgg.fold.guards import inside, refuse_train_mode
@@ -230,14 +231,19 @@ def prune(
     """
     engines.check(engine, "fp32")
     check_fit(zoo.manifest_of(model), source)
+    bad = None
+    if keeping.on_bad_image == "skip":
+        make_folder(out, "a run folder")
+        bad = BadImages(Path(out) / "bad_images.txt", replace=False)
     manifest = replace(zoo.manifest_of(model), classes=source.classes)  # as many, whatever they are called
-    images = torch.cat([x for x, _ in batches(source.limited(IMAGES).train, manifest.preprocessing, BATCH)])
+    judged_by = batches(source.limited(IMAGES).train, manifest.preprocessing, BATCH, bad=bad)
+    images = torch.cat([x[labels >= 0] for x, labels in judged_by])
     small = pruned(model, images, keep)
     if is_deploy_form(small):
         log("in deploy form: batch norms are inserted to train with")
         small = insert_bn(small, images)
     zoo.remember(small, replace(manifest, arch=zoo.manifest_of(small).arch, layers=None))
-    accuracy = partial(evaluate_model, source=source, device=device)
+    accuracy = partial(evaluate_model, source=source, device=device, bad=bad)
     deploy = folded(model)
     before, cut = accuracy(deploy), accuracy(folded(small))
     log(f"top-1 {before.top1:.2%} before, {cut.top1:.2%} with {keep:.0%} of the channels")

@@ -50,6 +50,12 @@ def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
                 out.rmdir()  # which does nothing unless it is empty
 
 
+def refuse_strangers(out: str | os.PathLike[str], page: str, ours: str) -> None:
+    """Raise `FileError` for a folder with a page of somebody else's, which has no file called `ours` beside it."""
+    if (Path(out) / page).exists() and not (Path(out) / ours).exists():
+        raise FileError(f"{out}: holds the {page} of something else, which would be lost: name another folder")
+
+
 def written(name: str, error: Exception) -> Exception:
     """Return what to raise where a runtime's library could not write its file: OSError as it is, anything else in one line."""
     if isinstance(error, (OSError, ValueError, MemoryError)):

@@ -17,7 +17,7 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import Signature
 from repvgg.deploy.export import Shape, random_images, write_report
 from repvgg.deploy.parity import Parity, compare, folded, reference
-from repvgg.deploy.staged import staged
+from repvgg.deploy.staged import refuse_strangers, staged
 from repvgg.disk import Log
 from repvgg.models import zoo
 from repvgg.models.load import save
@@ -37,6 +37,7 @@ def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None
     """
     if shape not in (None, Shape()):
         raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
+    refuse_strangers(out, PAGE, PLAN)
     with staged(out) as folder:
         parity = write_model(model, folder)
         for file in engine_files():
@@ -53,6 +54,8 @@ def write_model(model: nn.Module, folder: Path) -> Parity:
     engines.check("native", "fp32")
     import repvgg_engine
 
+    if (channels := zoo.manifest_of(model).preprocessing.input_size[0]) not in (1, 3):
+        raise ValueError(f"a page shows the model photos, of 3 channels or 1, and this one takes {channels}")
     if zoo.manifest_of(model).task == "masks":
         raise ValueError("a page classifies, and a PSPNet makes masks: export it --to onnx, for onnxruntime-web")
     deploy = folded(model)

@@ -40,12 +40,16 @@ def part(
 ) -> Result:
     """Run one of the tables with the paper's settings: B0 at its full width, the light recipe, every image of `settings.data`.
 
-    Without data it trains nothing, and shows what `repvgg ablate` has finished in the same folder; a quick look takes the embedded
-    digits.
+    Without data, or with masks, it trains nothing, and shows what `repvgg ablate` has finished in the same folder; a quick look
+    takes the embedded digits.
     """
-    if not settings.data and not settings.quick:
+    given = settings.data
+    if given and open_source(given).masks:
+        settings.log(f"{given} has masks, no labels: the blocks are not trained on it")
+        given = ""
+    if not given and not settings.quick:
         return report(title, kept(settings.out / "ablation", variants, settings), settings, (table,), name)
-    data = settings.data or "digits"
+    data = given or "digits"
     grid = Grid(settings.out / "ablation", data, get_recipe("light"), device=settings.device, workers=settings.workers)
     if settings.quick:
         recipe = replace(get_recipe(open_source(data).recipe), epochs=QUICK_EPOCHS)
@@ -192,8 +196,9 @@ def _how(found: Findings, settings: PaperSettings) -> str:
     return (
         f"Here: {g.arch}, width {g.width:g}, on {g.data}{limit}{stem}, {g.recipe.epochs} epochs of batch {g.recipe.batch_size}, "
         f"{rate}; top-1 of the last epoch on the validation split, mean and standard deviation over n seeds. "
-        f"Speeds: batch {found.batch_size} on {settings.where}, eager, fp32, medians of {settings.protocol.rounds} rounds in which "
-        "all took turns. Predictions are compared in fp32 on every validation image."
+        f"Speeds: batch {found.batch_size} on {settings.where}, eager, {settings.precision}, "
+        f"medians of {settings.protocol.rounds} rounds in which all took turns. "
+        "Predictions are compared in fp32 on every validation image."
     )
 
 

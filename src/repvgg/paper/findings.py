@@ -124,9 +124,9 @@ def _curves(grid: Grid, outcomes: Sequence[Outcome]) -> list[list[float]]:
 def training_speeds(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
     """Time every variant's training form, taking turns, and keep the times in the grid's folder (eval mode, random weights)."""
     protocol = settings.protocol
-    conditions = {**asdict(protocol), "where": settings.where, "torch": torch.__version__, "variants": list(grid.variants)}
-    key = json.dumps(conditions)
-    path = grid.out / "speeds.json"
+    how = {"precision": settings.precision, "channels_last": settings.channels_last, "torch": torch.__version__}
+    key = json.dumps({**asdict(protocol), "where": settings.where, **how, "variants": list(grid.variants)})
+    path = grid.out / "training_speeds.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     if key not in kept:
         settings.log("timing the training forms, which take turns")

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from repvgg.data import Source, open_source
-from repvgg.disk import FileError, Log, atomically, hold
+from repvgg.disk import FileError, Log, atomically, hold, make_folder
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.reparameterize import reparameterize
@@ -174,7 +174,7 @@ def run(grid: Grid, log: Log = print, ray: str = "") -> list[Outcome]:
         refuse_without_ray()
     source = open_source(grid.data).limited(grid.limit)
     _try_out(grid, source)
-    _make_folder(grid.out)
+    make_folder(grid.out, "a grid's folder")
     with hold(grid.out):
         settle(grid)
         left = [cell for cell in grid.cells if cell.outcome is None]
@@ -217,7 +217,9 @@ def _work_on_ray(cells: Sequence[Cell], address: str, progress: Progress) -> Non
     import ray
 
     grid = cells[0].grid
-    grid = replace(grid, out=grid.out.resolve(), data=absolute(grid.data))
+    device = grid.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
+    device = "cuda" if device.startswith("cuda") else device  # a worker sees the one that it was given
+    grid = replace(grid, out=grid.out.resolve(), data=absolute(grid.data), device=device)
     needs = {"CPU": 1 + grid.workers, "GPU": int(grid.device.startswith("cuda"))}
     if not any(all(node["Resources"].get(what, 0) >= count for what, count in needs.items()) for node in ray.nodes()):
         progress.say(
@@ -271,13 +273,6 @@ def _try_out(grid: Grid, source: Source) -> None:
         arch, options = grid.network(variant)
         with torch.device("meta"):
             zoo.create_model(arch, num_classes=len(source.classes), in_chans=source.preprocessing.input_size[0], **options)
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{out}: cannot hold a grid ({error.strerror})") from None
 
 
 def settle(grid: Grid) -> None:

@@ -173,6 +173,8 @@ def _time(candidate: Candidate, reference: Candidate, settings: PaperSettings) -
         prepare=PREPARE,
     )
     first, last = report.rows[0], report.rows[-1]  # the same where the reference is timed itself
+    if len(report.rows) != len({reference, candidate}):
+        raise ValueError(f"{candidate.name} beside {reference.name}: the engine runs one of them alone")
     return Speed(
         model=candidate.model,
         batch_size=last.batch_size,

@@ -262,7 +262,7 @@ def _trained(model: str, settings: PaperSettings) -> dict[str, Any]:
         recipe = replace(recipe, sync_bn=False)
     if settings.quick:
         source, recipe = source.limited(32), replace(recipe, epochs=2)
-    out = settings.out / "table8" / model
+    out = settings.out / ("table8-quick" if settings.quick else "table8") / model
     init = _backbone_of(model, settings)
     train(model, source, recipe, out, init=init, device=settings.device, workers=settings.workers, log=settings.log)
     split = "test" if source.test else "val"

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from repvgg.data.shards import Shards
 from repvgg.deploy.formats import exported_file
-from repvgg.disk import FileError, hold
+from repvgg.disk import FileError, hold, make_folder
 from repvgg.models.load import file_of, is_file
 from repvgg.predict.job import Job
 
@@ -31,12 +31,8 @@ ROW_GROUP = 1000  # batches, at most
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Make the folder if need be, and keep other processes out of it. Raises `FileError` for a folder of something else."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in out.iterdir()}
-    except OSError as error:
-        raise FileError(f"{out}: cannot be a folder of predictions ({error.strerror})") from None
-    refuse_foreign(str(out), names)
+    make_folder(out, "a folder of predictions")
+    refuse_foreign(str(out), {path.name for path in out.iterdir()})
     with hold(out):
         for leftover in out.glob(".part-*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import colorsys
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from repvgg.models.views import WHOLE, Views, placed, segment
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.paths import expand, targets
 
+LISTING = "masks.json"
 # The usual colours of Cityscapes; CamVid's names are here as well. Other classes get colours of their own.
 COLOURS = {
     "road": (128, 64, 128),
@@ -148,7 +150,17 @@ def write_masks(
             found.append({"path": answer.path, "mask": mask.name, "overlay": covered.name, "shares": answer.shares})
         yield answer
     text = json.dumps({"classes": list(names), "images": found}, indent=1) + "\n"
-    atomically(out / "masks.json", lambda path: path.write_text(text))
+    atomically(out / LISTING, lambda path: path.write_text(text))
+
+
+def not_made(paths: Sequence[str]) -> list[str]:
+    """Return the paths without those of masks and overlays, which the masks.json beside them lists."""
+    made: set[Path] = set()
+    for folder in {Path(path).parent for path in paths}:
+        with suppress(OSError, ValueError, TypeError, KeyError):  # none, or somebody else's
+            listed = json.loads((folder / LISTING).read_text())["images"]
+            made |= {folder / entry[kind] for entry in listed for kind in ("mask", "overlay")}
+    return [path for path in paths if Path(path) not in made]
 
 
 def colours(names: Sequence[str]) -> Any:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from repvgg.disk import is_image
+from repvgg.disk import images_below
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -45,4 +45,4 @@ def targets(paths: Sequence[str], out: Path | None = None) -> dict[str, Path]:
 
 
 def _images(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if is_image(p.relative_to(path)) and p.is_file()) if path.is_dir() else [path]
+    return [path / name for name in images_below(path)] if path.is_dir() else [path]

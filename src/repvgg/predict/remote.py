@@ -19,6 +19,8 @@ ROWS = 64  # of a Parquet file, read at once
 
 def open_data(data: str, split: str, size: int) -> Shards:
     """Return the shards of a URL, or of whatever else names data to predict. Raises `DataError` where it cannot be read."""
+    if is_url(data) and split != "val":
+        raise DataError(f"--split {split}: all that is below {data} is predicted, it has no splits")
     return open_url(data, size) if is_url(data) else open_shards(data, split, size)
 
 

@@ -1,8 +1,8 @@
 """Muon: steps that turn every direction of a kernel by as much, so that few directions do not take all of the learning.
 
-Sources: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); Jordan, "94% on CIFAR-10 in 3.29 seconds on
-a single GPU" (2024) and its later code, where kernels keep their size as here. PyTorch's own takes matrices alone, timm's moves all
-else by AdamW.
+Sources: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); Jordan, "94% on CIFAR-10 in 3.29 seconds
+on a single GPU" (2024) and its later code, where kernels keep their size as here. PyTorch's own takes matrices alone, timm's moves
+all else by AdamW.
 """
 
 from collections.abc import Iterator

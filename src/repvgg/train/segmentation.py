@@ -168,7 +168,8 @@ class Segmentation:
                 counter.update(scores.argmax(1).to(world.device), masks.to(world.device))
                 images += len(masks)
         loss = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
-        sums = world.total(torch.tensor([loss, images], dtype=torch.float64, device=world.device))
+        sums = torch.tensor([loss, images], dtype=torch.float64)  # which an Apple GPU has not
+        sums = world.total(sums.to(world.device)) if world.size > 1 else sums
         confusion = world.total(counter.confmat).cpu()
         pixels = int(confusion.sum())
         if not pixels:

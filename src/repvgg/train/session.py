@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from repvgg.data import Source
 from repvgg.data.listing import SPLIT, write_table
 from repvgg.data.transforms import BadImages, normalise
-from repvgg.disk import FileError, Log, atomically, hold, out_of_memory
+from repvgg.disk import FileError, Log, atomically, hold, make_folder, out_of_memory
 from repvgg.measure.machine import write_record
 from repvgg.models.load import save
 from repvgg.train.batches import Feed
@@ -88,7 +88,7 @@ class Session:
 
     def run(self) -> Run:
         """Train what is left. Raises ValueError where memory does not suffice, and what `train` raises."""
-        _make_folder(self.out)
+        make_folder(self.out, "a run folder")
         with hold(self.out) if self.world.main else nullcontext():
             try:
                 return self._run()
@@ -341,10 +341,3 @@ class Session:
 def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:
     found = state.facts.get(name)
     return task.restored(**found, confusion=state.tensors.pop(f"{name}.confusion")) if found else None
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{out}: cannot be a run folder ({error.strerror})") from None

@@ -29,7 +29,7 @@ from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import random_images
 from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
-from repvgg.deploy.staged import staged
+from repvgg.deploy.staged import refuse_strangers, staged
 from repvgg.deploy.web_folder import engine_files, write_model
 from repvgg.disk import Log, cache_folder
 from repvgg.models import zoo
@@ -66,6 +66,7 @@ def build(
     deploy = folded(model)
     pictures = expand(examples)[:EXAMPLES] if examples else []
     channels = manifest.preprocessing.input_size[0]
+    refuse_strangers(out, "index.html", "model.json")
     parts = runtime_files(runtime, log)
     with staged(out) as folder:
         told = {

@@ -30,7 +30,9 @@ def curves(title: str, lines: Mapping[str, Points], best: tuple[float, float] | 
     figure, axes = chart(title)
     shown = {name: points for name, points in lines.items() if points}
     for (name, points), colour in zip(shown.items(), _colours(list(shown)), strict=True):
-        axes.plot(*zip(*points, strict=True), color=colour, label=name, marker="." if len(points) < 30 else None, linewidth=1.6)
+        axes.plot(
+            *zip(*points, strict=True), color=colour, label=_legible(name), marker="." if len(points) < 30 else None, linewidth=1.6
+        )
     if best is not None:
         axes.plot(*best, "o", color=IDENTITY[1], markersize=7, label=f"best: {best[1]:.4g} in epoch {best[0]:g}", zorder=4)
     if level:
@@ -41,6 +43,11 @@ def curves(title: str, lines: Mapping[str, Points], best: tuple[float, float] | 
     axes.set_xlabel("epoch", fontsize=TEXT, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _legible(name: str) -> str:
+    """Return a name that matplotlib shows in a legend: it leaves out those that begin with "_"."""
+    return f"./{name}" if name.startswith("_") else name
 
 
 def confusion(counts: Any, classes: Sequence[str], measured: str) -> Figure:

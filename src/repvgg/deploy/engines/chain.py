@@ -62,6 +62,8 @@ class _Chain:
 
     def takes(self, node: fx.Node) -> bool:
         """Append what a node does; False where that is none of the engine's layers."""
+        if node.target is ATEN.dropout.default and node.args[2]:
+            return False  # it drops in eval mode too
         if not (node.target in NOTHING or self._layer(node, *node.args[1:]) or self._pooled(node, *node.args[1:])):
             return False
         self.last = node

@@ -17,7 +17,7 @@ from torch import nn
 
 from repvgg.deploy.engines import Engine, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.disk import full
+from repvgg.disk import describe, full
 
 # The converter's module itself: importing MNN.tools, which wraps it, would pip-install a library of Aliyun's and report home.
 # In a process of its own, because it ends the process when it fails.
@@ -51,10 +51,12 @@ def write(model: nn.Module, signature: Signature, path: Path, metadata: str = ""
 
 
 def open_file(path: Path, options: Options) -> Engine:
-    """Return an engine for an .mnn file. Raises ValueError for one that MNN cannot read."""
+    """Return an engine for an .mnn file. Raises ValueError for one that MNN cannot read, and where MNN cannot be loaded."""
     with _quietly():
-        import MNN
-
+        try:
+            import MNN
+        except ImportError as error:
+            raise ValueError(f"the engine mnn is installed, but cannot be loaded ({describe(error)})") from None
         how = {"backend": "CPU", "precision": "high", "numThread": options.threads or torch.get_num_threads()}
         runtime = MNN.nn.create_runtime_manager((how,))
         runtime.set_hint(WINOGRAD_MEMORY_LEVEL, EXACT)
