@@ -134,6 +134,8 @@ def _run(step: Step, args: argparse.Namespace) -> None:
     """Run a step in this process, which ends with the one that started it."""
     if args.parent:
         threading.Thread(target=_end_after, args=(args.parent,), daemon=True).start()
+    for compiler in ("TORCHINDUCTOR", "TRITON"):  # what was compiled is there the next time
+        os.environ.setdefault(f"{compiler}_CACHE_DIR", str(args.work / compiler.lower()))
     from gpu_steps import Asked, Record  # here: whoever starts the steps needs no PyTorch, and waits for none
 
     asked = Asked(args.device, args.tiny, args.data if step.needs_data else "", args.work, args.until)

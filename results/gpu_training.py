@@ -1,6 +1,6 @@
 """The steps of gpu.py that train: CIFAR-10 with A0, and Tables 6 and 7. Images and augmentation live on the device.
 
-The seeds of a variant train at once, each in a process of its own: one alone cannot fill a large GPU with such small images.
+Networks train one after the other, each in a process of its own and to its end: processes would share a GPU by turns alone.
 """
 
 import hashlib
@@ -48,59 +48,61 @@ class Job:
 def cifar10(record: Record, asked: Asked) -> None:
     """Train A0 for small images with three seeds, and count the predictions that folding changes."""
     arch, epochs, seeds = ("repvgg_micro", 1, 1) if asked.tiny else ("repvgg_a0", 200, 3)
-    _refuse(_seeds(record, asked, arch, arch, {"small_input": True}, replace(RECIPE, epochs=epochs), seeds))
+    jobs = _jobs(record, asked, arch, arch, {"small_input": True}, replace(RECIPE, epochs=epochs), seeds)
+    _refuse([line for seed in range(seeds) for line in _train(record, asked, arch, jobs, seed)])
 
 
 def ablation(record: Record, asked: Asked) -> None:
     """Train B0 at full depth and half its width with each block of Tables 6 and 7, three seeds of each.
 
-    They share the time, so that all have a part of their epochs, those that have had fewest first; each goes on the next time.
+    First seed 0 of each, Table 6's blocks before Table 7's; what is not finished goes on the next time.
     """
     epochs, seeds = (1, 1) if asked.tiny else (60, 3)
     recipe, lost = replace(RECIPE, epochs=epochs), list[str]()
     rows = [("repvgg_b0", row.block, row.top1) for row in TABLE6] + [(row.model, row.block, row.top1) for row in TABLE7]
     variants = {"residual" if arch.endswith("residual") else block: (arch, block, top1) for arch, block, top1 in rows}
-    left = [name for name in variants if not record.figures.get(name, {}).get("finished")]
-    for i, name in enumerate(sorted(left, key=lambda name: record.figures.get(name, {}).get("epochs_done", 0))):
-        if asked.over:
-            break
-        arch, block, top1 = variants[name]
-        turn = replace(asked, until=time.time() + (asked.until - time.time()) / (len(left) - i))
-        options = {"small_input": True, "block": block, "width": 0.125 if asked.tiny else 0.5}
-        lost += _seeds(record, turn, name, arch, options, recipe, seeds, paper=top1)
+    size = {"small_input": True, "width": 0.125 if asked.tiny else 0.5}
+    jobs = {
+        name: _jobs(record, asked, name, arch, {**size, "block": block}, recipe, seeds)
+        for name, (arch, block, _) in variants.items()
+    }
+    for seed in range(seeds):
+        for name, (_, _, top1) in variants.items():
+            lost += _train(record, asked, name, jobs[name], seed, paper=top1)
     _refuse(lost)
 
 
-def _seeds(
-    record: Record, asked: Asked, name: str, arch: str, options: dict[str, Any], recipe: Recipe, seeds: int, **more: Any
-) -> list[str]:
-    """Train all seeds at once, an epoch at least, until the time is over; what is not finished goes on the next time.
-
-    Return a line for each process that did not end well; what the others did is recorded all the same.
-    """
-    if record.figures.get(name, {}).get("finished"):
-        return []
-    more = {"arch": arch, "options": options, "recipe": asdict(recipe), **more}
+def _jobs(record: Record, asked: Asked, name: str, arch: str, options: dict[str, Any], recipe: Recipe, seeds: int) -> list[Job]:
+    """Return a variant's seeds; other networks or data have other files."""
     asks = json.dumps([record.settings, arch, options, asdict(recipe)], sort_keys=True)
-    stem = f"{record.path.stem}-{name}-{hashlib.sha256(asks.encode()).hexdigest()[:8]}"  # other networks or data have other files
-    jobs = [Job(arch, options, recipe, seed, asked.work / "runs" / f"{stem}-{seed}.json") for seed in range(seeds)]
+    stem = f"{record.path.stem}-{name}-{hashlib.sha256(asks.encode()).hexdigest()[:8]}"
+    return [Job(arch, options, recipe, seed, asked.work / "runs" / f"{stem}-{seed}.json") for seed in range(seeds)]
+
+
+def _train(record: Record, asked: Asked, name: str, jobs: list[Job], seed: int, **more: Any) -> list[str]:
+    """Train one seed, an epoch at least where any time is left; what is not finished goes on the next time.
+
+    Return a line for a process that did not end well; what it did is recorded all the same.
+    """
+    job = jobs[seed]
+    if asked.over or (job.out.exists() and json.loads(job.out.read_text())["finished"]):
+        return []
+    more = {"arch": job.arch, "options": job.options, "recipe": asdict(job.recipe), **more}
     server = multiprocessing.get_context("forkserver")  # a process of it starts at once: PyTorch is there, and CUDA not yet begun
     server.set_forkserver_preload(["gpu_training"])
-    processes = [server.Process(target=train, args=(job, asked)) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        while process.is_alive():
-            process.join(SAVING)
-            record.put(name, _figures(jobs) | more)  # whoever ends this process finds what there was
+    process = server.Process(target=train, args=(job, asked))
+    process.start()
+    while process.is_alive():
+        process.join(SAVING)
+        record.put(name, _figures(jobs) | more)  # whoever ends this process finds what there was
     record.put(name, _figures(jobs) | more)
-    return [f"{name}, seed {i}: exit code {p.exitcode}" for i, p in enumerate(processes) if p.exitcode]
+    return [f"{name}, seed {seed}: exit code {process.exitcode}"] if process.exitcode else []
 
 
 def _figures(jobs: list[Job]) -> dict[str, Any]:
     epochs, runs = jobs[0].recipe.epochs, [json.loads(job.out.read_text()) for job in jobs if job.out.exists()]
     done = min([len(run["top1_by_epoch"]) for run in runs] + [0] * (len(jobs) > len(runs)))
-    top1 = [run["top1_by_epoch"][-1] for run in runs]
+    top1 = [run["top1_by_epoch"][-1] for run in runs if run["finished"]]
     mean = sum(top1) / len(top1) if top1 else None
     return {"finished": done == epochs, "epochs_done": done, "epochs": epochs, "n": len(top1), "mean_top1": mean, "runs": runs}
 

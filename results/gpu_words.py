@@ -66,7 +66,7 @@ def ablation(r: Record) -> str:
 def _trained(r: Record) -> str:
     rows = []
     for name, f in r["figures"].items():
-        top1 = [100 * run["top1_by_epoch"][-1] for run in f["runs"] if run["top1_by_epoch"]]
+        top1 = [100 * run["top1_by_epoch"][-1] for run in f["runs"] if run["finished"]]
         spread = f"{min(top1):.2f} to {max(top1):.2f}%" if top1 else "none yet"
         ended = "" if f["finished"] else f" (stopped after {f['epochs_done']})"
         paper = "" if f.get("paper") is None else f"{f['paper']:.2f}%"

@@ -40,7 +40,8 @@ HALVINGS = 10  # of the span of shares that are looked through
 def forms(run: Path, data: str) -> None:
     source = open_source(data)
     # Of so few epochs none is for warming up, or for smaller images, and there is no average of weights to wait for.
-    recipe = replace(get_recipe(source.recipe), epochs=EPOCHS, warmup_epochs=0, lr=0.05, small_first=0, ema=0)
+    recipe = replace(get_recipe(source.recipe), epochs=EPOCHS, warmup_epochs=0, small_first=0, ema=0)
+    recipe = replace(recipe, optimizer="sgd", batch_size=128, lr=0.05)
     for form in ("training", "deploy"):
         model = load(run / "last.safetensors")  # the one that comes with the package
         with tempfile.TemporaryDirectory() as folder:

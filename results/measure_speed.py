@@ -11,7 +11,6 @@ from typing import Any
 from records import say
 
 from repvgg.bench.models import Candidate, bench, candidates
-from repvgg.deploy.engines import ENGINES
 from repvgg.measure.machine import write_record
 
 # Faster, slower, how many times in the paper; forms of the two.
@@ -42,7 +41,7 @@ def measure(fast: Candidate, slow: Candidate, paper: float | None) -> dict[str, 
 
 
 def main() -> None:
-    engines = [(c.engine, c.precision) for c in candidates(["repvgg_a0"], sys.argv[1:] or list(ENGINES), ["fp32"], log=say)]
+    engines = [(c.engine, c.precision) for c in candidates(["repvgg_a0"], sys.argv[1:] or ["all"], ["fp32"], log=say)]
     pairs = [
         measure(Candidate(fast, *engine, form), Candidate(slow, *engine, other), paper)
         for engine in engines

@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Put what tests write into memory, where there is enough of it: they wait for a disk thousands of times. And keep them out of
     the user's caches, which would make one run unlike another."""
     if "REPVGG_TEST_CACHE" not in os.environ:  # a worker of pytest-xdist has its parent's
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "matplotlib"))
         os.environ["REPVGG_TEST_CACHE"] = cache = tempfile.mkdtemp(prefix="repvgg-tests-")
         os.environ |= {"XDG_CACHE_HOME": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
         config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
@@ -71,7 +72,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
-    """Networks that several tests share are the same ones whatever ran before."""
+    """Networks that the tests of a file share are the same ones whatever ran before. (Session fixtures do not come by here.)"""
     if fixturedef.scope != "function":
         torch.manual_seed(0)
 

@@ -38,7 +38,7 @@ def test_the_core_trains_predicts_and_exports(tmp_path: Path) -> None:
         for i in range(10):
             Image.new("RGB", (40, 40), (level + i, level, level)).save(tmp_path / "photos" / name / f"{i}.png")
     names = {MODULES.get(name, name.replace("-", "_")) for name in EXTRAS} | {"repvgg_engine"}
-    assert {"matplotlib", "onnx", "datasets", "pyarrow", "timm", "ray", "torchmetrics"} <= names
+    assert {"matplotlib", "onnx", "datasets", "pyarrow", "timm", "ray"} <= names
     code = BLOCKED.format(names=names) + (
         "import repvgg\n"
         "run = repvgg.train('repvgg_micro', 'photos', 'run', epochs=2, width=0.25, image_size=32)\n"

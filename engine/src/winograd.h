@@ -11,8 +11,8 @@
 //
 // The points decide how rounding errors grow. Those below minimise sum_ij A[i][j]^2 |G_j|^2 |B_j|^2, the predicted
 // error for random weights and inputs, and are then rounded to few bits, so that the matrices' entries are exact in
-// float, but for some of F(7)'s, which have up to 31 bits. They are symmetric, +p and -p side by side, so that the rows of B (and the columns of A) come in pairs that
-// share their even and their odd halves.
+// float, but for some of F(7)'s, which have up to 31 bits. They are symmetric, +p and -p side by side, so that the
+// rows of B (and the columns of A) come in pairs that share their even and their odd halves.
 #pragma once
 
 #include "vector.h"

@@ -80,13 +80,14 @@ def test_arrays_of_other_shapes_are_refused() -> None:
     """What they do not hold would be read from behind them."""
     weight, matrix, one = np.ones((8, 3, 3, 3), np.float32), np.ones((2, 8), np.float32), np.ones(1, np.float32)
     gates = SqueezeExcite(matrix, np.ones(2, np.float32), matrix.T.copy(), np.ones(8, np.float32))
-    for layers in (
-        [Conv(weight, one)],
-        *(
-            [Conv(weight, np.ones(8, np.float32)), replace(gates, **{name: one})]
-            for name in ("reduce_bias", "expand", "expand_bias")
-        ),
-    ):
+    first = Conv(weight, np.ones(8, np.float32))
+    cases: list[list[Layer]] = [[Conv(weight, one)]]
+    cases += [
+        [first, replace(gates, reduce_bias=one)],
+        [first, replace(gates, expand=one)],
+        [first, replace(gates, expand_bias=one)],
+    ]
+    for layers in cases:
         with pytest.raises(EngineError, match=r"have the shape .* where the layer needs"):
             Net(layers)
 

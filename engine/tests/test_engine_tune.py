@@ -240,7 +240,7 @@ def test_without_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed:
 def test_images_are_not_shrunk_below_what_the_last_layer_takes() -> None:
     """A net may end in a convolution without padding."""
     random = np.random.default_rng(0)
-    layers = [conv(random, 3, 4, stride=(2, 2), padding=(1, 1)) for _ in range(1)]
+    layers: list[Layer] = [conv(random, 3, 4, stride=(2, 2), padding=(1, 1))]
     layers += [conv(random, 4, 4, stride=(2, 2), padding=(1, 1)) for _ in range(4)]
     layers.append(conv(random, 4, 2, kernel=7))
     size = speed.shrunk(layers, (256, 256), most_macs=0)

@@ -81,7 +81,7 @@ def make_folder(path: str | os.PathLike[str], what: str) -> None:
 
 def _sweep(folder: Path, name: str) -> None:
     """Take away temporary files of that name that nobody has touched for a while and whose process is gone."""
-    for left in _left_behind(folder).pop(name, ()):
+    for left in _left_behind(folder).get(name, ()):
         process = int(left.suffixes[-2][1:])
         with suppress(OSError):
             if not alive(process) and time.time() - left.stat().st_mtime > STALE:
@@ -190,19 +190,20 @@ def cache_folder() -> Path:
 
 
 def images_below(root: str | os.PathLike[str]) -> list[str]:
-    """Return the paths of the images below a folder, relative to it, sorted. Links to folders are followed, but none to a folder
-    that it lies in."""
-    found = []
+    """Return the paths of the images below a folder, relative to it, sorted. Links to folders are followed, but none back to where
+    it was come from."""
+    found, inside = list[str](), {os.fspath(root): {os.path.realpath(root)}}
     for folder, folders, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder)
-        folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name), here)]  # noqa: PTH118
+        way = inside.pop(folder)
+        for name in list(folders):
+            real = os.path.realpath(path := os.path.join(folder, name))  # noqa: PTH118
+            if real in way:
+                folders.remove(name)
+            else:
+                inside[path] = way | {real}
         below = (os.path.relpath(os.path.join(folder, name), root) for name in files)  # noqa: PTH118 - there may be millions
         found += filter(is_image, below)
     return sorted(found)
-
-
-def _leads_back(path: str, here: str) -> bool:
-    return os.path.islink(path) and f"{here}/".startswith(f"{os.path.realpath(path)}/".replace("//", "/"))  # noqa: PTH114
 
 
 def is_image(path: str | PurePath) -> bool:

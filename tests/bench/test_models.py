@@ -47,7 +47,11 @@ def parts(model: nn.Module, kind: type[nn.Module]) -> int:
 
 
 def test_threads_and_sizes_are_at_least_one() -> None:
-    for how, complaint in (({"threads": 0}, "--threads 0"), ({"input_size": (3, 0, 0)}, "--input-size 0")):
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"threads": 0}, "--threads 0"),
+        ({"input_size": (3, 0, 0)}, "--input-size 0"),
+    )
+    for how, complaint in cases:
         with pytest.raises(ValueError, match=f"{complaint}: at least 1"):
             quick(MICRO, **how)
 

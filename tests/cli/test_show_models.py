@@ -101,4 +101,4 @@ def test_recipes(capsys: Captured) -> None:
     info.show_recipe("cifar", as_json=True)
     assert json.loads(capsys.readouterr().out)["crop"] == "shift"
     info.show_recipe("cifar", as_json=False)
-    assert re.search(r"^ *--batch-size +128", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^ *--batch-size +256", capsys.readouterr().out, re.MULTILINE)

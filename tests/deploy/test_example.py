@@ -31,10 +31,10 @@ def model() -> nn.Module:
     return zoo.remember(randomize(model, (16, 3, 32, 32)), Manifest(zoo.manifest_of(model).arch, classes=classes, preprocessing=P))
 
 
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["RGB", "RGBA"])
+def photo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 4), dtype=np.uint8)  # the fourth is how opaque they are
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, len(request.param)), dtype=np.uint8)
     Image.fromarray(pixels).resize((90, 71)).save(path)
     return path
 

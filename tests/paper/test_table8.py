@@ -60,7 +60,7 @@ def test_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overlap = result.data["overlaps"]["pspnet_repvgg_micro_fast"]
     assert (overlap["split"], overlap["epochs"]) == ("test", 2)
     assert 0 <= overlap["mean_iou"] <= 1
-    assert (tmp_path / "table8/pspnet_repvgg_micro_fast/best.safetensors").exists()
+    assert (tmp_path / "table8-quick/pspnet_repvgg_micro_fast/best.safetensors").exists()
     shown = next(t for t in result.tables if t.title.startswith("Trained on"))
     assert shown.rows[0][0] == "pspnet_repvgg_micro_fast"
 

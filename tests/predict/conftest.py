@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import randomize
 from PIL import Image
 
@@ -17,6 +18,7 @@ from repvgg.train.loop import new_model
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """grey.safetensors reads digits, colour.safetensors photos of three classes, masks.safetensors roads."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
     grey = randomize(new_model("repvgg_micro", open_source("digits"), log=str, width=0.25), (32, 1, 16, 16))
     repvgg.save(grey, folder / "grey.safetensors")

@@ -166,9 +166,14 @@ def test_masks_never_overwrite_the_photos(model: nn.Module, photos: Path, out: s
 def test_the_same_command_again_takes_no_mask_for_a_photo(model: nn.Module, photos: Path) -> None:
     """Wherever it writes to, be it below the photos."""
     out = photos / "masks"
-    first = [(answer.path, answer.shares) for answer in predictions(model, str(photos), out=out)]
+
+    def shares() -> list[Any]:
+        answers: Any = predictions(model, str(photos), out=out)
+        return [(answer.path, answer.shares) for answer in answers]
+
+    first = shares()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert [(answer.path, answer.shares) for answer in predictions(model, str(photos), out=out)] == first
+    assert shares() == first
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [answer.path for answer in predictions(model, str(photos), out=photos / "more")] == [path for path, _ in first]
     (out / "mine.png").write_bytes((photos / "test_000.png").read_bytes())  # a photo, among masks

@@ -41,7 +41,12 @@ def test_links_to_folders_are_followed_but_none_leads_back(folder: Path, tmp_pat
     (folder / "linked").symlink_to(elsewhere)
     (folder / "deep/back").symlink_to(folder)
     (elsewhere / "back").symlink_to(elsewhere)
-    assert names(expand([str(folder)]), folder) == ["a.jpg", "b.png", "deep/c.png", "deep/d.GIF", "linked/e.png"]
+    (elsewhere / "there").symlink_to(folder / "deep")
+    (folder / "deep/there").symlink_to(elsewhere)
+    assert names(expand([str(folder)]), folder) == [
+        *("a.jpg", "b.png", "deep/c.png", "deep/d.GIF", "deep/there/e.png"),
+        *("linked/e.png", "linked/there/c.png", "linked/there/d.GIF"),
+    ]
 
 
 @pytest.mark.parametrize("pattern", ["missing.png", "no/*.png", "empty"])

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,40 +131,47 @@ def test_what_is_recorded_of_runs(tmp_path: Path, asked: Any, monkeypatch: pytes
     server = SimpleNamespace(Process=Process, set_forkserver_preload=lambda modules: None)
     monkeypatch.setattr(gpu_training.multiprocessing, "get_context", lambda kind: server)  # type: ignore[attr-defined]
     record = Record(tmp_path / "ablation.json", asked)
-    ask = ("plain", "repvgg_b0", {"width": 0.125}, replace(gpu_training.RECIPE, epochs=1), 3)
-    assert gpu_training._seeds(record, asked, *ask, paper=72.39) == ["plain, seed 1: exit code 1"]
+    recipe = replace(gpu_training.RECIPE, epochs=1)
+
+    def seeds(record: Any, width: float, **more: Any) -> list[str]:
+        jobs = gpu_training._jobs(record, asked, "plain", "repvgg_b0", {"width": width}, recipe, 3)
+        return [line for seed in range(3) for line in gpu_training._train(record, asked, "plain", jobs, seed, **more)]
+
+    asked = replace(asked, until=time.time() + 60)
+    assert seeds(record, 0.125, paper=72.39) == ["plain, seed 1: exit code 1"]
     f = record.figures["plain"]
     assert (f["finished"], f["n"], f["epochs_done"], f["mean_top1"], f["paper"]) == (False, 2, 0, 0.5, 72.39)
-    ask = ("plain", "repvgg_b0", {"width": 0.5}, replace(gpu_training.RECIPE, epochs=1), 3)
-    gpu_training._seeds(record, asked, *ask)
-    gpu_training._seeds(Record(tmp_path / "ablation.json", replace(asked, data="other.npz")), asked, *ask)
+    seeds(record, 0.5)
+    seeds(Record(tmp_path / "ablation.json", replace(asked, data="other.npz")), 0.5)
     assert len(set(started)) == len(started) == 9
+    seeds(record, 0.5)
+    assert len(started) == 10  # what is finished is left as it is
+    asked = replace(asked, until=0.0)
+    seeds(record, 0.25)
+    assert len(started) == 10  # there is no time left
     with pytest.raises(RuntimeError, match="plain, seed 1: exit code 1"):
         gpu_training._refuse(["plain, seed 1: exit code 1"])
 
 
-def test_blocks_share_the_time_those_that_had_least_of_it_first(
+def test_every_block_has_its_first_seed_before_any_has_its_second(
     tmp_path: Path, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import gpu_training
     from gpu_steps import Record
 
-    turns: dict[str, float] = {}
+    turns: list[tuple[str, int]] = []
 
-    def seeds(record: Any, turn: Any, name: str, *_: Any, **__: Any) -> list[str]:
-        turns[name] = turn.until
+    def trained(record: Any, asked: Any, name: str, jobs: Any, seed: int, **_: Any) -> list[str]:
+        assert [job.seed for job in jobs] == [0, 1, 2]
+        turns.append((name, seed))
         return [f"{name}: exit code 1"] if name == "acb" else []
 
-    monkeypatch.setattr(gpu_training, "_seeds", seeds)
-    monkeypatch.setattr(gpu_training.time, "time", lambda: 1000.0)  # type: ignore[attr-defined]
-    record = Record(tmp_path / "ablation.json", asked)
-    record.figures = {"plain": {"finished": True}, "no_1x1": {"finished": False, "epochs_done": 3}, "dirac": {"epochs_done": 1}}
+    monkeypatch.setattr(gpu_training, "_train", trained)
     with pytest.raises(RuntimeError, match="acb: exit code 1"):
-        gpu_training.ablation(record, replace(asked, until=2000.0))
-    assert list(turns)[-2:] == ["dirac", "no_1x1"]
-    assert len(turns) == 10  # of 11, and one was finished
-    assert next(iter(turns.values())) == 1100
-    assert list(turns.values())[-1] == 2000
+        gpu_training.ablation(Record(tmp_path / "ablation.json", asked), replace(asked, tiny=False))
+    assert [name for name, _ in turns[:4]] == ["plain", "no_1x1", "no_identity", "repvgg"]
+    assert [seed for _, seed in turns] == sorted(seed for _, seed in turns)
+    assert len(turns) == len(set(turns)) == 33
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Muon, against singular values found by LAPACK and a step written out in float64."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from repvgg.fold.as_linear import Branches
+from repvgg.fold.blocks import BLOCKS
 from repvgg.models import zoo
 from repvgg.train.muon import Muon, orthogonal, turned_kernels
 from repvgg.train.optimizer import make_optimizer, parameter_groups
@@ -73,7 +76,8 @@ def test_a_step_turns_a_kernel_by_at_most_its_angle_and_keeps_its_size(dtype: to
 
 def test_all_else_moves_as_by_sgd() -> None:
     """To the last bit: biases, batch norms and the classifier."""
-    models = [zoo.create_model("repvgg_micro", num_classes=10, seed=0) for _ in range(2)]
+    model = zoo.create_model("repvgg_micro", num_classes=10)
+    models = [model, copy.deepcopy(model)]
     for model, recipe in zip(models, (RECIPE, replace(RECIPE, optimizer="sgd")), strict=True):
         optimizer: Any = make_optimizer(model, recipe)
         for number in range(2):
@@ -85,11 +89,28 @@ def test_all_else_moves_as_by_sgd() -> None:
         assert torch.equal(ours, sgd) == (ours not in turned), name
 
 
-def test_kernels_of_convolutions_without_bias_are_turned_but_not_depthwise_ones() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 2)
-    )
-    assert list(turned_kernels(model)) == [model[0].weight]
+def test_kernels_that_a_batch_norm_follows_are_turned() -> None:
+    """Not depthwise ones, and none whose size matters: of the others, and those that are added to something before the norm."""
+    before, depthwise = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, groups=8, bias=False)
+    last = nn.Conv2d(8, 4, 1, bias=False)
+    model = nn.Sequential(before, nn.BatchNorm2d(8), depthwise, nn.BatchNorm2d(8), last, nn.Flatten(), nn.Linear(4, 2))
+    assert list(turned_kernels(model)) == [before.weight]
+    added = Branches(a=nn.Conv2d(4, 4, 3, padding=1, bias=False), identity=nn.BatchNorm2d(4))
+    assert not list(turned_kernels(nn.Sequential(added, nn.BatchNorm2d(4))))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_parameter_of_every_block_learns(block: str) -> None:
+    model = zoo.create_model("repvgg_micro", num_classes=10, width=0.25, block=block).train()
+    before = copy.deepcopy(model)
+    optimizer = make_optimizer(model, RECIPE)
+    for number in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(number))
+        nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+        optimizer.step()
+    for (name, parameter), other in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert parameter.grad is None or not torch.equal(parameter, other), name
 
 
 def test_groups_hold_the_angle_and_no_weight_decay() -> None:

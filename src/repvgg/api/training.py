@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def train(
         loop.refuse(source, Path(out))
         plain, start = resolved(recipe, source, "" if new else init, changes, log), init
         if plain is not None and minutes is not None:
-            raise ValueError(f"--minutes {minutes:g} is what --recipe auto plans for: leave one of --recipe and --minutes out")
+            raise ValueError(f"--minutes {minutes:g} is for --recipe auto, and the recipe here is another: leave --minutes out")
         if plain is None:
             how: dict[str, Any] = {"minutes": 10.0 if minutes is None else minutes, "device": where, "workers": workers}
             how |= {"allow_deploy": keeping.allow_deploy, "log": log, **options}
@@ -117,13 +118,16 @@ def resolved(
 def settled(
     recipe: "str | os.PathLike[str] | Recipe", source: "Source", otherwise: str, changes: dict[str, Any], log: Log
 ) -> Recipe:
-    """Return the recipe that is meant, by default `otherwise` for photos. Raises ValueError for `auto`, which plans a training."""
+    """Return the recipe that is meant, by default `otherwise` for photos, and SGD. Raises ValueError for `auto`, which plans a
+    training."""
     if recipe == "auto":
         raise ValueError("--recipe auto is for train alone: name a recipe (repvgg recipe lists them), or a file")
     found = resolved(recipe, source, "", changes, log)
     if found is None:
         log(f"recipe: {otherwise}")
-    return found or resolve(otherwise, **changes)
+        return resolve(otherwise, **changes)
+    # Muon moves the kernels of some blocks and not of others, and trained ones as far as new ones.
+    return found if recipe or "optimizer" in changes else replace(found, optimizer="sgd")
 
 
 def _chosen(

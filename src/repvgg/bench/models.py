@@ -28,6 +28,7 @@ from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, interleave, ratio, synchroniser
 from repvgg.models import zoo
 from repvgg.models.baselines import timm_preprocessing
+from repvgg.models.names import PSPNETS
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,8 @@ def network(candidate: Candidate, allow_unfolded: bool = False) -> tuple[nn.Modu
     """Return the candidate's network with random weights, in its form, eval mode; and how many of its batch norms are left."""
     torch.manual_seed(0)
     options: dict[str, Any] = {} if candidate.block == "repvgg" else {"block": candidate.block}
+    if candidate.model in PSPNETS:
+        options["num_classes"] = 19  # Cityscapes', as in Table 8
     if not candidate.model.startswith(from_timm.PREFIX):
         model = randomise_norms(zoo.create_model(candidate.model, **options))
     elif options:

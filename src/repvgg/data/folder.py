@@ -59,8 +59,10 @@ class _Visible(ImageFolder):
 
 
 def _listing(root: Path) -> Arrays:
-    """Names of classes, and of images below the root, labels; and for a folder of many, all its sub-folders with the times of their
-    last change."""
+    """Return the names of classes, and of images below the root, and labels.
+
+    For a folder of many, also all its sub-folders with the times of their last change.
+    """
     try:
         folder = _Visible(str(root), is_valid_file=lambda p: is_image(p.removeprefix(f"{root}/")), allow_empty=True)
     except FileNotFoundError:

@@ -22,7 +22,7 @@ from repvgg.data.cifar10 import HUB_NAME
 from repvgg.data.folder import is_split
 from repvgg.data.hf import HELD_OUT, find_columns
 from repvgg.data.listing import Listed
-from repvgg.data.stream import expanded, refuse_damaged
+from repvgg.data.stream import expanded, fetched, refuse_damaged
 from repvgg.disk import describe, escaped, images_below
 from repvgg.terminal import printable
 
@@ -110,6 +110,8 @@ def _of_folder(root: Path, split: str, size: int) -> Shards:
     """All images below ROOT/SPLIT, in which a folder is a class; or below ROOT, without labels, if it has no splits."""
     called = VALIDATION if split == "val" else (split,)
     found = next((root / name for name in called if is_split(root / name)), None)
+    if found is None and split != "val" and (root / split).is_dir():  # it is asked for by name, whatever it holds
+        found = root / split
     if found is None and any(is_split(root / other) for other in ("train", *HELD_OUT)):
         raise DataError(f"{root}: has no split called {split}")
     below = found or root
@@ -154,7 +156,7 @@ def _of_stream(spec: str, load: dict[str, Any], split: str, facts: Any, names: M
             for i, row in enumerate(table.shard(count, shard)):
                 tar = row.get("__url__", "")
                 key = f"{escaped(names.get(tar, Path(tar).name))}/{_inside(row['__key__'])}" if tar else f"{shard}/{i}"
-                yield Item(key, to_label(row), _encoded(row[image]))
+                yield Item(key, to_label(row), fetched(row[image]))
         except (DataError, GeneratorExit):
             raise
         except Exception as error:  # as above

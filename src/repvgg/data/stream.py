@@ -140,7 +140,7 @@ class Stream:
         try:
             for number, row in enumerate(table, first):
                 cell = row[self.image] or {"bytes": None, "path": None}
-                data = cell["bytes"] if cell["bytes"] is not None else _fetched(cell["path"])
+                data = fetched(cell)
                 name = f"{row.get('__url__', self.name)}: {cell['path'] or number}"
                 yield number, Example(position, data, name, int(row[self.label]))
         except (DataError, GeneratorExit):
@@ -149,13 +149,14 @@ class Stream:
             raise DataError(f"{self.name}: cannot be read on ({describe(error)})") from None
 
 
-def _fetched(path: str | None) -> bytes:
-    """Read an image that is a file of its own, near or far; one that is missing is no image."""
-    if not path:
+def fetched(cell: dict[str, Any] | None) -> bytes:
+    """Return an encoded image, which may be a file of its own, near or far; one that is missing is no image."""
+    if cell and cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    if not cell or not cell["path"]:
         return b""
-    with xopen(path, "rb") as file:
-        found: bytes = file.read()
-    return found
+    with xopen(cell["path"], "rb") as file:
+        return bytes(file.read())
 
 
 def cut(pieces: Sequence[Piece], start: int, stop: int) -> list[Piece]:

@@ -37,7 +37,7 @@ def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None
     """
     if shape not in (None, Shape()):
         raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
-    refuse_strangers(out, PAGE, PLAN)
+    refuse_strangers(out, PAGE, f"{PAGE}.json")
     with staged(out) as folder:
         parity = write_model(model, folder)
         for file in engine_files():

@@ -81,7 +81,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
     known = [i for i, tensors in enumerate(found) if keys.locate(tensors)] or [i for i, tensors in enumerate(found) if tensors]
     if not known:
         raise FileError("holds no dictionary of tensors: save model.state_dict()")
-    best = min(known, key=lambda i: ("ema" not in holders[i][0], i))
+    best = min(known, key=lambda i: (not keys.AVERAGED.search(holders[i][0]), i))
     text = getattr(holders[best][1], "attributes", {}).get(METADATA_KEY)
     return found[best], Manifest.from_json(text) if text is not None else None
 

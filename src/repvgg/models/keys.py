@@ -45,6 +45,7 @@ class Scheme:
         return "", key
 
 
+AVERAGED = re.compile(r"(^|[._])ema")  # how averaged copies are called
 SCHEMES = {
     "official": Scheme(
         marker=r"stage1\.0\.rbr_",
@@ -165,7 +166,7 @@ def locate(keys: Iterable[str]) -> Place | None:
         for key in keys
         if (m := re.match(rf"((?:[^.]+\.)*?){marker}", key))
     ]
-    return min(found, key=lambda place: ("ema" not in place.prefix, len(place.prefix)), default=None)
+    return min(found, key=lambda place: (not AVERAGED.search(place.prefix), len(place.prefix)), default=None)
 
 
 def network_at(tensors: Mapping[str, Tensor], place: Place) -> tuple[dict[str, Tensor], list[str]]:

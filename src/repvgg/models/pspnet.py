@@ -10,15 +10,17 @@ In the full plan every 3x3 of the backbone's last two stages dilates, in the *fa
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repvgg.models.names import FAMILY, PSPNETS
-from repvgg.models.repvgg import RepVGG
+from repvgg.models.repvgg import RepVGG, checkpoint_contexts
 
 BINS = (1, 2, 3, 6)
 STRIDE = 8
@@ -138,10 +140,16 @@ class Pyramid(nn.Module):
         maps = [x]
         for bins, level in zip(BINS, self.levels, strict=True):
             means = F.adaptive_avg_pool2d(x, bins)
-            alone = self.training and bins == 1 and x.shape[0] == 1
+            alone = self.training and bins == 1 and x.shape[0] == 1 and not _synchronised(level)
             means = _by_running_statistics(level, means) if alone else level(means)
             maps.append(F.interpolate(means, x.shape[-2:], mode="bilinear", align_corners=True))
         return torch.cat(maps, 1)
+
+
+def _synchronised(level: Any) -> bool:
+    """Say whether the batch norm sees other processes' images too, who wait for this one's."""
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return together and isinstance(level.bn, nn.SyncBatchNorm)
 
 
 def _by_running_statistics(level: Any, x: Tensor) -> Tensor:
@@ -178,7 +186,8 @@ class _Stages(nn.ModuleDict):
         maps = []
         for name, stage in self.items():
             again = self.checkpointing and self.training and name.startswith("layer")
-            x = checkpoint(stage, x, use_reentrant=False) if again else stage(x)
+            contexts = partial(checkpoint_contexts, stage)
+            x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts) if again else stage(x)
             maps.append(x)
         return maps[-2:]
 

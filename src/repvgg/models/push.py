@@ -27,6 +27,7 @@ from repvgg.models import hub
 from repvgg.models.in_timm import timm_config
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing
+from repvgg.models.names import in_run_folder
 from repvgg.models.zoo import manifest_of
 from repvgg.version import __version__
 
@@ -54,7 +55,7 @@ def push_to_hub(
     if not isinstance(model, nn.Module):
         path = Path(model)
         with suppress(OSError, ValueError):
-            summary = summary or json.loads((path.parent / "summary.json").read_text())
+            summary = summary or json.loads((in_run_folder(path).parent / "summary.json").read_text())
         model = load(path)
     if model.training:
         model = copy.deepcopy(model).eval()

@@ -7,7 +7,8 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -223,7 +224,7 @@ class RepVGG(nn.Module):
 
     def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and self.training:
-            out: Tensor = checkpoint(layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _restored_buffers(layer)))
+            out: Tensor = checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, layer))
             return out
         return layer(x)  # type: ignore[no-any-return]
 
@@ -270,6 +271,11 @@ def _in_pairs(layers: list[Layer], specs: list[LayerSpec], deploy: bool) -> list
             shortcut = nn.Conv2d(into, out, 1, stride) if deploy else Branches(conv=with_bn(Conv1x1(into, out, stride)))
         joined.append(Residual(first, second.block, shortcut))
     return joined
+
+
+def checkpoint_contexts(layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a checkpointed layer's two computations, of which batch norms count the first alone."""
+    return nullcontext(), _restored_buffers(layer)
 
 
 @contextmanager

@@ -32,7 +32,11 @@ ROW_GROUP = 1000  # batches, at most
 def held(out: Path) -> Iterator[None]:
     """Make the folder if need be, and keep other processes out of it. Raises `FileError` for a folder of something else."""
     make_folder(out, "a folder of predictions")
-    refuse_foreign(str(out), {path.name for path in out.iterdir()})
+    try:
+        names = {path.name for path in out.iterdir()}
+    except OSError as error:
+        raise FileError(f"{out}: cannot be read ({error.strerror})") from None
+    refuse_foreign(str(out), names)
     with hold(out):
         for leftover in out.glob(".part-*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)

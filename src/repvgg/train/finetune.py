@@ -7,6 +7,7 @@ from torch import nn
 
 from repvgg.data import Source
 from repvgg.disk import Log
+from repvgg.fold.guards import copied
 from repvgg.models import zoo
 from repvgg.models.load import is_file, open_model, tell_left_out
 from repvgg.models.names import FAMILY, PSPNETS, resolve_name
@@ -37,7 +38,7 @@ def started_from(
     plain VGG without batch norms, which trains badly, so it has to be asked for (`allow_deploy`).
     """
     if isinstance(init, nn.Module):
-        model, init = init, "this model"
+        model, init = copied(init), "this model"
     else:
         model = open_model(init) if is_file(init) else zoo.create_model(init, pretrained=True)
         tell_left_out(model, log)

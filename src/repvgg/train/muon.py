@@ -6,10 +6,13 @@ all else by AdamW.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from repvgg.fold.as_linear import CONVOLUTIONS, Branches
 
 ITERATIONS = 3  # are enough for convolutions (Jordan 2024)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that brings singular values from (0, 1] near 1 in fewest iterations
@@ -62,7 +65,13 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def turned_kernels(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the kernels that Muon is for: of convolutions without a bias, which a batch norm follows, that are not grouped."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is None and module.groups == 1:
-            yield module.weight
+    """Yield the kernels that Muon is for: of convolutions that are not grouped, and whose size a batch norm takes away.
+
+    Where branches are added up before the batch norm, their sizes matter; those of kernels that are derived from others do too.
+    """
+    for parent in model.modules():
+        if not isinstance(parent, Branches):
+            for module, following in pairwise(parent.children()):
+                norm = isinstance(following, nn.modules.batchnorm._BatchNorm)
+                if norm and type(module) in CONVOLUTIONS and module.bias is None and module.groups == 1:
+                    yield module.weight

@@ -30,8 +30,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     weights (section 4.1), but for those of identity branches with `decay_identity`.
 
     `lr_scale` of each group holds its learning rate as `layer_decay`, `head_lr` and `bn_bias_lr` say. With custom_l2 the kernels
-    that it regularises are spared, and so are those that Muon turns: their `lr_scale` holds `kernel_lr` too. Raises ValueError
-    where stages are not known (outside the family), or the backbone is not.
+    that it regularises are spared, and so are those that Muon turns, whose `lr_scale` holds `kernel_lr` and no `head_lr`. Raises
+    ValueError where stages are not known (outside the family), or the backbone is not.
     """
     layer_decay, head_lr = recipe.layer_decay, recipe.head_lr
     if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
@@ -49,13 +49,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (STAGES - _stage(name)) if layer_decay != 1 else 1.0
-            if not name.startswith(BACKBONE):
-                scale *= head_lr
-            if parameter in quick:
-                scale *= recipe.bn_bias_lr
             turned = parameter in turning
             if turned:
                 scale *= recipe.kernel_lr / recipe.peak_lr
+            elif not name.startswith(BACKBONE):
+                scale *= head_lr
+            if parameter in quick:
+                scale *= recipe.bn_bias_lr
             decays = parameter in decaying or (parameter.dim() > 1 and parameter not in spared and not turned)
             groups.setdefault((scale, decays, turned), []).append(parameter)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None  # of Muon's matrices; None: the kernels' own

@@ -53,7 +53,7 @@ class Optimization:
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 1e-4
-    """On the kernels of convolutions and the classifier; never on biases or batch norms."""
+    """On the kernels of convolutions and the classifier; never on biases or batch norms, nor on kernels that Muon turns."""
     custom_l2: bool = False
     """Decay the kernels that blocks fold to, as the official code does, instead of those of their branches."""
     decay_identity: bool = False

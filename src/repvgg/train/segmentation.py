@@ -118,7 +118,7 @@ class Segmentation:
         """Return the share of the labelled pixels that are recognised."""
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         labelled = target != IGNORED
-        share: Tensor = (logits.argmax(1) == target)[labelled].sum() / labelled.sum().clamp(min=1)
+        share: Tensor = ((logits.argmax(1) == target) & labelled).sum() / labelled.sum().clamp(min=1)
         return share
 
     def batches(
@@ -151,10 +151,8 @@ class Segmentation:
         With several processes each brings its share of the photos, and all get the whole. Raises ValueError if there is nothing to
         evaluate on.
         """
-        from torchmetrics.classification import MulticlassConfusionMatrix
-
-        # torchmetrics counts; its ratios are in float32, ours are not.
-        counter = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False).to(world.device)
+        # torchmetrics would count with a table of pixels x classes^2 numbers where algorithms are to be deterministic.
+        counts = torch.zeros(num_classes**2, dtype=torch.long, device=world.device)
         losses: list[Tensor] = []
         images = 0
         with torch.no_grad():
@@ -165,12 +163,14 @@ class Segmentation:
                 if scores.shape[1] != num_classes:
                     raise ValueError(f"the model has {scores.shape[1]} classes, the data {num_classes}")
                 losses.append(F.cross_entropy(scores, masks, ignore_index=IGNORED, reduction="sum"))
-                counter.update(scores.argmax(1).to(world.device), masks.to(world.device))
+                labelled = masks != IGNORED
+                pairs = masks[labelled] * num_classes + scores.argmax(1)[labelled]
+                counts += pairs.bincount(minlength=num_classes**2).to(world.device)
                 images += len(masks)
         loss = float(torch.stack(losses).cpu().double().sum()) if losses else 0.0
         sums = torch.tensor([loss, images], dtype=torch.float64)  # which an Apple GPU has not
         sums = world.total(sums.to(world.device)) if world.size > 1 else sums
-        confusion = world.total(counter.confmat).cpu()
+        confusion = world.total(counts.view(num_classes, num_classes)).cpu()
         pixels = int(confusion.sum())
         if not pixels:
             raise ValueError("there are no images to evaluate on, or no pixel of them has a label")

@@ -183,6 +183,6 @@ def task_of_model(model: nn.Module | Manifest) -> Task:
 def _task(kind: Literal["labels", "masks"]) -> Task:
     if kind == "labels":
         return CLASSIFICATION
-    from repvgg.train.segmentation import SEGMENTATION  # it needs torchmetrics and more, which labels do not
+    from repvgg.train.segmentation import SEGMENTATION  # it imports much that labels do not need
 
     return SEGMENTATION

@@ -62,6 +62,8 @@ class Trainer:
         if self.recipe.checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise ValueError(f"--checkpointing: {type(model).__name__} cannot do it")
+            if self.recipe.compile:
+                raise ValueError("--checkpointing does not go with --compile, which itself decides what is computed again")
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         if self.recipe.sync_bn:
             if self.device.type != "cuda":
@@ -238,7 +240,8 @@ class Trainer:
 
 def refuse_infinite(tensors: dict[str, Tensor]) -> None:
     """Raise FloatingPointError, naming the first tensor that holds NaN or Inf; the device is waited for once."""
-    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # AdamW's numbers of steps are on the CPU, whatever the device.
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dim()}
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in numbers.values()]).tolist() if numbers else []
     for name, whole in zip(numbers, finite, strict=True):
         if not whole:
