@@ -169,9 +169,10 @@ def _serve() -> None:
     from repvgg import create_model, reparameterize
     from repvgg.data import open_source
 
-    session: Any = importlib.import_module("repvgg.train.session")
     torch.set_num_threads(1)
-    session.draw_curve = lambda lines, path: path.touch()  # as in conftest.py
+    if "LD_PRELOAD" not in os.environ:  # the faults' own, for which a drawing is a file like others
+        session: Any = importlib.import_module("repvgg.train.session")
+        session.draw_curve = lambda lines, path: path.touch()  # as in conftest.py
     reparameterize(create_model("repvgg_micro", num_classes=2, width=0.25).eval())
     open_source("digits")
     for module in LATE:

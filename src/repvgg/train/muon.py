@@ -61,7 +61,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         squares = x @ x.T
         x = torch.addmm(x, torch.addmm(squares, squares, squares, beta=b, alpha=c), x, beta=a)
-    return x if wide is matrix else x.T
+    return x if wide is matrix else x.mT
 
 
 def turned_kernels(model: nn.Module) -> Iterator[nn.Parameter]:
