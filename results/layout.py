@@ -42,9 +42,9 @@ def machine(m: dict[str, Any]) -> str:
 
 
 def measured(stamps: dict[str, dict[str, Any]]) -> str:
-    """Return on what figures were measured, when and at which commit: for all of them, or for each part where it was not the same.
+    """Return the machine, date and commit of the figures: once if all parts share them, else for each part.
 
-    stamps: by part. Of many parts that were measured alike only the number is told.
+    stamps: by part. If many parts share them, only their number is given.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for part, m in sorted(stamps.items(), key=lambda item: item[1]["date"][:10], reverse=True):

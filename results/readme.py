@@ -55,9 +55,9 @@ paper's tables there, most valuable first, in as many minutes as it is given; he
 
 PAPER = """## The paper's Figure 1
 
-Speed is over ResNet-18's, with which each network took turns: left as printed, right as this machine ran it in {engines}.
-[The page of the paper](../results/paper/index.html) has every table and figure that was measured so far, each with how that
-was done.
+Speed is relative to ResNet-18, which took turns with each network: left as printed, right as measured here in {engines}.
+[The page of the paper](../results/paper/index.html) has every table and figure that was measured so far, each with its
+method.
 
 ![accuracy against speed, the paper's and here](../results/paper/figure1.png)"""
 

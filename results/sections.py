@@ -28,11 +28,11 @@ def wasm(r: Record) -> str:
     version, sizes = r["machine"]["versions"]["onnxruntime-web"], [f"{size / 1000:.0f}" for size in r["bytes"].values()]
     return (
         f"RepVGG-A0, one image of 224 pixels at a time, one thread each, {many(r['rounds'], 'round')} in turns, in Node: "
-        f"{ours:.0f} ms with relaxed SIMD (which Node 20 has to be told to use), and {theirs:.0f} ms in "
+        f"{ours:.0f} ms with relaxed SIMD (which Node 20 uses only on request), and {theirs:.0f} ms in "
         f"onnxruntime-web {version}: **{r['ratio']['median']:.2f} times** as fast (90% of rounds between "
         f"{low} and {high}); without relaxed SIMD **{r['ratio_without_relaxed_simd']['median']:.2f} times**. "
-        f"{r['target']:g} times were wanted. The engine is {many(len(sizes), 'file')} of {' and '.join(sizes)} kB, "
-        "of which a browser loads the one for relaxed SIMD where it has that."
+        f"The target was {r['target']:g} times. The engine is {many(len(sizes), 'file')} of {' and '.join(sizes)} kB; "
+        "a browser with relaxed SIMD loads the one made for it."
     )
 
 
@@ -47,7 +47,7 @@ def speed(r: Record) -> str:
     p = r["protocol"]
     return (
         f"Batch {p['batch_size']}, everything folded. Each cell is a ratio with its 95% interval over {many(p['rounds'], 'round')} "
-        f"of {many(p['batches_a_round'], 'batch', 'batches')}, in which the two took turns. What Winograd has to do with "
+        f"of {many(p['batches_a_round'], 'batch', 'batches')}, in which the two took turns. How Winograd affects "
         "them: [speed](speed.md#what-to-expect).\n\n" + table(header, [[name, *row] for name, row in cells.items()])
     )
 
@@ -107,10 +107,10 @@ def _structures(s: Record) -> str:
         lost[name] = [before - after for before, after in zip(tops["before"], tops["after"], strict=True)]
     keep = {name: f"{s[name][0]['keep']:.0%}" for name in lost}
     return (
-        "\n\nThe paper says that shortcuts stand in the way of pruning (section 3.1). RepVGG-B0, folded to plain layers before "
-        f"it is cut, and Table 7's residual reorganisation of its layers, at width {s['width']:g}, trained alike for "
-        f"{many(s['recipe']['epochs'], 'epoch')} of {s['train_images']:,} images, cut by the same method to {keep['plain']} and "
-        f"{keep['residual']} of every set of channels, which leaves as many MACs, trained for "
+        "\n\nThe paper says that shortcuts hinder pruning (section 3.1). This compares RepVGG-B0, folded to plain layers before "
+        f"it is cut, with Table 7's residual reorganisation of its layers. At width {s['width']:g} both were trained for "
+        f"{many(s['recipe']['epochs'], 'epoch')} of {s['train_images']:,} images, cut by one method to {keep['plain']} and "
+        f"{keep['residual']} of every set of channels, leaving as many MACs, and trained for "
         f"{many(s['after']['epochs'], 'epoch')} more. Means and standard deviations of top-1, %, over "
         f"{many(len(s['plain']), 'seed')}; pruning took {mean_and_deviation(lost['plain'])} points from plain layers and "
         f"{mean_and_deviation(lost['residual'])} from residual blocks.\n\n"
@@ -181,7 +181,7 @@ def table8(r: Record) -> str:
     first, s, recipe = r["runs"][0], r["speed"], r["runs"][0]["recipe"]
     return (
         f"CamVid again, at width {r['width']:g}, both from random weights by the same recipe: {many(recipe['epochs'], 'epoch')} of "
-        f"the same photos in the same order, one seed each (n = 1), so that a few points either way say nothing. {r['photos']} "
+        f"the same photos in the same order, one seed each (n = 1), so a few points either way mean nothing. {r['photos']} "
         f"test photos, deploy form:\n\n{table(header, rows)}\n\nIn deploy form the second runs {interval(s['ratio'])} times as "
         f"fast as `{first['arch']}`, taking turns, at {' x '.join(map(str, s['input_size'][1:]))} in {s['engine']}."
     )
@@ -241,7 +241,7 @@ def _pilot(pilot: agreement.Pilot, taken: dict[str, float], epochs: int) -> str:
         rows.append(
             [f"`{name}`", *(agreement.percent(by_rate[rate]) for rate in rates), f"{taken[name]:g}" if name in taken else ""]
         )
-    told = f"The pilot, by which the learning rates were chosen: top-1, %, of seed 0 after {many(epochs, 'epoch')} at each rate."
+    told = f"The pilot that chose the learning rates: top-1, %, of seed 0 after {many(epochs, 'epoch')} at each rate."
     return f"\n\n{told}\n\n" + table(["variant", *rates, "taken"], rows)
 
 
@@ -253,7 +253,7 @@ def training(r: Record) -> str:
     ]
     return (
         f"A0 at {p['input'].split(',')[0]}, batch {p['batch_size']}, {many(p['rounds'], 'round')} taking turns, each in a process "
-        "of its own. A signal is what a process died of in these rounds or at its end: PyTorch's backward pass of a strided 1x1 "
+        "of its own. A signal in a cell killed that process in a round or at its end: PyTorch's backward pass of a strided 1x1 "
         "with 3 input channels damages the heap in channels_last. Our 1x1 avoids it. "
         f"A saved state of A0 takes {state['megabytes']:.0f} MB and {state['seconds_to_write']:.2f} s.\n\n"
         + table(["images/s", "timm", "ours", f"ours over timm's best ({r['timms_best']})"], rows)
@@ -280,7 +280,7 @@ def startup(r: Record) -> str:
     by = f" The photo was read by the engine {r['predicted_by']}." if "predicted_by" in r else ""
     first = f" `--engine auto` the first time: {s['engine auto']:.1f} s (n = {r['n_engine_auto']})." if "engine auto" in s else ""
     return (
-        f"Of a process's start to end, with A0; medians of {r['n']}: {told}.{by}{first} Importing PyTorch, which none of these "
+        f"Processes, start to end, with A0; medians of {r['n']}: {told}.{by}{first} Importing PyTorch, which none of these "
         f"needs, takes {s['import torch']:.1f} s; folding A0 with its proof {r['fold_a0']:.1f} s."
     )
 
@@ -295,11 +295,11 @@ def photos(r: Record) -> str:
     counts, recipe, asked = r["photos"], r["recipe"], r["asked"]
     return (
         f"`repvgg train --arch {asked['arch']} --init none --data PHOTOS`, all else as `--recipe auto` chose, on {counts['train']} "
-        f"images ({r['what']}): **{r['test_top1']['best']:.1%}** of {counts['test']:,} images that had no part in the run "
-        f"({r['val_top1']:.1%} of the {counts['val']} that the best epoch was chosen by), after {r['minutes']:.1f} minutes "
+        f"images ({r['what']}): **{r['test_top1']['best']:.1%}** top-1 on {counts['test']:,} images that the run never saw "
+        f"({r['val_top1']:.1%} on the {counts['val']} that chose the best epoch), after {r['minutes']:.1f} minutes "
         f"({r['cpu_minutes']:.1f} of all cores together; --minutes {asked['minutes']:g}, seed {asked['seed']}, n = 1). Chosen: "
         f"{recipe['epochs']} epochs in batches of {recipe['batch_size']} at {recipe['image_size']} pixels in "
-        f"{recipe['precision']}. No photos could be had here: these images were 32 pixels wide."
+        f"{recipe['precision']}. No photos were at hand: these images were 32 pixels wide."
     )
 
 

@@ -9,8 +9,8 @@
 
     run = repvgg.train("repvgg_a0", "photos", "runs/photos")     # and evaluate, predict, export, quantize, prune: see api/
 
-Names are imported on first use, so that `import repvgg` costs nothing. `repvgg.train` and `repvgg.predict` are rooms of the house
-too: modules that can be called.
+Names are imported on first use, so that `import repvgg` costs nothing. `repvgg.train` and `repvgg.predict` are also packages:
+modules that can be called.
 """
 
 import inspect

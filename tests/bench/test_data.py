@@ -32,6 +32,7 @@ class Slow:
         return torch.zeros(3, 32, 32, dtype=torch.uint8), 0
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 3])
 def test_batches_that_were_ready_before_are_not_counted(workers: int) -> None:
     """Three workers begin together: their first batches come at once."""

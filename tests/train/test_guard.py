@@ -42,7 +42,7 @@ def run(before: str, *wanted: int) -> tuple[int, str]:
 def test_a_request_to_stop_is_heard(signum: int) -> None:
     code, said = run("watch.free()", signum)
     assert code == 128 + signum
-    assert said == "repvgg (process 7): asked to stop, but another process does not answer; what was saved last is whole\n"
+    assert said == "repvgg (process 7): asked to stop, but another process does not answer; all saved files are intact\n"
 
 
 def test_what_takes_too_long_ends() -> None:

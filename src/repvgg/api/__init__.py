@@ -5,6 +5,6 @@
     repvgg.predict("runs/photos", "cat.jpg")[0].labels
     repvgg.export("runs/photos", "onnx", "exported")[0].path
 
-What is called `model` is a module of ours, a model file, a run folder, hf:USER/NAME, or a name for its pretrained weights; `data`
+`model` is a module of ours, a model file, a run folder, hf:USER/NAME, or a name for its pretrained weights; `data`
 is a string as for `repvgg train --data`, or a `Source`. The command line calls these functions and prints what they return.
 """

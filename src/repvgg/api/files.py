@@ -33,7 +33,7 @@ class Exported:
 
 
 def stem_of(model: "Model") -> str:
-    """Return what files made of a model are called: like its file without the suffix, like its run folder or its name."""
+    """Return a name for files made of a model: its file's without the suffix, its run folder's, or its own."""
     from torch import nn
 
     from repvgg.models.checkpoint import PICKLE_SUFFIXES
@@ -62,7 +62,7 @@ def export(
 
     to: onnx, openvino, ncnn, mnn, pt2, aotinductor, web (a folder with a page), or several of them. batch_size: images a run, 0 for
     any number. pixels: take uint8 pixels; image_size: and resize them too. data, images: compare on so many images of its
-    validation split instead of random ones. Raises ValueError for a format that is unknown, missing or cannot hold such a graph,
+    validation split instead of random ones. Raises ValueError if a format is unknown, not installed or cannot hold the graph,
     `ReparamError` for what cannot be folded.
     """
     from repvgg.deploy.export import Shape, real_images
@@ -127,7 +127,7 @@ def prune(
     log: Log = print,
     **changes: Any,
 ) -> "PruningReport":
-    """Take channels out of a RepVGG, train what is left into the run folder `out`; return accuracy, cost and speed before and
+    """Remove channels from a RepVGG, train the rest into the run folder `out`; return accuracy, cost and speed before and
     after.
 
     keep: the share of each layer's channels that stays. recipe, changes: as for `train`; photos get `finetune` by default.

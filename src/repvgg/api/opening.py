@@ -24,7 +24,7 @@ def open_data(
     model: "nn.Module | None" = None,
     log: Log = print,
 ) -> "Source":
-    """Open data, divided as it was when the model was trained or the run in a folder begun, and draw from it."""
+    """Open data, split as when the model was trained or the run in a folder begun, and draw from it."""
     from repvgg.data import Source, open_source
     from repvgg.models.zoo import manifest_of
 

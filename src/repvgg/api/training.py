@@ -39,15 +39,15 @@ def train(
     log: Log = print,
     **changes: Any,
 ) -> "Run":
-    """Train a model on images into the folder `out`, or go on with the run that is there; return its last and best evaluation.
+    """Train a model on images into the folder `out`, or resume the run that is there; return its last and best evaluation.
 
     recipe: a name, a file (.json), a `Recipe`, or "auto" (see train/auto.py), which is the default for photos; changes: fields of
-    it to set, such as epochs=20 or image_size=160. init: a model to start from; "none" for new weights where auto would take
-    trained ones; `arch` may then be empty. minutes: what auto plans for, by default 10. val: the share held out where the data has
+    it to set, such as epochs=20 or image_size=160. init: a model to start from (`arch` may then be empty); "none" for new weights
+    where auto would use trained ones. minutes: what auto plans for, by default 10. val: the share held out where the data has
     no splits of its own.
 
     Raises ValueError before any work if something does not fit, FloatingPointError if training diverges, `StoppedError` (a
-    KeyboardInterrupt) when a signal asked for the end and the state is saved.
+    KeyboardInterrupt) after a signal asked it to stop and the state is saved.
     """
     from repvgg.data.cache import found_by
     from repvgg.train import loop
@@ -69,7 +69,7 @@ def train(
         loop.refuse(source, Path(out))
         plain, start = resolved(recipe, source, "" if new else init, changes, log), init
         if plain is not None and minutes is not None:
-            raise ValueError(f"--minutes {minutes:g} is for --recipe auto, and the recipe here is another: leave --minutes out")
+            raise ValueError(f"--minutes {minutes:g} is for --recipe auto only: leave it out, or say --recipe auto")
         if plain is None:
             how: dict[str, Any] = {"minutes": 10.0 if minutes is None else minutes, "device": where, "workers": workers}
             how |= {"allow_deploy": keeping.allow_deploy, "log": log, **options}
@@ -84,7 +84,7 @@ def train(
 
 
 def report_at_the_end(folder: Path, source: "Source", device: str, log: Log) -> None:
-    """Write the page of a run that has just ended; what keeps it from being written is told in a line, for the run is safe."""
+    """Write the page of a run that has just ended; a failure is only logged, in a line, because the run is safe."""
     try:
         from repvgg.web.report import write_report
 
@@ -99,8 +99,8 @@ def report_at_the_end(folder: Path, source: "Source", device: str, log: Log) -> 
 def resolved(
     recipe: "str | os.PathLike[str] | Recipe", source: "Source", init: "nn.Module | str", changes: dict[str, Any], log: Log
 ) -> Recipe | None:
-    """Return the recipe that is meant, by default what suits the source, or what training starts from, with a word; None for the
-    one that `auto` has to choose."""
+    """Return the recipe that is meant; by default one for the source, or for what training starts from, and log it. None: `auto`
+    has to choose one."""
     from repvgg.train.finetune import finetuning
 
     stream = hasattr(source.train, "shuffled")

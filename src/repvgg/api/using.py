@@ -39,9 +39,9 @@ def evaluate(
 ) -> "Evaluation":
     """Return how good a model is on a split of the data: an `Accuracy` for labels, an `Overlap` for masks.
 
-    Of data without splits of its own, the images are those that were held out when the model was trained, or the share `val`.
-    engine: "auto" or a name; "" for PyTorch. Classes that model and data name otherwise are taken by their numbers, and
-    `log` is told. on_bad_image: "stop" raises `ImageError` for an image that cannot be read, "skip" leaves it out and tells `log`.
+    For data without splits of its own, it uses the images held out when the model was trained, or the share `val`.
+    engine: "auto" or a name; "" for PyTorch. Classes named differently in model and data are matched by number, and
+    this is logged. on_bad_image: "stop" raises `ImageError` for an image that cannot be read, "skip" leaves it out and logs it.
     Raises ValueError where model and data do not belong together.
     """
     from repvgg.data.transforms import BadImages
@@ -70,7 +70,7 @@ def evaluate(
 def predict(
     model: "Model", images: "str | os.PathLike[str] | Sequence[str]", **options: Any
 ) -> "list[Prediction | MaskPrediction]":
-    """Return the likeliest classes of each image, or its mask: `list(predictions(...))`, which see for the options."""
+    """Return the likeliest classes of each image, or its mask: `list(predictions(...))`, with the same options."""
     return list(predictions(model, images, **options))
 
 
@@ -92,9 +92,9 @@ def predictions(
 
     images: files, folders (all images below them) and globs. top: labels for each image. batch_size: images at a time. engine:
     "auto" or a name. views: in which a PSPNet sees a photo. explain: "cam" also writes a picture of the evidence. out: a folder for
-    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. Up to 32 images are shown to a
-    deploy form by the native engine, without PyTorch, where nothing else is asked for and there is no NVIDIA GPU or `device` is
-    "cpu". Raises `ImageError` where a pattern fits nothing.
+    masks, or for those pictures. An image that cannot be read yields an answer with an `error`. The native engine runs up to 32
+    images of a deploy form, without PyTorch, if nothing else is asked for and there is no NVIDIA GPU or `device` is
+    "cpu". Raises `ImageError` if a pattern matches nothing.
     """
     patterns = [os.fspath(images)] if isinstance(images, (str, os.PathLike)) else list(images)
     if explain:

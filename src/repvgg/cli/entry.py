@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # here, where a reader that has left is noticed
     except KeyboardInterrupt as stopped:
-        _fail(str(stopped) or "stopped; what was saved last is whole", 128 + getattr(stopped, "signal", signal.SIGINT))
+        _fail(str(stopped) or "stopped; all saved files are intact", 128 + getattr(stopped, "signal", signal.SIGINT))
     except BrokenPipeError:  # the reader of our output has left: end quietly, as rich does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -113,7 +113,7 @@ def _print_overview() -> None:
     print(f"{DESCRIPTION}\n\nusage: repvgg COMMAND ...        (repvgg COMMAND --help: its flags, and an example)\n")
     for name in COMMANDS:
         print(f"  {name:<12}{_command(name).__doc__.splitlines()[0]}")
-    print("\n  -q, -v      after any command: no remarks but errors; or more of them, and where an error was")
+    print("\n  -q, -v      after any command: only errors; or the libraries' messages too, and tracebacks")
     print("  --print-completion bash|zsh: completes commands and flags (docs/training.md says where to put it)")
     print("\nExample: repvgg demo --out demo")
 

@@ -11,7 +11,7 @@ from repvgg.cli.flags import Model, say
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Training form to deploy form, verified; or, with --to-keys, the same form in another implementation's keys.
+    """Fold training form to deploy form, verified; or, with --to-keys, rename keys for another implementation.
 
     Example: repvgg convert runs/photos/best.safetensors photos.safetensors
     """
@@ -54,7 +54,7 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Files of other runtimes: folded, written, loaded back, and compared with PyTorch before they are kept.
+    """Export to other runtimes: fold, write, load back, and compare with PyTorch before a file is kept.
 
     Example: repvgg export runs/photos/best.safetensors --to onnx --out exported
     """
@@ -96,7 +96,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """Publish a model file on the Hugging Face hub, with a card that says what was measured. Then hf:REPO stands for it.
+    """Publish a model file on the Hugging Face hub, with a card that says what was measured. Then hf:REPO names it.
 
     Example: repvgg push runs/photos/best.safetensors me/photos --license mit
     """

@@ -26,7 +26,7 @@ Images = Annotated[tuple[str, ...], Positional, arg(metavar="IMAGES", help="File
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "int16", "int8"]
 
 
-SHOWN = "What is not given is as in the recipe; shown are the values of the one that is named, or of light."
+SHOWN = "Flags left out keep the recipe's values. Shown are those of the recipe named, or of light."
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Draw:
     seed: int = 0
     """Seed of the draw, and of weights, order and augmentation where it trains."""
     val: float | None = None
-    """Share of each class's images that is held out, of data without splits of its own; by default a fifth, or as in training."""
+    """Share of each class to hold out, for data without splits of its own; by default a fifth, or as in training."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Engine:
 
     engine: str = ""
     """auto (the fastest here) or a name, as in repvgg bench; empty: PyTorch, or the exported file's own (predict
-    shows up to 32 images to a deploy form in native)."""
+    runs up to 32 images of a deploy form in native)."""
     precision: Precision = "fp32"
     """Precision of the engine's weights and activations."""
 

@@ -11,7 +11,7 @@ from repvgg.cli.flags import Images, OnDevice, Output, Printed, Where, say
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """The whole road on embedded data, in under two minutes: train, fold, verify, time, predict, and a page to look at.
+    """Run every step on embedded data in under two minutes: train, fold, verify, time, predict, and write a page.
 
     Example: repvgg demo --out demo
     """
@@ -35,7 +35,7 @@ class Demo:
 
 @dataclass(frozen=True, kw_only=True)
 class Engines:
-    """The engines that run a model here, their versions and precisions, and their speeds when they were last measured.
+    """List the engines that run a model here, with versions, precisions and the speeds measured last.
 
     Example: repvgg engines
     """
@@ -50,7 +50,7 @@ class Engines:
 
 @dataclass(frozen=True, kw_only=True)
 class Web:
-    """A page that runs a model in the browser on the visitor's images, training form and deploy form side by side.
+    """Make a page that runs a model in the browser on the visitor's images, both its forms side by side.
 
     Example: repvgg web runs/cats/best.safetensors photos/
     """
@@ -77,16 +77,16 @@ class Web:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A page of a run: curves, confusion, worst mistakes, what the network saw, costs. Of several runs, one page side by side.
+    """Write a page about a run: curves, confusion, worst mistakes, what the network saw, costs; or compare several runs.
 
     Example: repvgg report runs/photos
     """
 
     runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN", help="Run folders; run.html goes into a single one.")]
     data: str = ""
-    """Of one run: where its images are now, if they have moved."""
+    """For one run: where its images are now, if they moved."""
     out: Path | None = None
-    """Of several runs: the page to write; by default compare.html."""
+    """For several runs: page to write; by default compare.html."""
     where: OnDevice = field(default_factory=Where)
 
     def run(self) -> None:
@@ -109,7 +109,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """The family at a glance, one model layer by layer, or the operators of an exported file.
+    """Show the model family, one model layer by layer, or an exported file's operators.
 
     Example: repvgg info repvgg_a0
     """
@@ -132,7 +132,7 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRecipe:
-    """The recipes, or one of them fully resolved.
+    """Show all recipes, or every field of one.
 
     Example: repvgg recipe light
     """

@@ -21,7 +21,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Speed of models, engines and precisions, taking turns, with spread and ratios to the first.
+    """Time models, engines and precisions in turns, with spread and ratios to the first.
 
     All models are folded before they are timed, comparators too.
 
@@ -34,7 +34,7 @@ class Bench:
     precision: str = "fp32"
     """fp32, tf32, bf16, fp16, int16 (native); several with commas."""
     batch_size: str = "32"
-    """Images a batch, several with commas; halved, with a word, where memory runs out."""
+    """Images a batch, several with commas; halved, with a note, if memory runs out."""
     rounds: int = 5
     """Rounds, in each of which every candidate has its turn."""
     batches: int = 10
@@ -81,7 +81,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchData:
-    """Speed of training data, stage by stage: reading, decoding, augmenting, collating, to the device.
+    """Time loading of training data by stage: reading, decoding, augmenting, collating, to the device.
 
     Stages are timed in one process each; "batches" is what a training run gets from all its workers.
 
@@ -112,7 +112,7 @@ class BenchData:
 class WriteIndex:
     """Count the images of a stream's shards, once, so that training need not.
 
-    The index is written beside the data, as _index.json, where all machines that see them find it; or, of data far away, into the
+    The index is written beside the data, as _index.json, where every machine finds it; for remote data, into the
     cache folder.
 
     Example: repvgg index wds:shards
@@ -130,7 +130,7 @@ class WriteIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """The tables and figures of the paper, beside what this machine measures; and a page of them all.
+    """Show the paper's tables and figures beside this machine's, or all of them on one page.
 
     Finished speeds are kept in OUT/speeds.json, so that an interrupted run goes on where it was.
 
@@ -153,7 +153,7 @@ class Paper:
     models: str = ""
     """Models of tables 4, 5 and 8, figure 1 and training_vs_deploy, several with commas; by default all."""
     engine: str = ""
-    """An engine's name; best: for each model its fastest that computes what PyTorch does. By default best for tables 4 and 5 and
+    """An engine's name, or best: each model's fastest that computes what PyTorch does. By default best for tables 4 and 5 and
     figure 1 (eager with --quick), all that are installed for winograd, eager for the rest."""
     weights: str = ""
     """Trained classifiers, whose top-1 on the data tables 4 and 5 compute: model files or names (the paper's own weights), several

@@ -117,7 +117,7 @@ def _show_family(as_json: bool) -> None:
     ]
     print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
     print("top-1: on ImageNet, of the weights that the authors released; --init NAME and predict NAME fetch them from the hub.")
-    print("Without a figure: none were released, repvgg train makes them.")
+    print("No figure: no weights were released; train with repvgg train.")
     print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
     print("Comparators: " + ", ".join(name for name in list_models() if name not in FAMILY and name not in PSPNETS))
     print(f"Trained, in the package: {', '.join(EMBEDDED)}")

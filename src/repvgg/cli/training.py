@@ -30,7 +30,7 @@ from repvgg.train.recipes import Keeping
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model on images, evaluate it every epoch, keep the best and the last; go on with a run that was stopped.
+    """Train a model on images, evaluate it every epoch, keep the best and the last; resume a run that was stopped.
 
     Example: repvgg train --arch repvgg_a0 --data photos --out runs/photos
     """
@@ -38,7 +38,7 @@ class Train:
     arch: str = ""
     """A model's name (see repvgg info); not needed with --init."""
     init: str = ""
-    """A model file, or a name for its pretrained weights, to start from; the head is new if the classes are. none: new weights,
+    """A model file, or a name for its pretrained weights, to start from; new classes get a new head. none: new weights,
     even where --recipe auto would take trained ones."""
     data: Data
     out: Path
@@ -47,7 +47,7 @@ class Train:
     """auto (chosen for these images and this machine; the default for photos), light, heavy, cifar, finetune, demo, pspnet, camvid;
     or a file (.json). Its fields are the flags below."""
     minutes: float | None = None
-    """What --recipe auto plans for; by default 10."""
+    """Minutes for --recipe auto; by default 10."""
     block: str = ""
     """The structure of each layer in training form; by default the model's own. (An unknown one lists them all.)"""
     report: bool = True
@@ -81,9 +81,9 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Take channels out of a RepVGG and train what is left; with accuracy, cost and speed before and after.
+    """Remove channels from a RepVGG and train the rest; report accuracy, cost and speed before and after.
 
-    Of a training form all branches are pruned together.
+    In a training form, all branches are pruned together.
 
     Example: repvgg prune runs/photos/best.safetensors --data photos --keep 0.5 --out runs/pruned
     """
@@ -125,9 +125,9 @@ class Prune:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """INT8, calibrated on real images; with the accuracy before and after, the layers that hurt, and the speed.
+    """Quantize to INT8, calibrated on real images; report accuracy before and after, harmful layers, speed.
 
-    Calibrated on the training split, evaluated on the whole of the validation split.
+    It is calibrated on the training split and evaluated on the whole validation split.
 
     Example: repvgg quantize runs/photos/best.safetensors --data photos --to onnx --out int8
     """
@@ -141,17 +141,17 @@ class Quantize:
     images: int = 300
     """Images to calibrate on."""
     bias_correction: Literal["none", "fast", "full"] = "fast"
-    """Corrects what rounding weights does to a layer's mean."""
+    """Undo what rounding weights does to a layer's mean."""
     equalise: bool = False
-    """Scale channels first, so that weights have like ranges; exact."""
+    """Scale channels first, to give weights similar ranges; exact."""
     keep: tuple[int, ...] = ()
     """Numbers of layers to leave in float; 0 -1 for the first and the last."""
     max_drop: float | None = None
     """Largest loss of top-1, as a fraction: leave as many layers in float as that takes."""
     qat_epochs: int = 0
-    """First insert batch norms and train this long with weights and activations rounded."""
+    """QAT epochs: insert batch norms and train with weights and activations rounded."""
     qat_lr: float = 0.001
-    """Learning rate of that, at its start."""
+    """Initial learning rate of QAT."""
     draw: Drawn = field(default_factory=Draw)
     where: OnDevice = field(default_factory=Where)
     output: Printed = field(default_factory=Output)
@@ -168,9 +168,9 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate:
-    """Tables 6 and 7 of the paper on any data: train every variant of a block with every seed, set them side by side.
+    """Repeat Tables 6 and 7 of the paper on any data: train every variant of a block with every seed and compare them.
 
-    What is finished is kept and what was begun goes on, so that it may be stopped and started at will. With --ray a cluster trains
+    Finished runs are kept and unfinished ones resume, so you can stop and restart it at will. With --ray, a cluster trains
     many at a time.
 
     Example: repvgg ablate --data cifar10 --arch repvgg_micro --out runs/ablation
@@ -190,7 +190,7 @@ class Ablate:
     limit: int | None = None
     """At most this many images of each split, the same for all variants."""
     ray: str = ""
-    """Train as tasks of Ray: auto for the cluster that this machine belongs to, or one of it alone; or a cluster's address."""
+    """Train as Ray tasks. auto: on the cluster of this machine, or else on this machine alone; or a cluster's address."""
     shape: Shaped = field(default_factory=Shape)
     where: OnDeviceLoading = field(default_factory=WhereLoading)
     output: Printed = field(default_factory=Output)

@@ -26,7 +26,7 @@ from repvgg.predict.actors import Cluster
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Top-1, top-5, accuracy of each class and the confusion matrix; for masks, intersection over union of each class.
+    """Measure top-1, top-5, accuracy per class and the confusion matrix; for masks, intersection over union per class.
 
     Example: repvgg eval runs/photos/best.safetensors --data photos
     """
@@ -66,7 +66,7 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Labels and probabilities of images; of a PSPNet, masks. With --data, of a whole data set, as Parquet.
+    """Predict labels and probabilities of images; a PSPNet's masks; with --data, a data set as Parquet.
 
     Example: repvgg predict runs/photos photo.jpg more/*.jpg
     """
@@ -81,11 +81,11 @@ class Predict:
     split: str = "val"
     """Split of the data."""
     part_size: int = 1024
-    """With --data: images a part; of hf-stream and wds, a part is a file of the data."""
+    """With --data: images per part; with hf-stream and wds, a part is a data file."""
     batch_size: int = 32
     """Images at a time; masks are made one at a time."""
     top: int = 5
-    """How many labels an image."""
+    """Labels for each image."""
     explain: Literal["cam"] | None = None
     """Also write a picture of each image's evidence for its label, NAME.cam.png, beside it or in --out."""
     cluster: OmitArgPrefixes[Cluster] = field(default_factory=Cluster)
@@ -122,7 +122,7 @@ class Predict:
 
     def _whole_set(self) -> None:
         if self.images or not self.out:
-            raise ValueError("--data D --out FOLDER: a whole data set is predicted into a folder, and no other images with it")
+            raise ValueError("--data D --out FOLDER: --data needs a folder for its predictions, and takes no other images")
         if not self.cluster.ray and self.cluster != Cluster():
             raise ValueError("--concurrency and --gpus are for --ray")
         if self.cluster.ray and self.where.workers:

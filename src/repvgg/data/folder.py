@@ -66,7 +66,7 @@ def _listing(root: Path) -> Arrays:
     try:
         folder = _Visible(str(root), is_valid_file=lambda p: is_image(p.removeprefix(f"{root}/")), allow_empty=True)
     except FileNotFoundError:
-        raise DataError(f"{root}: holds no class folders: put the images of each class into a folder named like it") from None
+        raise DataError(f"{root}: holds no class folders: put the images of each class into a folder of its name") from None
     names, classes = Names.of([path.removeprefix(f"{root}/") for path, _ in folder.samples]), Names.of(folder.classes)
     folders = [path for path, _, _ in os.walk(root, followlinks=True)] if len(names) >= MANY else []
     watched = Names.of(folders)
@@ -109,7 +109,7 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
         names = [name if root is path else f"train/{name}" for name in everything.names]
         classes = [escaped(name) for name in everything.classes]
         found = divided(str(path), everything, names, everything.labels.tolist(), classes, how or Splitting(seed=seed))
-        tested = root != path and is_split(path / "test")
+        tested = root != path and _has_classes(path / "test")
         return replace(found, test=Folder(path / "test", everything.classes)) if tested else found
     if how is not None:
         raise DataError(f"--val: {path} has a validation split of its own, {held.name}/")
@@ -123,7 +123,11 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
 def is_split(folder: Path) -> bool:
     """Tell a split from a class of that name: it holds class folders, or lies beside a train/ that does."""
     beside = folder.with_name("train")
-    return folder.is_dir() and (bool(_folders(folder)) or (beside.is_dir() and bool(_folders(beside))))
+    return folder.is_dir() and (_has_classes(folder) or _has_classes(beside))
+
+
+def _has_classes(folder: Path) -> bool:
+    return folder.is_dir() and bool(_folders(folder))
 
 
 def _folders(path: str | Path) -> list[str]:

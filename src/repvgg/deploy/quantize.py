@@ -239,7 +239,7 @@ def _worst(layers: list[LayerNoise], kept: list[int], max_drop: float) -> int:
     """The layer that adds most noise of those still in INT8."""
     left = [i for i in range(len(layers)) if i not in kept]
     if not left:
-        raise ValueError(f"--max-drop {max_drop}: not kept even with every convolution in float; it is the classifier or chance")
+        raise ValueError(f"--max-drop {max_drop}: exceeded even with every convolution in float, by the classifier or by chance")
     return max(left, key=lambda i: layers[i].added)
 
 

@@ -8,11 +8,11 @@ class Cluster:
     """The cluster that predicts a whole data set, and its actors; without one this process does it, in a loop."""
 
     ray: str = ""
-    """auto for the cluster that this machine belongs to, or one of this machine alone; or a cluster's address."""
+    """auto: the cluster that this machine belongs to, or else this machine alone; or a cluster's address."""
     concurrency: str = ""
     """With --ray: how many actors run the model, MIN,MAX; by default at most one a processor."""
     gpus: float = 0.0
-    """With --ray: of each actor."""
+    """With --ray: GPUs an actor."""
 
     def actors(self, processors: int) -> tuple[int, int]:
         """Return the least and the largest number of actors. Raises ValueError for something else than MIN,MAX."""

@@ -32,7 +32,7 @@ MEETING = timedelta(seconds=50)  # from the first process that is here to the la
 TIMEOUT = timedelta(minutes=30)  # for the slowest of what one process does while the others wait: evaluation, and writing files
 
 
-LOST = "another process is gone; what was saved last is whole"
+LOST = "another process is gone; all saved files are intact"
 
 
 class LostError(ConnectionError):

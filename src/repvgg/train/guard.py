@@ -66,7 +66,7 @@ class Guard:
         if requests and not self.asked:
             self.asked = min(requests)
             self.deadline = time.monotonic() + self.grace
-            self.reason = "asked to stop, but another process does not answer; what was saved last is whole"
+            self.reason = "asked to stop, but another process does not answer; all saved files are intact"
 
     def _end(self, reason: str, code: int) -> None:
         print(f"{self.name}: {reason}", file=sys.stderr, flush=True)

@@ -55,13 +55,13 @@ class Muon(torch.optim.SGD):
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """Return about the nearest matrix whose singular values are all 1: these are from 0.5 to 1.3, but for those near 0 at first."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp(min=1e-12)
+    wide: Tensor = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x: Tensor = wide / wide.norm().clamp(min=1e-12)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         squares = x @ x.T
         x = torch.addmm(x, torch.addmm(squares, squares, squares, beta=b, alpha=c), x, beta=a)
-    return x if wide is matrix else x.mT
+    return x if wide is matrix else x.T
 
 
 def turned_kernels(model: nn.Module) -> Iterator[nn.Parameter]:

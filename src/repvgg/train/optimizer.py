@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """
     layer_decay, head_lr = recipe.layer_decay, recipe.head_lr
     if head_lr != 1 and not (isinstance(model, RepVGG) or hasattr(model, "backbone")):
-        raise ValueError(f"--head-lr: which part of {type(model).__name__} is its head is not known here")
+        raise ValueError(f"--head-lr: the head of {type(model).__name__} is not known here")
     if layer_decay != 1 and not isinstance(model, RepVGG):
         raise ValueError(
             f"--layer-decay: the stages of {type(model).__name__} are not known here; it is for the RepVGG family "

@@ -27,47 +27,47 @@ class Schedule:
     batch_size: int = 256
     """Images a step, of all processes and parts together."""
     accumulate: int = 1
-    """Parts that a process takes its images of a step in, where memory is short."""
+    """Parts to split a process's images of a step into, to save memory."""
     early_stop: int = 0
-    """End after this many epochs without a better one; 0: never before the last."""
+    """Stop after this many epochs without a better one; 0: never."""
     warmup_epochs: float = 0.0
-    """Linear rise of the learning rate from zero; at most half of the run."""
+    """Epochs of linear warm-up from zero; at most half of the run."""
     decay: Literal["cosine", "linear", "poly"] = "cosine"
-    """Its fall to zero; poly: what is left of the run, to the power of 0.9."""
+    """Fall of the learning rate to 0; poly: (share of the run left)^0.9."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """The way in which weights are moved, and what they are moved towards."""
+    """The optimizer, its learning rates and the loss."""
 
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     """SGD with momentum, as in the paper; AdamW, whose learning rate is nearer 0.001; Muon for kernels, with SGD for all else."""
     lr: float = 0.1
     """Peak learning rate."""
     lr_per: int = 0
-    """Images a step that `lr` is meant for: it is scaled by batch_size / lr_per. 0: never scaled."""
+    """Batch size that `lr` is meant for; `lr` is scaled by batch_size / lr_per. 0: never scaled."""
     kernel_lr: float = 0.02
     """Muon's peak learning rate: the angle in radians by which a step turns a kernel."""
     momentum: float = 0.9
-    """Of SGD and Muon; AdamW's first beta."""
+    """SGD's, Muon's; AdamW's first beta."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 1e-4
-    """On the kernels of convolutions and the classifier; never on biases or batch norms, nor on kernels that Muon turns."""
+    """Decay of convolution and classifier kernels; never of biases or batch norms, nor of kernels that Muon updates."""
     custom_l2: bool = False
     """Decay the kernels that blocks fold to, as the official code does, instead of those of their branches."""
     decay_identity: bool = False
     """Decay the weights of identity branches' batch norms too, which are kernels once folded, as the official README advises."""
     clip_norm: float = 0.0
-    """Largest norm of the gradient; 0: any."""
+    """Clip gradients to this norm; 0: off."""
     head_lr: float = 1.0
     """Learning rate of what comes after the backbone, as a multiple of the backbone's."""
     bn_bias_lr: float = 1.0
     """Learning rate of batch norms' biases, as a multiple of their layer's; where epochs are few, well above 1 (Jordan 2024)."""
     layer_decay: float = 1.0
-    """Learning rate of a stage as a share of the next one's; the head has all of it."""
+    """Learning rate of a stage as a share of the next one's; the head's is full."""
     frozen_stages: int = 0
-    """First stages that stay as they are; the stem is the first."""
+    """Number of first stages to freeze; the stem is the first."""
     freeze_bn: bool = False
     """Batch norms keep their running statistics, and use them."""
     ema: float = 0.0
@@ -85,9 +85,9 @@ class Augmentation:
     """The changes to an image before the network sees it."""
 
     image_size: int = 0
-    """Height and width that images are trained and tested at; 0: what suits the data, or the model that it starts from."""
+    """Height and width of images in training and testing; 0: what suits the data, or the model to start from."""
     crop: Literal["random_resized", "shift", "scale"] = "random_resized"
-    """A crop of random size and shape; a shift by up to `shift`; of masks, a scale from 0.5 to 2 and then a crop."""
+    """random_resized: random size and shape. shift: by up to `shift`. scale (masks): from 0.5 to 2, then a crop."""
     shift: float = 0.125
     """Longest shift, as a share of the image's longer side."""
     border: Literal["black", "reflected"] = "black"
@@ -103,13 +103,13 @@ class Augmentation:
     flip: bool = True
     """Mirror half of the images."""
     small_first: float = 0.0
-    """Share of the run, from its start, that sees images at three quarters of their size: there a step takes half of the time."""
+    """Share of the run, from its start, with images at three quarters of their size; a step then takes half the time."""
     auto_augment: bool = False
     """AutoAugment's ImageNet policy (Cubuk et al. 2019)."""
     rand_augment: int = 0
     """Strength of RandAugment (Cubuk et al. 2020), up to 30, 9 being usual; 0 is off."""
     erasing: float = 0.0
-    """Share of the images of which a rectangle is erased (Zhong et al. 2020)."""
+    """Share of the images that lose a random rectangle (Zhong et al. 2020)."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: float = 0.0
@@ -118,7 +118,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Machine:
-    """The way in which the machine computes."""
+    """Precision and other ways to compute."""
 
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16, fp16: autocast; weights and optimizer stay in fp32. fp64: all of it."""
@@ -187,24 +187,24 @@ class Recipe(Machine, Augmentation, Optimization, Schedule):
 
 @dataclass(frozen=True)
 class Keeping:
-    """Settings of when state is saved (at the end of each epoch always), and what happens in a folder that holds a run already."""
+    """Settings for saving state (always at the end of each epoch), and for a folder that already holds a run."""
 
     save_minutes: float = 2.0
-    """Save the state this often."""
+    """Minutes between two saves."""
     save_steps: int = 0
-    """And after this many steps; 0: by the clock alone."""
+    """Save after so many steps too; 0: only by time."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on with the run that is in the folder. never: start over, and lose it."""
+    """auto: resume the run in the folder. never: start over, and lose it."""
     allow_change: str = ""
-    """Settings in which it may differ from the run that it goes on with, with commas: epochs,lr."""
+    """Settings that may differ from those of the resumed run, with commas: epochs,lr."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """stop: at an image that cannot be read. skip: list such images in bad_images.txt and go on without."""
     allow_deploy: bool = False
-    """Go on training a model in deploy form: a plain network without batch norms."""
+    """Allow training a model in deploy form: a plain network without batch norms."""
     wandb: str = ""
     """Project on Weights & Biases to log to as well."""
     mirror: str = ""
-    """URL of a folder (s3://bucket/run) to which the run is copied whenever its state is saved, and from which it goes on where
+    """URL of a folder (s3://bucket/run). The run is copied there whenever its state is saved, and resumes from there if
     it is not in --out."""
 
 

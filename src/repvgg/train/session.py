@@ -98,7 +98,7 @@ class Session:
                 parts = 2 * self.recipe.accumulate
                 raise ValueError(
                     f"out of memory on {self.trainer.device} with {self.feed.part} images at a time: --accumulate {parts} takes "
-                    "half as many, or a smaller --batch-size. What was saved last is whole"
+                    "half as many, or a smaller --batch-size. All saved files are intact"
                 ) from None
             finally:
                 self.store.wait()
