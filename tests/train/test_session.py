@@ -166,7 +166,7 @@ def test_at_an_unreadable_image_the_state_is_saved_first(tmp_path: Path) -> None
 
     whole = run("whole")
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()  # of seed 0, epoch 0
-    bad = Path(open_source(data).train.names[order[5]])  # type: ignore[attr-defined]  # in the third step
+    bad = tmp_path / "data/train" / open_source(data).train.names[order[5]]  # type: ignore[attr-defined]  # in the third step
     good = bad.read_bytes()
     bad.write_bytes(b"no image")
     with pytest.raises(ImageError, match=f"^{bad}"):
