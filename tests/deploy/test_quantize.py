@@ -10,11 +10,11 @@ from conftest import randomize, relative_error
 from torch import nn
 
 from repvgg.cli import main
-from repvgg.data import Decoded, Source
+from repvgg.data import Decoded, Source, open_source
 from repvgg.deploy import quantize as quantizing
 from repvgg.deploy.int8 import RoundedConv
 from repvgg.deploy.load import load_engine
-from repvgg.deploy.quantize import Quantization, QuantizationReport, quantize
+from repvgg.deploy.quantize import Quantization, QuantizationReport, qat_recipe, quantize
 from repvgg.disk import FileError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
@@ -174,3 +174,9 @@ def test_what_is_refused(model: nn.Module, source: Source, tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"quantising needs nncf: pip install nncf"):
         quantize(model, source, "onnx", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_with_rounding_is_gentle_whatever_the_recipe_of_the_data() -> None:
+    """The network is trained already: nothing moves at rates of their own, and images have their size from the start."""
+    recipe = qat_recipe(replace(open_source("digits"), recipe="cifar"))
+    assert (recipe.optimizer, recipe.ema, recipe.small_first, recipe.bn_bias_lr, recipe.freeze_bn) == ("sgd", 0, 0, 1, True)

@@ -218,7 +218,8 @@ def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings
 def qat_recipe(source: Source) -> Recipe:
     """Return the source's own recipe, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a
     training, augmented as they are, would change the network more than the rounding does."""
-    return replace(get_recipe(source.recipe), warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
+    recipe = replace(get_recipe(source.recipe), optimizer="sgd", bn_bias_lr=1, ema=0, small_first=0)  # it is trained already
+    return replace(recipe, warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
 
 
 def _numbers(keep: tuple[int, ...], count: int) -> list[int]:
