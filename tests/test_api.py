@@ -215,6 +215,7 @@ def test_prune_and_quantize(trained: Any, photos: Path, tmp_path: Path) -> None:
         ({"epochs": "3"}, "epochs is '3': int is needed"),
         ({"recipe": "nowhere.json"}, "nowhere.json: no recipe can be read"),
         ({"minutes": 0.0}, "--minutes 0: above 0"),
+        ({"minutes": 5.0, "recipe": "light"}, "--minutes 5 is for --recipe auto only"),
         ({"device": "tpu"}, "no device 'tpu' here"),
         ({"image_size": -1}, "image_size is -1: not negative"),
         ({"val": 2.0}, "--val 2.0: a fraction"),

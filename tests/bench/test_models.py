@@ -56,6 +56,10 @@ def test_threads_and_sizes_are_at_least_one() -> None:
             quick(MICRO, **how)
 
 
+def test_a_pspnet_has_the_classes_of_table_8() -> None:
+    assert network(Candidate("pspnet_repvgg_micro"))[0].num_classes == 19
+
+
 def test_trap_8_what_is_timed_as_deploy_form_has_no_branches_left(built: list[nn.Module]) -> None:
     quick(MICRO, TRAINING)
     deploy, training = built

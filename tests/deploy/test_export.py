@@ -134,6 +134,11 @@ def test_bicubic_overshoot_is_cut_off_as_in_predict() -> None:
     assert graph(pixels).max() > 1.01
 
 
+def test_so_many_images_that_there_are_none(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="--images 0: at least 1"):
+        real_images(model, "digits", 0)
+
+
 def test_an_image_that_is_too_small_once_resized() -> None:
     with pytest.raises(ValueError, match="--image-size: 64 x 64, resized to 28, is too small to crop"):
         resize_and_crop((64, 64), Preprocessing((3, 32, 32), 28))

@@ -15,7 +15,7 @@ from conftest import randomize
 from repvgg.deploy import engines
 from repvgg.deploy.export import export
 from repvgg.deploy.formats import FORMATS
-from repvgg.deploy.staged import staged
+from repvgg.deploy.staged import refuse_strangers, staged
 from repvgg.disk import FileError
 from repvgg.models import zoo
 
@@ -30,6 +30,15 @@ def test_all_or_nothing(tmp_path: Path) -> None:
         (folder / "a.json").write_text("x")
         raise ValueError
     assert not (tmp_path / "other").exists()
+
+
+def test_a_page_of_somebody_elses_stays(tmp_path: Path) -> None:
+    refuse_strangers(tmp_path, "index.html", "ours.json")
+    (tmp_path / "index.html").write_text("precious")
+    with pytest.raises(FileError, match=r"holds the index\.html of something else"):
+        refuse_strangers(tmp_path, "index.html", "ours.json")
+    (tmp_path / "ours.json").touch()
+    refuse_strangers(tmp_path, "index.html", "ours.json")
 
 
 def test_what_is_renamed_was_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

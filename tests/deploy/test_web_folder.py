@@ -46,6 +46,8 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a page classifies, and a PSPNet makes masks"):
         write_web(repvgg.create_model("pspnet_repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path / "site", log=silent)
+    with pytest.raises(ValueError, match="a page shows the model photos, of 3 channels or 1, and this one takes 4"):
+        write_web(repvgg.create_model("repvgg_micro", num_classes=3, in_chans=4, width=0.125).eval(), tmp_path / "site", log=silent)
     with pytest.raises(ValueError, match="leave out --batch-size"):
         write_web(
             repvgg.create_model("repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path / "site", Shape(batch_size=2), silent

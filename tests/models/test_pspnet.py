@@ -307,17 +307,21 @@ def test_options_that_do_not_fit_are_named() -> None:
             repvgg.create_model(name, **options)
 
 
-def test_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("name", ["pspnet_repvgg_micro", "pspnet_resnet18"])
+def test_checkpointing_changes_nothing(name: str) -> None:
+    """Nor the batch norms' statistics, which count a batch once."""
     x = torch.randn(2, 3, 25, 25)
-    gradients = []
+    gradients, buffers = [], []
     for enable in (False, True):
         torch.manual_seed(0)
-        model = narrow("pspnet_repvgg_micro").train()
+        model = narrow(name).train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(1)  # dropout
         logits, auxiliary = model(x)
         (logits.square().mean() + auxiliary.square().mean()).backward()
         gradients.append([p.grad for p in model.parameters()])
+        buffers.append(list(model.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
 
 

@@ -55,8 +55,9 @@ def test_speeds_are_measured_once(tmp_path: Path, timed: list[Grid]) -> None:
         found = findings.training_speeds(grid, settings(tmp_path))
         assert [(name, t.by_round) for name, t in found.items()] == [(name, [1, 2]) for name in variants]
     assert len(timed) == 2
-    findings.training_speeds(grid, replace(settings(tmp_path), batch_size=3))
-    assert len(timed) == 3
+    for number, other in enumerate(({"batch_size": 3}, {"precision": "bf16"}, {"channels_last": False}), 3):
+        findings.training_speeds(grid, replace(settings(tmp_path), **other))  # type: ignore[arg-type]
+        assert len(timed) == number
 
 
 def test_one_learning_rate(tmp_path: Path, timed: list[Grid]) -> None:

@@ -55,6 +55,11 @@ def test_parquet_files(bucket: str, photos: Path, files: Path, tmp_path: Path) -
     assert rows(job.out)[7]["key"] == "1.parquet/1"
 
 
+def test_a_url_has_no_splits() -> None:
+    with pytest.raises(DataError, match="--split test: all that is below s3://any is predicted"):
+        open_data("s3://any", "test", 8)
+
+
 def test_nothing_there(bucket: str) -> None:
     put(f"{bucket}/none/letter.txt", b"precious")
     with pytest.raises(DataError, match="holds neither Parquet files nor images"):

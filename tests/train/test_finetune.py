@@ -51,6 +51,16 @@ def test_a_new_head_on_the_old_body(trained: Path) -> None:
     assert model.training
 
 
+def test_a_module_that_is_started_from_stays_as_it_is(trained: Path) -> None:
+    given = load(trained)
+    before = given.state_dict()
+    model, _ = started_from(given, "", odd_or_even(), log=lambda line: None)
+    assert model is not given
+    assert not given.training
+    assert all(torch.equal(tensor, given.state_dict()[name]) for name, tensor in before.items())
+    assert zoo.manifest_of(given).classes == open_source("digits").classes
+
+
 def test_what_is_left_out_of_a_strangers_file_is_told(trained: Path, tmp_path: Path) -> None:
     tensors = keys.to_foreign(load(trained).state_dict(), "official")
     nested = {f"net.{name}": tensor for name, tensor in tensors.items()}

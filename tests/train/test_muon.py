@@ -39,7 +39,7 @@ def test_a_gradient_of_zero_stays_zero() -> None:
 
 def kernel_and_step(dtype: torch.dtype = torch.float64) -> tuple[nn.Parameter, Muon]:
     kernel = nn.Parameter(torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(1), dtype=dtype))
-    group = {"params": [kernel], "turned": True, "dtype": None}
+    group = {"params": [kernel], "turned": True}
     return kernel, Muon([group], lr=0.05, momentum=0.9, nesterov=True)
 
 

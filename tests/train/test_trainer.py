@@ -17,7 +17,7 @@ from repvgg.models.repvgg import RepVGG
 from repvgg.train.distributed import World
 from repvgg.train.loop import new_model
 from repvgg.train.recipes import Recipe
-from repvgg.train.trainer import Trainer
+from repvgg.train.trainer import Trainer, refuse_infinite
 
 EXACT = Recipe(batch_size=16, weight_decay=5e-4, precision="fp64")
 
@@ -95,6 +95,15 @@ def test_checkpointing_changes_nothing() -> None:
     assert distance(stepped(EXACT), stepped(replace(EXACT, checkpointing=True))) == 0
     with pytest.raises(ValueError, match="--checkpointing: Linear cannot do it"):
         Trainer(nn.Linear(1, 1), Recipe(checkpointing=True), 1)
+    with pytest.raises(ValueError, match="--checkpointing does not go with --compile"):
+        Trainer(narrow(), Recipe(checkpointing=True, compile=True), 10)
+
+
+def test_a_scalar_that_is_not_finite_is_found_but_steps_are_not_looked_at() -> None:
+    """They are on another device than the rest."""
+    refuse_infinite({"steps.a": torch.zeros((), device="meta"), "model.a": torch.zeros(2)})
+    with pytest.raises(FloatingPointError, match=r"model\.scale holds NaN or Inf"):
+        refuse_infinite({"model.scale": torch.tensor(float("nan"))})
 
 
 def test_the_moving_average_by_hand() -> None:

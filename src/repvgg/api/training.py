@@ -71,8 +71,8 @@ def train(
         if plain is not None and minutes is not None:
             raise ValueError(f"--minutes {minutes:g} is for --recipe auto only: leave it out, or say --recipe auto")
         if plain is None:
-            how: dict[str, Any] = {"minutes": 10.0 if minutes is None else minutes, "device": where, "workers": workers}
-            how |= {"allow_deploy": keeping.allow_deploy, "log": log, **options}
+            how: dict[str, Any] = {"device": where, "workers": workers, "allow_deploy": keeping.allow_deploy, "log": log, **options}
+            how |= {} if minutes is None else {"minutes": minutes}
             plain, start = _chosen(arch, source, Path(out), init, keeping.resume == "auto", changes, how)
         if isinstance(start, str) and start == "none":
             start = ""

@@ -25,6 +25,11 @@ class Muon(torch.optim.SGD):
     kernels keep their norm: it says nothing where a batch norm follows, and weight decay would be without effect.
     """
 
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype | None = None, **how: Any) -> None:
+        """Take groups of parameters. dtype: of the matrices' products, None for the kernels' own; how: as of SGD."""
+        super().__init__(groups, **how)
+        self.dtype = dtype
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         """Take one step by the gradients of the parameters. closure: as of every optimizer."""
@@ -47,7 +52,7 @@ class Muon(torch.optim.SGD):
             state["momentum_buffer"] = torch.zeros_like(kernel)
         momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         ahead = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-        step = orthogonal(ahead.flatten(1).to(group["dtype"] or kernel.dtype)).to(kernel.dtype).view(kernel.shape)
+        step = orthogonal(ahead.flatten(1).to(self.dtype or kernel.dtype)).to(kernel.dtype).view(kernel.shape)
         size = kernel.norm()
         kernel.sub_(step * (group["lr"] * size / step.norm().clamp(min=1e-12)))
         kernel.mul_(size / kernel.norm().clamp(min=1e-12))

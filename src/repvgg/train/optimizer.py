@@ -21,8 +21,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
-    kind = Muon if recipe.optimizer == "muon" else torch.optim.SGD
-    return kind(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    how: dict[str, Any] = {"lr": recipe.lr, "momentum": recipe.momentum, "nesterov": recipe.nesterov}
+    if recipe.optimizer == "muon":
+        return Muon(groups, torch.bfloat16 if recipe.precision == "bf16" else None, **how)
+    return torch.optim.SGD(groups, **how)
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -58,15 +60,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
                 scale *= recipe.bn_bias_lr
             decays = parameter in decaying or (parameter.dim() > 1 and parameter not in spared and not turned)
             groups.setdefault((scale, decays, turned), []).append(parameter)
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else None  # of Muon's matrices; None: the kernels' own
     return [
-        {
-            "params": parameters,
-            "weight_decay": recipe.weight_decay if decays else 0.0,
-            "lr_scale": scale,
-            "turned": turned,
-            "dtype": dtype,
-        }
+        {"params": parameters, "weight_decay": recipe.weight_decay if decays else 0.0, "lr_scale": scale, "turned": turned}
         for (scale, decays, turned), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
 

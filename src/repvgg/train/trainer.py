@@ -240,8 +240,9 @@ class Trainer:
 
 def refuse_infinite(tensors: dict[str, Tensor]) -> None:
     """Raise FloatingPointError, naming the first tensor that holds NaN or Inf; the device is waited for once."""
-    # AdamW's numbers of steps are on the CPU, whatever the device.
-    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dim()}
+    # AdamW counts its steps on the CPU, whatever the device.
+    some = {name: tensor for name, tensor in tensors.items() if not name.startswith("steps.")}
+    numbers = {name: tensor for name, tensor in some.items() if tensor.is_floating_point()}
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in numbers.values()]).tolist() if numbers else []
     for name, whole in zip(numbers, finite, strict=True):
         if not whole:

@@ -188,8 +188,13 @@ def build(name: str, model: nn.Module, options: Options) -> Engine:
 def _loaded(module: str) -> Any:
     try:
         return importlib.import_module(f"repvgg.deploy.engines.{module}")
-    except ImportError as error:  # of a package that was built for another Python, NumPy or system, say
-        raise ValueError(f"the engine {module} is installed, but cannot be loaded ({describe(error)})") from None
+    except ImportError as error:
+        raise not_loaded(module, error) from None
+
+
+def not_loaded(name: str, error: ImportError) -> ValueError:
+    """Return what to raise for a package that was built for another Python, NumPy or system, say."""
+    return ValueError(f"the engine {name} is installed, but cannot be loaded ({describe(error)})")
 
 
 def check(name: str, precision: str, device: str = "cpu") -> None:

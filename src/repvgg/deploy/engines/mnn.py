@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from repvgg.deploy.engines import Engine, Options, Signature
+from repvgg.deploy.engines import Engine, Options, Signature, not_loaded
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.disk import describe, full
+from repvgg.disk import full
 
 # The converter's module itself: importing MNN.tools, which wraps it, would pip-install a library of Aliyun's and report home.
 # In a process of its own, because it ends the process when it fails.
@@ -56,7 +56,7 @@ def open_file(path: Path, options: Options) -> Engine:
         try:
             import MNN
         except ImportError as error:
-            raise ValueError(f"the engine mnn is installed, but cannot be loaded ({describe(error)})") from None
+            raise not_loaded("mnn", error) from None
         how = {"backend": "CPU", "precision": "high", "numThread": options.threads or torch.get_num_threads()}
         runtime = MNN.nn.create_runtime_manager((how,))
         runtime.set_hint(WINOGRAD_MEMORY_LEVEL, EXACT)
