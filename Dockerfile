@@ -1,8 +1,8 @@
 # A CPU image that trains and predicts; the folder of images and runs is mounted at /data:
 #
 #     docker build -t repvgg .
-#     docker run --rm -v "$PWD:/data" repvgg train --arch repvgg_a0 --data photos --out runs/photos
-#     docker run --rm -v "$PWD:/data" repvgg predict runs/photos photo.jpg
+#     docker run --rm --user "$(id -u)" -e HOME=/tmp -v "$PWD:/data" repvgg train --arch repvgg_a0 --data photos --out runs/photos
+#     docker run --rm --user "$(id -u)" -e HOME=/tmp -v "$PWD:/data" repvgg predict runs/photos photo.jpg
 #
 # The index's PyTorch on Linux brings NVIDIA's libraries, gigabytes of them. For one without, name the index of CPU builds that
 # PyTorch's page "Get started" gives: docker build --build-arg INDEX=... -t repvgg .

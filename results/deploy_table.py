@@ -63,14 +63,16 @@ def _each(r: Record) -> str:
 
 
 def _older(r: Record, native: Record) -> str:
-    """Say where our engine's first prediction was measured since."""
-    if "start" not in native or stamps(r)["load"]["date"] >= stamps(native)["start"]["date"]:
-        return ""
-    cold = native["start"]["native cold, batch 1"]["seconds"]
-    return (
-        "\n`native` was measured again [since](results.md#the-native-engine-beside-the-others): without caches its first "
-        f"prediction comes\n{cold:.1f} s after the start of a process."
-    )
+    """Say what was measured again since, with other results: our engine's first prediction, and the engines' speeds."""
+    when, since, said = stamps(r), stamps(native), ""
+    table_since = "(results.md#the-native-engine-beside-the-others)"
+    if "start" in native and when["load"]["date"] < since["start"]["date"]:
+        cold = native["start"]["native cold, batch 1"]["seconds"]
+        said += f"\n`native` was measured again [since]{table_since}: without caches its first prediction"
+        said += f"\ncomes {cold:.1f} s after the start of a process."
+    if "a0" in native and min(when[f"speed/{name}"]["date"] for name in r["speed"]) < since["a0"]["date"]:
+        said += f"\nSo were the speeds of the fastest engines: [that table]{table_since} counts."
+    return said
 
 
 def _shares(r: Record) -> str:
@@ -111,7 +113,7 @@ def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
     for name, f in (gpu or {"figures": {}})["figures"].items():
         words = name.split(", ")  # pair, engine, precision, batch, memory format
         for row in f.get("rows", ()):
-            if len(words) == 5 and words[3] != "batch 1" and row["model"] == p["model"]:
+            if len(words) == 5 and words[3] != "batch 1" and row["model"] == p["model"] and row["form"] == "deploy":
                 when[name] = stamps(gpu or {})[f"figures/{name}"]
                 key = when[name]["gpu"], f"`{words[1]}`, {words[4]}", words[2], row["batch_size"]
                 found.setdefault(key, []).append(row["images_per_second"])
@@ -140,5 +142,10 @@ def _on_top(data: Record) -> str:
             f"Decoding comes on top: {speed:,.0f} JPEGs of\n500 x 375 a second and core, {speed * DAY / 1e6:.0f} million a day. "
         )
     if "prediction" in data:
-        said += f"Under `--ray` the same two cores did {data['prediction']['ratio']:.2f} times as much as the plain loop. "
+        p = data["prediction"]
+        said += (
+            f"Once all have started, `--ray` does\n{p['ratio']:.2f} times as much on the same two cores; with starting, "
+            f"{p['alone']['images']:,} small images came to {p['ray']['whole']:,.0f} a second instead of\n"
+            f"{p['alone']['whole']:,.0f}, in {p['ray']['gigabytes']:.1f} GB instead of {p['alone']['gigabytes']:.1f}. "
+        )
     return said

@@ -8,6 +8,9 @@ python results/gpu.py --device cpu --tiny --budget 3 --out /tmp/gpu             
 It needs torch, numpy, timm and what that needs (torchvision, huggingface_hub, safetensors, pyyaml), and psutil with --device cpu;
 `--wheels DIR` puts the wheels of a folder beside OUT and takes them first. Nothing is fetched; this package need not be installed.
 
+Where commands are ended after some minutes, start it in a session of its own (`setsid nohup ... &`) and look at it by further
+commands. OUT and the packed files are best in a folder that stays, such as /tmp.
+
 Each step is a process of its own and leaves OUT/STEP.json, rewritten whole after each figure: whenever it is killed, what was
 measured is there, and the same command goes on. Its log, and what training goes on from, are in the folder OUT-work.
 """
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+TRIES = 3  # starts of a step that ends by an error
 GRACE = 20.0  # seconds beyond its share after which a step that does not look at the clock is ended
 WATCH = 0.2  # seconds between two looks at whether the process that started a step is still there
 HERE = Path(__file__).resolve().parent
@@ -42,9 +46,9 @@ class Step:
 STEPS = (
     Step("speed", "gpu_steps", 0.35),
     Step("training", "gpu_steps", 0.1),
-    Step("cifar10", "gpu_training", 0.3, needs_data=True),
-    Step("ablation", "gpu_training", 0.15, needs_data=True),
     Step("pspnet", "gpu_steps", 0.1),
+    Step("cifar10", "gpu_training", 0.3, needs_data=True),
+    Step("ablation", "gpu_training", 0.15, needs_data=True),  # has use for all that the others leave
 )
 
 
@@ -158,8 +162,11 @@ def _run_all(steps: list[Step], args: argparse.Namespace, words: list[str], end:
         until = time.time() + left * step.share / sum(s.share for s in steps[number:])
         print(f"{step.name}: {(until - time.time()) / 60:.1f} of {left / 60:.1f} minutes left", flush=True)
         command = [sys.executable, __file__, *words, "--step", step.name, "--until", str(until), "--parent", str(os.getpid())]
-        with (args.work / f"{step.name}.log").open("a") as log:
-            code = _finish(command, log, min(until + GRACE, end) - time.time())
+        for _ in range(TRIES):  # what crashed it comes last the next time (see Record.each)
+            with (args.work / f"{step.name}.log").open("a") as log:
+                code = _finish(command, log, min(until + GRACE, end) - time.time())
+            if code in (0, None) or time.time() > until:
+                break
         print(f"{step.name}: {_ending(code)}", flush=True)
         if code not in (0, None):
             failed.append(step.name)
@@ -168,7 +175,8 @@ def _run_all(steps: list[Step], args: argparse.Namespace, words: list[str], end:
 
 def _finish(command: list[str], log: object, seconds: float) -> int | None:
     """Run a step and all that it starts; return its exit code, None where its time ran out first."""
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)  # type: ignore[call-overload]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what it said last tells why it was killed
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=env)  # type: ignore[call-overload]
     try:
         return int(process.wait(max(1.0, seconds)))
     except subprocess.TimeoutExpired:

@@ -19,7 +19,7 @@ from plain_recipe import PLAIN
 from torch import Tensor
 
 from repvgg.data.resident import Resident, Shifts
-from repvgg.disk import atomically
+from repvgg.disk import atomically, write_text
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.machine import this_machine
@@ -85,9 +85,11 @@ def _train(record: Record, asked: Asked, name: str, jobs: list[Job], seed: int, 
     Return a line for a process that did not end well; what it did is recorded all the same.
     """
     job = jobs[seed]
+    more = {"arch": job.arch, "options": job.options, "recipe": asdict(job.recipe), **more}
+    if name not in record.figures and any(each.out.exists() for each in jobs):  # the record was lost, what was trained was not
+        record.put(name, _figures(jobs) | more)
     if asked.over or (job.out.exists() and json.loads(job.out.read_text())["finished"]):
         return []
-    more = {"arch": job.arch, "options": job.options, "recipe": asdict(job.recipe), **more}
     server = multiprocessing.get_context("forkserver")  # a process of it starts at once: PyTorch is there, and CUDA not yet begun
     server.set_forkserver_preload(["gpu_training"])
     process = server.Process(target=train, args=(job, asked))
@@ -128,19 +130,21 @@ def train(job: Job, asked: Asked) -> None:
         model.load_state_dict(state["model"])
         stepper.optimizer.load_state_dict(state["optimizer"])
         run = json.loads(state["run"])
-        atomically(job.out, partial(Path.write_text, data=state["run"]))  # it may be older, or was never written
+        write_text(job.out, state["run"])  # it may be older, or was never written
     saved = time.time()
     for epoch in range(len(run["top1_by_epoch"]), job.recipe.epochs):
         _epoch_or_uncompiled(stepper, data, job, epoch)
-        run["top1_by_epoch"].append(float((_predictions(model, data.held_out) == data.held_out_labels).float().mean()))
-        if epoch + 1 == job.recipe.epochs:
+        last = epoch + 1 == job.recipe.epochs
+        labels = _predictions(model, data.held_out, "fp32" if last else job.recipe.precision)
+        run["top1_by_epoch"].append(float((labels == data.held_out_labels).float().mean()))
+        if last:
             run |= {"finished": True, **_folded(model, data)}
         over = asked.over
         if run["finished"] or over or time.time() - saved > SAVING:
             text, saved = json.dumps(run | {"compiled": stepper.network is not model}), time.time()
             state = {"model": model.state_dict(), "optimizer": stepper.optimizer.state_dict(), "run": text}
             atomically(state_file, partial(torch.save, state))
-            atomically(job.out, partial(Path.write_text, data=text))
+            write_text(job.out, text)
         if over:
             return
 
@@ -175,16 +179,17 @@ def _folded(model: torch.nn.Module, data: "Data") -> dict[str, Any]:
     """Count how many held-out images both forms label alike, in float32."""
     try:
         deploy = reparameterize(model.eval())
-    except ReparamError:
-        return {"folded": None}
+    except ReparamError as error:
+        return {"folded": None, "refused": str(error)}
     before, after = _predictions(model, data.held_out), _predictions(deploy, data.held_out)
     return {"folded": {"equal": int((before == after).sum()), "images": len(before)}}
 
 
 @torch.inference_mode()
-def _predictions(model: torch.nn.Module, images: Tensor) -> Tensor:
+def _predictions(model: torch.nn.Module, images: Tensor, precision: str = "fp32") -> Tensor:
     model.eval()
-    return torch.cat([model(part.contiguous(memory_format=torch.channels_last)).argmax(1) for part in images.split(500)])
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return torch.cat([model(part.contiguous(memory_format=torch.channels_last)).argmax(1) for part in images.split(500)])
 
 
 # ------------------------------------------------------------------------------------------------------------------- data

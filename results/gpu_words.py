@@ -14,14 +14,16 @@ def speed(r: Record) -> str:
     for name, f in _measured(r):
         slow, fast = f["rows"]
         speeds = " and ".join(f"{row['images_per_second']:,.0f}" for row in (fast, slow))
-        memory = " and ".join(f"{row['memory_bytes'] / MIB:,.0f}" for row in (fast, slow))
+        known = not fast["engine"].startswith("compile")  # which tunes, with memory of its own
+        memory = " and ".join(f"{row['memory_bytes'] / MIB:,.0f}" for row in (fast, slow)) if known else ""
         errors = " and ".join(f"{row['max_rel_err']:.0e}" for row in (fast, slow))
         rows.append([name, _ratio(f["paper"]), interval(f["ratio"]), speeds + _unequal(f), memory, errors])
     return (
         f"Everything folded but what is called a training form, the two of a row taking turns{_rounds(r)}; images are on the GPU "
         "already. The paper's ratios are in fp32 at batch 128 on a GTX 1080Ti. Memory is the allocator's peak while a network is "
-        "built and run once, with the algorithms that cuDNN tries then. Errors are the largest of the logits against float64, "
-        "relative to the largest logit; what is off by more than rounding is not timed.\n\n"
+        "built and run, once cuDNN has chosen its algorithms; of compiled ones it is not known. Errors are the largest of the "
+        "logits against float64, relative to the largest logit; what is off by more than 1% in fp32, or 50% in lower precisions, "
+        "is left out.\n\n"
         + table(
             [
                 "pair, engine, precision, batch, format",
@@ -67,11 +69,27 @@ def _trained(r: Record) -> str:
     rows = []
     for name, f in r["figures"].items():
         top1 = [100 * run["top1_by_epoch"][-1] for run in f["runs"] if run["finished"]]
-        spread = f"{min(top1):.2f} to {max(top1):.2f}%" if top1 else "none yet"
-        ended = "" if f["finished"] else f" (stopped after {f['epochs_done']})"
+        spread = " to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(top1), max(top1)))) + "%" if top1 else "none yet"
+        begun = [len(run["top1_by_epoch"]) for run in f["runs"] if not run["finished"]]
+        ended = f" ({'another ' * bool(top1)}stopped after {min(begun)})" if begun else "" if f["runs"] else " (not begun)"
+        same = [_folded(run) for run in f["runs"] if run["finished"]]
         paper = "" if f.get("paper") is None else f"{f['paper']:.2f}%"
-        rows.append([f"`{name}`", paper, spread, str(f["n"]), f"{f['epochs']}{ended}"])
-    return table(["network or block", "top-1 in the paper, ImageNet", "top-1 here, lowest to highest seed", "n", "epochs"], rows)
+        rows.append([f"`{name}`", paper, spread, str(f["n"]), f"{f['epochs']}{ended}", "; ".join(same)])
+    header = [
+        "network or block",
+        "top-1 in the paper, ImageNet",
+        "top-1 here, lowest to highest seed",
+        "n",
+        "epochs",
+        "the same folded",
+    ]
+    return table(header, rows)
+
+
+def _folded(run: Record) -> str:
+    """Say how many predictions the deploy form shares, or why there is none."""
+    folded = run.get("folded")
+    return f"{folded['equal']:,} of {folded['images']:,}" if folded else f"no fold: {run.get('refused', 'not linear')}"
 
 
 def pspnet(r: Record) -> str:
@@ -80,9 +98,8 @@ def pspnet(r: Record) -> str:
         [name, _ratio(f["paper"]), interval(f["ratio"]), f"{f['rows'][-1]['batch_size']}{_unequal(f)}"] for name, f in _measured(r)
     ]
     return (
-        f"Speed over PSPNet on ResNet-50, 713 x 713 pixels, deploy form, the two of a row taking turns{_rounds(r)}.\n\n"
-        + table(["network", "paper", "here (95% interval)", "batch"], rows)
-        + _left_out(r)
+        "Speed over PSPNet on ResNet-50, 713 x 713 pixels, eager, deploy form, fp32 in NCHW and bf16 in NHWC, the two of a row "
+        f"taking turns{_rounds(r)}.\n\n" + table(["network", "paper", "here (95% interval)", "batch"], rows) + _left_out(r)
     )
 
 

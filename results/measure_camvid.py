@@ -88,7 +88,7 @@ def compared(model: nn.Module, deploy: nn.Module, source: Source) -> dict[str, A
         unlike = a.argmax(1) != b.argmax(1)
         pixels, differ = pixels + unlike.numel(), differ + int(unlike.sum())
         error = max(error, off / float(reference.abs().max()))
-    return {"photos": COMPARED, "pixels": pixels, "differ": differ, "max_rel_err": error}
+    return {"photos": min(COMPARED, len(images)), "pixels": pixels, "differ": differ, "max_rel_err": error}
 
 
 def full_size() -> dict[str, Any]:

@@ -86,7 +86,7 @@ def embed(run: Path, source: Source, labels: Tensor) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the accuracy of each run against its minutes, as PNG; of the first run only the end is known."""
+    """Draw the accuracy of each run against its minutes, as PNG; points whose minutes are not known are left out."""
     figure, (axes,) = plot(700, 400)
     for (name, run), (_, colour) in zip(runs.items(), cycle((WIDEST, POINTWISE, IDENTITY)), strict=False):
         points = [(point["minutes"], 100 * point["top1"]) for point in run["curve"] if point["minutes"] is not None]

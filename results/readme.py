@@ -101,6 +101,8 @@ def sections_of_results() -> str:
         if (r := record(name)) is not None:
             by = f"[{name}.json](../results/{name}.json), by [{Path(script).name}](../results/{script})."
             found.append(f"## {heading}\n\n{words(r)}\n\n{by} {measured(stamps(r))}")
+    if (table4 := record("paper/table4")) is not None and (table5 := record("paper/table5")) is not None:
+        found.append(f"## The paper's claims about speed\n\n{sections.claims(table4, table5)} {measured(stamps(table4))}")
     if (figure := record("paper/figure1")) is not None:
         engines = dict.fromkeys(point.get("engine", "eager") for point in figure["data"]["points"])
         told = "each network's fastest engine of " + ", ".join(engines) if len(engines) > 1 else next(iter(engines))

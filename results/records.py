@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import atomically
+from repvgg.disk import write_text
 from repvgg.measure.machine import this_machine
 
 Record = dict[str, Any]
@@ -21,7 +21,12 @@ def keep(path: Path, part: str, figures: Any, about: Record | None = None, devic
 
     about: what the record says of all parts. told: what else belongs to this part's stamp.
     """
-    record: Record = {**(json.loads(path.read_text()) if path.exists() else {}), **(about or {})}
+    record: Record = json.loads(path.read_text()) if path.exists() else {}
+    others = [other for stamp in record.get("measured", []) for other in stamp["parts"] if other != part]
+    for what, fact in json.loads(json.dumps(about or {})).items():
+        if others and record.get(what, fact) != fact:
+            raise ValueError(f"{path}: {others[0]} was measured under another {what}: measure all, or move the file away")
+        record[what] = fact
     group, _, name = part.partition("/")
     record[group] = {**record.get(group, {}), name: figures} if name else figures
     here, measured = this_machine(device), record.pop("measured", [])
@@ -34,7 +39,7 @@ def keep(path: Path, part: str, figures: Any, about: Record | None = None, devic
     same["parts"][part] = at
     record["measured"] = [stamp for stamp in measured if stamp["parts"]]
     text = json.dumps(record, indent=2) + "\n"
-    atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)
 
 
 def say(line: str) -> None:

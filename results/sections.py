@@ -38,17 +38,34 @@ def wasm(r: Record) -> str:
 
 def speed(r: Record) -> str:
     """Return a table with a row for each pair and a column for each engine."""
-    engines = list(dict.fromkeys((p["fast"]["engine"], p["fast"]["precision"]) for p in r["pairs"]))
-    cells: dict[str, list[str]] = {}
-    for p in r["pairs"]:
-        name = f"{_named(p['fast'])} over {_named(p['slow'])}"
-        cells.setdefault(name, [f"{p['paper']:.2f}" if p["paper"] else ""]).append(interval(p["ratio"]))
-    header = ["ratio of speed", "paper", *(f"{engine}, {precision}" for engine, precision in engines)]
+    cells: dict[str, dict[str, str]] = {}
+    for p in r["pairs"].values():
+        row = cells.setdefault(f"{_named(p['fast'])} over {_named(p['slow'])}", {})
+        here = interval(p["ratio"]) if "ratio" in p else f"cannot run it ({p['left_out']})"
+        row |= {"paper": f"{p['paper']:.2f}" if p["paper"] else "", p["fast"]["engine"]: here}
+    header = list(dict.fromkeys(("paper", *(p["fast"]["engine"] for p in r["pairs"].values()))))
     p = r["protocol"]
     return (
-        f"Batch {p['batch_size']}, everything folded. Each cell is a ratio with its 95% interval over {many(p['rounds'], 'round')} "
-        f"of {many(p['batches_a_round'], 'batch', 'batches')}, in which the two took turns. How Winograd affects "
-        "them: [speed](speed.md#what-to-expect).\n\n" + table(header, [[name, *row] for name, row in cells.items()])
+        f"Batch {p['batch_size']}, fp32, everything folded. Each cell is a ratio with its 95% interval over "
+        f"{many(p['rounds'], 'round')} of {many(p['batches_a_round'], 'batch', 'batches')}, in which the two took turns. "
+        "How Winograd affects them: [speed](speed.md#what-to-expect).\n\n"
+        + table(["ratio of speed", *header], [[name, *(row.get(column, "") for column in header)] for name, row in cells.items()])
+    )
+
+
+def claims(table4: Record, table5: Record) -> str:
+    """Return a table of the comparisons of Tables 4 and 5, the paper's and ours."""
+    found = [claim for r in (table4, table5) for claim in r["data"]["headlines"]]
+    rows = [
+        [f"`{c['fast']}` over `{c['slow']}`", f"{c['ratio']:.2f}", interval({**c["measured"], "value": c["measured"]["ratio"]})]
+        for c in found
+    ]
+    holds = sum(c["measured"]["ratio"] > 1 for c in found)
+    return (
+        "Each network runs in its own fastest engine that was verified here, which for RepVGG is usually the native one. "
+        f"{holds} of the paper's {len(found)} claims that one network is faster than another hold on this processor.\n\n"
+        f"{table(['ratio of speed', 'paper', 'here (95% interval)'], rows)}\n\n"
+        "[table4.json](../results/paper/table4.json) and [table5.json](../results/paper/table5.json), by `repvgg paper`."
     )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from repvgg.data import Source
 from repvgg.data.digits import open_digits
 from repvgg.data.transforms import Transformed, eval_transform, normalise
-from repvgg.disk import FileError, atomically
+from repvgg.deploy.staged import refuse_strangers
+from repvgg.disk import FileError, write_text
 from repvgg.fold.as_linear import Branches
 from repvgg.fold.proof import Verification, verify
 from repvgg.fold.reparameterize import reparameterize
@@ -58,7 +59,7 @@ class Story:
 def run(out: Path, seed: int = 0) -> None:
     """Run the demo into the folder `out`, printing each step and ending with the page's address."""
     started = time.perf_counter()
-    _refuse_another(out, seed)
+    refuse_another(out, seed)
     torch.manual_seed(seed)
     source = open_digits()
     print(f"1. Train {ARCH} (3x3 + 1x1 + identity branches) on {len(source.train):,} scans of handwritten digits")
@@ -90,7 +91,7 @@ def run(out: Path, seed: int = 0) -> None:
     _save_scans(shown, out / "scans")
     block = _two_channel_block(source, out / "two-channels", seed)
     story = Story(trained, deploy, proof, accuracies, same, _layer_errors(model, deploy, images), times, speedup, block, shown)
-    atomically(out / "index.html", lambda path: path.write_text(_page(story, model)))
+    write_text(out / "index.html", _page(story, model))
     write_record(out / "demo.json", _figures(story), "cpu")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {out / 'index.html'}, or go on:")
     print(f"  repvgg info {out / 'deploy.safetensors'}")
@@ -151,8 +152,9 @@ def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-def _refuse_another(out: Path, seed: int) -> None:
-    """Raise `FileError` where the folder holds the demo of another seed."""
+def refuse_another(out: Path, seed: int) -> None:
+    """Raise `FileError` where the folder holds the demo of another seed, or a page of something else."""
+    refuse_strangers(out, "index.html", "run")
     settings = out / "run" / "settings.json"
     if settings.exists() and (before := json.loads(settings.read_text()).get("seed")) != seed:
         raise FileError(f"{out}: holds the demo of seed {before}, not {seed}: give another --out, or --seed {before}")

@@ -15,8 +15,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 STALE = 600  # seconds: a process on another machine may be writing to a shared folder
-IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # by their suffixes
-LEFT_BEHIND = (".", "__", "@eaDir")  # how folders of programs begin: .ipynb_checkpoints, __MACOSX, a NAS's thumbnails
+UNREAD = {".heic", ".heif", ".avif"}  # photos that may not be read here: they are listed, so that none is left out in silence
+IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", *UNREAD}  # by suffix
+# How folders of programs begin: .ipynb_checkpoints, __MACOSX, `repvgg predict --data`'s masks, a NAS's thumbnails, a disk's own.
+LEFT_BEHIND = (".", "__", "_masks", "@eaDir", "lost+found")
 EVIDENCE = ".cam.png"  # how pictures are named that `repvgg predict --explain cam` makes of images
 TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
 RAN_OUT = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "failed to map segment")
@@ -48,12 +50,17 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
         flush(path.parent)
     except OSError as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        reason = f"there is no folder {path.parent}" if missing else error.strerror
+        reason = f"there is no folder {path.parent}" if missing else error.strerror or describe(error)
         raise FileError(f"{path}: cannot be written ({reason})") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
     _sweep(path.parent, short)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all. Raises `FileError` as `atomically` does."""
+    atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def flush(path: str | os.PathLike[str]) -> None:
@@ -178,6 +185,11 @@ def describe(error: BaseException) -> str:
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)[:200] or type(error).__name__
 
 
+def in_a_line(error: BaseException) -> str:
+    """Tell such an error in its first line."""
+    return (describe(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Say whether an error, of whatever library, means that memory ran out."""
     text = str(error).lower()
@@ -189,21 +201,42 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repvgg"
 
 
-def images_below(root: str | os.PathLike[str]) -> list[str]:
-    """Return the paths of the images below a folder, relative to it, sorted. Links to folders are followed, but none back to where
-    it was come from."""
-    found, inside = list[str](), {os.fspath(root): {os.path.realpath(root)}}
-    for folder, folders, files in os.walk(root, followlinks=True):
+def walked(
+    root: str | os.PathLike[str], above: str | os.PathLike[str] = "", seen: Callable[[str], object] = str
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below a root, itself first, with the names of its files. Links to folders are followed, but none back to
+    where it was come from.
+
+    above: a folder that it was come from. seen: hears of each folder before that is read. Raises `FileError` for a folder that
+    cannot be read.
+    """
+    root = os.fspath(root)
+    inside = {root: {os.path.realpath(root), os.path.realpath(above or root)}}
+    seen(root)
+    for folder, folders, files in os.walk(root, onerror=_unread, followlinks=True):
         way = inside.pop(folder)
         for name in list(folders):
-            real = os.path.realpath(path := os.path.join(folder, name))  # noqa: PTH118
-            if real in way:
+            real = os.path.realpath(path := os.path.join(folder, name))  # noqa: PTH118 - there may be millions
+            if real in way or name.startswith(LEFT_BEHIND):
                 folders.remove(name)
             else:
+                seen(path)
                 inside[path] = way | {real}
-        below = (os.path.relpath(os.path.join(folder, name), root) for name in files)  # noqa: PTH118 - there may be millions
-        found += filter(is_image, below)
-    return sorted(found)
+        yield folder, files
+
+
+def _unread(error: OSError) -> None:
+    raise FileError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def images_below(root: str | os.PathLike[str]) -> list[str]:
+    """Return the paths of the images below a folder, relative to it, sorted. Raises `FileError` as `walked` does."""
+    return sorted(
+        path
+        for folder, files in walked(root)
+        for name in files
+        if is_image(path := os.path.relpath(os.path.join(folder, name), root))  # noqa: PTH118
+    )
 
 
 def is_image(path: str | PurePath) -> bool:

@@ -139,7 +139,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 100_000
     console.print(table)

@@ -57,12 +57,12 @@ def test_accuracy_of_many_classes_lists_the_hardest(capsys: Captured) -> None:
 
 def test_predictions(capsys: Captured) -> None:
     answers = [Prediction("a.png", [("cat", 0.75), ("dog", 0.25)]), Prediction("b [x].png", [("dog", 0.6), ("cat", 0.4)])]
-    info.show_predictions(answers, as_json=True)
+    info.show_answers(answers, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     labels = [{"label": "cat", "probability": 0.75}, {"label": "dog", "probability": 0.25}]
     assert lines[0] == {"path": "a.png", "labels": labels, "engine": "pytorch"}
     assert len(lines) == 2
-    info.show_predictions(answers, as_json=False)
+    info.show_answers(answers, as_json=False)
     assert re.search(r"^ *b \[x\]\.png +dog 60.0% +cat 40.0%", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -72,7 +72,7 @@ def test_predictions_with_unreadable_images(as_json: bool, quiet: bool, capsys: 
     monkeypatch.setattr("repvgg.terminal.quiet", quiet)  # -q hides progress, never what failed
     answers = [Prediction("bad.png", [], "bad.png: no image"), Prediction("a.png", [("cat", 1.0)])]
     with pytest.raises(ValueError, match="1 of 2 images could not be read"):
-        info.show_predictions(iter(answers), as_json)
+        info.show_answers(iter(answers), as_json)
     shown = capsys.readouterr()
     assert "a.png" in shown.out
     assert "bad" not in shown.out

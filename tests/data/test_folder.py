@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from repvgg import disk
 from repvgg.data import DataError, open_source
 from repvgg.data import folder as data_folder
 from repvgg.data.images import ImageError, decode
 from repvgg.data.shards import open_shards
+from repvgg.disk import FileError
 from repvgg.models.load import load
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import manifest_of
@@ -88,11 +90,11 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     [
         (["val/a/1.png"], [], "train: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*"),
         (["train/1.png", "val/a/1.png"], [], "train: holds no class folders"),
-        (["train/a/1.png", "val/a/1.png"], ["train/empty"], "train: class 'empty' has no images (.bmp, "),
+        (["train/a/1.png", "val/a/1.png"], ["train/empty"], "train: class 'empty' has no images (.avif, .bmp, "),
         (["train/a/1.png", "val/a/1.png", "val/b/1.png"], [], "val: class 'b' has no images to train on"),
-        (["train/a/1.png"], ["val/a"], "val: holds no images (.bmp, "),
+        (["train/a/1.png"], ["val/a"], "val: holds no images (.avif, .bmp, "),
         (["train/a/1.png"], ["val"], "val: holds no class folders"),
-        (["val/a/1.png"], ["train/a", "train/b"], "train: holds no images (.bmp, "),
+        (["val/a/1.png"], ["train/a", "train/b"], "train: holds no images (.avif, .bmp, "),
     ],
 )
 def test_what_cannot_be_trained_on_is_said(paths: list[str], folders: list[str], complaint: str, tmp_path: Path) -> None:
@@ -179,3 +181,52 @@ def test_names_that_are_not_utf8_are_shown_and_read(tmp_path: Path) -> None:
     items = [item for shard in [open_shards(str(tmp_path), "val")] for item in shard.read(0)]
     assert [(item.key, item.label) for item in items] == [("caf\\xe9/3.png", "caf\\xe9"), ("tea/4\\x0a.png", "tea")]
     assert all(decode(str(item.image)).shape == (3, 14, 20) for item in items)
+
+
+def test_images_that_come_while_a_folder_is_listed_are_seen_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_folder, "MANY", 2)
+    root = make(tmp_path / "set", "a/1.png", "a/2.png", "b/3.png")
+    walked = disk.walked
+
+    def copying(*where: Any, **how: Any) -> Any:
+        for folder, files in walked(*where, **how):
+            yield folder, files
+            make(Path(folder), "late.png")
+            os.utime(folder, ns=(1, 10**18))  # a clock that ticks
+
+    monkeypatch.setattr(data_folder, "walked", copying)
+    assert len(data_folder.Folder(root)) == 3
+    monkeypatch.setattr(data_folder, "walked", walked)
+    assert len(data_folder.Folder(root)) == 5
+
+
+def test_links_back_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make(tmp_path / "set", "a/1.png", "b/2.png", "b/deep/3.png")
+    (root / "a/all").symlink_to(root)
+    assert list(data_folder.Folder(root).names) == ["a/1.png", "b/2.png", "b/deep/3.png"]
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(FileError, match=r"deep: cannot be read \(Permission denied\)"):
+        data_folder.Folder(root)
+
+
+def test_test_images_without_labels_are_no_split(tmp_path: Path) -> None:
+    """As in a competition."""
+    source = open_source(str(make(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "test/4.png")))
+    assert source.test is None
+
+
+def test_photos_of_a_kind_that_is_not_read_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    root = make(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png")
+    (root / "train/b/3.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    source = open_source(str(root))
+    assert len(source.train) == 3
+    with pytest.raises(ImageError, match=r"3.heic: not an image, or HEIC is not read here: convert it to JPEG"):
+        source.train[2]

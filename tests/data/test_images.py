@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import HEIGHT, WIDTH, Array, encoded, noise, png
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
 from repvgg.data import DataError
@@ -257,3 +257,9 @@ def test_a_machine_that_fails_says_nothing_of_the_image(tmp_path: Path, monkeypa
     monkeypatch.setattr(Image, "open", fails)
     with pytest.raises(DataError, match=r"a\.png: cannot be read \(Input/output error\)"):
         decode(path)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), (200, 30, 30)).save(tmp_path / "a.avif")
+    assert decode(tmp_path / "a.avif").shape == (3, 6, 8)

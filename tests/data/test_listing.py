@@ -134,12 +134,13 @@ def test_a_table(tmp_path: Path) -> None:
         ("path,label\n0.png,a\n", "no class has two images"),
         ("path,label,split\n0.png,a,nope\n", "split 'nope': there are train, val, test"),
         ("path,label,split\n0.png,a,train\n", "no image has the split val"),
-        ("path,label,split\n0.png,a,train\n0.png,b,val\n", "class 'b' has no images to train on"),
+        ("path,label,split\n0.png,a,train\n1.png,b,val\n", "class 'b' has no images to train on"),
     ],
 )
 def test_tables_that_say_nothing(text: str, complaint: str, tmp_path: Path) -> None:
     heap(tmp_path, x=1)
-    (tmp_path / "0.png").write_bytes((tmp_path / "x" / "0.png").read_bytes())
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes((tmp_path / "x" / "0.png").read_bytes())
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=re.escape(complaint)):
         open_source(str(tmp_path / "t.csv"))
@@ -184,3 +185,15 @@ def test_fractions_that_are_none() -> None:
 def test_data_with_splits_takes_no_fraction() -> None:
     with pytest.raises(DataError, match="--val: digits has a validation split of its own"):
         open_source("digits", 0.2)
+
+
+@pytest.mark.parametrize("second", ["a.png,dog,train", "a.png,cat,val"])
+def test_an_image_has_one_row(second: str, tmp_path: Path) -> None:
+    """A table of detections has a row for each box."""
+    heap(tmp_path, x=2)
+    for i, name in enumerate("ab"):
+        (tmp_path / f"x/{i}.png").rename(tmp_path / f"{name}.png")
+    table = tmp_path / "photos.csv"
+    table.write_text(f"path,label,split\na.png,cat,train\nb.png,dog,val\n{second}\n")
+    with pytest.raises(DataError, match=r"line 4: line 2 has a.png too, with another label or split: an image has one row"):
+        open_table(table)

@@ -10,6 +10,7 @@ import torch
 from conftest import randomize, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from roads import make_camvid
 from rounding import ENGINES, rounding
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -289,3 +290,12 @@ def test_real_images_are_prepared_as_the_file_takes_them() -> None:
     assert pixels.shape == (5, 1, 16, 16)
     assert torch.equal(pixels, pixels.round())
     torch.testing.assert_close(normalised, (pixels / 255 - 0.5) / 0.25)
+
+
+def test_photos_with_masks_are_compared_on_without_them(tmp_path: Path) -> None:
+    camvid = make_camvid(tmp_path / "camvid")
+    net = zoo.create_model("pspnet_repvgg_micro_fast", num_classes=11, width=0.125)
+    zoo.remember(net, Manifest(zoo.manifest_of(net).arch, preprocessing=P))
+    assert real_images(net, f"camvid:{camvid}", 2).shape == (2, 3, 32, 32)
+    with pytest.raises(ValueError, match="digits: its images have 1 channels, and the model takes 3"):
+        real_images(net, "digits", 2)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import repvgg
 from repvgg.data import open_source
 from repvgg.deploy import engines
+from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.export import export
 from repvgg.deploy.load import load_engine, open_model
 from repvgg.deploy.runner import Runner
@@ -148,3 +149,12 @@ def test_ten_thousand_calls_leak_nothing(name: str, model: nn.Module) -> None:
     for _ in range(10_000):
         engine(image)
     assert process.memory_info().rss - before < 8 * 2**20  # 800 bytes a call
+
+
+def test_logits_are_where_the_images_are() -> None:
+    """On a GPU labels are there too; the meta device stands for it."""
+    options = Options((3, 4, 4), batch_size=2)
+    engine = Engine(lambda x: x, lambda x: x, lambda x: torch.zeros(2, 5), 2)
+    runner = Runner("somebody's", engine, options, None)
+    assert runner(torch.empty(2, 3, 4, 4, device="meta")).device.type == "meta"
+    assert runner(torch.zeros(2, 3, 4, 4)).device.type == "cpu"

@@ -222,3 +222,34 @@ def test_trap_15_a_forward_of_its_own_is_refused() -> None:
     vars(patched_conv)["forward"] = lambda x: x
     with pytest.raises(ReparamError, match=r"^a: has a forward of its own"):
         as_linear(Branches(a=patched_conv).eval())
+
+
+class Doubles(nn.Conv2d):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = 2 * super().__call__(x)
+        return found
+
+
+def test_a_call_of_its_own_is_kept() -> None:
+    """Of the network itself it may only say a type; of a part it may do something."""
+
+    class Typed(nn.Sequential):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = super().__call__(x)
+            return found
+
+    assert_folds_exactly(Typed(Doubles(3, 4, 1), nn.BatchNorm2d(4)), SMALL)
+    assert report_of(reparameterize(Typed(Doubles(3, 4, 1), nn.BatchNorm2d(4)).eval())).left.keys() == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "line"),
+    [
+        (lambda net: nn.DataParallel(net), r"is a wrapper: pass its network, as in reparameterize\(x\.module\.eval\(\)\)"),
+        (lambda net: torch.jit.trace(net, torch.zeros(1, 3, 8, 8)), "is TorchScript, which cannot be read"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers_say_what_to_pass(wrapped: Callable[[nn.Module], nn.Module], line: str) -> None:
+    with pytest.raises(ReparamError, match=line):
+        reparameterize(wrapped(nn.Conv2d(3, 4, 3).eval()))

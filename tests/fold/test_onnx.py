@@ -286,3 +286,36 @@ def test_networks_of_timm_fold_as_far_as_timm_folds_them(tmp_path: Path, name: s
     fold_onnx(file, folded)
     assert kinds(folded)["Conv"] == convolutions
     assert kinds(folded)["BatchNormalization"] == 0
+
+
+def test_a_wrong_fold_of_whole_numbers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a segmenter that ends in its classes."""
+
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).argmax(1)  # type: ignore[no-any-return]
+
+    file = exported(Classes(), tmp_path / "a.onnx")
+    fold_onnx(file, tmp_path / "b.onnx")
+    right = OnnxGraph.write
+
+    def wrong(self: Any, stretch: Any) -> None:
+        stretch.map.kernel[0] *= -1
+        right(self, stretch)
+
+    monkeypatch.setattr(OnnxGraph, "write", wrong)
+    with pytest.raises(ReparamError, match=r"differs by .* so it was not written"):
+        fold_onnx(file, tmp_path / "c.onnx")
+
+
+def test_tensors_beside_another_file_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets in a name are no pattern."""
+    monkeypatch.setattr(onnx_file, "LARGEST", 1000)
+    other = tmp_path / "b1.onnx.000000000000.data"
+    other.write_bytes(b"theirs")
+    fold_onnx(exported(Net(), tmp_path / "a.onnx"), tmp_path / "b[1].onnx")
+    assert other.read_bytes() == b"theirs"

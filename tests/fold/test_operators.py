@@ -1,6 +1,7 @@
 """operators.py: every n-th row and column is a linear map too, in a PyTorch forward and in an ONNX file."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,6 +14,7 @@ import repvgg
 from repvgg.fold.algebra import identity
 from repvgg.fold.onnx import fold_onnx
 from repvgg.fold.operators import strided
+from repvgg.fold.torch_operators import of_flat, of_module
 
 
 class Subsampled(nn.Module):
@@ -59,3 +61,16 @@ def test_our_own_training_form_as_onnx(tmp_path: Path) -> None:
     found = [node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node]
     convolutions = sum(isinstance(m, nn.Conv2d) for m in repvgg.reparameterize(model).modules())
     assert (found.count("Conv"), found.count("BatchNormalization"), found.count("Slice")) == (convolutions, 0, 0)
+
+
+def linear_module(kind: str) -> Any:
+    kinds = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(3), "linear": nn.Linear(3, 4), "flat": nn.BatchNorm1d(3)}
+    made = kinds[kind].eval()
+    return of_flat(made) if kind in ("linear", "flat") else of_module(made, "it")
+
+
+@pytest.mark.parametrize("kind", ["conv", "norm", "linear", "flat"])
+def test_an_operator_is_proved_where_its_input_is(kind: str) -> None:
+    """A network may lie on two devices; the meta device stands for the second."""
+    x = torch.empty(2, 3, *((5, 5) if kind in ("conv", "norm") else (1, 1)), dtype=torch.float64, device="meta")
+    assert linear_module(kind).run(x).is_meta

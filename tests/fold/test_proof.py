@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import as_linear
 from repvgg.fold.blocks import repvgg, with_bn
-from repvgg.fold.proof import check_part, verify
+from repvgg.fold.proof import _widened, check_part, verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.names import FAMILY, Member
 from repvgg.models.repvgg import RepVGG
@@ -235,3 +235,77 @@ def test_a_wide_part_may_round_as_its_sums_do_and_no_more() -> None:
     folded.kernel[5, 7, 1, 1] += 1e-10 * folded.kernel.abs().max()
     with pytest.raises(ReparamError, match="its folded form differs by"):
         check_part(block, folded)
+
+
+class Casts(nn.Module):
+    """Takes bytes, as many detectors do, and says what type it computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.bn(self.conv(images.float() / 255))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("example", [torch.rand(2, 3, 8, 8), torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)])
+def test_a_forward_that_casts_is_compared_in_float64_all_the_same(example: Tensor) -> None:
+    model = randomize(Casts(), (8, 3, 8, 8))
+    folded = reparameterize(model, example)
+    whole = folded.fold_report.whole
+    assert whole is not None
+    assert whole.ok
+    assert not verify(model, one_element_off(folded, 0), (3, 8, 8)).ok
+
+
+def test_inputs_are_widened_where_they_are() -> None:
+    """Those of a network on a GPU stay there; the meta device stands for one."""
+    wide = _widened(torch.empty(1, device="meta"))
+    assert (wide.device.type, wide.dtype) == ("meta", torch.float64)
+    labels = torch.zeros(1, dtype=torch.int64)
+    assert _widened(labels) is labels
+
+
+def test_of_chosen_outputs_operators_are_no_witness() -> None:
+    """A convolution that has taken up its batch norm gives something else than before, by right."""
+
+    class AtTheRoot(Detector):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            del self.backbone
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            scores = self.bn(self.conv(x)).sigmoid().flatten(1)
+            found = (scores * 1e13).sin().topk(5)
+            return {"boxes": found.indices.double() / scores.shape[1], "labels": found.indices}
+
+    model = randomize(AtTheRoot(), (8, 3, 8, 8)).double()
+    assert verify(model, reparameterize(model), (3, 8, 8)).verdict == "cannot be judged"
+
+
+def test_outputs_in_dataclasses_are_compared() -> None:
+    @dataclass
+    class Output:
+        logits: Tensor
+
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.bn(self.conv(x)))
+
+    model = randomize(Gives(), (8, 3, 8, 8))
+    folded = reparameterize(model, torch.rand(2, 3, 8, 8))
+    assert verify(model, folded, (3, 8, 8)).ok
+    assert not verify(model, one_element_off(folded, 0), (3, 8, 8)).ok
+
+
+def test_another_default_device_changes_nothing() -> None:
+    """As after `torch.set_default_device("cuda")`; the meta device stands for it."""
+    model = small()
+    with torch.device("meta"):
+        folded = reparameterize(model)
+        assert verify(model, folded, (3, 32, 32)).ok

@@ -216,3 +216,18 @@ def assert_same(net: nn.Module) -> None:
     wanted, got = net(mine), reparameterize(net)(theirs)
     pairs = [(theirs, mine), *(zip(got, wanted, strict=True) if isinstance(wanted, tuple) else [(got, wanted)])]
     assert all((g - w).abs().max() <= EXACT * (1 + w.abs().max()) for g, w in pairs)  # it may all be zero
+
+
+class Bayesian(nn.Conv2d):
+    """Draws its weights anew at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight + 0.1 * torch.randn_like(self.weight), self.bias, padding=1)
+
+
+@torch.no_grad()
+def test_weights_that_are_drawn_anew_are_not_folded() -> None:
+    model = nn.Sequential(Bayesian(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).double().eval()
+    folded, x = reparameterize(model), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert set(folded.fold_report.left) == {"1"}
+    assert not torch.equal(folded(x), folded(x))

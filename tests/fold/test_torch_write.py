@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import randomize, relative_error
 from folding import SMALL, Siblings, assert_folds_exactly, report_of
+from rounding import REPORTED
 from torch import Tensor, nn
 
 from repvgg.fold.blocks import with_bn
+from repvgg.fold.call import Call
 from repvgg.fold.reparameterize import _fold, reparameterize
-from repvgg.fold.tracer import Call
 
 
 class Official(nn.Module):
@@ -310,3 +311,73 @@ def test_a_child_that_does_something_else_besides_stays(child: type[Siblings]) -
     folded: Any = reparameterize(model)
     folded(torch.randn(SMALL, dtype=torch.float64))
     assert child is TwoOutputs or folded.child.seen is not None
+
+
+class Part(Siblings):
+    """Answers otherwise if it is asked to; its caller hands that down."""
+
+    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.conv(x)
+        return y if raw else self.bn(y)  # type: ignore[no-any-return]
+
+
+def test_a_flag_that_is_handed_down_stays_open() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+            return self.part(x, raw).relu()  # type: ignore[no-any-return]
+
+    model, x = randomize(Net(), SMALL).double(), torch.randn(SMALL, dtype=torch.float64)
+    folded = reparameterize(model)
+    assert "`raw`" in report_of(folded).left["part.bn"]
+    for raw in (False, True):
+        assert torch.equal(folded(x, raw=raw), model(x, raw=raw))
+    assert report_of(reparameterize(model, (x,))).left == {}
+
+
+def with_autocast(block: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return plain_sum(block, x)
+
+
+@torch.no_grad()
+def without_gradients(block: Any, x: Tensor) -> Tensor:
+    return plain_sum(block, x)
+
+
+def plain_sum(block: Any, x: Tensor) -> Tensor:
+    return block.rbr_dense(x) + block.rbr_1x1(x) + block.rbr_identity(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("how", [with_autocast, without_gradients])
+def test_a_context_that_a_forward_works_under_is_not_lost(how: Any, below: bool) -> None:
+    """Its pairs fold; it is not written anew, which would lose the context."""
+
+    class Under(Official):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return how(self, inputs)  # type: ignore[no-any-return]
+
+    block = nn.Sequential(Under(), nn.ReLU()) if below else Under()
+    model = randomize(block, BLOCK)
+    folded = reparameterize(model)
+    assert len(report_of(folded).pairs) == 2
+    assert len(report_of(folded).stretches) == 2
+    x = torch.randn(BLOCK)
+    assert relative_error(folded(x), model(x)) <= REPORTED
+    if how is without_gradients:
+        assert not folded(x).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert folded(x).dtype == model(x).dtype
+    assert torch.no_grad.__enter__.__module__ == "torch.autograd.grad_mode"
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    model = randomize(nn.Sequential(Official(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), BLOCK)
+    model[0].requires_grad_(False)
+    folded = reparameterize(model)
+    assert not any(p.requires_grad for p in folded[0].parameters())  # type: ignore[index]
+    assert all(p.requires_grad for p in folded[1].parameters())  # type: ignore[index]

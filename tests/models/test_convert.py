@@ -19,7 +19,8 @@ from repvgg.fold.proof import Verification
 from repvgg.fold.rounding import Error
 from repvgg.models import convert as module
 from repvgg.models import zoo
-from repvgg.models.convert import convert
+from repvgg.models.convert import convert, proof_size
+from repvgg.models.manifest import Preprocessing
 
 
 @pytest.fixture
@@ -141,3 +142,8 @@ def test_a_key_scheme_that_is_none(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no key scheme 'keras': repvgg, official, repvggplus, timm, mmpretrain"):
         convert(trained, tmp_path / "out.safetensors", to_keys="keras")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_large_inputs_are_proved_on_smaller_ones() -> None:
+    assert proof_size(Preprocessing((3, 713, 1024), 713)) == (3, 320, 320)
+    assert proof_size(Preprocessing((3, 28, 28), 28)) == (3, 28, 28)

@@ -55,3 +55,10 @@ def test_preprocessing_that_cannot_be(wrong: dict[str, Any]) -> None:
 def test_an_error_is_one_printable_line() -> None:
     assert str(FileError("a\nb\r\x1b[31m\u202ec\udc80 \t d")) == "a b [31m c d"
     assert len(str(FileError("x" * 10_000))) == 500
+
+
+@pytest.mark.parametrize("told", [5, [2, 0], [0.2], [0.2, "0"], "0.2"])
+def test_a_splitting_is_a_share_and_a_seed(told: Any) -> None:
+    with pytest.raises(ValueError, match="its splitting is no share and seed"):
+        Manifest(None, training={"splitting": told})
+    Manifest(None, training={"splitting": [0.2, 0]})

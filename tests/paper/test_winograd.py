@@ -110,7 +110,7 @@ def test_engines_that_are_not_there_are_left_out_with_a_word(monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["", "native"])
 def test_an_engine_that_has_winograd_for_stride_2_is_not_judged(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("repvgg.deploy.engines.ENGINES", ["eager", "native"])
+    monkeypatch.setattr("repvgg.deploy.engines.installed", lambda *_: ["eager", "native"])
     monkeypatch.setattr("repvgg.deploy.engines.check", lambda *_: None)
     words: list[str] = []
     settings = {"quick": False, "log": words.append, "engine": name}

@@ -19,9 +19,10 @@ from repvgg.api.using import predictions
 from repvgg.data.images import ImageError, decode, decode_mask
 from repvgg.data.masks import CAMVID
 from repvgg.data.transforms import normalise
+from repvgg.disk import FileError
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
-from repvgg.models.views import Views, segment, starts
+from repvgg.models.views import Views, likeliest, seen, segment, starts
 from repvgg.predict.masks import MaskPrediction, colours, predict_masks, write_masks
 from repvgg.predict.paths import expand
 
@@ -65,8 +66,8 @@ def test_scales_and_mirrors_by_hand() -> None:
     views = []
     for size in ((10, 16), (30, 46)):
         x = F.interpolate(X, size, mode="bilinear")
-        for seen in (lopsided(x).softmax(1), lopsided(x.flip(3)).softmax(1).flip(3)):
-            views.append(F.interpolate(seen, (20, 31), mode="bilinear"))
+        for found in (lopsided(x).softmax(1), lopsided(x.flip(3)).softmax(1).flip(3)):
+            views.append(F.interpolate(found, (20, 31), mode="bilinear"))
     got = segment(lopsided, X, (20, 31), (9, 9), Views(scales=(0.5, 1.5), flip=True))
     assert relative_error(got.exp(), torch.stack(views).mean(0)) < 1e-12
     assert torch.allclose(got.exp().sum(1), torch.ones(1, 20, 31, dtype=torch.float64))
@@ -207,3 +208,47 @@ def test_colours_are_told_apart() -> None:
         assert len({tuple(row) for row in palette.tolist()}) == len(names)
     assert colours(["road"])[0].tolist() == [128, 64, 128]
     assert len(COLOURS) == 4
+
+
+def test_masks_of_somebody_else_are_not_overwritten(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "masks"
+    out.mkdir()
+    (out / "test_001.png").write_bytes(b"drawn by hand")
+    with pytest.raises(FileError, match=r"test_001.png: was not made by repvgg predict, and would be overwritten"):
+        list(written(model, photos, out))
+    assert [path.name for path in out.iterdir()] == ["test_001.png"]
+
+
+def test_masks_of_other_photos_join_those_that_are_there(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "masks"
+    for name in ("test_000.png", "test_001.png"):
+        list(written(model, photos / name, out))
+    listed = json.loads((out / "masks.json").read_text())["images"]
+    assert [(entry["mask"], bool(entry["shares"])) for entry in listed] == [("test_000.png", True), ("test_001.png", True)]
+
+
+def test_after_a_kill_the_same_command_goes_on_below_the_photos(model: nn.Module, photos: Path) -> None:
+    out = photos / "masks"
+    answers = predictions(model, str(photos), out=out)
+    next(answers)
+    next(answers)  # the first is written, and the process dies
+    del answers
+    assert len(list(predictions(model, str(photos), out=out))) == 2
+    assert len(list(predictions(model, str(photos), out=out))) == 2
+
+
+def test_a_mask_that_is_named_itself_is_predicted(model: nn.Module, photos: Path) -> None:
+    list(written(model, photos, photos / "masks"))
+    assert len(list(predictions(model, str(photos / "masks/test_000.png")))) == 1
+
+
+@pytest.mark.parametrize("size", [(40, 62), (9, 13)])
+@pytest.mark.parametrize("views", [Views(), Views(scales=(0.75, 1.0), flip=True)])
+def test_a_large_mask_is_made_in_strips(size: tuple[int, int], views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = segment(lopsided, X, size, (9, 9), views)[0].argmax(0)
+    maps = seen(lopsided, X, (9, 9), views)
+    assert torch.equal(likeliest(maps, size, views).long(), wanted)
+    monkeypatch.setattr("repvgg.models.views.AT_ONCE", 3 * 62 * 4)
+    strips = likeliest(maps, size, views)
+    assert strips.shape == size
+    assert (strips.long() == wanted).float().mean() > 0.999  # but for ties, in the last digit

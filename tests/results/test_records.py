@@ -206,3 +206,13 @@ def test_what_would_be_needed_is_told_where_the_order_is_not_the_papers() -> Non
     assert "What would be needed" in sections.ablation(record)
     record["rank_correlation"]["spearman"] = 0.9
     assert "What would be needed" not in sections.ablation(record)
+
+
+def test_parts_of_another_protocol_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    keep(path, "pairs/a", 1, {"protocol": {"rounds": 5}})
+    keep(path, "pairs/b", 2, {"protocol": {"rounds": 5}})
+    before = path.read_text()
+    with pytest.raises(ValueError, match="pairs/a was measured under another protocol: measure all, or move the file away"):
+        keep(path, "pairs/b", 3, {"protocol": {"rounds": 6}})
+    assert path.read_text() == before

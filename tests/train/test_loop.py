@@ -14,12 +14,13 @@ from torch import Tensor
 
 from repvgg.data import DataError, Decoded, Source, open_source
 from repvgg.data.transforms import Transformed, eval_transform, normalise
+from repvgg.disk import FileError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.models.manifest import Preprocessing
 from repvgg.train.evaluate import evaluate_model
-from repvgg.train.loop import Run, new_model, train
+from repvgg.train.loop import Run, new_model, refuse, train
 from repvgg.train.recipes import Recipe
 from repvgg.train.trainer import Trainer
 
@@ -172,3 +173,13 @@ def test_small_images_come_first_and_the_whole_ones_are_evaluated(tmp_path: Path
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "val_top1" in line]
     assert 0 < seconds[0] <= seconds[1]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "settings.json", "recipe.json", "split.csv"])
+def test_a_folder_of_something_else_is_no_run_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileError, match=f"holds a {name} of something else, which would be lost"):
+        refuse(open_source("digits"), tmp_path)
+    (tmp_path / "state").mkdir()
+    refuse(open_source("digits"), tmp_path)
+    assert (tmp_path / name).read_text() == "mine"

@@ -222,3 +222,29 @@ def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str
         assert f"{name}, say both forms; the deploy form has" in answer["text"]
     assert "This is not an image that your browser can read" in refused["text"]
     assert refused["pressed"] == [["false"], ["true"]]  # dropped, then chosen
+
+
+def test_photos_of_an_earlier_page_are_taken_away(model: nn.Module, runtime: Path, tmp_path: Path) -> None:
+    photos = []
+    for i in range(3):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        photos.append(str(tmp_path / f"{i}.png"))
+    app.build(model, tmp_path / "site", photos, runtime, str)
+    app.build(model, tmp_path / "site", photos[:1], runtime, str)
+    assert [path.name for path in (tmp_path / "site").glob("example-*")] == ["example-00.png"]
+
+
+def test_a_browser_that_goes_away_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    request: Any = None
+    with app.server(".") as server:
+        for error in (BrokenPipeError(), ConnectionResetError()):
+            try:
+                raise error
+            except OSError:
+                server.handle_error(request, ("127.0.0.1", 1))
+        assert capsys.readouterr().err == ""
+        try:
+            raise KeyError("mine")
+        except KeyError:
+            server.handle_error(request, ("127.0.0.1", 1))
+    assert "KeyError" in capsys.readouterr().err

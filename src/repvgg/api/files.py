@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg.api.opening import device_named, open_data, opened
 from repvgg.api.training import settled
 from repvgg.disk import Log
-from repvgg.train.recipes import Keeping, Recipe
+from repvgg.train.recipes import GENTLE, Keeping, Recipe
 
 if TYPE_CHECKING:
     from repvgg.api.opening import Data, Model
@@ -70,12 +70,15 @@ def export(
     from repvgg.deploy.formats import report_of
     from repvgg.deploy.web_folder import write_web
 
+    kinds = [to] if isinstance(to, str) else list(to)
+    if data and "web" in kinds:
+        raise ValueError("--data is not for web, which is compared on random images: leave it out, or export web alone")
     network = opened(model)
     shape = Shape(batch_size or None, any_size, pixels, image_size)
     compared = real_images(network, data, images, shape) if data else None
     stem = name or stem_of(model)
     found = []
-    for kind in [to] if isinstance(to, str) else to:
+    for kind in kinds:
         path = write_web(network, out, shape, log) if kind == "web" else write(network, kind, out, stem, shape, compared, log)
         report = json.loads(report_of(path).read_text())
         found.append(Exported(path, kind, float(report["parity"]["error"]["relative"]), report))
@@ -137,5 +140,7 @@ def prune(
     network, where = opened(model), device_named(device, workers)
     source = open_data(data, val, limit, seed, model=network, log=log)
     plain = settled(recipe, source, "finetune", changes, log)
+    if not recipe:  # what suits the source suits a new network
+        plain = replace(plain, **{name: value for name, value in GENTLE.items() if name not in changes})
     how: dict[str, Any] = {"seed": seed, "device": where, "workers": workers, "keeping": keeping, "log": log}
     return work(network, source, Path(out), keep, plain, engine=engine, **how)

@@ -29,6 +29,8 @@ def open_data(
     from repvgg.models.zoo import manifest_of
 
     if isinstance(data, Source):
+        if val is not None:
+            raise ValueError("val divides data that are named, not a Source, which is divided already")
         return data.limited(limit, seed)
     spec = os.fspath(data)
     told = manifest_of(model).training.get("splitting") if model is not None else None

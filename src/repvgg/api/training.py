@@ -67,6 +67,7 @@ def train(
         with found_by(world.once):
             source = open_data(data, val, limit, seed, run=Path(out) if keeping.resume == "auto" else None)
         loop.refuse(source, Path(out))
+        _refuse_as_a_class(data, Path(out))
         plain, start = resolved(recipe, source, "" if new else init, changes, log), init
         if plain is not None and minutes is not None:
             raise ValueError(f"--minutes {minutes:g} is for --recipe auto only: leave it out, or say --recipe auto")
@@ -81,6 +82,16 @@ def train(
     if report and os.environ.get("RANK", "0") == "0":
         report_at_the_end(Path(out), source, where, log)
     return run
+
+
+def _refuse_as_a_class(data: "Data", out: Path) -> None:
+    """Raise ValueError for a run folder among class folders, whose pictures would be a class the next time."""
+    if isinstance(data, (str, os.PathLike)) and os.fspath(data) not in ("digits", "cifar10") and Path(data).is_dir():
+        from repvgg.data.folder import is_split
+
+        listed = Path(data) / "train" if is_split(Path(data) / "train") else Path(data)
+        if out.resolve().is_relative_to(listed.resolve()):
+            raise ValueError(f"--out {out}: lies among the class folders of {listed}, and would be a class: name one elsewhere")
 
 
 def report_at_the_end(folder: Path, source: "Source", device: str, log: Log) -> None:
@@ -126,8 +137,10 @@ def settled(
     if found is None:
         log(f"recipe: {otherwise}")
         return resolve(otherwise, **changes)
-    # Muon moves the kernels of some blocks and not of others, and trained ones as far as new ones.
-    return found if recipe or "optimizer" in changes else replace(found, optimizer="sgd")
+    if recipe or "optimizer" in changes or found.optimizer != "muon":
+        return found
+    log("by SGD: --optimizer muon is for new networks, and for some blocks only")  # it moves trained kernels as far as new ones
+    return replace(found, optimizer="sgd")
 
 
 def _chosen(

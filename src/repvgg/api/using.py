@@ -124,7 +124,6 @@ def predictions(
     if manifest_of(network).task == "labels" and views in (None, WHOLE) and not out:
         yield from labels.predict(network, patterns, batch_size, top, where)
         return
-    paths = masks.not_made(paths)
     made = masks.predict_masks(network, paths, where, views or WHOLE)
     yield from masks.write_masks(made, paths, Path(out), masks.class_names(network)) if out else made
 

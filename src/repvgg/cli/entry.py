@@ -114,7 +114,7 @@ def _print_overview() -> None:
     for name in COMMANDS:
         print(f"  {name:<12}{_command(name).__doc__.splitlines()[0]}")
     print("\n  -q, -v      after any command: only errors; or the libraries' messages too, and tracebacks")
-    print("  --print-completion bash|zsh: completes commands and flags (docs/training.md says where to put it)")
+    print("  --print-completion bash|zsh: prints a script that completes commands and flags in that shell")
     print("\nExample: repvgg demo --out demo")
 
 
@@ -134,6 +134,8 @@ def _settings(words: list[str]) -> Settings:
 
 def _told(error: Exception) -> str:
     """Return what to say of an error: what went wrong and, where it is known, the remedy."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "fcntl":
+        return "this needs Linux or macOS: on Windows use WSL"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"this needs {error.name}: pip install {PACKAGES.get(error.name, error.name)}"
     if out_of_memory(error):

@@ -80,6 +80,8 @@ class Export:
     def run(self) -> None:
         from repvgg.api.files import export
 
+        if self.images != type(self).images and not self.data:
+            raise ValueError("--images counts those of --data: name it too, or leave out --images")
         export(
             self.model,
             self.to,

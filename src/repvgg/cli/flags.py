@@ -64,9 +64,9 @@ class Where:
 
     def chosen(self) -> str:
         """Return the device of that name, by default the first one. Raises ValueError for one that this machine lacks."""
-        from repvgg.measure.machine import choose_device
+        from repvgg.api.opening import device_named
 
-        return choose_device(self.device)
+        return device_named(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,6 @@ class WhereLoading(Where):
 
     workers: int = 0
     """Processes that load images; 0: the main one does."""
-
-    def chosen(self) -> str:
-        if self.workers < 0:
-            raise ValueError(f"--workers {self.workers}: at least 0")
-        return super().chosen()
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ class Shape:
     """The network that is trained."""
 
     width: float = 1.0
-    """Scales the width multipliers a and b."""
+    """Scale the number of channels of every layer: 0.5 for half as many."""
     small_input: bool | None = None
     """Stem and first stage at stride 1; by default for images of at most 64 pixels."""
 

@@ -24,9 +24,11 @@ class Demo:
     """Then run the trained model in the browser, both forms side by side, as repvgg web does with any model."""
 
     def run(self) -> None:
-        from repvgg.demo import run
+        from repvgg.demo import refuse_another, run
 
-        if not self.web or not (self.out / "index.html").exists():
+        if self.web and (self.out / "index.html").exists():
+            refuse_another(self.out, self.seed)
+        else:
             run(self.out, self.seed)
         if self.web:
             trained, scans = self.out / "run" / "last.safetensors", self.out / "scans"
@@ -97,6 +99,8 @@ class Report:
             raise ValueError("which run? repvgg report RUN, a folder that repvgg train made")
         if len(self.runs) > 1 and self.data:
             raise ValueError("--data is for the page of one run: name one")
+        if len(self.runs) > 1 and self.where != Where():
+            raise ValueError("--device is for the page of one run: name one")
         if len(self.runs) == 1:
             if self.out is not None:
                 raise ValueError(f"--out is for several runs: the page of one is written to {self.runs[0] / 'run.html'}")
@@ -114,7 +118,11 @@ class Info:
     Example: repvgg info repvgg_a0
     """
 
-    model: Annotated[str, Positional, arg(metavar="MODEL", help="A model's name or a model file; left out: the family.")] = ""
+    model: Annotated[
+        str,
+        Positional,
+        arg(metavar="MODEL", help="A model's name, a model file, a run folder or hf:USER/NAME; left out: the family."),
+    ] = ""
     graph: Path | None = None
     """An exported file (.onnx, OpenVINO's .xml, ncnn's .param), to list its operators."""
     output: Printed = field(default_factory=Output)

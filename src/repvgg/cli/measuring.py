@@ -30,7 +30,8 @@ class Bench:
 
     models: Annotated[tuple[str, ...], Positional, arg(metavar="MODELS", help="Names, as in repvgg info; or of timm's networks.")]
     engines: str = "eager"
-    """eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino, native; several with commas, or all that are installed."""
+    """eager, compile, aotinductor, onnxruntime, ncnn, mnn, openvino, native, on CUDA compile-max, cudagraphs; several with commas,
+    or all that are installed."""
     precision: str = "fp32"
     """fp32, tf32, bf16, fp16, int16 (native); several with commas."""
     batch_size: str = "32"

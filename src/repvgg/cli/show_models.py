@@ -5,7 +5,7 @@ from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.models.header import Header, Row, costs_of, read_header
+from repvgg.models.header import Geometry, Header, Row, costs_of, read_header
 from repvgg.models.manifest import Manifest
 from repvgg.models.names import EMBEDDED, embedded, in_run_folder, resolve_name
 from repvgg.models.pretrained import RELEASED
@@ -65,7 +65,7 @@ def show_graph(path: Path, as_json: bool) -> None:
         for number, operator in enumerate(operators, 1)
     ]
     print_table(("", "operator", "kernel", "stride", "groups", ""), rows, title=str(path))
-    print(summary(operators))
+    print(printable(summary(operators)))
 
 
 def _show_family(as_json: bool) -> None:
@@ -180,15 +180,10 @@ def _print_origin(manifest: Manifest) -> None:
 
 
 def _geometry(module: Any) -> str:
-    """Return "3x3 /2 d2 g4": kernel, stride, dilation, groups of a convolution, where they are not 1."""
-    if not hasattr(module, "kernel_size") or isinstance(module.kernel_size, int):
+    """Return a convolution's geometry in words, and nothing of any other module."""
+    if not isinstance(getattr(module, "kernel_size", None), tuple):
         return ""
-    marks = (
-        (f" /{module.stride[0]}", module.stride[0]),
-        (f" d{module.dilation[0]}", module.dilation[0]),
-        (f" g{module.groups}", module.groups),
-    )
-    return "x".join(map(str, module.kernel_size)) + "".join(mark for mark, value in marks if value != 1)
+    return str(Geometry(module.kernel_size, module.stride, module.dilation, module.groups))
 
 
 def show_recipes(as_json: bool) -> None:

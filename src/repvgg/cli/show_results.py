@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,52 +84,42 @@ def _print_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str])
     print_table(header, rows, title="Confusion matrix")
 
 
-def show_predictions(predictions: Iterable["Prediction"], as_json: bool) -> None:
-    """Print one JSON object a line, or a table. Raises ValueError at the end if some image could not be read."""
-    rows, count, failed = [], 0, 0
-    for p in predictions:
-        count += 1
-        if p.error is not None:
-            failed += 1
-            complain(f"repvgg: {p.error}")
-        elif as_json:
-            labels = [{"label": name, "probability": round(x, 6)} for name, x in p.labels]
-            more = {} if p.explanation is None else {"explanation": p.explanation}
-            print(json.dumps({"path": p.path, "labels": labels, "engine": p.engine, **more}))
-        else:
-            rows.append((p.explanation or p.path, *(f"{name} {x:.1%}" for name, x in p.labels)))
-    if rows:
-        print_table(("image", "label", *("",) * (len(rows[0]) - 2)), rows)
-    if failed:
-        raise ValueError(f"{failed} of {count} images could not be read")
-
-
 def show_answers(answers: "Iterable[Prediction | MaskPrediction]", as_json: bool) -> None:
-    """Show labels or masks, whichever they are."""
-    found: Any = iter(answers)
-    first = next(found, None)
-    shown: Any = show_predictions if first is None or hasattr(first, "labels") else show_masks
-    shown(chain([] if first is None else [first], found), as_json)
+    """Print each image's labels, or the largest classes of its mask: a table, or one JSON object a line.
 
-
-def show_masks(answers: Iterable["MaskPrediction"], as_json: bool) -> None:
-    """Print the largest classes of each image, or JSON. Raises ValueError at the end if some could not be read."""
-    rows, count, failed = [], 0, 0
+    Raises ValueError at the end if some image could not be read.
+    """
+    header, rows = tuple[str, ...](), list[tuple[str, ...]]()
+    count, failed = 0, 0
     for answer in answers:
         count += 1
         if answer.error is not None:
             failed += 1
             complain(f"repvgg: {answer.error}")
             continue
-        shares = answer.shares or {}
+        header, row, told = _of_labels(answer) if hasattr(answer, "labels") else _of_mask(answer)
         if as_json:
-            print(json.dumps({"path": answer.path, "shares": {name: round(share, 6) for name, share in shares.items()}}))
+            print(json.dumps({"path": answer.path, **told}))
         else:
-            rows.append((answer.path, ", ".join(f"{name} {share:.1%}" for name, share in list(shares.items())[:5])))
+            rows.append(row)
     if rows:
-        print_table(("image", "share of the pixels"), rows)
+        print_table(header, rows)
     if failed:
         raise ValueError(f"{failed} of {count} images could not be read")
+
+
+def _of_labels(answer: Any) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """Return a prediction's header and row of a table, and what JSON tells of it."""
+    labels = [{"label": name, "probability": round(x, 6)} for name, x in answer.labels]
+    more = {} if answer.explanation is None else {"explanation": answer.explanation}
+    row = (answer.explanation or answer.path, *(f"{name} {x:.1%}" for name, x in answer.labels))
+    return ("image", "label", *("",) * (len(row) - 2)), row, {"labels": labels, "engine": answer.engine, **more}
+
+
+def _of_mask(answer: Any) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    shares = answer.shares or {}
+    row = (answer.path, ", ".join(f"{name} {share:.1%}" for name, share in list(shares.items())[:5]))
+    return ("image", "share of the pixels"), row, {"shares": {name: round(share, 6) for name, share in shares.items()}}
 
 
 def show_predicted(summary: "Summary", as_json: bool) -> None:
@@ -157,7 +146,7 @@ def show_quantization(report: "QuantizationReport", as_json: bool) -> None:
     print_table(("after the ReLU of", "signal to noise, dB", "noise added", ""), rows)
     print("noise added: by how much the noise grows in this layer, as a share of its signal's power, against the layer before")
     hurting = " ".join(str(i) for i, layer in enumerate(report.layers) if layer.name in worst)
-    print(f"hurts: the three that add most; --keep {hurting} leaves them in float, and --equalise may help without that")
+    print(f"hurts: the three that add most; --max-drop 0.005 leaves in float as many as it takes, --keep {hurting} these")
     print(report)
     print(report.path)
 
@@ -197,9 +186,9 @@ def show_reports(reports: Sequence["BenchReport"], out: Path | None, as_json: bo
     each = [report.to_json() for report in reports]
     figures = each[0] if len(each) == 1 else {"reports": each}
     if out is not None:
-        from repvgg.disk import atomically
+        from repvgg.disk import write_text
 
-        atomically(out, lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
+        write_text(out, json.dumps(figures, indent=2) + "\n")
     if as_json:
         print_json(figures)
         return

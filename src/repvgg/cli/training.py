@@ -95,7 +95,7 @@ class Prune:
     keep: float = 0.5
     """Share of each layer's channels that stay."""
     recipe: str = ""
-    """A name or a file, as for train; empty: what suits the data, for photos finetune. Its fields are the flags below."""
+    """A name or a file, as for train; empty: what suits the data, by SGD; for photos finetune. Its fields are the flags below."""
     engine: str = "eager"
     """Engine that the speeds are measured with, as in repvgg bench."""
     draw: Drawn = field(default_factory=Draw)
@@ -161,6 +161,8 @@ class Quantize:
         from repvgg.cli.show_results import show_quantization
         from repvgg.deploy.quantize import Quantization
 
+        if self.qat_lr != type(self).qat_lr and not self.qat_epochs:
+            raise ValueError("--qat-lr is for --qat-epochs: give both, or neither")
         how = Quantization(self.images, self.bias_correction, self.equalise, self.keep, self.max_drop, self.qat_epochs, self.qat_lr)
         report = quantize(self.model, self.data, self.to, self.out, settings=how, log=say, **vars(self.draw), **vars(self.where))
         show_quantization(report, self.output.json)
@@ -186,7 +188,7 @@ class Ablate:
     seeds: int = 3
     """How many, from 0 on. More may follow later."""
     recipe: str = ""
-    """A name or a file, as for train; empty: what suits the data, for photos light. Its fields are the flags below."""
+    """A name or a file, as for train; empty: what suits the data, by SGD; for photos light. Its fields are the flags below."""
     limit: int | None = None
     """At most this many images of each split, the same for all variants."""
     ray: str = ""

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torchvision.datasets import ImageFolder
 
 from repvgg.data import VALIDATION, DataError, Source
 from repvgg.data.cache import Arrays, Names, kept, once
 from repvgg.data.images import decode
 from repvgg.data.listing import Splitting, divided, open_table
-from repvgg.disk import IMAGES, LEFT_BEHIND, escaped, is_image
+from repvgg.disk import IMAGES, LEFT_BEHIND, escaped, is_image, walked
 from repvgg.models.manifest import Preprocessing
 
 CALLED = re.compile("train|val|test|dev|eval", re.IGNORECASE)  # how splits are called that are not called like ours
@@ -27,7 +26,7 @@ class Folder:
     def __init__(self, root: Path, classes: list[str] | None = None) -> None:
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*")
-        found = once(lambda: kept(["images below", str(root.resolve())], _unchanged, lambda: _listing(root)))
+        found = once(lambda: kept(["images below, 3", str(root.resolve())], _unchanged, lambda: _listing(root)))
         self.classes = list(Names(found["classes"], found["class_ends"]))
         if classes is not None and (extra := sorted(set(self.classes) - set(classes))):
             raise DataError(f"{root}: class {extra[0]!r} has no images to train on; it is missing in train/")
@@ -48,37 +47,31 @@ class Folder:
         return decode(self.root / self.names[index]), int(self.labels[index])
 
 
-class _Visible(ImageFolder):
-    """Leaves out what programs leave behind."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names = _folders(directory)
-        if not names:
-            raise FileNotFoundError(directory)
-        return names, {name: i for i, name in enumerate(names)}
-
-
 def _listing(root: Path) -> Arrays:
     """Return the names of classes, and of images below the root, and labels.
 
     For a folder of many, also all its sub-folders with the times of their last change.
     """
-    try:
-        folder = _Visible(str(root), is_valid_file=lambda p: is_image(p.removeprefix(f"{root}/")), allow_empty=True)
-    except FileNotFoundError:
-        raise DataError(f"{root}: holds no class folders: put the images of each class into a folder of its name") from None
-    names, classes = Names.of([path.removeprefix(f"{root}/") for path, _ in folder.samples]), Names.of(folder.classes)
-    folders = [path for path, _, _ in os.walk(root, followlinks=True)] if len(names) >= MANY else []
-    watched = Names.of(folders)
+    changed = {str(root): _changed(str(root))}  # as they were before they were read: what comes meanwhile is seen the next time
+    names, labels, classes = list[str](), list[int](), _folders(root)
+    if not classes:
+        raise DataError(f"{root}: holds no class folders: put the images of each class into a folder of its name")
+    for label, name in enumerate(classes):
+        for folder, files in sorted(walked(root / name, above=root, seen=lambda path: changed.setdefault(path, _changed(path)))):
+            found = [f"{folder}/{file}".removeprefix(f"{root}/") for file in sorted(files)]
+            names += filter(is_image, found)
+            labels += [label] * (len(names) - len(labels))
+    watched = changed if len(names) >= MANY else {}
+    blocks = {"": Names.of(names), "class_": Names.of(classes), "folder_": Names.of(list(watched))}
     return {
-        "names": names.joined,
-        "ends": names.ends,
-        "labels": np.array([label for _, label in folder.samples], dtype=np.int32),
-        "classes": classes.joined,
-        "class_ends": classes.ends,
-        "folders": watched.joined,
-        "folder_ends": watched.ends,
-        "changed": np.array([_changed(path) for path in folders], dtype=np.int64),
+        "names": blocks[""].joined,
+        "ends": blocks[""].ends,
+        "labels": np.array(labels, dtype=np.int32),
+        "classes": blocks["class_"].joined,
+        "class_ends": blocks["class_"].ends,
+        "folders": blocks["folder_"].joined,
+        "folder_ends": blocks["folder_"].ends,
+        "changed": np.array(list(watched.values()), dtype=np.int64),
     }
 
 
@@ -114,7 +107,7 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
     if how is not None:
         raise DataError(f"--val: {path} has a validation split of its own, {held.name}/")
     train = Folder(path / "train")
-    test = Folder(path / "test", train.classes) if (path / "test").is_dir() else None
+    test = Folder(path / "test", train.classes) if _has_classes(path / "test") else None  # else their labels are not known
     return Source(
         str(path), train, Folder(held, train.classes), [escaped(name) for name in train.classes], Preprocessing(), test=test
     )

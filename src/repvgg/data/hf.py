@@ -8,6 +8,7 @@ from torch import Tensor
 
 from repvgg.data import VALIDATION, DataError, Images, InMemory, Source
 from repvgg.data.images import ImageError, decode
+from repvgg.disk import in_a_line
 from repvgg.models.manifest import Preprocessing
 
 HELD_OUT = (*VALIDATION, "test")  # splits to validate on, the first that is there
@@ -42,7 +43,7 @@ def open_hf(name: str) -> Source:
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:  # the library raises many types; each is a reason in words
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = in_a_line(error)
         raise DataError(f"hf:{name}: cannot be opened ({reason})") from None
     if "train" not in splits:
         raise DataError(f"hf:{name}: has no split called train (it has {', '.join(splits)})")

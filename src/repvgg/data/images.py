@@ -21,6 +21,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from repvgg.data import DataError
+from repvgg.disk import UNREAD, in_a_line
 from repvgg.terminal import printable
 
 MAX_PIXELS = 100_000_000  # 10,000 x 10,000: 300 MB once decoded, up to 9 bytes a pixel while it is
@@ -28,7 +29,7 @@ LONGEST = 32  # times as long as wide: resized by its short side, a longer image
 STRIP = 4_000_000  # pixels that are converted at once
 ORIENTATION = 0x0112  # EXIF's tag
 # Pillow's names of these. It reads more, for one EPS, which it hands to Ghostscript: a program for a stranger to run.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", *["AVIF"] * bool(find_spec("PIL._avif"))]
 OF_THE_MACHINE = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENOTCONN}
 _enough: ContextVar[int] = ContextVar("enough", default=0)
 
@@ -186,13 +187,15 @@ def _read(source: str | os.PathLike[str] | bytes, name: str | None, convert: Cal
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image, or of a kind that is not known here") from None
+        kind = Path(name).suffix.lower()
+        known = f"{kind[1:].upper()} is not read here: convert it to JPEG" if kind in UNREAD else "of a kind that is not known here"
+        raise ImageError(f"{name}: not an image, or {known}") from None
     except (MemoryError, Image.DecompressionBombError):
         raise ImageError(f"{name}: too large to decode") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
             raise DataError(f"{name}: cannot be read ({os.strerror(error.errno)})") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = in_a_line(error)
         raise ImageError(f"{name}: not an image, or a damaged one ({reason})") from None
 
 

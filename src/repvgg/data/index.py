@@ -22,7 +22,7 @@ import numpy as np
 from repvgg.data import DataError
 from repvgg.data.cache import Arrays, once
 from repvgg.data.workers import leave_signals_to_the_main_process
-from repvgg.disk import FileError, Log, atomically, cache_folder
+from repvgg.disk import FileError, Log, cache_folder, write_text
 
 FILE = "_index.json"
 MANY = 64  # shards: fewer are counted without being asked
@@ -97,7 +97,7 @@ class Index:
     def _write(self, path: Path, counts: Counts) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"spec": self.spec, "files": self._stamps(), "counts": counts})
-        atomically(path, lambda temporary: temporary.write_text(text))
+        write_text(path, text)
 
     def _paths(self) -> list[Path]:
         cached = cache_folder() / f"{hashlib.sha256(self.spec.encode()).hexdigest()[:32]}.json"

@@ -126,6 +126,12 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
         if not (root / image).is_file():
             remedy = ": put it back, or give another --out, or --resume never" if own else ""
             raise DataError(f"{path}, line {line}: there is no image {escaped(str(root / image))}{remedy}")
+    first: dict[str, tuple[int, str, str]] = {}
+    for line, image, label, split in zip(lines, names, labels, splits or [""] * len(names), strict=True):
+        before, *was = first.setdefault(image, (line, label, split))
+        if was != [label, split]:
+            also = f"line {before} has {escaped(image)} too, with another label or split"
+            raise DataError(f"{path}, line {line}: {also}: an image has one row")
     classes = sorted(set(labels))
     number = {label: i for i, label in enumerate(classes)}
     numbers = [number[label] for label in labels]

@@ -23,7 +23,7 @@ from repvgg.data.folder import is_split
 from repvgg.data.hf import HELD_OUT, find_columns
 from repvgg.data.listing import Listed
 from repvgg.data.stream import expanded, fetched, refuse_damaged
-from repvgg.disk import describe, escaped, images_below
+from repvgg.disk import describe, escaped, images_below, in_a_line
 from repvgg.terminal import printable
 
 
@@ -147,7 +147,7 @@ def _of_stream(spec: str, load: dict[str, Any], split: str, facts: Any, names: M
     try:
         features = table.features or table._resolve_features().features
     except Exception as error:  # of whatever protocol and file format is beneath
-        raise DataError(f"{spec}: cannot be opened ({describe(error).splitlines()[0]})") from None
+        raise DataError(f"{spec}: cannot be opened ({in_a_line(error)})") from None
     image, to_label = _columns(spec, features)
     table, count = table.cast_column(image, datasets.Image(decode=False)), table.num_shards
 
@@ -191,7 +191,7 @@ def _split(spec: str, load: dict[str, Any], split: str) -> Any:
     try:
         splits = datasets.load_dataset(**load)
     except Exception as error:  # the library raises many types; each is a reason in words
-        raise DataError(f"{spec}: cannot be opened ({describe(error).splitlines()[0]})") from None
+        raise DataError(f"{spec}: cannot be opened ({in_a_line(error)})") from None
     names = (split, *HELD_OUT) if split == "val" else (split,)
     found = next((name for name in names if name in splits), None)
     if found is None:

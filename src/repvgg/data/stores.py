@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.fs
 
 from repvgg.data import DataError
-from repvgg.disk import describe
+from repvgg.disk import in_a_line
 
 
 def is_url(name: str) -> bool:
@@ -29,6 +29,4 @@ def filesystem(url: str) -> tuple[Any, str]:
             found, path = fsspec.core.url_to_fs(url)
             return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(found)), path
         except Exception as error:  # of whatever protocol
-            raise DataError(
-                f"{url}: cannot be opened ({describe(why).splitlines()[0]}; {describe(error).splitlines()[0]})"
-            ) from None
+            raise DataError(f"{url}: cannot be opened ({in_a_line(why)}; {in_a_line(error)})") from None

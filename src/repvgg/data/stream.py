@@ -22,7 +22,7 @@ from repvgg.data import DataError, Source
 from repvgg.data.hf import HELD_OUT, columns, refuse_ids
 from repvgg.data.images import decode
 from repvgg.data.index import Counts, Index
-from repvgg.disk import Log, describe
+from repvgg.disk import Log, describe, in_a_line
 from repvgg.models.manifest import Preprocessing
 
 BLOCK = 512  # bytes; a tar file ends in blocks of zeros
@@ -155,6 +155,8 @@ def fetched(cell: dict[str, Any] | None) -> bytes:
         return bytes(cell["bytes"])
     if not cell or not cell["path"]:
         return b""
+    if "://" not in cell["path"] and not Path(cell["path"]).is_file():  # a stranger's device or pipe would never end
+        return b""
     with xopen(cell["path"], "rb") as file:
         return bytes(file.read())
 
@@ -283,7 +285,7 @@ def _opened(name: str, load: dict[str, Any], folder: Path | None, files: Sequenc
     except DataError:
         raise
     except Exception as error:  # the library raises many types; each is a reason in words
-        raise DataError(f"{name}: cannot be opened ({describe(error).splitlines()[0]})") from None
+        raise DataError(f"{name}: cannot be opened ({in_a_line(error)})") from None
     return Opened(name, tables, image, label, classes, Index(name, folder, files))
 
 
@@ -294,7 +296,7 @@ def _source(opened: Opened) -> Source:
     except DataError:
         raise
     except Exception as error:  # as above
-        raise DataError(f"{name}: cannot be opened ({describe(error).splitlines()[0]})") from None
+        raise DataError(f"{name}: cannot be opened ({in_a_line(error)})") from None
     classes = _classes(opened, counts)
     train, val = (
         Stream(f"{name}, {s}", tables[s], opened.image, opened.label, [sum(shard.values()) for shard in counts[s]], len(classes))

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.data import open_source
+from repvgg.data.transforms import eval_transform, normalise
 from repvgg.deploy import engines, example
 from repvgg.deploy.engines import Engine, Options, Runtime, Signature
 from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.deploy.parity import Parity, compare, folded, reference
 from repvgg.deploy.staged import staged, written
-from repvgg.disk import Log, describe
+from repvgg.disk import Log, in_a_line
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest, Preprocessing
@@ -177,9 +178,14 @@ def real_images(model: nn.Module, data: str, count: int, shape: Shape = Shape())
     """Return `count` images of the validation split that `data` names, prepared as an exported file of that shape takes them."""
     if count < 1:
         raise ValueError(f"--images {count}: at least 1")
-    source = open_source(data).limited(count)
-    preprocessing = described(zoo.manifest_of(model), shape).preprocessing
-    return torch.cat([x for x, _ in batches(source.val, preprocessing, 64)])
+    source, p = open_source(data).limited(count), described(zoo.manifest_of(model), shape).preprocessing
+    channels = source.preprocessing.input_size[0]
+    if channels != p.input_size[0]:
+        raise ValueError(f"--data {data}: its images have {channels} channels, and the model takes {p.input_size[0]}")
+    if source.masks:  # the photos alone
+        prepare = eval_transform(p)
+        return normalise(torch.stack([prepare(source.val[i][0]) for i in range(len(source.val))]), p)
+    return torch.cat([x for x, _ in batches(source.val, p, 64)])
 
 
 def random_images(signature: Signature) -> Tensor:
@@ -221,7 +227,7 @@ def _opened(runtime: Runtime, path: Path, signature: Signature, images: Tensor) 
     try:
         engine = runtime.open_file(path, Options((channels, height, width), signature.batch or 4))
     except Exception as error:  # of any runtime
-        raise ValueError(f"{path.name} cannot be loaded back ({describe(error).splitlines()[0]})") from None
+        raise ValueError(f"{path.name} cannot be loaded back ({in_a_line(error)})") from None
     return replace(engine, batch_size=signature.batch or engine.batch_size)
 
 
@@ -229,5 +235,5 @@ def _prove(engine: Engine, original: nn.Module, images: Tensor) -> Parity:
     try:
         logits = engine.in_turns(images, 4)
     except Exception as error:
-        raise ValueError(f"the file was written, but cannot be run ({describe(error).splitlines()[0]})") from None
+        raise ValueError(f"the file was written, but cannot be run ({in_a_line(error)})") from None
     return compare(logits, reference(original, images))

@@ -8,7 +8,7 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import DeviceError, Options, Runtime
 from repvgg.deploy.formats import FORMATS, SUFFIXES, report_of
 from repvgg.deploy.runner import Runner
-from repvgg.disk import describe
+from repvgg.disk import in_a_line
 from repvgg.models.manifest import Manifest
 
 
@@ -34,7 +34,7 @@ def open_exported(path: Path, engine: str, options: Options) -> Runner:
     except (MemoryError, DeviceError):
         raise
     except Exception as error:  # of any runtime
-        reason = describe(error).splitlines()[0]
+        reason = in_a_line(error)
         raise ValueError(f"{path}: {wanted.engine} cannot open it, it is damaged or of another version ({reason})") from None
     raise ValueError(f"{path}: was not written by repvgg export, it does not say what goes in and comes out")
 

@@ -15,7 +15,7 @@ from torch import nn
 from repvgg.deploy import engines
 from repvgg.deploy.engines import Options
 from repvgg.deploy.parity import compare, reference
-from repvgg.disk import Log, atomically, cache_folder, describe
+from repvgg.disk import Log, cache_folder, in_a_line, write_text
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import interleave, synchroniser
 from repvgg.terminal import live
@@ -35,7 +35,7 @@ def fastest(model: nn.Module, options: Options, log: Log = print, seconds: float
     seconds: after which no other engine is built; those left out are told.
     """
     path = cache_folder() / "engines" / f"{_digest(model, options, seconds)}.json"
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(path.read_text())["fastest"])
     log("measuring the engines, once for this model on this machine")
     with live() as tell:
@@ -45,7 +45,7 @@ def fastest(model: nn.Module, options: Options, log: Log = print, seconds: float
     text = json.dumps(record, indent=2)
     with suppress(OSError, ValueError):  # a cache that cannot be written costs time and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomically(path, lambda temporary: temporary.write_text(text))
+        write_text(path, text)
     log(f"{best}: {found[best]['images_per_second']:,.1f} images/s")
     return best
 
@@ -73,7 +73,7 @@ def measure(
             engine = engines.build(name, model, options)
             parity = compare(engine.in_turns(images[:2], options.batch_size), wanted)
         except (ValueError, RuntimeError) as error:
-            log(f"left out: {name} ({describe(error).splitlines()[0]})")
+            log(f"left out: {name} ({in_a_line(error)})")
             continue
         if parity.ok:
             calls[name] = partial(engine.run, engine.prepare(images[: options.batch_size]))

@@ -9,7 +9,7 @@ from torch import nn
 
 from repvgg.deploy.engines import Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
-from repvgg.disk import FileError, Log, atomically
+from repvgg.disk import FileError, Log, atomically, in_a_line
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
@@ -70,7 +70,7 @@ def create(name: str, checkpoint: str | os.PathLike[str] | None = None, log: Log
     try:
         model: nn.Module = timm.create_model(name).eval()
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"timm cannot make {name}: {(str(error).splitlines() or [''])[0]}") from None
+        raise ValueError(f"timm cannot make {name}: {in_a_line(error)}") from None
     if checkpoint is None:
         log(f"{PREFIX}{name}: random weights; --checkpoint FILE takes trained ones")
         return model

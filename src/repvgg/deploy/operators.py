@@ -12,7 +12,7 @@ from pathlib import Path
 from repvgg.deploy import engines
 from repvgg.deploy.engines import ListedOperator
 from repvgg.deploy.formats import FORMATS, SUFFIXES
-from repvgg.disk import describe
+from repvgg.disk import in_a_line
 
 
 def read(path: str | os.PathLike[str]) -> list[ListedOperator]:
@@ -31,7 +31,7 @@ def read(path: str | os.PathLike[str]) -> list[ListedOperator]:
     try:
         found = engines.runtime(wanted.module).operators(path)
     except Exception as error:  # of any runtime
-        reason = describe(error).splitlines()[0]
+        reason = in_a_line(error)
         raise ValueError(f"{path}: cannot be read, it is damaged or of another version ({reason})") from None
     if found is None:
         raise ValueError(untold)

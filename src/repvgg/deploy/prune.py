@@ -33,9 +33,10 @@ from repvgg.measure.machine import write_record
 from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
-from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate_model
+from repvgg.train.evaluate import Accuracy, batches, evaluate_model
 from repvgg.train.loop import KEEPING, train
 from repvgg.train.recipes import Keeping, Recipe
+from repvgg.train.tasks import task_of
 
 IMAGES = 128  # that channels are judged by
 BATCH = 32  # of the speeds
@@ -230,7 +231,7 @@ def prune(
     stopped. engine: that the speeds are of. Raises what `pruned`, `train` and `load_engine` do.
     """
     engines.check(engine, "fp32")
-    check_fit(zoo.manifest_of(model), source)
+    task_of(source).check(model, source)
     bad = None
     if keeping.on_bad_image == "skip":
         make_folder(out, "a run folder")

@@ -37,9 +37,9 @@ from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import load, save
-from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate
+from repvgg.train.evaluate import Accuracy, batches, evaluate
 from repvgg.train.loop import train
-from repvgg.train.recipes import Recipe, get_recipe
+from repvgg.train.recipes import GENTLE, Recipe, get_recipe
 from repvgg.train.tasks import CLASSIFICATION
 
 INT8 = ("openvino", "onnx", native_int8.ENGINE)
@@ -150,7 +150,6 @@ def quantize(
         raise ValueError(f"{source.name} has masks, and what INT8 costs is measured on labels")
     CLASSIFICATION.check(model, source)
     manifest = zoo.manifest_of(model)
-    check_fit(manifest, source)
     deploy = folded(model)
     deploy = equalise(deploy) if settings.equalise else deploy
     if native:
@@ -218,7 +217,7 @@ def _trained_rounded(deploy: nn.Module, images: Tensor, source: Source, settings
 def qat_recipe(source: Source) -> Recipe:
     """Return the source's own recipe, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a
     training, augmented as they are, would change the network more than the rounding does."""
-    recipe = replace(get_recipe(source.recipe), optimizer="sgd", bn_bias_lr=1, ema=0, small_first=0)  # it is trained already
+    recipe = replace(get_recipe(source.recipe), **GENTLE)
     return replace(recipe, warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
 
 

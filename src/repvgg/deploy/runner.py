@@ -12,7 +12,8 @@ from repvgg.models.manifest import Manifest
 
 
 class Runner(nn.Module):
-    """An engine as a module without parameters: images float32 [N, C, H, W], NumPy or torch, to logits float32 of the same kind.
+    """An engine as a module without parameters: images float32 [N, C, H, W], NumPy or torch, to logits float32 of the same kind,
+    on the same device.
 
     Any number of images: they are run `batch_size` at a time. Threads may share it: they take turns.
     """
@@ -37,7 +38,7 @@ class Runner(nn.Module):
             raise ValueError(f"images are [N, {wanted}] for this engine, not {list(x.shape)}")
         with self.lock:
             logits = self.engine.in_turns(x, self.options.batch_size)
-        return logits.numpy() if isinstance(images, np.ndarray) else logits
+        return logits.numpy() if isinstance(images, np.ndarray) else logits.to(images.device)
 
     def extra_repr(self) -> str:
         """Say what it is, for `repr`."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from repvgg.disk import FileError, alive, describe, flush, full
+from repvgg.disk import FileError, alive, flush, full, in_a_line
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def written(name: str, error: Exception) -> Exception:
     """Return what to raise where a runtime's library could not write its file: OSError as it is, anything else in one line."""
     if isinstance(error, (OSError, ValueError, MemoryError)):
         return error
-    return ValueError(f"the {name} file cannot be written ({describe(error).splitlines()[0]})")
+    return ValueError(f"the {name} file cannot be written ({in_a_line(error)})")
 
 
 def _sweep(out: Path, mine: str) -> None:

@@ -39,18 +39,18 @@ def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None
         raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
     refuse_strangers(out, PAGE, f"{PAGE}.json")
     with staged(out) as folder:
-        parity = write_model(model, folder)
+        parity, deploy = write_model(model, folder)
         for file in engine_files():
             shutil.copyfile(file, folder / file.name)
-        manifest = zoo.manifest_of(folded(model))
+        manifest = zoo.manifest_of(deploy)
         signature = Signature(manifest.preprocessing.input_size, batch=1)
         write_report(folder / PAGE, "web", signature, manifest, {"parity": asdict(parity)})
     log(f"{Path(out) / PAGE}: {parity}")
     return Path(out) / PAGE
 
 
-def write_model(model: nn.Module, folder: Path) -> Parity:
-    """Write the deploy form and its plan, prove both by the kernels that the page runs, and return what was found."""
+def write_model(model: nn.Module, folder: Path) -> tuple[Parity, nn.Module]:
+    """Write the deploy form and its plan, prove both by the kernels that the page runs, and return the proof and that form."""
     engines.check("native", "fp32")
     import repvgg_engine
 
@@ -69,7 +69,7 @@ def write_model(model: nn.Module, folder: Path) -> Parity:
     parity = compare(torch.from_numpy(net(images.numpy())), reference(model, images))
     if not parity.ok:
         raise ValueError(f"the engine computes something else, so nothing was kept: {parity}")
-    return parity
+    return parity, deploy
 
 
 def engine_files() -> list[Path]:

@@ -77,7 +77,7 @@ class LinearMap:
         geometry = zip(self.kernel_size, self.dilation, self.stride, self.padding, strict=True)
         size = [d * (k - 1) + 1 + 2 * s + p for k, d, s, p in geometry]
         random = torch.Generator().manual_seed(self.in_channels * 31 + self.kernel_size[0])
-        return torch.randn(2, self.in_channels, *size, generator=random, dtype=torch.float64).to(self.kernel.device)
+        return torch.randn(2, self.in_channels, *size, generator=random, dtype=torch.float64, device="cpu").to(self.kernel.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         padding = self.padding
@@ -94,7 +94,7 @@ def scale(weight: Tensor, bias: Tensor) -> LinearMap:
 
 def identity(channels: int) -> LinearMap:
     """`x -> x` on `channels` channels."""
-    one = torch.ones(channels, dtype=torch.float64)
+    one = torch.ones(channels, dtype=torch.float64, device="cpu")
     return scale(one, torch.zeros_like(one))
 
 

@@ -263,7 +263,7 @@ def pads_unevenly(m: nn.Conv2d) -> bool:
 
 
 def as_conv(m: LinearMap, like: Tensor) -> nn.Conv2d:
-    """Write the map as a convolution with bias, in eval mode, in the dtype, device and memory format of `like`."""
+    """Write the map as a convolution with bias, in eval mode; in dtype, device, memory format and `requires_grad` as `like`."""
     conv: nn.Conv2d = nn.utils.skip_init(
         nn.Conv2d,
         m.in_channels,
@@ -286,7 +286,7 @@ def as_conv(m: LinearMap, like: Tensor) -> nn.Conv2d:
             raise ReparamError(f"the folded {name} does not fit {like.dtype}: convert the model to float32 first")
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return conv.eval()
+    return conv.requires_grad_(like.requires_grad).eval()
 
 
 @torch.no_grad()

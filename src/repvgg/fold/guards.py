@@ -24,7 +24,13 @@ def refuse_wrapper(model: object) -> None:
     """Raise `ReparamError` for what is no network, or keeps one inside and does something else when called; it says what to
     pass."""
     kind = type(model).__name__
-    if isinstance(model, nn.Module) and type(model).__call__.__module__.startswith("torch."):
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ReparamError(f"{kind} is a wrapper: pass its network, as in reparameterize(x.module.eval())")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ReparamError(
+            f"{kind} is TorchScript, which cannot be read: fold the network before, or export it to ONNX and fold that"
+        )
+    if isinstance(model, nn.Module) and (_called_as_torch_does(model) or type(model).forward is not nn.Module.forward):
         return
     inner = {**getattr(model, "__dict__", {}), **getattr(model, "_modules", {})}
     names = [name for name, value in inner.items() if isinstance(value, nn.Module) and not name.startswith("_")]
@@ -51,7 +57,13 @@ def altered(module: nn.Module) -> str | None:
     """Return why this object may do something else than its type says, if so."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "carries forward hooks (old-style spectral_norm is one), which folding would lose: remove them first"
+    if not _called_as_torch_does(module):
+        return "has a __call__ of its own, which folding would lose"
     return REPLACED if "forward" in vars(module) else None
+
+
+def _called_as_torch_does(module: nn.Module) -> bool:
+    return type(module).__call__.__module__.startswith("torch.")
 
 
 REPLACED = "has a forward of its own in place of its class's (torch.compile does so): fold the plain module, then compile that"
@@ -104,6 +116,10 @@ def refuse_without_numbers(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ReparamError("is not initialised yet: call the model with an input first", name)
+        if tensor.device.type == "mps":
+            raise ReparamError(
+                "is on Apple's GPU, which has no float64 to prove a fold in: fold model.cpu(), and move the result", name
+            )
         if tensor.is_meta:
             raise ReparamError("is on the meta device, where tensors have no numbers: load the weights first", name)
 

@@ -1,5 +1,6 @@
 """Open and write ONNX files of strangers: checked before anything is believed, large tensors beside the graph included."""
 
+import glob
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, checker, external_data_helper, helper, numpy_helper
 
-from repvgg.disk import FileError, atomically, describe
+from repvgg.disk import FileError, atomically, describe, in_a_line
 
 LARGEST = 2_000_000_000  # bytes: a protobuf holds 2 GiB at most
 BESIDE = 1024  # bytes from which on a tensor goes beside the graph, if any does
@@ -40,7 +41,7 @@ class OnnxFile:
         try:
             checker.check_model(str(self.path))
         except (checker.ValidationError, ValueError, RuntimeError) as error:
-            raise FileError(f"{path}: is not a valid ONNX model ({describe(error).splitlines()[0]})") from None
+            raise FileError(f"{path}: is not a valid ONNX model ({in_a_line(error)})") from None
 
     @property
     def has_files_beside(self) -> bool:
@@ -105,7 +106,7 @@ class OnnxFile:
         copies = list(tensors_of(model))
         atomically(beside, lambda to: self._write_beside(to, beside.name, [(tensors[i], copies[i]) for i in at]))
         atomically(path, lambda to: to.write_bytes(model.SerializeToString()))
-        for old in path.parent.glob(f"{path.name}.*.data"):
+        for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 12}.data"):
             if old != beside:
                 with suppress(OSError):
                     old.unlink()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from repvgg.fold.as_linear import Branches, as_conv, as_linear, is_foldable, main_tensor, why_unknown
+from repvgg.fold.call import Call
 from repvgg.fold.guards import (
     copied,
     inside,
@@ -25,7 +26,6 @@ from repvgg.fold.proof import check_part
 from repvgg.fold.report import Folded, FoldReport
 from repvgg.fold.stretches import fold_stretches
 from repvgg.fold.trace import Traces, trace
-from repvgg.fold.tracer import Call
 from repvgg.fold.whole import as_inputs, check_whole, example_of
 
 F = TypeVar("F", bound=Folded)

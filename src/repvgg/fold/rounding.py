@@ -1,6 +1,8 @@
 """Measure how far outputs are from a reference, and what rounding does to them."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +64,7 @@ def shaken(value: Any, step: float, seed: int = 0) -> Any:
     def moved(t: Any) -> Any:
         if not is_float(t):
             return t
-        up = torch.randint(0, 2, t.shape, generator=random, dtype=torch.int8).to(t.device)
+        up = torch.randint(0, 2, t.shape, generator=random, dtype=torch.int8, device="cpu").to(t.device)
         return t * (1 + step * (2 * up - 1).to(t.dtype))
 
     return torch.utils._pytree.tree_map(moved, value)
@@ -79,7 +81,16 @@ def alike(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def tensors(outputs: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+    """Return the tensors in what a model returns: trees of containers, dataclasses and mappings of any kind."""
+    found = []
+    for leaf in torch.utils._pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += tensors(list(leaf.values()))
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return found
 
 
 def floats(tensors: list[Tensor]) -> list[Tensor]:

@@ -123,7 +123,7 @@ class ModuleFlow:
         except ReparamError as error:
             why = error.reason
         if found is None and not why and graphs:
-            if len(graphs) == 1 and self.traces.uses[path] <= 1 and not altered(module) and path not in self.traces.hidden:
+            if len(graphs) == 1 and self.traces.uses[path] <= 1 and not altered(module) and not self._set_apart(path):
                 return self._run(path, graphs[0], given, (*owners, path))
             self.apart.append(path)
         if found is None and resembles_batch_norm(module):
@@ -138,6 +138,10 @@ class ModuleFlow:
         if found is not None and found.kind == "norm" and not isinstance(split_activation(module)[1], nn.Identity):
             return self._enter(Value(f"{path}.act", (v,), None, f"the activation of {says}"), None, owners)
         return v
+
+    def _set_apart(self, path: str) -> bool:
+        """Tell whether a forward has to stay: not all its uses can be seen, or it works under a context that would be lost."""
+        return path in self.traces.hidden or path in self.traces.contexts
 
     def _enter(self, v: Value, path: str | None, owners: tuple[str, ...]) -> Value:
         self.values.append(v)
@@ -176,13 +180,19 @@ def _numbered(tree: Any) -> Any:
 
 
 def _constant(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """Return what a call gives that no input goes into: a function of parameters."""
+    """Return what a call gives that no input goes into, if it gives the same each time: a function of parameters."""
     try:
-        if node.op == "call_method":
-            return getattr(args[0].clone(), str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs) if callable(node.target) else None
+        found, again = (_made(node, args, kwargs) for _ in range(2))
     except Exception:  # whatever a stranger's code raises here, it is no constant for us
         return None
+    pairs = zip(*(torch.utils._pytree.tree_leaves(made) for made in (found, again)), strict=True)
+    return found if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)) else None
+
+
+def _made(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0].clone(), str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs) if callable(node.target) else None
 
 
 def _attribute(module: nn.Module, target: str) -> Any:

@@ -64,6 +64,8 @@ def of_module(module: nn.Module, path: str) -> Operator | None:
         raise ReparamError(f"its {why_unknown(module)}")
     if type(module) in CONVOLUTIONS:
         assert isinstance(module, nn.Conv2d)
+        if module.weight.is_complex():
+            raise ReparamError(f"its {cls} has a kernel of complex numbers")
         if pads_unevenly(module):
             raise ReparamError(f"its {cls} {UNEVEN}")
         return convolved(_read(module, path), _run(module), module.weight.shape, module.groups)
@@ -88,10 +90,10 @@ def of_flat(module: nn.Module) -> Operator | None:
     refuse_damage(module)
     if isinstance(module, nn.Linear):
         found = _conv(None, module.weight[:, :, None, None], module.bias)
-        return replace(found, run=lambda x: copy.deepcopy(module).double()(x.movedim(1, -1)).movedim(-1, 1))
+        return replace(found, run=lambda x: _exact(module, x)(x.movedim(1, -1)).movedim(-1, 1))
     assert isinstance(module, nn.BatchNorm1d)
     norm = _batch_norm(None, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps)
-    return replace(norm, run=lambda x: copy.deepcopy(module).double()(x.flatten(2)).view_as(x))
+    return replace(norm, run=lambda x: _exact(module, x)(x.flatten(2)).view_as(x))
 
 
 FLAT = (nn.Linear, nn.BatchNorm1d)
@@ -116,7 +118,12 @@ def _read(module: nn.Module, path: str) -> Callable[[], LinearMap]:
 
 
 def _run(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: copy.deepcopy(module).double()(x)
+    return lambda x: _exact(module, x)(x)
+
+
+def _exact(module: nn.Module, x: Tensor) -> nn.Module:
+    """Return a copy in float64 where `x` is: a network may lie on several devices."""
+    return copy.deepcopy(module).double().to(x.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- functions
@@ -227,10 +234,12 @@ def _pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_m
 def _conv(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Operator:
     if not isinstance(weight, Tensor) or isinstance(bias, Input) or isinstance(padding, str):
         raise ReparamError("has a kernel that is computed, or padding in words")
+    if weight.is_complex():
+        raise ReparamError("has a kernel of complex numbers")
     weight = weight.detach().double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
     geometry = two(stride), two(padding), two(dilation), groups
-    run = lambda x: F.conv2d(x, weight, bias, *geometry)  # noqa: E731
+    run = lambda x: F.conv2d(x, weight.to(x.device), bias.to(x.device), *geometry)  # noqa: E731
     return convolved(lambda: LinearMap(weight, bias, *geometry), run, weight.shape, groups)
 
 
@@ -241,7 +250,11 @@ def _batch_norm(x: Any, running_mean: Any, running_var: Any, weight: Any = None,
     mean, var, gain, shift = (None if t is None else t.detach().double() for t in (running_mean, running_var, weight, bias))
     if training is not False or mean is None or var is None or bool((var < 0).any() | (var + eps <= 0).any()):
         raise ReparamError("has no statistics, or a negative variance")
-    run = lambda x: F.batch_norm(x, mean, var, gain, shift, False, 0.0, eps)  # noqa: E731
+
+    def run(x: Tensor) -> Tensor:
+        m, v, g, s = (None if t is None else t.to(x.device) for t in (mean, var, gain, shift))
+        return F.batch_norm(x, m, v, g, s, False, 0.0, eps)
+
     return normed(lambda: batch_norm(mean, var, eps, gain, shift), run, len(mean))
 
 

@@ -57,7 +57,11 @@ class ModuleWriter:
             return None
         if any(self._is_flat(v) for v in stretch.inside):
             return "its linear layers are no chain"
-        return None if self._home(stretch) is not None else "its parts lie in forwards that do not see both its ends"
+        if self._home(stretch) is not None:
+            return None
+        if context := traces.contexts.get(self.read.root):
+            return f"the forward that it lies in works under {context}, which would be lost if it were written anew"
+        return "its parts lie in forwards that do not see both its ends"
 
     def _is_flat(self, v: Value) -> bool:
         path = self._path(v)
@@ -137,7 +141,8 @@ class ModuleWriter:
     def _may_rewrite(self, path: str) -> bool:
         """Nobody else looks into it, and its forward does nothing besides computing."""
         traces = self.read.traces
-        known = path in traces.exposed or path in traces.hidden or path in traces.open or altered(self.model.get_submodule(path))
+        known = any(path in seen for seen in (traces.exposed, traces.hidden, traces.open, traces.contexts))
+        known = known or altered(self.model.get_submodule(path)) is not None
         return not known and all(node.target is not kept for node in traces.graphs[path][0].nodes)
 
     def _write_forward(self, stretch: Stretch) -> str:
@@ -205,7 +210,8 @@ class ModuleWriter:
 def _as_layer(conv: nn.Conv2d) -> nn.Linear:
     """Return a 1x1 convolution as what it is on [N, C]."""
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, conv.in_channels, conv.out_channels)
-    layer.weight, layer.bias = nn.Parameter(conv.weight.detach().flatten(1)), conv.bias  # type: ignore[assignment]
+    layer.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=conv.weight.requires_grad)
+    layer.bias = conv.bias  # type: ignore[assignment]
     return layer.eval()
 
 

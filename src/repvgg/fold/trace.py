@@ -12,13 +12,15 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import CONVOLUTIONS, as_linear, is_batch_norm
+from repvgg.fold.call import ONE_INPUT, TENSOR, Call
 from repvgg.fold.guards import copied, parts
-from repvgg.fold.tracer import ARGUMENTS, ONE_INPUT, TENSOR, AsksTypeError, Call, Seen, traced, watched_modules
+from repvgg.fold.tracer import ARGUMENTS, AsksTypeError, Seen, traced, watched_modules
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Traces:
     hidden: modules of which not every use can be seen, with the reason. So a part of them must not be changed.
     untraceable: modules whose forward cannot be traced, with what went wrong. All that they hold is hidden.
     open: modules that a user calls, and what may be passed to them besides what was; then they may do something else.
+    contexts: modules whose forwards work under one (`torch.autocast`, `torch.no_grad`, ...), which no graph shows.
     call: how the model is called, where an example says so.
     """
 
@@ -43,6 +46,7 @@ class Traces:
     hidden: dict[str, str] = field(default_factory=dict)
     untraceable: dict[str, str] = field(default_factory=dict)
     open: dict[str, str] = field(default_factory=dict)
+    contexts: dict[str, str] = field(default_factory=dict)
     call: Call | None = None
 
     def below(self, paths: Collection[str]) -> set[str]:
@@ -68,7 +72,10 @@ def trace(model: nn.Module, call: Call | None = None) -> Traces:
 def refuse_lost(model: nn.Module, before: Traces, done: str) -> None:
     """Raise `ReparamError` naming a module whose forward could be traced before, and now, its parts `done`, cannot."""
     if broken := trace(model, before.call).untraceable.keys() & before.graphs.keys():
-        raise ReparamError(f"uses a {done} module in another way than calling its own child of that name", min(broken))
+        why = (
+            "in another way than calling its own child of that name: it may hold it in a plain list (nn.ModuleList is followed) too"
+        )
+        raise ReparamError(f"uses a {done} module {why}", min(broken) or type(model).__name__)
 
 
 _alone = threading.RLock()  # tracing changes `nn.Module` for as long as it lasts, and fx some functions
@@ -115,8 +122,11 @@ class _Walk:
                 why = f"{_called(path, module)} sets its `{name}` while it runs"
                 for inner in other.modules():
                     self.traces.exposed.setdefault(self.names[inner], why)
+        if seen.contexts:
+            self.traces.contexts.setdefault(path, seen.contexts[0])
         if graph is None:
             return
+        loose = self._loose(module, call)
         counted: Counter[str] = Counter()
         for node in graph.nodes:
             owner = _owner(node)
@@ -128,11 +138,19 @@ class _Walk:
             if node.op == "call_module":
                 call = Call.of(node)
                 self.todo.append((used, call))
+                if names := call.names_of(used, loose):
+                    self.traces.open.setdefault(self.names[used], names)
                 if call != ONE_INPUT:
                     self.traces.exposed.setdefault(self.names[used], f"{_called(path, module)} calls it with more than its input")
                     self.read.append((module, used, ARGUMENTS))
         self.counted[path] = self.counted.get(path, Counter()) | counted
         self.traces.graphs.setdefault(path, []).append(graph)
+
+    def _loose(self, module: nn.Module, call: Call) -> list[Any]:
+        """Return the values in a call that another call by the user may change: defaults, and what was handed down of them."""
+        if self.names[module] not in self.traces.open:
+            return []
+        return [*call.fixed(), *call.defaults(module)]
 
     def _traced(self, module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
         """Trace a forward; again where it asked of a value whether it is a tensor, and that could be found out."""

@@ -20,7 +20,7 @@ def example_of(model: nn.Module) -> tuple[Any, ...] | None:
         return None
     channels, *sides = manifest.preprocessing.input_size
     shape = IMAGES, channels, *(min(LARGEST, side) for side in sides)
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"),)
 
 
 def as_inputs(example: Any) -> tuple[Any, ...]:

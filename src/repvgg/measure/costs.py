@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from repvgg.disk import in_a_line
 from repvgg.fold.guards import copied, refuse_train_mode
 
 aten = torch.ops.aten
@@ -134,7 +135,7 @@ def cost(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Cost:
             with trace:
                 outputs = twin(image)
         except Exception as error:
-            where, reason = trace.path or type(model).__name__, (str(error).strip() or type(error).__name__).splitlines()[0]
+            where, reason = trace.path or type(model).__name__, in_a_line(error)
             raise ValueError(f"the model does not run on one input of size {tuple(input_size)}: in {where}: {reason}") from error
     return _count(twin, trace.steps, image, _tensors(outputs))
 

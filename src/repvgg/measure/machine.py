@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import atomically
+from repvgg.disk import write_text
 
 PACKAGES = ("repvgg", "repvgg-engine", "torch", "torchvision", "timm", "onnxruntime", "openvino", "ncnn", "MNN", "nncf", "numpy")
 
@@ -60,7 +60,7 @@ def write_record(path: Path, figures: dict[str, Any], device: str = "") -> None:
     """Write figures as JSON, with the machine that they were measured on; device: see `this_machine`."""
     text = json.dumps({**figures, "machine": this_machine(device)}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ al. 2016, "v1"), whose downsampling bottlenecks have their stride on the first 1
 
 from torch import nn
 
+from repvgg.disk import in_a_line
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.names import BASELINES
 
@@ -35,7 +36,7 @@ def create_baseline(name: str, num_classes: int = 1000, in_chans: int = 3, pretr
     try:
         model: nn.Module = timm.create_model(baseline.timm_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"timm cannot make {name}: {(str(error).splitlines() or [''])[0]}") from error
+        raise ValueError(f"timm cannot make {name}: {in_a_line(error)}") from error
     if baseline.v1:
         _move_strides_to_1x1(model)
     return model

@@ -9,9 +9,17 @@ from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.checkpoint import PICKLE_SUFFIXES
 from repvgg.models.load import load, save, tell_left_out
+from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import manifest_of
 
-LARGEST = 320  # pixels a side that the two forms are compared on: rounding is the same on more, and float64 slow
+LARGEST = 320  # pixels a side that the two forms are compared on
+
+
+def proof_size(preprocessing: Preprocessing) -> tuple[int, int, int]:
+    """Return the size of images that two forms are compared on: on larger ones rounding is the same, and float64 slow."""
+    channels, *sides = preprocessing.input_size
+    height, width = (min(LARGEST, side) for side in sides)
+    return channels, height, width
 
 
 def convert(
@@ -38,9 +46,7 @@ def convert(
     if manifest.form == "deploy":
         raise ValueError(f"{source}: is in deploy form already, there is nothing to fold (--to-keys re-spells its keys)")
     deploy = reparameterize(model)
-    channels, *sides = manifest.preprocessing.input_size
-    height, width = (min(LARGEST, side) for side in sides)
-    proof = verify(model, deploy, (channels, height, width))
+    proof = verify(model, deploy, proof_size(manifest.preprocessing))
     log(str(deploy.fold_report))
     log(str(proof))
     if proof.verdict == "cannot be judged":

@@ -78,6 +78,8 @@ class Manifest:
             raise ValueError(f"no form {self.form!r}: training or deploy")
         if not all(isinstance(name, str) for name in self.classes or []):
             raise TypeError("classes are names")
+        if not _is_splitting(self.training.get("splitting")):
+            raise ValueError("training: its splitting is no share and seed")
         arch, channels = self.arch or {}, self.preprocessing.input_size[0]
         if arch.get("in_chans", channels) != channels:
             raise ValueError(f"preprocessing for {channels} channels does not fit in_chans={arch['in_chans']}")
@@ -112,6 +114,14 @@ class Manifest:
             return cls(preprocessing=Preprocessing(**given), **raw)
         except Exception as error:  # JSON of a stranger: anything may be missing, or of another type
             raise FileError(f"its manifest cannot be used ({describe(error)})") from None
+
+
+def _is_splitting(told: Any) -> bool:
+    """Say whether it is the share that was held out and the seed of the draw (see data/listing.py), or nothing."""
+    if told is None:
+        return True
+    kinds = isinstance(told, list) and list(map(type, told)) in ([float, int], [int, int])
+    return kinds and 0 < told[0] < 1
 
 
 def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from repvgg.disk import in_a_line
 from repvgg.models.names import FAMILY, PSPNETS
 from repvgg.models.repvgg import RepVGG, checkpoint_contexts
 
@@ -209,7 +210,7 @@ def _resnet(name: str, in_chans: int, pretrained: bool, width: float) -> tuple[n
     try:
         backbone: Any = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **options)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"timm cannot make {name}: {(str(error).splitlines() or [''])[0]}") from error
+        raise ValueError(f"timm cannot make {name}: {in_a_line(error)}") from error
     if width != 1:
         _narrow(backbone, width, in_chans)
     return _Stages(dict(backbone.items())), [_times(width, channels) for channels in backbone.feature_info.channels()]

@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.disk import atomically
+from repvgg.disk import write_text
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
 from repvgg.models import hub
+from repvgg.models.convert import proof_size
 from repvgg.models.in_timm import timm_config
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing
@@ -74,7 +75,7 @@ def write_model(model: nn.Module, folder: Path) -> None:
     keys = "timm" if theirs else "repvgg"
     save(model, folder / hub.MODEL_FILE, to_keys=keys)
     config = json.dumps({**json.loads(manifest.to_json()), "keys": keys, **(theirs or {})}, indent=2) + "\n"
-    atomically(folder / "config.json", lambda temporary: temporary.write_text(config))
+    write_text(folder / "config.json", config)
 
 
 def _may_write_card(repo_id: str, token: str | None) -> bool:
@@ -179,7 +180,7 @@ def _costs(model: nn.Module, manifest: Manifest) -> list[tuple[str, str]]:
         ("multiplications by Winograd F(2x2, 3x3)", f"{c.winograd_muls / 1e9:.3f} G"),
     ]
     if manifest.form == "training":
-        error = verify(model, deploy, size).max_rel_err
+        error = verify(model, deploy, proof_size(manifest.preprocessing)).max_rel_err
         rows.append(("largest relative error of the deploy form, against float64", f"{error:.1e}"))
     return rows
 

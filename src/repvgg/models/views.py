@@ -15,6 +15,7 @@ from repvgg.numerics import full_float32
 
 STEP = 2 / 3  # of a window, between one and the next, as in the original PSPNet
 LARGEST_SCALE = 8
+AT_ONCE = 1 << 27  # scores that are upsampled at once: 0.5 GB
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,52 @@ def segment(
 
     window: height and width, for `views.slide`.
     """
+    return _combined(seen(network, images, window, views), size, views)
+
+
+def seen(network: Callable[[Tensor], Tensor], images: Tensor, window: Sequence[int], views: Views = WHOLE) -> list[Tensor]:
+    """Return what a network says of each view, at that view's size: logits of one, probabilities of several (see `segment`)."""
     if views.one:
-        return _to_size(network(images), size)
-    total: Tensor | None = None
+        return [network(images)]
+    maps = []
     for scale in views.scales:
         scaled = _to_size(images, (max(1, round(images.shape[2] * scale)), max(1, round(images.shape[3] * scale))))
         for mirrored in (False, True) if views.flip else (False,):
             shown = scaled.flip(3) if mirrored else scaled
-            seen = _through_windows(network, shown, window) if views.slide else network(shown).softmax(1)
-            probabilities = _to_size(seen.flip(3) if mirrored else seen, size)
-            total = probabilities if total is None else total.add_(probabilities)
-    assert total is not None
-    mean = total.div_(len(views.scales) * (2 if views.flip else 1))
+            found = _through_windows(network, shown, window) if views.slide else network(shown).softmax(1)
+            maps.append(found.flip(3) if mirrored else found)
+    return maps
+
+
+def likeliest(maps: Sequence[Tensor], size: tuple[int, int], views: Views = WHOLE) -> Tensor:
+    """Return the likeliest class of each pixel, uint8 [*size] on the CPU, of what was `seen` in one image.
+
+    The scores of a large photo are made strip by strip: those of 19 classes and 100 megapixels would take 8 GB.
+    """
+    rows = AT_ONCE // (maps[0].shape[1] * size[1])
+    if rows >= size[0]:
+        return _combined(maps, size, views)[0].argmax(0).to(torch.uint8).cpu()
+    edges = [(top, min(top + max(1, rows), size[0])) for top in range(0, size[0], max(1, rows))]
+    strips = (torch.stack([_rows(m, size, *edge) for m in maps]).sum(0) for edge in edges)
+    return torch.cat([strip[0].argmax(0).to(torch.uint8).cpu() for strip in strips])
+
+
+def _combined(maps: Sequence[Tensor], size: tuple[int, int], views: Views) -> Tensor:
+    if views.one:
+        return _to_size(maps[0], size)
+    total = _to_size(maps[0], size).clone()
+    for found in maps[1:]:
+        total.add_(_to_size(found, size))
+    mean = total.div_(len(maps))
     return mean.clamp_(min=torch.finfo(mean.dtype).tiny).log_()
+
+
+def _rows(x: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
+    """Return rows `top` to `bottom` of `_to_size(x, size)`, up to rounding."""
+    y = ((torch.arange(top, bottom, device=x.device, dtype=torch.float64) + 0.5) * (x.shape[2] / size[0]) - 0.5).clamp(min=0)
+    low = y.long().clamp(max=x.shape[2] - 1)
+    between = torch.lerp(x[:, :, low], x[:, :, (low + 1).clamp(max=x.shape[2] - 1)], (y - low)[:, None].to(x.dtype))
+    return _to_size(between, (bottom - top, size[1]))
 
 
 def _through_windows(network: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int]) -> Tensor:
@@ -70,9 +104,9 @@ def _through_windows(network: Callable[[Tensor], Tensor], x: Tensor, window: Seq
     for top in starts(x.shape[2], height):
         for left in starts(x.shape[3], width):
             there = (..., slice(top, top + height), slice(left, left + width))
-            seen = network(x[there]).softmax(1)
-            total = seen.new_zeros(*seen.shape[:2], *x.shape[2:]) if total is None else total
-            total[there] += seen
+            found = network(x[there]).softmax(1)
+            total = found.new_zeros(*found.shape[:2], *x.shape[2:]) if total is None else total
+            total[there] += found
             count[there] += 1
     assert total is not None
     return total.div_(count)

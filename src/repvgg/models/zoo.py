@@ -100,7 +100,10 @@ def manifest_of(model: nn.Module) -> Manifest:
     """Return what a file of this model would say of it. Raises ValueError for a model that `create_model` did not make."""
     manifest = vars(model).get("manifest")  # its own: a wrapper (torch.compile) would spell the tensors otherwise
     if not isinstance(manifest, Manifest):
-        raise ValueError(f"{type(model).__name__} was not made by repvgg.create_model: save its state dict with safetensors")
+        raise ValueError(
+            f"{type(model).__name__} was not made by repvgg.create_model, so nothing says how to prepare its images: "
+            "save its state dict with PyTorch, export it with torch.onnx.export, run it with repvgg.load_engine"
+        )
     num_classes = _num_classes(model)
     arch = manifest.arch and {**manifest.arch, "num_classes": num_classes}
     if arch and isinstance(model, RepVGG):

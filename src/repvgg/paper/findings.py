@@ -12,7 +12,7 @@ import torch
 from repvgg.bench.models import randomise_norms
 from repvgg.data import open_source
 from repvgg.deploy import engines
-from repvgg.disk import atomically
+from repvgg.disk import write_text
 from repvgg.measure.timing import Times, interleave, synchroniser
 from repvgg.paper.grid import TABLES, Cell, Grid, Outcome, run
 from repvgg.paper.result import NothingChosenError, PaperSettings
@@ -131,7 +131,7 @@ def training_speeds(grid: Grid, settings: PaperSettings) -> dict[str, Times]:
     if key not in kept:
         settings.log("timing the training forms, which take turns")
         kept[key] = {name: times.by_round for name, times in _time(grid, settings).items()}
-        atomically(path, lambda temporary: temporary.write_text(json.dumps(kept, indent=1) + "\n"))
+        write_text(path, json.dumps(kept, indent=1) + "\n")
     return {name: Times([[s] for s in seconds]) for name, seconds in kept[key].items()}
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from repvgg.data import Source, open_source
-from repvgg.disk import FileError, Log, atomically, hold, make_folder
+from repvgg.disk import FileError, Log, hold, make_folder, write_text
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.reparameterize import reparameterize
@@ -280,7 +280,7 @@ def settle(grid: Grid) -> None:
     path = grid.out / "grid.json"
     wanted = json.loads(json.dumps(grid.settings))
     if not path.exists():
-        atomically(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=2) + "\n"))
+        write_text(path, json.dumps(wanted, indent=2) + "\n")
     found = {**asdict(Recipe()), **(_read(path) or {})}  # a recipe's fields may have been fewer then
     if other := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
         differences = ", ".join(f"{name} {found.get(name)} there and {wanted.get(name)} here" for name in other)

@@ -8,7 +8,7 @@ from functools import partial
 from importlib import import_module
 
 from repvgg.deploy import engines
-from repvgg.disk import atomically
+from repvgg.disk import atomically, write_text
 from repvgg.measure.machine import this_machine, write_record
 from repvgg.models.names import resolve_name
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result
@@ -60,7 +60,7 @@ def paper(part: str, settings: PaperSettings, with_json: bool = False) -> None:
         else:
             show(name, results[name], settings, with_json)
     html = as_page(results, settings)
-    atomically(settings.out / "index.html", lambda path: path.write_text(html))
+    write_text(settings.out / "index.html", html)
     settings.log(f"all in {(time.perf_counter() - started) / 60:.1f} minutes: {settings.out / 'index.html'}")
 
 

@@ -20,7 +20,7 @@ import torch
 from repvgg.bench.models import Candidate, bench, network, prepared
 from repvgg.deploy.engines import Options
 from repvgg.deploy.fastest import fastest
-from repvgg.disk import atomically
+from repvgg.disk import write_text
 from repvgg.measure.machine import this_machine
 from repvgg.measure.timing import Ratio, Times, ratio
 from repvgg.models.names import resolve_name
@@ -214,7 +214,7 @@ class Shelf:
 
     def save(self) -> None:
         text = json.dumps(self.runs, indent=1) + "\n"
-        atomically(self.path, lambda path: path.write_text(text))
+        write_text(self.path, text)
 
 
 def _key(candidate: Candidate, reference: Candidate) -> str:

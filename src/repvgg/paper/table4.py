@@ -203,13 +203,20 @@ def _correlations(rows: Sequence[ModelSpeed], speeds: dict[str, Speed]) -> dict[
     muls = [row.muls_b or 0 for row in counted], [speeds[row.model].winograd_muls for row in counted]
     return {
         "models": len(counted),
-        "FLOPs": {"paper": spearman(paper, flops), "here": spearman(here, flops)},
-        "Winograd MULs": {"paper": spearman(paper, muls[0]), "here": spearman(here, muls[1])},
+        "FLOPs": {"paper": _finite(spearman(paper, flops)), "here": _finite(spearman(here, flops))},
+        "Winograd MULs": {"paper": _finite(spearman(paper, muls[0])), "here": _finite(spearman(here, muls[1]))},
     }
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as JSON can hold it."""
+    return value if math.isfinite(value) else None
 
 
 def _correlation_table(found: dict[str, Any]) -> list[Table]:
     title = f"Is it FLOPs or multiplications that speed goes with? Rank correlation over {found['models']} models"
     header = ("Spearman's rank correlation of speed with", "paper", "here")
+    if found["models"] < ENOUGH:
+        return []
     cells = [(what, *(f"{found[what][where]:.2f}" for where in ("paper", "here"))) for what in ("FLOPs", "Winograd MULs")]
-    return [Table(title, header, cells)] if found["models"] >= ENOUGH else []
+    return [Table(title, header, cells)]

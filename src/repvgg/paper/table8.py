@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +191,7 @@ def _engines(settings: PaperSettings) -> list[str]:
     """Return the engine asked for, or all that are at hand."""
     if settings.named_engine:
         return [settings.named_engine]
-    here = [name for name, known in engines.ENGINES.items() if all(find_spec(package) for package in known.packages)]
-    return [name for name in here if settings.precision in engines.precisions(name, settings.device)]
+    return engines.installed(settings.precision, settings.device, str)
 
 
 def layers(channels: int, dilation: int) -> nn.Module:

@@ -130,15 +130,7 @@ def _engines(settings: PaperSettings) -> list[str]:
     """Return the engine asked for; or all that are installed (in a quick look, eager alone)."""
     if settings.named_engine or settings.quick:
         return [settings.one_engine]
-    found = []
-    for name in engines.ENGINES:
-        try:
-            engines.check(name, settings.precision, settings.device)
-        except ValueError as error:
-            settings.log(f"left out: {error}")
-        else:
-            found.append(name)
-    return found
+    return engines.installed(settings.precision, settings.device, settings.log)
 
 
 def _tests(engine: str, settings: PaperSettings, shelf: Shelf) -> list[Comparison]:

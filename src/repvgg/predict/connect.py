@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import Log, describe
+from repvgg.disk import Log, in_a_line
 
 STORE = 250_000_000  # bytes a processor, of a cluster of this machine alone; Ray would take a third of the memory
 
@@ -36,7 +36,7 @@ def connect(address: str, log: Log) -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         if address != "auto":
-            reason = f"no cluster answers there ({describe(error).splitlines()[0]}); one with a token wants RAY_AUTH_MODE=token"
+            reason = f"no cluster answers there ({in_a_line(error)}); one with a token wants RAY_AUTH_MODE=token"
             raise ValueError(f"--ray {address}: {reason}") from None
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # threads of workers keep no heaps of their own
         os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # and what Arrow frees is free
@@ -62,7 +62,7 @@ def reason_of(error: BaseException) -> str:
     """Return the first line of what a task raised, from within Ray's wrappings."""
     while inner := getattr(error, "cause", None) or error.__cause__:
         error = inner
-    return describe(error).strip().splitlines()[0]
+    return in_a_line(error)
 
 
 def absolute(spec: str) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 from repvgg.data.shards import Shards
 from repvgg.deploy.load import open_model
 from repvgg.deploy.runner import Runner
-from repvgg.disk import FileError, Log, atomically
+from repvgg.disk import FileError, Log, atomically, write_text
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
@@ -91,7 +91,7 @@ def _agreed(job: Job, out: Path, shards: Shards, log: Log) -> nn.Module:
     network = opened(job, folder.engine_of(job, there), log)
     here = folder.settings(job, shards, engine_name(network), manifest_of(network).task == "masks")
     if there is None:
-        atomically(path, lambda temporary: temporary.write_text(json.dumps(here, indent=2) + "\n"))
+        write_text(path, json.dumps(here, indent=2) + "\n")
     else:
         folder.refuse_another(job.out, there, here)
     return network

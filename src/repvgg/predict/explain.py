@@ -22,7 +22,6 @@ from repvgg.data.images import ImageError, decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.disk import EVIDENCE, atomically
 from repvgg.models.finite import finite
-from repvgg.models.plain import PlainNet
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.labels import named
 from repvgg.predict.paths import expand, targets
@@ -56,8 +55,6 @@ def _bias(head: nn.Linear) -> Tensor | float:
 
 def features_of(model: nn.Module, images: Tensor) -> Tensor:
     """Return the last feature map [N, C, h, w]. Raises ValueError for a model that does not give it."""
-    if isinstance(model, PlainNet):
-        return model.forward_features(images)
     if not hasattr(model, "forward_features"):
         raise ValueError(f"--explain cam: {type(model).__name__} does not give its last feature map: take a model file of ours")
     found: Tensor = model.forward_features(images)  # type: ignore[operator]

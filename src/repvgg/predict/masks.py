@@ -10,7 +10,6 @@ import colorsys
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,12 @@ from torch import Tensor, nn
 from repvgg.data.images import ImageError, decode
 from repvgg.data.masks import ToNetwork
 from repvgg.data.transforms import normalise
-from repvgg.disk import atomically
+from repvgg.disk import FileError, atomically, write_text
 from repvgg.models.finite import finite
-from repvgg.models.views import WHOLE, Views, placed, segment
+from repvgg.models.views import WHOLE, Views, likeliest, placed, seen
 from repvgg.models.zoo import dtype_of, manifest_of
-from repvgg.predict.paths import expand, targets
+from repvgg.predict.paths import LISTING, Made, expand, masks_in, targets
 
-LISTING = "masks.json"
 # The usual colours of Cityscapes; CamVid's names are here as well. Other classes get colours of their own.
 COLOURS = {
     "road": (128, 64, 128),
@@ -92,10 +90,10 @@ class Masker:
     def __call__(self, small: Tensor, size: tuple[int, int]) -> Tensor:
         """Return class ids, uint8 [*size], of a photo [C, H, W] that `to_network` has resized."""
         x = normalise(small.unsqueeze(0).to(self.device), self.preprocessing)
-        scores = segment(self.network, x, size, self.preprocessing.input_size[1:], self.views)
-        if not bool(torch.isfinite(scores).all()):
+        maps = seen(self.network, x, self.preprocessing.input_size[1:], self.views)
+        if not all(bool(torch.isfinite(m).all()) for m in maps):
             finite(self.model, x.to(dtype_of(self.model)))  # which says where
-        return scores[0].argmax(0).to(torch.uint8).cpu()
+        return likeliest(maps, size, self.views)
 
 
 def predict_masks(model: nn.Module, patterns: Sequence[str], device: str = "cpu", views: Views = WHOLE) -> Iterator[MaskPrediction]:
@@ -132,35 +130,41 @@ def _shares(mask: Tensor, names: Sequence[str]) -> dict[str, float]:
 def write_masks(
     answers: Iterable[MaskPrediction], paths: Sequence[str], out: Path, names: Sequence[str]
 ) -> Iterator[MaskPrediction]:
-    """Write NAME.png (class ids, with colours for viewers) and NAME_overlay.jpg of each into a folder; at the end masks.json.
+    """Write NAME.png (class ids, with colours for viewers) and NAME_overlay.jpg of each into a folder, and masks.json.
 
-    paths: of all images. Yields what it has written. Raises ValueError, before anything is, for two images of one name and for the
-    folder of an image, which its mask might overwrite.
+    paths: of all images. Yields what it has written. Raises, before anything is written, ValueError for two images of one name and
+    for the folder of an image, which its mask might overwrite; `FileError` where a file of somebody else's would be overwritten.
     """
     if out.resolve() in {folder.resolve() for folder in {Path(path).parent for path in paths}}:
         raise ValueError(f"--out {out}: the images lie there, and masks would overwrite them: name another folder")
-    made = targets(paths, out)
+    planned = {
+        path: {"path": path, "mask": f"{target.name}.png", "overlay": f"{target.name}_overlay.jpg"}
+        for path, target in targets(paths, out).items()
+    }
+    classes, listed = masks_in(out)
+    if listed and classes != list(names):
+        raise FileError(f"{out}: holds masks of other classes: name another --out")
+    before = {made["mask"]: made for made in listed if (out / made["mask"]).exists()}
+    new = [out / made[kind] for made in planned.values() if made["mask"] not in before for kind in ("mask", "overlay")]
+    if strange := next((file for file in new if file.exists()), None):
+        raise FileError(f"{strange}: was not made by repvgg predict, and would be overwritten: name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    palette, found = colours(names), list[dict[str, Any]]()
+    mine = {made["mask"] for made in planned.values()}
+    kept = [made for mask, made in before.items() if mask not in mine]
+    _list(out, names, [*kept, *planned.values()])  # first: after a kill it says whose the files are
+    palette, found = colours(names), list[Made]()
     for answer in answers:
         if answer.image is not None and answer.mask is not None:
-            mask, covered = (made[answer.path].with_name(made[answer.path].name + end) for end in (".png", "_overlay.jpg"))
-            _save(png(answer.mask, palette), mask, format="PNG")
-            _save(overlay(answer.image, answer.mask, palette), covered, format="JPEG", quality=90)
-            found.append({"path": answer.path, "mask": mask.name, "overlay": covered.name, "shares": answer.shares})
+            made = planned[answer.path]
+            _save(png(answer.mask, palette), out / made["mask"], format="PNG")
+            _save(overlay(answer.image, answer.mask, palette), out / made["overlay"], format="JPEG", quality=90)
+            found.append({**made, "shares": answer.shares})
         yield answer
-    text = json.dumps({"classes": list(names), "images": found}, indent=1) + "\n"
-    atomically(out / LISTING, lambda path: path.write_text(text))
+    _list(out, names, [*kept, *found])
 
 
-def not_made(paths: Sequence[str]) -> list[str]:
-    """Return the paths without those of masks and overlays, which the masks.json beside them lists."""
-    made: set[Path] = set()
-    for folder in {Path(path).parent for path in paths}:
-        with suppress(OSError, ValueError, TypeError, KeyError):  # none, or somebody else's
-            listed = json.loads((folder / LISTING).read_text())["images"]
-            made |= {folder / entry[kind] for entry in listed for kind in ("mask", "overlay")}
-    return [path for path in paths if Path(path) not in made]
+def _list(out: Path, names: Sequence[str], made: Sequence[Made]) -> None:
+    write_text(out / LISTING, json.dumps({"classes": list(names), "images": list(made)}, indent=1) + "\n")
 
 
 def colours(names: Sequence[str]) -> Any:
@@ -174,8 +178,8 @@ def colours(names: Sequence[str]) -> Any:
 
 def overlay(image: Tensor, mask: Tensor, palette: Any) -> Image.Image:
     """Return the photo, half covered by its mask's colours."""
-    photo = image.permute(1, 2, 0).numpy().astype(np.uint16)
-    return Image.fromarray(((photo + palette[mask.numpy()]) // 2).astype(np.uint8))
+    photo, colour = image.permute(1, 2, 0).numpy(), palette[mask.numpy()]
+    return Image.fromarray((photo & colour) + ((photo ^ colour) >> 1))  # their mean, without a wider type
 
 
 def png(mask: Tensor, palette: Any) -> Image.Image:

@@ -1,11 +1,17 @@
 """The image files that words name: files, folders and globs. Importable without PyTorch."""
 
 import glob
+import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from repvgg.disk import images_below
+
+LISTING = "masks.json"  # in a folder of masks that were predicted
+Made = dict[str, Any]  # of one image: its path, the files of its mask and overlay, and shares of the pixels
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -44,5 +50,24 @@ def targets(paths: Sequence[str], out: Path | None = None) -> dict[str, Path]:
     return {path: target for target, path in found.items()}
 
 
+def masks_in(folder: Path) -> tuple[list[str], list[Made]]:
+    """Return the classes and the masks of a folder that `repvgg predict` wrote masks into; nothing of any other folder."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads((folder / LISTING).read_text())
+        if all(isinstance(made[kind], str) for made in found["images"] for kind in ("mask", "overlay")):
+            return list(found["classes"]), list(found["images"])
+    return [], []
+
+
 def _images(path: Path) -> list[Path]:
-    return [path / name for name in images_below(path)] if path.is_dir() else [path]
+    """Return a file, or the images below a folder without masks that were made of some."""
+    if not path.is_dir():
+        return [path]
+    found = [path / name for name in images_below(path)]
+    made = {
+        folder / m[kind]
+        for folder in {image.parent for image in found}
+        for m in masks_in(folder)[1]
+        for kind in ("mask", "overlay")
+    }
+    return [image for image in found if image not in made]

@@ -12,7 +12,7 @@ from repvgg.data import DataError
 from repvgg.data.hf import find_columns
 from repvgg.data.shards import Item, Shards, open_shards
 from repvgg.data.stores import filesystem, is_url
-from repvgg.disk import describe, is_image
+from repvgg.disk import in_a_line, is_image
 
 ROWS = 64  # of a Parquet file, read at once
 
@@ -102,4 +102,4 @@ def _fetched(store: Any, path: str) -> bytes:
 
 def _unreadable(name: str, error: Exception) -> DataError:
     """Return the error to raise for whatever a store raises: those of fsspec have kinds of their own."""
-    return DataError(f"{name}: cannot be read ({describe(error).splitlines()[0]})")
+    return DataError(f"{name}: cannot be read ({in_a_line(error)})")

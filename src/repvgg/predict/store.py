@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from repvgg.data import DataError
 from repvgg.data.stores import filesystem, is_url
-from repvgg.disk import FileError, atomically, describe
+from repvgg.disk import FileError, atomically, in_a_line
 from repvgg.predict import folder
 
 DIGEST = 16  # bytes of a key: of a billion keys, two are alike once in 10^20 folders
@@ -46,7 +46,7 @@ class Store:
         try:
             found = self.files.get_file_info(pyarrow.fs.FileSelector(self.root, recursive=True, allow_not_found=True))
         except OSError as error:
-            raise DataError(f"{self.root}: cannot be reached ({describe(error).splitlines()[0]})") from None
+            raise DataError(f"{self.root}: cannot be reached ({in_a_line(error)})") from None
         return [file.path[len(self.root) :].lstrip("/") for file in found if file.type == pyarrow.fs.FileType.File]
 
     def parts(self) -> list[str]:
@@ -77,7 +77,7 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise FileError(f"{path}: cannot be read ({describe(error).splitlines()[0]})") from None
+            raise FileError(f"{path}: cannot be read ({in_a_line(error)})") from None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all; object stores know it no other way. Raises `FileError` where that cannot be."""
@@ -89,7 +89,7 @@ class Store:
             with self.files.open_output_stream(path) as opened:
                 opened.write(data)
         except OSError as error:
-            raise FileError(f"{path}: cannot be written ({describe(error).splitlines()[0]})") from None
+            raise FileError(f"{path}: cannot be written ({in_a_line(error)})") from None
 
 
 def missing(done: Any, keys: Sequence[str]) -> Any:

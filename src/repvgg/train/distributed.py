@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from repvgg.data import DataError
+from repvgg.disk import in_a_line
 from repvgg.train.guard import Guard
 
 MEETING = timedelta(seconds=50)  # from the first process that is here to the last
@@ -179,7 +180,7 @@ def _meet(rank: int, size: int, backend: str) -> None:
         dist.init_process_group(backend, store=PrefixStore(meeting, store), rank=rank, world_size=size, timeout=TIMEOUT)
     except (dist.DistError, ValueError, OSError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = in_a_line(error)
         raise ValueError(f"cannot meet the other processes at {where} ({reason}): give torchrun another --master-port") from None
 
 

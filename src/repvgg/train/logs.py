@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import Log, atomically, describe
+from repvgg.disk import Log, atomically, in_a_line, write_text
 from repvgg.train.events import Events
 
 
@@ -37,7 +37,7 @@ class Logs:
         self.path = out / "metrics.jsonl"
         kept = [line for line in read_lines(self.path) if line["step"] <= step] if step else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        atomically(self.path, lambda path: path.write_text(text))
+        write_text(self.path, text)
         if wandb:
             try:
                 import wandb as client
@@ -75,14 +75,14 @@ class Logs:
         except Exception as error:  # a full disk, a lost connection, whatever a client library makes of these
             if what not in self.told:
                 self.told.add(what)
-                self.log(f"{what}: cannot be written ({describe(error).splitlines()[0]}); training goes on")
+                self.log(f"{what}: cannot be written ({in_a_line(error)}); training goes on")
 
 
 def _id(out: Path, step: int) -> str:
     """Return the folder's own name for its run, a new one for a run that begins: folders may share a name, and steps only rise."""
     path = out / "wandb_id"
     if not step or not path.exists():
-        atomically(path, lambda temporary: temporary.write_text(secrets.token_hex(8)))
+        write_text(path, secrets.token_hex(8))
     return path.read_text()
 
 

@@ -1,4 +1,4 @@
-"""Training: SGD on a recipe, evaluated every epoch, with the best and the last model kept; it goes on where it was stopped.
+"""Train by a recipe, evaluated every epoch, with the best and the last model kept; it goes on where it was stopped.
 
     train("repvgg_a0", open_source("digits"), get_recipe("demo"), out="runs/digits")
 
@@ -33,6 +33,8 @@ from repvgg.train.whiten import whiten
 __all__ = ["KEEPING", "Run", "new_model", "train"]
 
 KEEPING = Keeping()
+OURS = ("state", "metrics.jsonl", "best.safetensors", "last.safetensors")  # one of which is in every run folder
+REPLACED = ("summary.json", "settings.json", "recipe.json", "split.csv")  # by a new run
 
 
 def train(
@@ -99,6 +101,9 @@ def refuse(source: Source, out: Path) -> None:
         raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
     if out.exists() and not out.is_dir():
         raise FileError(f"{out}: cannot be a run folder (it is a file)")
+    holds = {name for name in (*OURS, *REPLACED) if (out / name).exists()}
+    if holds and not holds & set(OURS):
+        raise FileError(f"{out}: holds a {min(holds)} of something else, which would be lost: name a folder of its own")
     if len(first := next(iter(Path(out).parts), "")) > 2 and first.endswith(":"):
         raise ValueError(f"--out {out}: a run is in a folder, which --mirror copies to an object store")
 

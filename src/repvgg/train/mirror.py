@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import FileError, Log, atomically, describe
+from repvgg.disk import FileError, Log, atomically, in_a_line
 
 STATES = "state"
 
@@ -43,7 +43,7 @@ class Mirror:
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                 atomically(self.out / name, partial(self._copy, name))
         except OSError as error:
-            raise FileError(f"{self.url}: cannot be read ({describe(error).splitlines()[0]})") from None
+            raise FileError(f"{self.url}: cannot be read ({in_a_line(error)})") from None
         if wanted:
             self.log(f"{self.out}: goes on from {self.url}")
 
@@ -65,7 +65,7 @@ class Mirror:
                 if name.startswith(f"{STATES}/") and name not in here:
                     self.store.delete_file(f"{self.root}/{name}")
         except Exception as error:  # clients of object stores raise kinds of their own
-            self.log(f"{self.url}: cannot be written ({describe(error).splitlines()[0]}); training goes on")
+            self.log(f"{self.url}: cannot be written ({in_a_line(error)}); training goes on")
 
     def _names(self) -> list[str]:
         """Return the paths of the files there."""

@@ -49,7 +49,7 @@ class Optimization:
     kernel_lr: float = 0.02
     """Muon's peak learning rate: the angle in radians by which a step turns a kernel."""
     momentum: float = 0.9
-    """SGD's, Muon's; AdamW's first beta."""
+    """Momentum of SGD and Muon, or the first beta of AdamW."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 1e-4
@@ -77,7 +77,7 @@ class Optimization:
     label_smoothing: float = 0.0
     """Share of each target spread over all classes."""
     auxiliary: float = 0.4
-    """Weight of the loss of each auxiliary head, of a PSPNet or a RepVGGplus (whose authors took 0.1)."""
+    """Weight of the loss of each auxiliary head, of a PSPNet or a RepVGGplus; the authors of RepVGGplus used 0.1."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Keeping:
     save_steps: int = 0
     """Save after so many steps too; 0: only by time."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: resume the run in the folder. never: start over, and lose it."""
+    """auto: resume the run in the folder. never: delete it and start over."""
     allow_change: str = ""
     """Settings that may differ from those of the resumed run, with commas: epochs,lr."""
     on_bad_image: Literal["stop", "skip"] = "stop"
@@ -247,6 +247,10 @@ RECIPES = {
     ),
     "demo": Recipe(epochs=8, batch_size=64, lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=1, crop="shift", flip=False),
 }
+
+
+# What a recipe for new networks has to be without where the network is trained already.
+GENTLE: dict[str, Any] = {"optimizer": "sgd", "bn_bias_lr": 1.0, "ema": 0.0, "small_first": 0.0, "whiten": False}
 
 
 def get_recipe(name: str) -> Recipe:

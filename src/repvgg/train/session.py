@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from repvgg.data import Source
 from repvgg.data.listing import SPLIT, write_table
 from repvgg.data.transforms import BadImages, normalise
-from repvgg.disk import FileError, Log, atomically, hold, make_folder, out_of_memory
+from repvgg.disk import FileError, Log, atomically, hold, make_folder, out_of_memory, write_text
 from repvgg.measure.machine import write_record
 from repvgg.models.load import save
 from repvgg.train.batches import Feed
@@ -245,7 +245,7 @@ class Session:
                     f"{self.out}: holds a run with {name} {before.get(name)!r}, not {value!r}: "
                     f"another --out, or --allow-change {name}, or --resume never"
                 )
-        last, best = (_evaluation(self.task, state, name) for name in ("last", "best"))
+        last, best = (evaluation_in(state, name, self.task) for name in ("last", "best"))
         if state.facts["steps"] != self.feed.steps:
             raise ValueError(
                 f"{self.out}: an epoch had {state.facts['steps']} steps, now it has {self.feed.steps}: a run cannot change that"
@@ -273,10 +273,10 @@ class Session:
             for of_the_run_before in ("summary.json", "bad_images.txt"):
                 (self.out / of_the_run_before).unlink(missing_ok=True)
             self.store.clear()
+            self.store.folder.mkdir(exist_ok=True)  # first: it says whose the other files are
             self._describe()
             if (rows := self.source.rows) is not None:
                 atomically(self.out / SPLIT, lambda path: write_table(path, rows()))
-            self.store.folder.mkdir(exist_ok=True)
         return Course()
 
     def _describe(self) -> None:
@@ -284,7 +284,7 @@ class Session:
         others = {name: value for name, value in self.settings.items() if name not in FIELDS}
         for name, facts in (("recipe.json", asdict(self.recipe)), ("settings.json", others)):
             text = json.dumps(facts, indent=2) + "\n"
-            atomically(self.out / name, partial(Path.write_text, data=text))
+            write_text(self.out / name, text)
 
     def _save(self, course: Course) -> None:
         course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started
@@ -338,6 +338,7 @@ class Session:
         self.mirror.send()
 
 
-def _evaluation(task: Task, state: State, name: str) -> Evaluation | None:
+def evaluation_in(state: State, name: str, task: Task) -> Evaluation | None:
+    """Return the evaluation that a run's state keeps as "best" or "last"."""
     found = state.facts.get(name)
     return task.restored(**found, confusion=state.tensors.pop(f"{name}.confusion")) if found else None

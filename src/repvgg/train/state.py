@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from repvgg.disk import FileError, Log, atomically
+from repvgg.disk import FileError, Log, atomically, in_a_line
 from repvgg.train.distributed import World
 from repvgg.train.mirror import Mirror
 
@@ -86,7 +86,7 @@ class Store:
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 if isinstance(error, FileError):
                     raise
-                self.log(f"{path}: damaged, it is left out ({(str(error).splitlines() or [type(error).__name__])[0][:120]})")
+                self.log(f"{path}: damaged, it is left out ({in_a_line(error)})")
         if files:
             raise FileError(f"{self.folder}: every state in it is damaged; --resume never starts over")
         return None

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def build(
             shutil.copyfile(file, folder / file.name)
         (folder / "style.css").write_text(page.STYLE + (HERE / "style.css").read_text())
         (folder / "model.json").write_text(json.dumps(told, indent=2) + "\n")
+    for left in set(Path(out).glob("example-[0-9][0-9].png")) - {Path(out) / shown["file"] for shown in told["examples"]}:
+        left.unlink(missing_ok=True)  # of an earlier page: whoever publishes the folder would publish them
     errors = ", ".join(f"{name} form {form['error']:.1e}" for name, form in told["forms"].items())
     log(f"{Path(out) / 'index.html'}: relative errors against PyTorch in float64: {errors}")
     return Path(out) / "index.html"
@@ -96,9 +99,17 @@ def serve(folder: str | os.PathLike[str], port: int = 8000, log: Log = print) ->
 def server(folder: str | os.PathLike[str], port: int = 0) -> ThreadingHTTPServer:
     """Return a server that is not running yet; port 0: any that is free."""
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=os.fspath(folder)))
+        return Server(("127.0.0.1", port), partial(Handler, directory=os.fspath(folder)))
     except (OSError, OverflowError) as error:
         raise ValueError(f"--port {port}: cannot be used ({getattr(error, 'strerror', None) or error}); name another") from None
+
+
+class Server(ThreadingHTTPServer):
+    """Says nothing of browsers that go away in the midst of a file."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -148,7 +159,7 @@ def _native(model: nn.Module, folder: Path, log: Log) -> bool:
     """Write what the page needs to run the deploy form in the native engine too; without the engine it does without, in words."""
     try:
         files = [file for file in engine_files() if file.suffix in (".mjs", ".wasm")]
-        parity = write_model(model, folder)
+        parity, _ = write_model(model, folder)
     except ValueError as error:
         log(f"the page runs onnxruntime-web alone: {error}")
         return False

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from repvgg.data import Source
-from repvgg.disk import Log, atomically
+from repvgg.disk import Log, atomically, write_text
 from repvgg.measure.machine import write_record
 from repvgg.models.load import load
 from repvgg.train.logs import TITLES
@@ -55,7 +55,7 @@ def write_report(folder: Path, source: Source | None = None, data: str = "", dev
     sections += [("What it costs", _costs(speeds)), ("How it was made", _settings(run))]
     target = folder / "run.html"
     html = page.page(run.title, [(title, body) for title, body in sections if body], _lead(run))
-    atomically(target, lambda path: path.write_text(html))
+    write_text(target, html)
     write_record(folder / "report.json", _figures(run, speeds))
     return target
 
@@ -250,7 +250,7 @@ def write_comparison(folders: Iterable[Path], out: Path) -> list[tuple[str, ...]
         ("Class by class", _classes(runs)),
     ]
     html = page.page(f"{len(runs)} runs side by side", [(title, body) for title, body in sections if body])
-    atomically(out, lambda path: path.write_text(html))
+    write_text(out, html)
     return rows
 
 

@@ -12,18 +12,19 @@ from repvgg.models.header import read_header
 from repvgg.models.manifest import Manifest
 from repvgg.train.logs import read_lines
 from repvgg.train.recipes import Recipe
+from repvgg.train.session import evaluation_in
 from repvgg.train.state import Store
 from repvgg.train.tasks import Evaluation, Task, task_of_model
 
-NAMES = {"top1": "top-1", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
+NAMES = {"top1": "top-1", "mean_iou": "mean IoU"}
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """Hold what a run has left behind.
 
-    settings: all that it was started with, the recipe's fields too. lines: of metrics.jsonl. best, last: evaluations, None where
-    their state is gone. seconds, machine: None where it was killed. finished: it has come to its end.
+    settings: all that it was started with, the recipe's fields too. lines: of metrics.jsonl. best: its evaluation, None where the
+    state is gone. seconds, machine: None where it was killed. finished: it has come to its end.
     """
 
     path: Path
@@ -31,7 +32,6 @@ class RunFolder:
     settings: dict[str, Any]
     lines: list[dict[str, Any]]
     best: Evaluation | None
-    last: Evaluation | None
     seconds: float | None
     machine: dict[str, Any] | None
     finished: bool
@@ -104,14 +104,11 @@ def open_run(path: Path) -> RunFolder:
     state = Store(path / "state", log=lambda line: None).latest()
     recipe, summary = (_json(path / f"{name}.json") for name in ("recipe", "summary"))
     settings = state.facts["settings"] if state else {**manifest.training, **recipe}
-    found = []
-    for name in ("best", "last"):
-        facts = state.facts.get(name) if state else None
-        found.append(task.restored(**facts, confusion=state.tensors[f"{name}.confusion"]) if state and facts else None)
+    best = evaluation_in(state, "best", task) if state else None
     seconds = summary.get("seconds", state.facts.get("seconds") if state else None)
     lines = read_lines(path / "metrics.jsonl")
     machine, finished = summary.get("machine"), bool(summary.get("finished"))
-    return RunFolder(path, manifest, settings, lines, found[0], found[1], seconds, machine, finished)
+    return RunFolder(path, manifest, settings, lines, best, seconds, machine, finished)
 
 
 def _json(path: Path) -> dict[str, Any]:

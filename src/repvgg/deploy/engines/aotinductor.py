@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repvgg.deploy.engines import Engine, Options, Signature
 from repvgg.deploy.engines.eager import in_precision, place
 from repvgg.deploy.engines.graph import trace
-from repvgg.disk import out_of_memory
+from repvgg.disk import in_a_line, out_of_memory
 from repvgg.models.checkpoint import METADATA_KEY
 
 
@@ -62,5 +62,5 @@ def _compile(program: torch.export.ExportedProgram, path: Path, settings: dict[s
     except Exception as error:
         if out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = in_a_line(error)
         raise ValueError(f"AOTInductor cannot compile this ({reason})") from None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, Options
 from repvgg.deploy.engines.eager import in_precision, place
-from repvgg.disk import describe, out_of_memory
+from repvgg.disk import in_a_line, out_of_memory
 
 
 def build(model: nn.Module, options: Options) -> Engine:
@@ -23,7 +23,7 @@ def compiled(model: nn.Module, options: Options, mode: str | None = None) -> Eng
     # fullgraph, which makes that an error, and a model that cannot be compiled whole too.
     torch._dynamo.config.recompile_limit = 1000
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
-    call = in_precision(torch.compile(network, fullgraph=True, mode=mode), options)
+    call = in_precision(torch.compile(network, fullgraph=True, mode=mode, dynamic=False), options)
 
     def run(images: Tensor) -> Any:
         try:
@@ -31,6 +31,6 @@ def compiled(model: nn.Module, options: Options, mode: str | None = None) -> Eng
         except torch._dynamo.exc.TorchDynamoException as error:  # it compiles at the first call: there is no C++ compiler, say
             if out_of_memory(error):
                 raise
-            raise ValueError(f"torch.compile cannot compile this ({describe(error).splitlines()[0]})") from None
+            raise ValueError(f"torch.compile cannot compile this ({in_a_line(error)})") from None
 
     return Engine(prepare, run, lambda logits: logits.float().cpu(), options.batch_size)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from repvgg.deploy.engines import Engine, Options, Signature
+from repvgg.disk import in_a_line
 from repvgg.models.checkpoint import METADATA_KEY
 
 
@@ -106,5 +107,5 @@ def _one_line(model: nn.Module) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # the exporters raise many types
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = in_a_line(error)
         raise ValueError(f"{type(model).__name__} cannot be exported as a graph ({reason})") from None

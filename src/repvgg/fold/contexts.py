@@ -1,0 +1,30 @@
+"""Notice which contexts a forward works under (autocast, no_grad, ...): a graph of it does not show them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
+
+
+@contextmanager
+def watched_contexts(note: Callable[[str], object]) -> Iterator[None]:
+    """Call `note` with the name of each such context that is entered, by `with` or as a decorator, as long as this lasts."""
+    plain = {cls: cls.__enter__ for cls in CONTEXTS}
+
+    def noting(cls: Any, enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def noted(self: Any) -> Any:
+            note(f"torch.{cls.__name__}")
+            return enter(self)
+
+        return noted
+
+    for cls, enter in plain.items():
+        cls.__enter__ = noting(cls, enter)
+    try:
+        yield
+    finally:
+        for cls, enter in plain.items():
+            cls.__enter__ = enter
