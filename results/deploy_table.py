@@ -71,7 +71,7 @@ def _older(r: Record, native: Record) -> str:
         said += f"\n`native` was measured again [since]{table_since}: without caches its first prediction"
         said += f"\ncomes {cold:.1f} s after the start of a process."
     if "a0" in native and min(when[f"speed/{name}"]["date"] for name in r["speed"]) < since["a0"]["date"]:
-        said += f"\nSo were the speeds of the fastest engines: [that table]{table_since} counts."
+        said += f"\nThe speeds of the fastest engines were measured again: [that table]{table_since} counts."
     return said
 
 

@@ -53,7 +53,7 @@ class Record:
     """
 
     def __init__(self, path: Path, asked: Asked) -> None:
-        self.path, self.device, self.figures = path, asked.device, dict[str, Any]()
+        self.path, self.device, self.figures, self.began = path, asked.device, dict[str, Any](), time.time()
         gpu = torch.cuda.get_device_name(asked.device) if asked.on_cuda else None
         self.settings = {
             "device": asked.device,
@@ -75,17 +75,22 @@ class Record:
         keep(self.path, f"figures/{name}", figures, {"settings": self.settings}, self.device)
         print(f"{name}: {json.dumps(figures)[:200]}", flush=True)
 
+    def _failed(self, name: str) -> bool:
+        """Say whether a figure could not be measured, or its process crashed; not, that the clock ended it."""
+        until = self.figures.get(name, {}).get("until")
+        return name in self.figures and (until is None or self.began < until)
+
     def each(self, asked: Asked, units: Iterator[tuple[str, Callable[[], Any]]]) -> None:
         """Measure what is not here yet, until the time is over.
 
         What cannot be measured leaves its reason, and is tried again after all others: one that crashes stops no other for ever.
         """
         left = [(name, measure) for name, measure in units if "error" in self.figures.get(name, {"error": "not tried"})]
-        for name, measure in sorted(left, key=lambda unit: unit[0] in self.figures):
+        for name, measure in sorted(left, key=lambda unit: self._failed(unit[0])):
             if asked.over:
                 print(f"time is over before {name}", flush=True)
                 return
-            self.put(name, {"error": "its process ended before it was measured"})  # which stays if that happens
+            self.put(name, {"error": "its process ended before it was measured", "until": asked.until})  # stays if that happens
             try:
                 self.put(name, measure())
             except Exception as error:  # of compilers and drivers: any; the next figure may be had all the same

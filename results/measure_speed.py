@@ -59,12 +59,12 @@ def main() -> None:
             pair = replace(c, model=fast, form=form), replace(c, model=slow, form=other)
             name = f"{pair[0].name} over {pair[1].name}"
             try:
-                keep(OUT, f"pairs/{name}", measure(*pair, paper), about)
+                figures = measure(*pair, paper)
             except Exception as error:  # an engine's own, of any kind: the other pairs and engines are worth having
                 say(f"left out: {name}: {in_a_line(error)}")
-                if "ratio" not in known.get(name, {}):  # a failure does not take the place of a figure
-                    figures = {"fast": asdict(pair[0]), "slow": asdict(pair[1]), "paper": paper, "left_out": in_a_line(error)}
-                    keep(OUT, f"pairs/{name}", figures, about)
+                figures = {"fast": asdict(pair[0]), "slow": asdict(pair[1]), "paper": paper, "left_out": in_a_line(error)}
+            if "ratio" in figures or "ratio" not in known.get(name, {}):  # a failure does not take the place of a figure
+                keep(OUT, f"pairs/{name}", figures, about)
 
 
 if __name__ == "__main__":

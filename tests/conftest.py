@@ -1,6 +1,9 @@
 """What the tests share: random networks that a fold can really break, and how far apart two outputs are."""
 
+import contextlib
+import functools
 import gc
+import json
 import os
 import shutil
 import signal
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +63,36 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+FIRST = (  # files that take long for the number of their tests: the last files shall be short ones
+    "tests/test_docs.py",
+    "deploy/test_export.py",
+    "deploy/test_engines.py",
+    "results/test_pruning.py",
+    "train/test_distributed.py",
+    "deploy/test_quantize.py",
+    "deploy/test_load.py",
+    "deploy/test_prune.py",
+    "predict/test_folder.py",
+    "train/test_guard.py",
+    "deploy/test_example.py",
+    "faults/test_faults.py",
+    "tests/test_api.py",
+    "train/test_segmentation.py",
+    "deploy/test_from_timm.py",
+    "deploy/test_native_int8.py",
+    "models/test_fuzz.py",
+    "data/test_images_fuzz.py",
+    "web/test_app.py",
+)
+
+
+@pytest.hookimpl(trylast=True)  # when the slow ones are gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    counts = Counter(item.path for item in items)
+    place = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: (place.get("/".join(item.path.parts[-2:]), len(FIRST)), -counts[item.path], str(item.path)))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """So does what one has imported when it needed it."""
@@ -83,10 +117,20 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_curves() -> Iterator[None]:
-    """Runs end without a drawing, which takes longer than most of them: test_logs.py is about it."""
+def _short_ends() -> Iterator[None]:
+    """Runs end at once: to draw, to ask git and to hand memory back takes longer than most of them. All three have own tests."""
+    from repvgg.disk import write_text
+    from repvgg.measure.machine import this_machine
+
+    machine = functools.cache(this_machine)
+
+    def record(path: Path, figures: dict[str, Any], device: str = "") -> None:
+        write_text(path, json.dumps({**figures, "machine": machine(device)}, indent=2) + "\n")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("repvgg.train.session.draw_curve", lambda lines, path: path.touch())
+        patch.setattr("repvgg.train.session.write_record", record)
+        patch.setattr("repvgg.train.loop.kept_heap", contextlib.nullcontext)
         yield
 
 
@@ -161,12 +205,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+DEMO = """
+from dataclasses import replace
+from repvgg import cli, demo
+recipe, timed = demo.get_recipe, demo.interleave
+demo.get_recipe = lambda name: replace(recipe(name), epochs=4)
+demo.interleave = lambda calls, **how: timed(calls, rounds=3, batches=2, warmup=1)
+cli.main(["demo", "--out", {!r}])
+"""
+
+
 @pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `repvgg demo` leaves behind, run once as a user runs it. Not to be changed."""
+def demo_folder(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
+    """What `repvgg demo` leaves behind, of half its epochs and few rounds; run once. Not to be changed."""
 
     def demo(out: Path) -> None:
-        subprocess.run([sys.executable, "-m", "repvgg", "demo", "--out", str(out)], check=True, capture_output=True)
+        with forks.start(DEMO.format(str(out)), out.parent) as process:
+            ended = process.wait()
+        assert ended.code == 0, ended.err
 
     return made_once(tmp_path_factory, "demo", demo)
 

@@ -1,6 +1,8 @@
 """The demo as a user runs it: what it claims on its page is what its files do."""
 
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def test_leaves_a_trained_model_and_its_fold_that_agree(demo_folder: Path) -> No
     training, deploy = repvgg.load(demo_folder / "run" / "last.safetensors"), repvgg.load(demo_folder / "deploy.safetensors")
     assert repvgg.verify(training, deploy, source.preprocessing.input_size).ok
     accuracies = [evaluate_model(model, source) for model in (training, deploy)]
-    assert accuracies[0].top1 > 0.97
+    assert accuracies[0].top1 > 0.9  # after half of its epochs
     assert torch.equal(accuracies[0].confusion, accuracies[1].confusion)
 
 
@@ -49,6 +51,12 @@ def test_page_is_self_contained_and_tells_the_figures(demo_folder: Path) -> None
     assert html.count("<img") == 20
 
 
+@pytest.mark.slow
+def test_the_demo_as_a_user_runs_it(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "repvgg", "demo", "--out", str(tmp_path)], check=True, capture_output=True)
+    assert json.loads((tmp_path / "demo.json").read_text())["top1"]["training form"] > 0.97
+
+
 def test_scans_it_leaves_can_be_predicted(demo_folder: Path) -> None:
     from repvgg.predict.labels import predict
 
@@ -56,7 +64,7 @@ def test_scans_it_leaves_can_be_predicted(demo_folder: Path) -> None:
     predictions = list(predict(model, [str(demo_folder / "scans")]))
     assert len(predictions) == 20
     right = sum(p.labels[0][0] == Path(p.path).stem.partition("-")[0] for p in predictions)
-    assert right >= 12  # half of them are the hardest there are
+    assert right >= 10  # half of them are the hardest there are
 
 
 def test_a_folder_of_another_seed_is_refused(tmp_path: Path) -> None:

@@ -8,12 +8,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
 
 from repvgg_engine import EngineError, Net, load, plan
-from repvgg_engine.layers import Pool
 from repvgg_engine.loader import ACCURACIES
 from repvgg_engine.net import PRECISIONS
 
@@ -51,19 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def predict(net: Net, paths: Sequence[str], top: int, as_json: bool) -> None:
     """Print the likeliest classes of each image. Raises `EngineError` for a net that has none."""
-    from repvgg_engine.images import read_image
-
-    assert net.preprocessing is not None
-    if not any(isinstance(layer, Pool) for layer in net.layers[:-1]):
-        raise EngineError("a backbone, which gives no labels: train a head on it first")
     if top < 1:
         raise EngineError(f"--top is {top}: it is at least 1")
     for path in paths:
-        logits = net(read_image(Path(path), net.preprocessing)[None])[0].astype(np.float64)
-        probabilities = np.exp(logits - logits.max())
-        probabilities /= probabilities.sum()
-        best = np.argsort(-probabilities)[:top]
-        labels = [(net.classes[i] if net.classes else str(i), float(probabilities[i])) for i in best]
+        labels = net.classify(path, top)
         if as_json:
             print(json.dumps({"path": path, "labels": labels}))
         else:

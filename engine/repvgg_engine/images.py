@@ -1,6 +1,7 @@
 """Image files as the engine takes them: uint8, resized and cropped as the model file says. Needs Pillow."""
 
 import ctypes
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000")
 
 
-def read_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """uint8 [H, W, C] of the model's input size. Raises `EngineError` for what is no image, or a damaged one."""
+def read_image(source: Path | bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Return an image file, or its bytes, as uint8 [H, W, C] of the model's input size. Raises `EngineError` for what is no image,
+    or a damaged one."""
+    path = "image" if isinstance(source, bytes) else source
     try:
         from PIL import Image, ImageOps
     except ImportError:
         raise EngineError("reading images needs Pillow: pip install pillow") from None
-    if not path.is_file():
-        raise EngineError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    if not isinstance(source, bytes) and not source.is_file():
+        raise EngineError(f"{path}: {'is not a file' if source.exists() else 'no such file'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            with Image.open(path, formats=FORMATS) as opened:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
                 if not 0 < opened.width * opened.height <= MAX_PIXELS:
                     raise EngineError(f"{path}: {opened.width} x {opened.height} pixels; up to {MAX_PIXELS:,} can be decoded")
                 image = on_white(ImageOps.exif_transpose(opened), "L" if len(preprocessing.mean) == 1 else "RGB")

@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,22 @@ class Net:
             given.scale, given.shift = (a.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for a in (scale, shift))
         message.check(LIBRARY.repvgg_run(self._net, given, output.ctypes.data, *message.room))
         return output.reshape(len(images), -1) if any(isinstance(layer, Pool) for layer in self.layers) else output
+
+    def classify(self, photo: "bytes | str | os.PathLike[str]", top: int = 5) -> list[tuple[str, float]]:
+        """The likeliest classes of a photo, a file or its bytes, with their probabilities, best first. It is prepared as the model
+        file says. Needs Pillow. Raises `EngineError` for what is no image, and for a net without classes."""
+        from repvgg_engine.images import read_image
+
+        if self.preprocessing is None or not any(isinstance(layer, Pool) for layer in self.layers[:-1]):
+            raise EngineError("a backbone, which gives no labels: train a head on it first")
+        if top < 1:
+            raise EngineError(f"top is {top}: it is at least 1")
+        image = read_image(photo if isinstance(photo, bytes) else Path(photo), self.preprocessing)
+        logits = self(image[None])[0].astype(np.float64)
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        best = np.argsort(-probabilities)[:top]
+        return [(self.classes[i] if self.classes else str(i), float(probabilities[i])) for i in best]
 
     def algorithms(self, layer: int) -> list[str]:
         """Those that fit a layer: "direct", and Winograd's with m x m outputs a tile, "F2", "F4", ...; in bf16 first "direct bf16",

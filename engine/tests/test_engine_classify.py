@@ -57,6 +57,10 @@ def test_photos_in_c_and_in_python(classify: Path, tmp_path: Path) -> None:
         photo(seed).save(file)
         assert net.preprocessing is not None
         best = CLASSES[int(net(read_image(file, net.preprocessing)[None]).argmax())]
+        labels = net.classify(file, top=len(CLASSES))
+        assert labels[0][0] == best
+        assert sum(share for _, share in labels) == pytest.approx(1)
+        assert net.classify(file.read_bytes(), 1) == labels[:1]
         assert said(classify, model, file) == (0, f"{best}\n")
         assert said(classify, model, file, tmp_path / "plan.json") == (0, f"{best}\n")
         file.write_bytes(file.read_bytes().replace(b"P6\n57 41\n", b"P6\n# GIMP writes one\n#\n57 #7 8 9\n41\n", 1))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_predictions(capsys: Captured) -> None:
     assert len(lines) == 2
     info.show_answers(answers, as_json=False)
     assert re.search(r"^ *b \[x\]\.png +dog 60.0% +cat 40.0%", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_was_found_before_something_fails_is_shown(capsys: Captured) -> None:
+    def answers() -> Iterator[Prediction]:
+        yield Prediction("a.png", [("cat", 1.0)])
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        info.show_answers(answers(), as_json=False)
+    assert "a.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -105,3 +105,8 @@ def test_what_a_worker_process_decodes_the_others_see() -> None:
     worker.join()
     assert kept.known.tolist() == [0, 1]
     assert kept.pixels[1].eq(9).all()
+
+
+def test_all_images_are_one_split_too() -> None:
+    whole = source()
+    assert len(whole.split("all")) == len(whole.train) + len(whole.val)

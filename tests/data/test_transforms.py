@@ -1,6 +1,7 @@
 """data/transforms.py: evaluation's pipeline against Pillow, and randomness that depends on seed, epoch and index alone."""
 
 import errno
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -128,9 +129,10 @@ def test_an_unreadable_image_is_one_line_from_any_process(workers: int, tmp_path
     (tmp_path / "a").mkdir()
     path = tmp_path / "a" / "x: y.png"
     path.write_bytes(b"damaged")
-    images = Transformed(Folder(tmp_path), eval_transform(Preprocessing()))
+    images, before = Transformed(Folder(tmp_path), eval_transform(Preprocessing())), set(multiprocessing.active_children())
     with pytest.raises(ImageError) as caught:
         list(load(images, 1, workers))
+    assert set(multiprocessing.active_children()) <= before  # no worker is left behind
     assert str(caught.value).startswith(f"{path}: not an image")
     assert "\n" not in str(caught.value)
 

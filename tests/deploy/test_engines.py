@@ -19,7 +19,8 @@ from rounding import rounding
 from torch import Tensor, nn
 
 from repvgg.deploy import engines
-from repvgg.deploy.engines import ENGINES, Options
+from repvgg.deploy.engines import ENGINES, Options, Signature
+from repvgg.deploy.engines.graph import to_onnx
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.names import Member
 from repvgg.models.repvgg import RepVGG
@@ -39,9 +40,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILED = ("compile", "aotinductor")  # which takes long; in eager mode every precision is tested
-QUICK = ("compile", "fp32")  # its kernels are those of aotinductor, whose package is for the slow tests
 PAIRS = [
-    pytest.param(name, precision, marks=[pytest.mark.slow] if name in COMPILED and (name, precision) != QUICK else [])
+    pytest.param(name, precision, marks=[pytest.mark.slow] if name in COMPILED else [])
     for name, known in ENGINES.items()
     for precision in known.on_cpu
     if precision != "int8"  # of files that are calibrated: test_native_int8.py
@@ -265,18 +265,20 @@ def test_tf32_only_where_it_is_asked_for() -> None:
 
 SIGNAL = """
 import os, signal
-from repvgg import create_model, load_engine, reparameterize
-model = reparameterize(create_model("repvgg_micro", width=0.25).eval())
-first, second = load_engine(model, "openvino"), load_engine(model, "openvino")
+from pathlib import Path
+from repvgg.deploy.engines import Options, openvino
+first, second = (openvino.open_file(Path("net.onnx").read_bytes(), Options((3, 32, 32))) for _ in range(2))
 del first, second
 signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
 os.kill(os.getpid(), signal.SIGUSR1)
 """
 
 
-def test_signals_survive_openvino(forks: Forks, tmp_path: Path) -> None:
+def test_signals_survive_openvino(folded: nn.Module, forks: Forks, tmp_path: Path) -> None:
     """Two Cores that go in the order in which they came leave a signal no stack to be handled on."""
     pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    (tmp_path / "net.onnx").write_bytes(to_onnx(folded, Signature(SIZE)))
     with forks.start(SIGNAL, tmp_path) as process:
         done = process.wait()
     assert (done.code, done.out) == (0, "heard\n"), done.err

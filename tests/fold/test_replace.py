@@ -346,3 +346,17 @@ def test_what_was_frozen_stays_so(frozen: int) -> None:
     for module in replace_conv(model).modules():
         for parameter in module.parameters(recurse=False):
             assert parameter.requires_grad == (frozen != isinstance(module, nn.BatchNorm2d))
+
+
+def test_a_network_whose_forward_cannot_be_followed_says_what_to_give() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, images: Any) -> Any:
+            return [self.backbone(image) for image in images]
+
+    with pytest.raises(ReparamError, match=r"so nothing was replaced: .* model\.backbone = replace_conv\(model\.backbone\)"):
+        replace_conv(Detector())
+    assert "cannot be followed" in str(reparameterize(Detector().eval()).fold_report)

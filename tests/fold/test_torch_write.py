@@ -316,26 +316,48 @@ def test_a_child_that_does_something_else_besides_stays(child: type[Siblings]) -
 class Part(Siblings):
     """Answers otherwise if it is asked to; its caller hands that down."""
 
-    def forward(self, x: Tensor, raw: bool = False) -> Tensor:
+    def forward(self, x: Tensor, full: bool = True) -> Tensor:
         y = self.conv(x)
-        return y if raw else self.bn(y)  # type: ignore[no-any-return]
+        return self.bn(y) if full else y  # type: ignore[no-any-return]
 
 
 def test_a_flag_that_is_handed_down_stays_open() -> None:
+    """In whatever form."""
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.part = Part(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
 
         def forward(self, x: Tensor, raw: bool = False) -> Tensor:
-            return self.part(x, raw).relu()  # type: ignore[no-any-return]
+            return self.part(x, full=not raw).relu()  # type: ignore[no-any-return]
 
     model, x = randomize(Net(), SMALL).double(), torch.randn(SMALL, dtype=torch.float64)
     folded = reparameterize(model)
-    assert "`raw`" in report_of(folded).left["part.bn"]
+    assert "`full`" in report_of(folded).left["part.bn"]
     for raw in (False, True):
         assert torch.equal(folded(x, raw=raw), model(x, raw=raw))
     assert report_of(reparameterize(model, (x,))).left == {}
+
+
+class Twice(Siblings):
+    """Does something besides its forward."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2  # type: ignore[no-any-return]
+
+
+def test_what_the_call_of_a_child_does_besides_is_done_once() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pre = Twice(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            self.block = Official()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return plain_sum(self.block, self.pre(x))
+
+    assert_folds_exactly(randomize(Net(), SMALL), SMALL)
 
 
 def with_autocast(block: Any, x: Tensor) -> Tensor:

@@ -252,3 +252,15 @@ def test_a_large_mask_is_made_in_strips(size: tuple[int, int], views: Views, mon
     strips = likeliest(maps, size, views)
     assert strips.shape == size
     assert (strips.long() == wanted).float().mean() > 0.999  # but for ties, in the last digit
+
+
+def test_a_mask_that_was_deleted_is_made_again(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    list(written(model, photos, tmp_path / "masks"))
+    (tmp_path / "masks/test_000.png").unlink()
+    assert len(list(written(model, photos, tmp_path / "masks"))) == 2
+
+
+def test_a_list_of_somebody_else_is_not_overwritten(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "masks.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(FileError, match=r"masks.json: was not made by repvgg predict"):
+        list(written(model, photos / "test_000.png", tmp_path))

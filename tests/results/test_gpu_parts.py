@@ -72,7 +72,7 @@ def test_what_ended_its_process_comes_last_the_next_time(tmp_path: Path, asked: 
             Record(path, later).each(later, iter(units))
     assert tried == ["crash", "b", "crash"]
     assert json.loads(path.read_text())["figures"] == {
-        "a": {"error": "its process ended before it was measured"},
+        "a": {"error": "its process ended before it was measured", "until": 1e12},
         "b": {"ratio": 5},
     }
 

@@ -41,9 +41,11 @@ def test_both_structures_are_trained_cut_and_told_of(monkeypatch: pytest.MonkeyP
     images = Decoded((pixels + 100 * torch.tensor(labels)[:, None, None, None]).to(torch.uint8), labels)
     source = Source("bright and dark", images, images, ["dark", "bright"], Preprocessing((3, 32, 32), 32))
     monkeypatch.setattr(measure_pruning, "open_source", lambda data: source)
-    few = {"WIDTH": 0.125, "FIRST_EPOCHS": 1, "AFTER_EPOCHS": 1, "SEEDS": 2, "OUT": tmp_path / "pruning.json"}
+    few = {"WIDTH": 0.125, "FIRST_EPOCHS": 1, "AFTER_EPOCHS": 1, "SEEDS": 2, "HALVINGS": 5, "OUT": tmp_path / "pruning.json"}
     for name, value in few.items():
         monkeypatch.setattr(measure_pruning, name, value)
+    for name, value in (("ROUNDS", 2), ("BATCHES", 1), ("WARMUP", 0)):
+        monkeypatch.setattr(f"repvgg.deploy.speedup.{name}", value)
     monkeypatch.setattr(measure_pruning, "PLAIN", replace(PLAIN, lr=0.001, batch_size=32))
     measure_pruning.structures(tmp_path / "runs", "")
     record = json.loads((tmp_path / "pruning.json").read_text())["structures"]

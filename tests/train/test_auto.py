@@ -155,3 +155,11 @@ def test_what_cannot_be_trained_is_refused_before_a_step_is_timed(paced: Any, tm
     paced(photos(60), 0.01, init=str(tmp_path / "deploy.safetensors"), allow_deploy=True)
     with pytest.raises(ValueError, match="photos has labels, and a PSPNet gives masks"):
         choose("pspnet_resnet18", photos(60), init="none")
+
+
+def test_weights_that_there_are_and_cannot_be_had_are_missed_aloud(paced: Any) -> None:
+    told = auto._weights("repvgg_a0", photos(60), "", {})
+    assert told[0] == ""
+    assert told[2] == "the hub is not here"
+    _, said = paced(photos(900), 0.02)
+    assert not any("WITHOUT TRAINED WEIGHTS" in line for line in said)  # of repvgg_micro there are none

@@ -22,6 +22,7 @@ from repvgg import cli
 from repvgg.data.images import decode
 from repvgg.data.transforms import eval_transform, normalise
 from repvgg.deploy.operators import read, summary
+from repvgg.disk import FileError
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import save
@@ -224,7 +225,11 @@ def test_the_page_reads_images_as_predict_does(channels: int, interpolation: str
     assert refused["pressed"] == [["false"], ["true"]]  # dropped, then chosen
 
 
-def test_photos_of_an_earlier_page_are_taken_away(model: nn.Module, runtime: Path, tmp_path: Path) -> None:
+def test_photos_of_an_earlier_page_are_taken_away(
+    model: nn.Module, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_write", lambda net, original, path: {"error": 0.0})
+    monkeypatch.setattr(app, "_native", lambda *_: False)
     photos = []
     for i in range(3):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -232,6 +237,9 @@ def test_photos_of_an_earlier_page_are_taken_away(model: nn.Module, runtime: Pat
     app.build(model, tmp_path / "site", photos, runtime, str)
     app.build(model, tmp_path / "site", photos[:1], runtime, str)
     assert [path.name for path in (tmp_path / "site").glob("example-*")] == ["example-00.png"]
+    (tmp_path / "site/example-01.png").write_bytes(b"somebody else's")
+    with pytest.raises(FileError, match=r"example-01.png: is none of an earlier page, and would be lost"):
+        app.build(model, tmp_path / "site", photos, runtime, str)
 
 
 def test_a_browser_that_goes_away_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

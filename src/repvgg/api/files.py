@@ -71,8 +71,8 @@ def export(
     from repvgg.deploy.web_folder import write_web
 
     kinds = [to] if isinstance(to, str) else list(to)
-    if data and "web" in kinds:
-        raise ValueError("--data is not for web, which is compared on random images: leave it out, or export web alone")
+    if data and kinds == ["web"]:
+        raise ValueError("--data is not for web, which is compared on random images: leave it out")
     network = opened(model)
     shape = Shape(batch_size or None, any_size, pixels, image_size)
     compared = real_images(network, data, images, shape) if data else None

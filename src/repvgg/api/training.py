@@ -90,7 +90,7 @@ def _refuse_as_a_class(data: "Data", out: Path) -> None:
         from repvgg.data.folder import is_split
 
         listed = Path(data) / "train" if is_split(Path(data) / "train") else Path(data)
-        if out.resolve().is_relative_to(listed.resolve()):
+        if out.resolve().is_relative_to(listed.resolve()) and not (out / "state").exists():
             raise ValueError(f"--out {out}: lies among the class folders of {listed}, and would be a class: name one elsewhere")
 
 
@@ -139,7 +139,7 @@ def settled(
         return resolve(otherwise, **changes)
     if recipe or "optimizer" in changes or found.optimizer != "muon":
         return found
-    log("by SGD: --optimizer muon is for new networks, and for some blocks only")  # it moves trained kernels as far as new ones
+    log("by SGD, which moves the kernels of every block, and trained ones, with care; --optimizer muon for Muon")
     return replace(found, optimizer="sgd")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from repvgg.api.opening import Data, Model
+    from repvgg.data import Source
     from repvgg.models.views import Views
     from repvgg.predict.masks import MaskPrediction
     from repvgg.predict.prediction import Prediction
@@ -55,6 +56,8 @@ def evaluate(
     source = open_data(data, val, limit, seed, model=network, log=log)
     task = task_of(source)
     task.check(network, source)
+    if split == "val" and source.splitting and manifest_of(network).training.get("data") != source.name:
+        log(f"{source.name}: its {len(source.val):,} images that --val holds out; --split all takes all {_count(source):,}")
     if apart := told_apart(manifest_of(network), source):
         shown = [f"the model's {own!r} is {given!r}" for own, given in list(apart.values())[:3]]
         log(f"{source.name}: classes are taken by their numbers: {', '.join(shown)}{', ...' * (len(apart) > 3)}")
@@ -65,6 +68,10 @@ def evaluate(
         for line in bad.listed() if bad else ():
             log(f"left out: {line}")
     return replace(found, classes=tuple(source.classes))  # type: ignore[no-any-return]
+
+
+def _count(source: "Source") -> int:
+    return len(source.train) + len(source.val) + len(source.test or ())
 
 
 def predict(

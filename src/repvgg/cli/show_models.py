@@ -5,6 +5,7 @@ from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg.deploy.example import preparation
 from repvgg.models.header import Geometry, Header, Row, costs_of, read_header
 from repvgg.models.manifest import Manifest
 from repvgg.models.names import EMBEDDED, embedded, in_run_folder, resolve_name
@@ -117,7 +118,7 @@ def _show_family(as_json: bool) -> None:
     ]
     print_table(header, table, title="The RepVGG family (deploy form, 1000 classes)")
     print("top-1: on ImageNet, of the weights that the authors released; --init NAME and predict NAME fetch them from the hub.")
-    print("No figure: no weights were released; train with repvgg train.")
+    print("No figure: not on the hub; a checkpoint of the authors is read as a file (--init FILE), or train with repvgg train.")
     print(f"PSPNets: pspnet_NAME and pspnet_NAME_fast of each, and {', '.join(n for n in PSPNETS if 'resnet' in n)}")
     print("Comparators: " + ", ".join(name for name in list_models() if name not in FAMILY and name not in PSPNETS))
     print(f"Trained, in the package: {', '.join(EMBEDDED)}")
@@ -170,7 +171,8 @@ def _print_layers(name: str, manifest: Manifest, rows: Iterable[tuple[Any, ...]]
 
 
 def _print_origin(manifest: Manifest) -> None:
-    """Print the classes, and how it was trained."""
+    """Print how images are prepared, the classes, and how it was trained."""
+    print(printable("images            " + "; ".join(preparation(manifest.preprocessing, pixels=False, resized=False))))
     if manifest.classes:
         shown = ", ".join(manifest.classes[:8]) + (" ..." if len(manifest.classes) > 8 else "")
         print(printable(f"classes           {len(manifest.classes)}: {shown}"))

@@ -91,19 +91,21 @@ def show_answers(answers: "Iterable[Prediction | MaskPrediction]", as_json: bool
     """
     header, rows = tuple[str, ...](), list[tuple[str, ...]]()
     count, failed = 0, 0
-    for answer in answers:
-        count += 1
-        if answer.error is not None:
-            failed += 1
-            complain(f"repvgg: {answer.error}")
-            continue
-        header, row, told = _of_labels(answer) if hasattr(answer, "labels") else _of_mask(answer)
-        if as_json:
-            print(json.dumps({"path": answer.path, **told}))
-        else:
-            rows.append(row)
-    if rows:
-        print_table(header, rows)
+    try:
+        for answer in answers:
+            count += 1
+            if answer.error is not None:
+                failed += 1
+                complain(f"repvgg: {answer.error}")
+                continue
+            header, row, told = _of_labels(answer) if hasattr(answer, "labels") else _of_mask(answer)
+            if as_json:
+                print(json.dumps({"path": answer.path, **told}))
+            else:
+                rows.append(row)
+    finally:  # what was found before the disk, or something else, failed is worth having
+        if rows:
+            print_table(header, rows)
     if failed:
         raise ValueError(f"{failed} of {count} images could not be read")
 

@@ -33,8 +33,8 @@ class Eval:
 
     model: Runnable
     data: Data
-    split: Literal["val", "test"] = "val"
-    """The validation split, or the test split of data that has one."""
+    split: Literal["val", "test", "all"] = "val"
+    """The validation split, the test split of data that has one, or all images."""
     batch_size: int = 64
     """Images at a time; masks are made one at a time."""
     on_bad_image: Literal["stop", "skip"] = "stop"

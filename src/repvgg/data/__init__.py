@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from repvgg.models.manifest import Preprocessing
 
@@ -76,7 +77,11 @@ class Source:
         return replace(self, train=train, val=val, test=self.test and drawn(self.test, count, seed))
 
     def split(self, name: str) -> Images:
-        """ "train", "val" or "test". Raises `DataError` for one that is not there."""
+        """Return "train", "val", "test", or "all" of them together. Raises `DataError` for one that is not there."""
+        if name == "all":
+            if hasattr(self.train, "shuffled"):
+                raise DataError(f"{self.name}: is read from front to back: name one of its splits")
+            return ConcatDataset([part for part in (self.train, self.val, self.test) if part is not None])
         images: Images | None = {"train": self.train, "val": self.val, "test": self.test}.get(name)
         if images is None:
             raise DataError(f"{self.name}: has no split called {name}")

@@ -62,15 +62,15 @@ def _listing(root: Path) -> Arrays:
             names += filter(is_image, found)
             labels += [label] * (len(names) - len(labels))
     watched = changed if len(names) >= MANY else {}
-    blocks = {"": Names.of(names), "class_": Names.of(classes), "folder_": Names.of(list(watched))}
+    images, kinds, folders = Names.of(names), Names.of(classes), Names.of(list(watched))
     return {
-        "names": blocks[""].joined,
-        "ends": blocks[""].ends,
+        "names": images.joined,
+        "ends": images.ends,
         "labels": np.array(labels, dtype=np.int32),
-        "classes": blocks["class_"].joined,
-        "class_ends": blocks["class_"].ends,
-        "folders": blocks["folder_"].joined,
-        "folder_ends": blocks["folder_"].ends,
+        "classes": kinds.joined,
+        "class_ends": kinds.ends,
+        "folders": folders.joined,
+        "folder_ends": folders.ends,
         "changed": np.array(list(watched.values()), dtype=np.int64),
     }
 
@@ -106,6 +106,8 @@ def open_files(path: Path, val: float | None = None, seed: int = 0) -> Source:
         return replace(found, test=Folder(path / "test", everything.classes)) if tested else found
     if how is not None:
         raise DataError(f"--val: {path} has a validation split of its own, {held.name}/")
+    if not (path / "train").is_dir():
+        raise DataError(f"{path}: has no train/: to evaluate on {held.name}/ alone, name that, with --split all")
     train = Folder(path / "train")
     test = Folder(path / "test", train.classes) if _has_classes(path / "test") else None  # else their labels are not known
     return Source(

@@ -131,7 +131,7 @@ def open_table(path: Path, how: Splitting | None = None, root: Path | None = Non
         before, *was = first.setdefault(image, (line, label, split))
         if was != [label, split]:
             also = f"line {before} has {escaped(image)} too, with another label or split"
-            raise DataError(f"{path}, line {line}: {also}: an image has one row")
+            raise DataError(f"{path}, line {line}: {also}: an image has one row (to predict, name the folder)")
     classes = sorted(set(labels))
     number = {label: i for i, label in enumerate(classes)}
     numbers = [number[label] for label in labels]

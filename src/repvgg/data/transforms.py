@@ -228,6 +228,7 @@ def _batches(loader: Iterable[Any]) -> Iterator[Any]:
     except (ImageError, DataError) as error:  # from a worker its message holds the whole traceback, newlines spelled out
         kind = type(error)
         reason = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].removesuffix("\\n")
+        error.__traceback__ = None  # which holds the loader: as garbage it would wait seconds for each of its workers
         raise kind(reason.rstrip()) from None
 
 

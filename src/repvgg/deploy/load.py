@@ -20,6 +20,8 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models import zoo
 from repvgg.models.load import open_model as open_pytorch
 from repvgg.models.load import tell_left_out
+from repvgg.models.manifest import Manifest
+from repvgg.models.plain import LARGEST_INPUT
 
 
 def load_engine(
@@ -69,6 +71,8 @@ def open_model(model: nn.Module | str, engine: str, precision: str, batch_size: 
         raise ValueError(f"--precision {precision} is an engine's: name one, such as --engine eager")
     found = exported or (_opened(model, log) if isinstance(model, str) else model)
     if isinstance(found, nn.Module) and not engine:
+        if any(layer.get(LARGEST_INPUT) for layer in vars(found).get("manifest", Manifest(None)).layers or []):
+            log(f"{named}: is calibrated for INT8, and runs in float32 here: --engine native --precision int8 for INT8")
         return found
     if isinstance(found, nn.Module) and zoo.manifest_of(found).task == "masks":
         raise ValueError(f"{named}: masks of images of any size are made by PyTorch: leave out --engine")

@@ -36,7 +36,7 @@ from repvgg.models.repvgg import Layer, RepVGG, Residual, is_deploy_form
 from repvgg.train.evaluate import Accuracy, batches, evaluate_model
 from repvgg.train.loop import KEEPING, train
 from repvgg.train.recipes import Keeping, Recipe
-from repvgg.train.tasks import task_of
+from repvgg.train.tasks import CLASSIFICATION
 
 IMAGES = 128  # that channels are judged by
 BATCH = 32  # of the speeds
@@ -231,7 +231,9 @@ def prune(
     stopped. engine: that the speeds are of. Raises what `pruned`, `train` and `load_engine` do.
     """
     engines.check(engine, "fp32")
-    task_of(source).check(model, source)
+    if source.masks:
+        raise ValueError(f"{source.name} has masks, and only classifiers are pruned")
+    CLASSIFICATION.check(model, source)
     bad = None
     if keeping.on_bad_image == "skip":
         make_folder(out, "a run folder")

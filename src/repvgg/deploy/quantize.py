@@ -44,6 +44,7 @@ from repvgg.train.tasks import CLASSIFICATION
 
 INT8 = ("openvino", "onnx", native_int8.ENGINE)
 BATCH = 32  # of the accuracy and the speed
+FEW = 5_000  # images
 WATCHED = 32  # images on which the signal-to-noise ratio is measured
 
 
@@ -218,7 +219,8 @@ def qat_recipe(source: Source) -> Recipe:
     """Return the source's own recipe, but gentle. The batch norms keep the statistics that undo them: those of the few batches of a
     training, augmented as they are, would change the network more than the rounding does."""
     recipe = replace(get_recipe(source.recipe), **GENTLE)
-    return replace(recipe, warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
+    size = min(recipe.batch_size, 32 if len(source.train) < FEW else 64)  # else few images were few steps
+    return replace(recipe, batch_size=size, warmup_epochs=0, mixup=0, precision="fp32", freeze_bn=True)
 
 
 def _numbers(keep: tuple[int, ...], count: int) -> list[int]:

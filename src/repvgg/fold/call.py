@@ -1,7 +1,6 @@
 """Describe how a module is called: its arguments, with a slot for each value that the caller computes."""
 
 import inspect
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import count, zip_longest
 from typing import Any
@@ -55,25 +54,6 @@ class Call:
         pairs = zip_longest(inspect.signature(module.forward).parameters.values(), self.args)
         open_ = [p.name for p, given in pairs if p is not None and (p.kind in several or not isinstance(given, Slot))]
         return ", ".join(f"`{name}`" for name in open_)
-
-    def fixed(self) -> list[Any]:
-        """Return the arguments that are values and no slots."""
-        return [v for v in (*self.args, *self.kwargs.values()) if _is_plain(v)]
-
-    def defaults(self, module: nn.Module) -> list[Any]:
-        """Return the defaults of what this call does not pass to a module."""
-        parameters = list(inspect.signature(module.forward).parameters.values())[len(self.args) :]
-        return [p.default for p in parameters if p.name not in self.kwargs and p.default is not p.empty]
-
-    def names_of(self, module: nn.Module, values: Collection[Any]) -> str:
-        """Return the names of the arguments that are one of these values."""
-        given = [*zip(inspect.signature(module.forward).parameters, self.args, strict=False), *self.kwargs.items()]
-        names = [name for name, v in given if _is_plain(v) and any(v is w or (type(v) is type(w) and v == w) for w in values)]
-        return ", ".join(f"`{name}`" for name in names)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 ONE_INPUT = Call((Slot(0),), {})

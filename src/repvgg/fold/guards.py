@@ -30,7 +30,7 @@ def refuse_wrapper(model: object) -> None:
         raise ReparamError(
             f"{kind} is TorchScript, which cannot be read: fold the network before, or export it to ONNX and fold that"
         )
-    if isinstance(model, nn.Module) and (_called_as_torch_does(model) or type(model).forward is not nn.Module.forward):
+    if isinstance(model, nn.Module) and (called_as_torch_does(model) or type(model).forward is not nn.Module.forward):
         return
     inner = {**getattr(model, "__dict__", {}), **getattr(model, "_modules", {})}
     names = [name for name, value in inner.items() if isinstance(value, nn.Module) and not name.startswith("_")]
@@ -57,12 +57,13 @@ def altered(module: nn.Module) -> str | None:
     """Return why this object may do something else than its type says, if so."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "carries forward hooks (old-style spectral_norm is one), which folding would lose: remove them first"
-    if not _called_as_torch_does(module):
+    if not called_as_torch_does(module):
         return "has a __call__ of its own, which folding would lose"
     return REPLACED if "forward" in vars(module) else None
 
 
-def _called_as_torch_does(module: nn.Module) -> bool:
+def called_as_torch_does(module: nn.Module) -> bool:
+    """Tell whether calling a module does nothing besides its forward and hooks."""
     return type(module).__call__.__module__.startswith("torch.")
 
 

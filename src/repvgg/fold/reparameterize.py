@@ -78,6 +78,7 @@ def _fold(model: nn.Module, call: Call | None, chosen: frozenset[str] | None = N
         for name in getattr(module, "training_only", ()):
             setattr(module, name, None)
     traces = trace(deployed, call)
+    report.untraceable = traces.untraceable.get("", "")
     folded = _Blocks(traces, report, chosen).fold(deployed, "")
     for path in traces.below(report.blocks):
         del traces.graphs[path]

@@ -64,7 +64,8 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
     fresh: blocks as they are initialised, for training from the start; the network then computes something else.
 
     Raises ValueError for an unknown block, `ReparamError` for one that is not linear, a tensor that is not finite, a
-    negative running variance, or a network that reaches its convolutions in other ways than calling them.
+    negative running variance, a network that reaches its convolutions in other ways than calling them, or one whose forward cannot
+    be followed, so that nothing was replaced.
     """
     make = find_block(block)
     refuse_uncopyable(model)
@@ -95,6 +96,9 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
         if norm is not None:
             model.set_submodule(norm_paths[path], split_activation(norm)[1].train(norm.training))
             report.norms.append(norm_paths[path])
+    if not report.replaced and (why := next((traces.untraceable[""] for traces in modes if "" in traces.untraceable), "")):
+        remedy = "give the parts that can be, as in model.backbone = replace_conv(model.backbone)"
+        raise ReparamError(f"its forward cannot be followed ({why}), so nothing was replaced: {remedy}", type(model).__name__)
     refuse_lost(model, modes[0], "replaced")
     model.replace_report = report  # type: ignore[assignment]
     return model

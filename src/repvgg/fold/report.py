@@ -13,6 +13,7 @@ class FoldReport:
 
     blocks: paths of declared blocks that became one convolution each. stretches: path of a convolution -> what went into it: a
     convolution and its batch norm, or whole branches. left: path -> why. errors: path -> the float64 error of its own check.
+    untraceable: why the forward of the whole cannot be followed, if so.
     """
 
     blocks: list[str] = field(default_factory=list)
@@ -20,6 +21,7 @@ class FoldReport:
     left: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     whole: Verification | None = None
+    untraceable: str = ""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -33,6 +35,8 @@ class FoldReport:
             f"folded {len(self.blocks)} blocks, {len(self.pairs)} conv+BN pairs and {branches} other stretches; "
             f"largest error of a part {worst:.1e}"
         ]
+        if self.untraceable and not self.errors:
+            lines.append(f"its forward cannot be followed ({self.untraceable}): fold its parts, as in model.backbone")
         if self.errors:
             lines.append(f"the whole: {self.whole or 'not checked, only its parts; pass an example input'}")
         lines += [f"left {path}: {reason}" for path, reason in self.left.items()]

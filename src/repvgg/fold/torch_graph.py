@@ -183,10 +183,10 @@ def _constant(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """Return what a call gives that no input goes into, if it gives the same each time: a function of parameters."""
     try:
         found, again = (_made(node, args, kwargs) for _ in range(2))
+        pairs = zip(*(torch.utils._pytree.tree_leaves(made) for made in (found, again)), strict=True)
+        return found if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)) else None
     except Exception:  # whatever a stranger's code raises here, it is no constant for us
         return None
-    pairs = zip(*(torch.utils._pytree.tree_leaves(made) for made in (found, again)), strict=True)
-    return found if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)) else None
 
 
 def _made(node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -59,7 +59,7 @@ class ModuleWriter:
             return "its linear layers are no chain"
         if self._home(stretch) is not None:
             return None
-        if context := traces.contexts.get(self.read.root):
+        if context := next(filter(None, map(traces.contexts.get, self.read.owners(stretch.inside)[-1:])), None):
             return f"the forward that it lies in works under {context}, which would be lost if it were written anew"
         return "its parts lie in forwards that do not see both its ends"
 

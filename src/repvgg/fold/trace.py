@@ -12,14 +12,13 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx, nn
 
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import CONVOLUTIONS, as_linear, is_batch_norm
-from repvgg.fold.call import ONE_INPUT, TENSOR, Call
-from repvgg.fold.guards import copied, parts
+from repvgg.fold.call import ONE_INPUT, TENSOR, Call, Slot
+from repvgg.fold.guards import called_as_torch_does, copied, parts
 from repvgg.fold.tracer import ARGUMENTS, AsksTypeError, Seen, traced, watched_modules
 
 
@@ -35,7 +34,7 @@ class Traces:
         of them, more arguments.
     hidden: modules of which not every use can be seen, with the reason. So a part of them must not be changed.
     untraceable: modules whose forward cannot be traced, with what went wrong. All that they hold is hidden.
-    open: modules that a user calls, and what may be passed to them besides what was; then they may do something else.
+    open: modules that a user calls, or that get what one may have passed, and what else that may be: then they may do otherwise.
     contexts: modules whose forwards work under one (`torch.autocast`, `torch.no_grad`, ...), which no graph shows.
     call: how the model is called, where an example says so.
     """
@@ -72,10 +71,8 @@ def trace(model: nn.Module, call: Call | None = None) -> Traces:
 def refuse_lost(model: nn.Module, before: Traces, done: str) -> None:
     """Raise `ReparamError` naming a module whose forward could be traced before, and now, its parts `done`, cannot."""
     if broken := trace(model, before.call).untraceable.keys() & before.graphs.keys():
-        why = (
-            "in another way than calling its own child of that name: it may hold it in a plain list (nn.ModuleList is followed) too"
-        )
-        raise ReparamError(f"uses a {done} module {why}", min(broken) or type(model).__name__)
+        how = "in another way than calling its own child of that name (is it in a plain list? an nn.ModuleList is followed)"
+        raise ReparamError(f"uses a {done} module {how}", min(broken) or type(model).__name__)
 
 
 _alone = threading.RLock()  # tracing changes `nn.Module` for as long as it lasts, and fx some functions
@@ -126,7 +123,6 @@ class _Walk:
             self.traces.contexts.setdefault(path, seen.contexts[0])
         if graph is None:
             return
-        loose = self._loose(module, call)
         counted: Counter[str] = Counter()
         for node in graph.nodes:
             owner = _owner(node)
@@ -138,19 +134,15 @@ class _Walk:
             if node.op == "call_module":
                 call = Call.of(node)
                 self.todo.append((used, call))
-                if names := call.names_of(used, loose):
-                    self.traces.open.setdefault(self.names[used], names)
+                if path in self.traces.open and any(not isinstance(v, Slot) for v in (*call.args, *call.kwargs.values())):
+                    self.traces.open.setdefault(self.names[used], call.leaves_open(used))  # it may come from the user
+                if not called_as_torch_does(used):
+                    self.traces.contexts.setdefault(path, f"the __call__ of {_called(self.names[used], used)}")
                 if call != ONE_INPUT:
                     self.traces.exposed.setdefault(self.names[used], f"{_called(path, module)} calls it with more than its input")
                     self.read.append((module, used, ARGUMENTS))
         self.counted[path] = self.counted.get(path, Counter()) | counted
         self.traces.graphs.setdefault(path, []).append(graph)
-
-    def _loose(self, module: nn.Module, call: Call) -> list[Any]:
-        """Return the values in a call that another call by the user may change: defaults, and what was handed down of them."""
-        if self.names[module] not in self.traces.open:
-            return []
-        return [*call.fixed(), *call.defaults(module)]
 
     def _traced(self, module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
         """Trace a forward; again where it asked of a value whether it is a tensor, and that could be found out."""

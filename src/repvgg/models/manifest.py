@@ -120,8 +120,8 @@ def _is_splitting(told: Any) -> bool:
     """Say whether it is the share that was held out and the seed of the draw (see data/listing.py), or nothing."""
     if told is None:
         return True
-    kinds = isinstance(told, list) and list(map(type, told)) in ([float, int], [int, int])
-    return kinds and 0 < told[0] < 1
+    pair = isinstance(told, list) and len(told) == 2 and isinstance(told[0], float) and type(told[1]) is int
+    return pair and 0 < told[0] < 1
 
 
 def _refuse_misfits(layers: list[dict[str, Any]], input_size: tuple[int, ...]) -> None:

@@ -24,10 +24,12 @@ REPO = "timm/{name}.rvgg_in1k"
 def pretrained_file(name: str, revision: str = "main") -> Path:
     """Return the local copy of the paper's weights for this member, fetched through the hub's cache (HF_HUB_OFFLINE is honoured).
 
-    Raises ValueError where none were released and `FileError` if they cannot be fetched.
+    Raises ValueError where there are none and `FileError` if they cannot be fetched.
     """
     if name not in RELEASED:
-        raise ValueError(f"no weights were released for {name}; there are {', '.join(RELEASED)}")
+        raise ValueError(
+            f"timm publishes no weights of {name}: name a file of the authors' own; by name there are {', '.join(RELEASED)}"
+        )
     repo = REPO.format(name=name)
     return hub.cached(repo, revision) or hub.fetch(repo, revision)  # they do not change: what was fetched once needs no network
 

@@ -3,6 +3,7 @@
 What an image is shown as is a `Views`; the class probabilities of all views are averaged. One view is not averaged with anything.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,11 +71,11 @@ def likeliest(maps: Sequence[Tensor], size: tuple[int, int], views: Views = WHOL
 
     The scores of a large photo are made strip by strip: those of 19 classes and 100 megapixels would take 8 GB.
     """
-    rows = AT_ONCE // (maps[0].shape[1] * size[1])
+    rows = max(1, AT_ONCE // (maps[0].shape[1] * size[1]))
     if rows >= size[0]:
         return _combined(maps, size, views)[0].argmax(0).to(torch.uint8).cpu()
-    edges = [(top, min(top + max(1, rows), size[0])) for top in range(0, size[0], max(1, rows))]
-    strips = (torch.stack([_rows(m, size, *edge) for m in maps]).sum(0) for edge in edges)
+    edges = [(top, min(top + rows, size[0])) for top in range(0, size[0], rows)]
+    strips = (functools.reduce(torch.add, (_rows(m, size, *edge) for m in maps)) for edge in edges)
     return torch.cat([strip[0].argmax(0).to(torch.uint8).cpu() for strip in strips])
 
 

@@ -169,7 +169,9 @@ def run(grid: Grid, log: Log = print, ray: str = "") -> list[Outcome]:
     `FileError` for a folder in which another process works.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("a grid is spread over machines by --ray: not under torchrun")
+        raise ValueError(
+            "a grid is spread by repvgg ablate --ray, not under torchrun; repvgg paper then takes it from OUT/ablation"
+        )
     if ray:
         refuse_without_ray()
     source = open_source(grid.data).limited(grid.limit)

@@ -66,6 +66,8 @@ def _native(model: Path) -> Opened:
     p = net.preprocessing
     if p is None or not any(isinstance(layer, Pool) for layer in net.layers[:-1]):
         raise ValueError("a backbone has no labels")
+    if any(getattr(layer, "largest_input", 0) for layer in net.layers):
+        raise ValueError("calibrated: it is to be said which precision is meant")
 
     def run(images: Any) -> Any:
         return net.run(images)

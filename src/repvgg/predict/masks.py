@@ -144,27 +144,27 @@ def write_masks(
     classes, listed = masks_in(out)
     if listed and classes != list(names):
         raise FileError(f"{out}: holds masks of other classes: name another --out")
-    before = {made["mask"]: made for made in listed if (out / made["mask"]).exists()}
-    new = [out / made[kind] for made in planned.values() if made["mask"] not in before for kind in ("mask", "overlay")]
-    if strange := next((file for file in new if file.exists()), None):
-        raise FileError(f"{strange}: was not made by repvgg predict, and would be overwritten: name another --out")
+    ours = {LISTING} if classes else set()
+    ours |= {made[kind] for made in listed for kind in ("mask", "overlay")}
+    mine = {LISTING, *(made[kind] for made in planned.values() for kind in ("mask", "overlay"))}
+    if strange := next((name for name in sorted(mine - ours) if (out / name).exists()), None):
+        raise FileError(f"{out / strange}: was not made by repvgg predict, and would be overwritten: name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    mine = {made["mask"] for made in planned.values()}
-    kept = [made for mask, made in before.items() if mask not in mine]
-    _list(out, names, [*kept, *planned.values()])  # first: after a kill it says whose the files are
-    palette, found = colours(names), list[Made]()
+    before = {made["mask"]: made for made in listed if (out / made["mask"]).exists()}
+    _list(out, names, {**before, **{made["mask"]: made for made in planned.values()}})  # first: after a kill it says whose they are
+    palette = colours(names)
     for answer in answers:
         if answer.image is not None and answer.mask is not None:
             made = planned[answer.path]
             _save(png(answer.mask, palette), out / made["mask"], format="PNG")
             _save(overlay(answer.image, answer.mask, palette), out / made["overlay"], format="JPEG", quality=90)
-            found.append({**made, "shares": answer.shares})
+            before[made["mask"]] = {**made, "shares": answer.shares}
         yield answer
-    _list(out, names, [*kept, *found])
+    _list(out, names, before)
 
 
-def _list(out: Path, names: Sequence[str], made: Sequence[Made]) -> None:
-    write_text(out / LISTING, json.dumps({"classes": list(names), "images": list(made)}, indent=1) + "\n")
+def _list(out: Path, names: Sequence[str], made: dict[str, Made]) -> None:
+    write_text(out / LISTING, json.dumps({"classes": list(names), "images": list(made.values())}, indent=1) + "\n")
 
 
 def colours(names: Sequence[str]) -> Any:

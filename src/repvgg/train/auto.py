@@ -23,7 +23,7 @@ from repvgg.measure.timing import synchroniser
 from repvgg.models import zoo
 from repvgg.models.load import is_file
 from repvgg.models.names import resolve_name
-from repvgg.models.pretrained import pretrained_file
+from repvgg.models.pretrained import RELEASED, REPO, pretrained_file
 from repvgg.numerics import repeatable
 from repvgg.train.augment import train_transform
 from repvgg.train.finetune import finetuning, started_from
@@ -89,11 +89,15 @@ def choose(
     """
     if not minutes > 0:
         raise ValueError(f"--minutes {minutes:g}: above 0")
-    init, why = _weights(arch, source, init, model_options)
+    init, why, lost = _weights(arch, source, init, model_options)
     sides, loading = _looked_at(source)
     native = round(statistics.median(sides))
     count, classes = len(source.train), len(source.classes)
     log(f"auto: {count:,} images to train on in {classes} classes, their short sides about {native} pixels; {why}")
+    if lost and count < LARGE:
+        log(f"auto: WITHOUT TRAINED WEIGHTS, which cost much accuracy where images are few: {lost}")
+        there = REPO.format(name=resolve_name(arch))
+        log(f"auto: better stop, and mend that, or fetch model.safetensors of {there} and say --init FILE")
     sizes = [image_size] if image_size else _sizes(native)
     tuned = finetuning(init) if init else None
     recipe = _recipe(count, tuned, sizes[0])
@@ -123,22 +127,22 @@ def choose(
     return Choice(chosen, init)
 
 
-def _weights(arch: str, source: Source, init: str, model_options: dict[str, Any]) -> tuple[str, str]:
-    """Return what to start from, and why."""
+def _weights(arch: str, source: Source, init: str, model_options: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what to start from, why, and why trained weights that there are could not be had."""
     if init == "none":
-        return "", "new weights, as --init none says"
+        return "", "new weights, as --init none says", ""
     if init:
-        return init, f"on from {init}"
+        return init, f"on from {init}", ""
     name = resolve_name(arch)
     if model_options:
-        return "", f"new weights: there are no trained ones with another {', '.join(model_options)}"
+        return "", f"new weights: there are no trained ones with another {', '.join(model_options)}", ""
     if source.preprocessing.input_size[0] != 3:
-        return "", "new weights: trained ones are for images of three channels"
+        return "", "new weights: trained ones are for images of three channels", ""
     try:
         pretrained_file(name)
     except (ValueError, FileError) as error:
-        return "", f"new weights ({error})"
-    return name, f"on from {name}'s ImageNet weights (--init none for new ones)"
+        return "", f"new weights ({error})", str(error) if name in RELEASED else ""
+    return name, f"on from {name}'s ImageNet weights (--init none for new ones)", ""
 
 
 def _looked_at(source: Source) -> tuple[list[int], float]:

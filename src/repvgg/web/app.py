@@ -32,7 +32,7 @@ from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
 from repvgg.deploy.staged import refuse_strangers, staged
 from repvgg.deploy.web_folder import engine_files, write_model
-from repvgg.disk import Log, cache_folder
+from repvgg.disk import FileError, Log, cache_folder
 from repvgg.models import zoo
 from repvgg.predict.paths import expand
 from repvgg.web import page
@@ -68,7 +68,10 @@ def build(
     pictures = expand(examples)[:EXAMPLES] if examples else []
     channels = manifest.preprocessing.input_size[0]
     refuse_strangers(out, "index.html", "model.json")
-    parts = runtime_files(runtime, log)
+    parts, before = runtime_files(runtime, log), _shown(Path(out))
+    planned = {f"example-{i:02}.png" for i in range(len(pictures))}
+    if strange := next((name for name in sorted(planned - before) if (Path(out) / name).exists()), None):
+        raise FileError(f"{Path(out) / strange}: is none of an earlier page, and would be lost: name another folder")
     with staged(out) as folder:
         told = {
             "name": (manifest.arch or {}).get("name", ""),
@@ -82,11 +85,19 @@ def build(
             shutil.copyfile(file, folder / file.name)
         (folder / "style.css").write_text(page.STYLE + (HERE / "style.css").read_text())
         (folder / "model.json").write_text(json.dumps(told, indent=2) + "\n")
-    for left in set(Path(out).glob("example-[0-9][0-9].png")) - {Path(out) / shown["file"] for shown in told["examples"]}:
-        left.unlink(missing_ok=True)  # of an earlier page: whoever publishes the folder would publish them
+    for left in before - {shown["file"] for shown in told["examples"]}:  # whoever publishes the folder would publish them
+        (Path(out) / left).unlink(missing_ok=True)
     errors = ", ".join(f"{name} form {form['error']:.1e}" for name, form in told["forms"].items())
     log(f"{Path(out) / 'index.html'}: relative errors against PyTorch in float64: {errors}")
     return Path(out) / "index.html"
+
+
+def _shown(out: Path) -> set[str]:
+    """Return the names of the examples of an earlier page in a folder."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        told = json.loads((out / "model.json").read_text())
+        return {Path(shown["file"]).name for shown in told["examples"]}
+    return set()
 
 
 def serve(folder: str | os.PathLike[str], port: int = 8000, log: Log = print) -> None:
