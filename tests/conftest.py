@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,36 +60,6 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000)  # networks are made by the thousand, and few are cycles
     gc.collect()
     gc.freeze()
-
-
-FIRST = (  # files that take long for the number of their tests: the last files shall be short ones
-    "tests/test_docs.py",
-    "deploy/test_export.py",
-    "deploy/test_engines.py",
-    "results/test_pruning.py",
-    "train/test_distributed.py",
-    "deploy/test_quantize.py",
-    "deploy/test_load.py",
-    "deploy/test_prune.py",
-    "predict/test_folder.py",
-    "train/test_guard.py",
-    "deploy/test_example.py",
-    "faults/test_faults.py",
-    "tests/test_api.py",
-    "train/test_segmentation.py",
-    "deploy/test_from_timm.py",
-    "deploy/test_native_int8.py",
-    "models/test_fuzz.py",
-    "data/test_images_fuzz.py",
-    "web/test_app.py",
-)
-
-
-@pytest.hookimpl(trylast=True)  # when the slow ones are gone
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    counts = Counter(item.path for item in items)
-    place = {name: i for i, name in enumerate(FIRST)}
-    items.sort(key=lambda item: (place.get("/".join(item.path.parts[-2:]), len(FIRST)), -counts[item.path], str(item.path)))
 
 
 @pytest.hookimpl(trylast=True)

@@ -88,7 +88,6 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "folders", "complaint"),
     [
-        (["val/a/1.png"], [], "train: no such folder; a folder has <class>/*, or train/<class>/* and val/<class>/*"),
         (["train/1.png", "val/a/1.png"], [], "train: holds no class folders"),
         (["train/a/1.png", "val/a/1.png"], ["train/empty"], "train: class 'empty' has no images (.avif, .bmp, "),
         (["train/a/1.png", "val/a/1.png", "val/b/1.png"], [], "val: class 'b' has no images to train on"),
@@ -230,3 +229,11 @@ def test_photos_of_a_kind_that_is_not_read_are_not_left_out_in_silence(tmp_path:
     assert len(source.train) == 3
     with pytest.raises(ImageError, match=r"3.heic: not an image, or HEIC is not read here: convert it to JPEG"):
         source.train[2]
+
+
+def test_a_validation_split_alone_can_be_evaluated_on(tmp_path: Path) -> None:
+    """As of ImageNet, whose training images take twenty times the room."""
+    make(tmp_path, "val/a/1.png", "val/a/2.png", "val/b/3.png", "val/b/4.png")
+    with pytest.raises(DataError, match=r"has no train/: to evaluate on val/ alone, name that, with --split all"):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path / "val")).split("all")) == 4

@@ -30,6 +30,7 @@ def built(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*so nothing was replaced")
 @pytest.mark.parametrize("make", ODD)
 @pytest.mark.parametrize("change", [reparameterize, replace_conv])
 def test_what_forwards_do_with_their_parts_is_kept(make: type[nn.Module], change: Callable[[nn.Module], nn.Module]) -> None:

@@ -83,7 +83,7 @@ def test_foreign_keys_know_one_block() -> None:
 
 
 def test_weights_that_were_never_released() -> None:
-    with pytest.raises(ValueError, match=r"no weights were released for repvgg_b1g2"):
+    with pytest.raises(ValueError, match=r"timm publishes no weights of repvgg_b1g2: name a file of the authors' own"):
         repvgg.create_model("repvgg_b1g2", pretrained=True)
     with pytest.raises(ValueError, match="takes no revision"):
         repvgg.create_model("resnet18", pretrained="v2")

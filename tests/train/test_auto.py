@@ -157,7 +157,11 @@ def test_what_cannot_be_trained_is_refused_before_a_step_is_timed(paced: Any, tm
         choose("pspnet_resnet18", photos(60), init="none")
 
 
-def test_weights_that_there_are_and_cannot_be_had_are_missed_aloud(paced: Any) -> None:
+def test_weights_that_there_are_and_cannot_be_had_are_missed_aloud(paced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Path:
+        raise FileError("the hub is not here")
+
+    monkeypatch.setattr(auto, "pretrained_file", missing)
     told = auto._weights("repvgg_a0", photos(60), "", {})
     assert told[0] == ""
     assert told[2] == "the hub is not here"

@@ -56,7 +56,9 @@ def evaluate(
     source = open_data(data, val, limit, seed, model=network, log=log)
     task = task_of(source)
     task.check(network, source)
-    if split == "val" and source.splitting and manifest_of(network).training.get("data") != source.name:
+    training = manifest_of(network).training
+    its_own = "splitting" in training and training.get("data", source.name) == source.name
+    if split == "val" and val is None and source.splitting and not its_own:
         log(f"{source.name}: its {len(source.val):,} images that --val holds out; --split all takes all {_count(source):,}")
     if apart := told_apart(manifest_of(network), source):
         shown = [f"the model's {own!r} is {given!r}" for own, given in list(apart.values())[:3]]

@@ -81,7 +81,7 @@ class Source:
         if name == "all":
             if hasattr(self.train, "shuffled"):
                 raise DataError(f"{self.name}: is read from front to back: name one of its splits")
-            return ConcatDataset([part for part in (self.train, self.val, self.test) if part is not None])
+            return ConcatDataset([part for part in (self.train, self.val, self.test) if part is not None])  # type: ignore[misc]
         images: Images | None = {"train": self.train, "val": self.val, "test": self.test}.get(name)
         if images is None:
             raise DataError(f"{self.name}: has no split called {name}")

@@ -7,6 +7,7 @@ deploy = reparameterize(model.eval())                                           
 """
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +65,8 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
     fresh: blocks as they are initialised, for training from the start; the network then computes something else.
 
     Raises ValueError for an unknown block, `ReparamError` for one that is not linear, a tensor that is not finite, a
-    negative running variance, a network that reaches its convolutions in other ways than calling them, or one whose forward cannot
-    be followed, so that nothing was replaced.
+    negative running variance, or a network that reaches its convolutions in other ways than calling them. Warns where nothing was
+    replaced because the network's forward cannot be followed.
     """
     make = find_block(block)
     refuse_uncopyable(model)
@@ -98,7 +99,8 @@ def replace_conv(model: nn.Module, block: str = "repvgg", fresh: bool = False) -
             report.norms.append(norm_paths[path])
     if not report.replaced and (why := next((traces.untraceable[""] for traces in modes if "" in traces.untraceable), "")):
         remedy = "give the parts that can be, as in model.backbone = replace_conv(model.backbone)"
-        raise ReparamError(f"its forward cannot be followed ({why}), so nothing was replaced: {remedy}", type(model).__name__)
+        said = f"{type(model).__name__}: its forward cannot be followed ({why}), so nothing was replaced: {remedy}"
+        warnings.warn(said, stacklevel=2)  # whoever does not read the report would train without blocks
     refuse_lost(model, modes[0], "replaced")
     model.replace_report = report  # type: ignore[assignment]
     return model
