@@ -103,10 +103,9 @@ def _train(record: Record, asked: Asked, name: str, jobs: list[Job], seed: int, 
 
 def _figures(jobs: list[Job]) -> dict[str, Any]:
     epochs, runs = jobs[0].recipe.epochs, [json.loads(job.out.read_text()) for job in jobs if job.out.exists()]
-    done = min([len(run["top1_by_epoch"]) for run in runs] + [0] * (len(jobs) > len(runs)))
     top1 = [run["top1_by_epoch"][-1] for run in runs if run["finished"]]
     mean = sum(top1) / len(top1) if top1 else None
-    return {"finished": done == epochs, "epochs_done": done, "epochs": epochs, "n": len(top1), "mean_top1": mean, "runs": runs}
+    return {"finished": len(top1) == len(jobs), "epochs": epochs, "n": len(top1), "mean_top1": mean, "runs": runs}
 
 
 def _refuse(lost: list[str]) -> None:

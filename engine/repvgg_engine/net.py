@@ -111,8 +111,8 @@ class Net:
         return output.reshape(len(images), -1) if any(isinstance(layer, Pool) for layer in self.layers) else output
 
     def classify(self, photo: "bytes | str | os.PathLike[str]", top: int = 5) -> list[tuple[str, float]]:
-        """The likeliest classes of a photo, a file or its bytes, with their probabilities, best first. It is prepared as the model
-        file says. Needs Pillow. Raises `EngineError` for what is no image, and for a net without classes."""
+        """Return the likeliest classes of a photo, a file or its bytes, with their probabilities, best first. It is prepared as the
+        model file says. Needs Pillow. Raises `EngineError` for what is no image, and for a net without classes."""
         from repvgg_engine.images import read_image
 
         if self.preprocessing is None or not any(isinstance(layer, Pool) for layer in self.layers[:-1]):

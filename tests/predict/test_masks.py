@@ -1,4 +1,4 @@
-"""segment.py: windows, scales and mirrors by hand; masks and overlays as files; what cannot be read."""
+"""views.py and masks.py: windows, scales and mirrors by hand; masks and overlays as files; what cannot be read."""
 
 import json
 from collections.abc import Iterator

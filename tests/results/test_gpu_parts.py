@@ -165,7 +165,7 @@ def test_what_is_recorded_of_runs(tmp_path: Path, asked: Any, monkeypatch: pytes
     asked = replace(asked, until=time.time() + 60)
     assert seeds(record, 0.125, paper=72.39) == ["plain, seed 1: exit code 1"]
     f = record.figures["plain"]
-    assert (f["finished"], f["n"], f["epochs_done"], f["mean_top1"], f["paper"]) == (False, 2, 0, 0.5, 72.39)
+    assert (f["finished"], f["n"], f["mean_top1"], f["paper"]) == (False, 2, 0.5, 72.39)
     seeds(record, 0.5)
     seeds(Record(tmp_path / "ablation.json", replace(asked, data="other.npz")), 0.5)
     assert len(set(started)) == len(started) == 9
@@ -296,9 +296,9 @@ def test_the_words_of_what_was_not_finished(tmp_path: Path, asked: Any, monkeypa
     two = job(tmp_path, 2)
     train(two, asked)
     runs = [json.loads(two.out.read_text())]
-    figures = {"finished": False, "epochs_done": 1, "n": 1, "epochs": 2, "paper": 72.39, "runs": runs}
+    figures = {"finished": False, "n": 1, "epochs": 2, "paper": 72.39, "runs": runs}
     figures["options"] = {"width": 0.25}
-    trained = {"figures": {"plain": figures, "repvgg": {**figures, "epochs_done": 0, "n": 0, "runs": []}}}
+    trained = {"figures": {"plain": figures, "repvgg": {**figures, "n": 0, "runs": []}}}
     said = gpu_words.ablation(trained)
     assert "| `plain` | 72.39% | none yet | 1 | 2 (stopped after 1) |" in said
     assert "| `repvgg` | 72.39% | none yet | 0 | 2 (not begun) |" in said

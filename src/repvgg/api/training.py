@@ -86,9 +86,10 @@ def train(
 
 def _refuse_as_a_class(data: "Data", out: Path) -> None:
     """Raise ValueError for a run folder among class folders, whose pictures would be a class the next time."""
-    if isinstance(data, (str, os.PathLike)) and os.fspath(data) not in ("digits", "cifar10") and Path(data).is_dir():
-        from repvgg.data.folder import is_split
+    from repvgg.data import is_files
+    from repvgg.data.folder import is_split
 
+    if isinstance(data, (str, os.PathLike)) and is_files(os.fspath(data)) and Path(data).is_dir():
         listed = Path(data) / "train" if is_split(Path(data) / "train") else Path(data)
         if out.resolve().is_relative_to(listed.resolve()) and not (out / "state").exists():
             raise ValueError(f"--out {out}: lies among the class folders of {listed}, and would be a class: name one elsewhere")
@@ -139,7 +140,7 @@ def settled(
         return resolve(otherwise, **changes)
     if recipe or "optimizer" in changes or found.optimizer != "muon":
         return found
-    log("by SGD, which moves the kernels of every block, and trained ones, with care; --optimizer muon for Muon")
+    log("by SGD (--optimizer muon for Muon)")  # Muon moves kernels of some blocks only, and trained ones as far as new ones
     return replace(found, optimizer="sgd")
 
 

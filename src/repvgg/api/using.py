@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from repvgg.api.opening import Data, Model
-    from repvgg.data import Source
     from repvgg.models.views import Views
     from repvgg.predict.masks import MaskPrediction
     from repvgg.predict.prediction import Prediction
@@ -59,7 +58,8 @@ def evaluate(
     training = manifest_of(network).training
     its_own = "splitting" in training and training.get("data", source.name) == source.name
     if split == "val" and val is None and source.splitting and not its_own:
-        log(f"{source.name}: its {len(source.val):,} images that --val holds out; --split all takes all {_count(source):,}")
+        whole = len(source.split("all"))
+        log(f"{source.name}: its {len(source.val):,} images that --val holds out; --split all takes all {whole:,}")
     if apart := told_apart(manifest_of(network), source):
         shown = [f"the model's {own!r} is {given!r}" for own, given in list(apart.values())[:3]]
         log(f"{source.name}: classes are taken by their numbers: {', '.join(shown)}{', ...' * (len(apart) > 3)}")
@@ -70,10 +70,6 @@ def evaluate(
         for line in bad.listed() if bad else ():
             log(f"left out: {line}")
     return replace(found, classes=tuple(source.classes))  # type: ignore[no-any-return]
-
-
-def _count(source: "Source") -> int:
-    return len(source.train) + len(source.val) + len(source.test or ())
 
 
 def predict(

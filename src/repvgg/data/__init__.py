@@ -172,7 +172,7 @@ def _shared(*shape: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
-def _is_files(spec: str) -> bool:
+def is_files(spec: str) -> bool:
     """Tell whether a folder or a table is meant, and not what a word names: a run folder called digits holds no images."""
     path = Path(spec)
     named = spec in ("digits", "cifar10") and (path / "settings.json").exists()
@@ -185,7 +185,7 @@ def open_source(spec: str, val: float | None = None, seed: int = 0) -> Source:
     val: the share of the images that is held out for validation where the data has no splits of its own, by default a fifth; seed:
     of that draw. Raises `DataError` if it is not there or cannot be trained on, and for `val` where it has splits.
     """
-    if _is_files(spec):
+    if is_files(spec):
         from repvgg.data.folder import open_files
 
         return open_files(Path(spec), val, seed)

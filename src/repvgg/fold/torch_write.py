@@ -59,8 +59,8 @@ class ModuleWriter:
             return "its linear layers are no chain"
         if self._home(stretch) is not None:
             return None
-        if context := next(filter(None, map(traces.contexts.get, self.read.owners(stretch.inside)[-1:])), None):
-            return f"the forward that it lies in works under {context}, which would be lost if it were written anew"
+        if context := traces.contexts.get(self.read.owners(stretch.inside)[-1]):
+            return f"the forward that it lies in works under {context}: written anew it would lose that, or do it twice"
         return "its parts lie in forwards that do not see both its ends"
 
     def _is_flat(self, v: Value) -> bool:

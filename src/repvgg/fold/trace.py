@@ -35,7 +35,7 @@ class Traces:
     hidden: modules of which not every use can be seen, with the reason. So a part of them must not be changed.
     untraceable: modules whose forward cannot be traced, with what went wrong. All that they hold is hidden.
     open: modules that a user calls, or that get what one may have passed, and what else that may be: then they may do otherwise.
-    contexts: modules whose forwards work under one (`torch.autocast`, `torch.no_grad`, ...), which no graph shows.
+    contexts: modules whose forwards work under what a graph does not show (`torch.autocast`, a child's own `__call__`).
     call: how the model is called, where an example says so.
     """
 

@@ -250,7 +250,7 @@ RECIPES = {
 
 
 # What a recipe for new networks has to be without where the network is trained already.
-GENTLE: dict[str, Any] = {"optimizer": "sgd", "bn_bias_lr": 1.0, "ema": 0.0, "small_first": 0.0, "whiten": False}
+GENTLE: dict[str, Any] = {"optimizer": "sgd", "bn_bias_lr": 1.0, "ema": 0.0, "small_first": 0.0}
 
 
 def get_recipe(name: str) -> Recipe:
