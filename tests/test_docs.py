@@ -68,9 +68,9 @@ def test_commands_of_the_page_run(page: Path, desk: Path, forks: Forks) -> None:
 
 @pytest.mark.parametrize("page", QUICK, ids=lambda p: p.name)
 def test_python_of_the_page_runs(page: Path, desk: Path, forks: Forks) -> None:
-    for block in blocks(page, "python"):
-        ended = forks.python(block, desk)
-        assert ended.code == 0, f"{block}\n{ended.err[-2000:]}"
+    """One block after the other in one process, as a reader goes on where the last one ended."""
+    ended = forks.python("\n\n".join(blocks(page, "python")), desk)
+    assert ended.code == 0, ended.err[-2000:]
 
 
 def test_blocks_that_are_not_run_say_so() -> None:
