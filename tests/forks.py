@@ -132,6 +132,11 @@ class Forks:
         job = {"words": what} if isinstance(what, list) else {"code": what}
         return Started(self._send, _job(folder, environment=environment or {}, **job))
 
+    def script(self, file: str, words: list[str], folder: Path) -> Started:
+        """Start `python FILE WORDS` in the folder; it may import what this process may."""
+        run = f"runpy.run_path({file!r}, run_name='__main__')"
+        return self.start(f"import runpy, sys; sys.path, sys.argv = {sys.path!r}, {[file, *words]!r}; {run}", folder)
+
     def _started(self) -> subprocess.Popen[str]:
         command = [sys.executable, __file__]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment)

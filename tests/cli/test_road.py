@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from commands import TRAIN, Captured, refused, repvgg
+from forks import Forks
 from rounding import REPORTED
 
 from repvgg.models import zoo
@@ -173,12 +172,10 @@ def test_names_of_strangers_cannot_steer_the_terminal(run: Path, scans: Path, tm
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_convert_writes_the_same_bytes_each_time(run: Path, tmp_path: Path) -> None:
+def test_convert_writes_the_same_bytes_each_time(run: Path, tmp_path: Path, forks: Forks) -> None:
     """Here, and in a process of its own, with other hashes of strings."""
-    suffixes, source = (".safetensors", ".pth"), str(run / "run/best.safetensors")
-    there = [["convert", source, str(tmp_path / f"there{suffix}")] for suffix in suffixes]
-    code = f"from repvgg.cli import main\nfor words in {there}:\n    main(words)"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
-    for suffix in suffixes:
+    source = str(run / "run/best.safetensors")
+    for suffix in (".safetensors", ".pth"):
+        assert forks(["convert", source, str(tmp_path / f"there{suffix}")], tmp_path).code == 0
         assert repvgg("convert", source, tmp_path / f"here{suffix}") == 0
         assert (tmp_path / f"here{suffix}").read_bytes() == (tmp_path / f"there{suffix}").read_bytes()

@@ -1,14 +1,13 @@
 """data/images.py: thousands of mutated images, in a process of their own."""
 
-import os
 import random
 import struct
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from forks import Forks
 from pictures import chunk, encoded, noise
 from PIL import Image
 
@@ -16,14 +15,14 @@ from repvgg.data import images
 from repvgg.data.images import ImageError, decode
 
 MUTANTS = 8_000
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # pictures.py is found
 
 
-def test_mutated_images_give_an_image_or_an_image_error() -> None:
+def test_mutated_images_give_an_image_or_an_image_error(forks: Forks, tmp_path: Path) -> None:
     """In a process of its own: a decoder that crashes or hangs is a failure too."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300, env=ENV)
-    assert done.returncode == 0, done.stderr[-2000:]
-    decoded, refused = map(int, done.stdout.split())
+    with forks.script(__file__, [], tmp_path) as process:
+        done = process.wait()
+    assert done.code == 0, done.err[-2000:]
+    decoded, refused = map(int, done.out.split())
     assert decoded + refused == MUTANTS
     assert min(decoded, refused) > MUTANTS / 20  # mutations that neither all nor none survive
 

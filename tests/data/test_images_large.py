@@ -1,6 +1,5 @@
 """data/images.py: large images cost a bounded amount of memory, and JPEGs are read by the faster of two readers, alike."""
 
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from pictures import encoded, noise
 from PIL import Image
 
@@ -37,12 +37,11 @@ def test_in_strips_as_at_once(mode: str, channels: int, monkeypatch: pytest.Monk
 
 
 MEASURE = """
-import sys
 from pathlib import Path
 from repvgg.data.images import decode
 def peak():  # of this program alone; that of getrusage is at least what the process that started it held
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-data = open(sys.argv[1], "rb").read()
+data = Path("large").read_bytes()
 before = peak()
 image = decode(data)
 print(image[0].numel(), peak() - before)
@@ -51,12 +50,13 @@ print(image[0].numel(), peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("mode", ["RGBA", pytest.param("P", marks=pytest.mark.slow), pytest.param("CMYK", marks=pytest.mark.slow)])
-def test_a_large_image_takes_nine_bytes_a_pixel_at_most(mode: str, tmp_path: Path) -> None:
+def test_a_large_image_takes_nine_bytes_a_pixel_at_most(mode: str, tmp_path: Path, forks: Forks) -> None:
     path = tmp_path / "large"
     Image.new(mode, (6000, 6000)).save(path, "JPEG" if mode == "CMYK" else "PNG")
     assert path.stat().st_size < 2_000_000
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
-    pixels, peak = map(int, done.stdout.split())
+    with forks.start(MEASURE, tmp_path) as process:
+        done = process.wait()
+    pixels, peak = map(int, done.out.split())
     assert pixels == 36_000_000
     assert 3 * pixels < peak < 9 * pixels + 100_000_000  # libraries that are loaded on the way
 

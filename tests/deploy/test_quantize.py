@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ from repvgg.models import zoo
 from repvgg.models.load import load, save
 from repvgg.models.manifest import Manifest, Preprocessing
 
-pytest.importorskip("nncf")
-pytest.importorskip("openvino")
-pytest.importorskip("onnxruntime")
+needed = ("nncf", "openvino", "onnxruntime")
+pytestmark = pytest.mark.skipif(not all(map(find_spec, needed)), reason=f"needs {', '.join(needed)}")
+
 P = Preprocessing((3, 16, 16), 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 CLASSES = ["a", "b", "c"]
 

@@ -4,10 +4,8 @@ PYTHONPATH=tests python tests/models/test_fuzz.py COUNT SEED FOLDER     the test
 """
 
 import json
-import os
 import random
 import struct
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from safetensors.torch import save
 from small_files import MANIFEST, SMALL, header, ours, pickled, with_attribute
 
@@ -154,13 +153,12 @@ def fuzz(count: int, seed: int, folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("count", [1000, pytest.param(5000, marks=pytest.mark.slow)])  # a thousand of them prove the same, quickly
-def test_mutated_files(count: int, tmp_path: Path) -> None:
+def test_mutated_files(count: int, tmp_path: Path, forks: Forks) -> None:
     """In a process of its own, so that a crash or a hang is seen as one."""
-    command = [sys.executable, __file__, str(count), "1", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # small_files.py is found
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
+    with forks.script(__file__, [str(count), "1", str(tmp_path)], tmp_path) as process:
+        done = process.wait()
+    assert done.code == 0, done.err
+    counts = json.loads(done.out)
     assert counts["loaded"] + counts["refused"] == count
     assert min(counts.values()) > count / 10, counts  # neither all valid nor all rubbish
 

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from small_files import TWO, archive, entry, header, ours, pickled, repacked, tensors, with_attribute
 from torch import nn
 
@@ -180,12 +180,11 @@ def test_a_pickle_that_would_run_code(way: str, tmp_path: Path, capsys: pytest.C
     assert marker.exists()
 
 
-def test_the_command_itself_says_one_line(tmp_path: Path) -> None:
+def test_the_command_itself_says_one_line(tmp_path: Path, forks: Forks) -> None:
     path, marker = tmp_path / "model.pth", tmp_path / "marker"
     path.write_bytes(pickled(Evil(marker, "os.system")))
-    said = subprocess.run([sys.executable, "-m", "repvgg", "info", path], capture_output=True, text=True, timeout=300)
-    assert said.returncode == 2
-    assert said.stdout == ""
-    assert said.stderr.startswith(f"repvgg: {path}: holds no dictionary of tensors: save model.state_dict()")
-    assert len(said.stderr.splitlines()) == 1
+    said = forks(["info", str(path)], tmp_path)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith(f"repvgg: {path}: holds no dictionary of tensors: save model.state_dict()")
+    assert len(said.err.splitlines()) == 1
     assert not marker.exists()

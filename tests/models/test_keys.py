@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from foreign import FORMS, NARROW, SCHEMES, in_keys, state
+from foreign import FORMS, NARROW, SCHEMES, in_keys, timm_architecture
 from torch import Tensor
 
 from repvgg.models import keys
@@ -19,6 +19,15 @@ def ours(name: str, form: str = "training", **options: object) -> dict[str, Tens
     """Keys and shapes of ours; no memory. Shared between tests: not to be changed."""
     with torch.device("meta"):
         return RepVGG(FAMILY[name], deploy=form == "deploy", **options).state_dict()  # type: ignore[arg-type]
+
+
+@cache
+def theirs(name: str, form: str, scheme: str) -> dict[str, Tensor]:
+    """Keys and shapes of theirs; no memory."""
+    with torch.device("meta"):
+        net = timm_architecture(name, NARROW[name][1])
+        net = timm.utils.reparameterize_model(net) if form == "deploy" else net
+    return {in_keys(key, scheme): tensor for key, tensor in net.state_dict().items()}
 
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -38,7 +47,7 @@ def test_the_training_form_has_the_keys_and_shapes_of_each(name: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NARROW)
 def test_there_and_back(name: str, form: str, scheme: str) -> None:
-    foreign = state(name, form, scheme)
+    foreign = theirs(name, form, scheme)
     ours = keys.to_ours(foreign, scheme)
     assert len(ours) == len(foreign)
     assert not ours.keys() & foreign.keys()
@@ -52,7 +61,7 @@ def test_there_and_back(name: str, form: str, scheme: str) -> None:
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvgg_d2se"])
 def test_a_scheme_is_known_by_its_keys(name: str, form: str, scheme: str) -> None:
     for prefix in ("", "module.", "model.encoder."):
-        assert keys.locate(prefix + key for key in state(name, form, scheme)) == keys.Place(scheme, prefix)
+        assert keys.locate(prefix + key for key in theirs(name, form, scheme)) == keys.Place(scheme, prefix)
         assert keys.locate(prefix + key for key in ours(name, form)) == keys.Place("repvgg", prefix)
 
 
@@ -71,7 +80,7 @@ def test_a_key_of_no_scheme_stays_as_it_is(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_tensor_that_is_there_in_two_spellings_is_refused(scheme: str) -> None:
-    foreign = state("repvgg_a1", "deploy", scheme)
+    foreign = theirs("repvgg_a1", "deploy", scheme)
     with pytest.raises(ValueError, match="twice"):
         keys.to_ours({**foreign, "stem.block.weight": torch.zeros(1)}, scheme)
 

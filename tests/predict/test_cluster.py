@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from repvgg.predict.job import Job
 from repvgg.predict.remote import open_data
 from repvgg.predict.store import Store
 
-pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
 ALONE = Cluster("auto", "1,1")
 
 

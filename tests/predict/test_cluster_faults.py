@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from predicting import command, rows, run
 from repvgg.data import open_source
 from repvgg.predict.job import Job
 
-pytest.importorskip("ray")
 ENV = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}  # nobody's token is read, and no worker starved
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 

@@ -44,6 +44,15 @@ def to_onnx(model: nn.Module, signature: Signature, metadata: str = "", merge_no
 
     Raises ValueError if the model cannot be exported.
     """
+    proto = _proto(model, signature, merge_norms)
+    if metadata:
+        proto.metadata_props.add(key=METADATA_KEY, value=metadata)
+    serialised: bytes = proto.SerializeToString()
+    return serialised
+
+
+def _proto(model: nn.Module, signature: Signature, merge_norms: bool) -> Any:
+    """Return the `onnx.ModelProto`."""
     program = trace(model, signature)
     with _quietly(), _one_line(model):
         exported = torch.onnx.export(
@@ -55,11 +64,7 @@ def to_onnx(model: nn.Module, signature: Signature, metadata: str = "", merge_no
 
             optimizer.fold_constants_ir(exported.model)
             optimizer.remove_unused_nodes(exported.model)
-        proto = exported.model_proto
-    if metadata:
-        proto.metadata_props.add(key=METADATA_KEY, value=metadata)
-    serialised: bytes = proto.SerializeToString()
-    return serialised
+        return exported.model_proto
 
 
 def write(model: nn.Module, signature: Signature, path: Path, metadata: str = "") -> None:
