@@ -13,8 +13,8 @@ from torch import nn
 from repvgg.cli import main
 from repvgg.data import Decoded, Source, open_source
 from repvgg.deploy import quantize as quantizing
-from repvgg.deploy.int8 import RoundedConv
 from repvgg.deploy.load import load_engine
+from repvgg.deploy.qat import RoundedConv
 from repvgg.deploy.quantize import Quantization, QuantizationReport, qat_recipe, quantize
 from repvgg.disk import FileError
 from repvgg.fold.reparameterize import reparameterize
@@ -114,7 +114,7 @@ def test_layers_are_left_in_float_until_the_drop_is_kept(model: nn.Module, sourc
     assert sum(line.startswith("quantising") for line in said) == len(strict.kept) + 1
 
 
-@pytest.mark.slow  # test_int8.py: test_training_learns_to_live_with_the_rounding proves the training
+@pytest.mark.slow  # test_qat.py: test_training_learns_to_live_with_the_rounding proves the training
 def test_training_with_the_rounding_in_it(model: nn.Module, source: Source, tmp_path: Path) -> None:
     settings = Quantization(40, qat_epochs=1, qat_lr=1e-4)
     report = quantize(model, source, "onnx", tmp_path, "net", settings, log=silent)

@@ -27,8 +27,8 @@ from repvgg.deploy.engines import Int8Runtime, Options, Signature
 from repvgg.deploy.engines.graph import to_onnx
 from repvgg.deploy.export import Shape, described, write_report
 from repvgg.deploy.formats import FORMATS
-from repvgg.deploy.int8 import round_convolutions
 from repvgg.deploy.parity import folded
+from repvgg.deploy.qat import round_convolutions
 from repvgg.deploy.runner import Runner
 from repvgg.deploy.speedup import Speedup, speedup
 from repvgg.deploy.staged import staged, written

@@ -1,4 +1,4 @@
-"""Training with INT8 in mind: convolutions that round as an INT8 file will. (Jacob et al., CVPR 2018.)
+"""Quantization-aware training: convolutions that round as an INT8 file will. (Jacob et al., CVPR 2018.)
 
 round_convolutions(model)        # a plain training form; then train it. Its files and its fold stay what they were
 """

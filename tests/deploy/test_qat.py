@@ -1,4 +1,4 @@
-"""int8.py: training rounds as an INT8 file does, and nothing of it stays behind."""
+"""qat.py: training rounds as an INT8 file does, and nothing of it stays behind."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rounding import rounding
 from torch import Tensor, nn
 
-from repvgg.deploy.int8 import RoundedConv, round_convolutions, rounded, rounded_weight
+from repvgg.deploy.qat import RoundedConv, round_convolutions, rounded, rounded_weight
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import as_conv, as_linear
 from repvgg.fold.reparameterize import reparameterize
