@@ -2,16 +2,19 @@
 
 import gc
 import operator
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from repvgg.fold.call import TENSOR, Call, Slot
+from repvgg.fold.conditions import catches, demand, needed_truth
 from repvgg.fold.contexts import watched_contexts
 
 
@@ -45,6 +48,8 @@ def traced(module: nn.Module, call: Call, seen: Seen, tensors: Collection[str] =
     tracer, held, homeless = _Tracer(call, seen, tensors), set(vars(module)), False
     try:
         graph = tracer.trace(module)
+        if tracer.refused is not None:
+            raise tracer.refused
         if tracer.undo:  # it has a state: does it do the same the next time?
             again = _Tracer(call, seen, tensors)
             try:
@@ -126,6 +131,9 @@ def watched_modules() -> Iterator[None]:
         nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
 
 
+PROXY_FILE = fx.Proxy.__bool__.__code__.co_filename
+
+
 class _Tracer(fx.Tracer):
     """Trace one module's own forward for one call; every module that it calls is a leaf."""
 
@@ -137,13 +145,15 @@ class _Tracer(fx.Tracer):
         self.held: list[tuple[nn.Module, str, Any, Any]] = []  # lists and the like that modules hold, and what was in them
         self.undo: list[tuple[dict[str, Any], str, Any]] = []
         self.watching = False
+        self.refused: Exception | None = None
         self.alive: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over the parts of a value, where the call that makes them says how many there are."""
         if (parts := _parts_of(obj.node)) is not None:
             return iter([obj[i] for i in range(parts)])  # type: ignore[index]
-        found: Iterator[Any] = super().iter(obj)
+        with self._refusing():
+            found: Iterator[Any] = super().iter(obj)
         return found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -172,6 +182,30 @@ class _Tracer(fx.Tracer):
                 return root_fn(*args, **kwargs)
 
         return forward, [self.root, *args]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Return what a condition has to be so that the forward does not raise, and demand it in the graph."""
+        frames, at = list[FrameType](), sys._getframe(1)
+        while at.f_code.co_filename != __file__ and at.f_back is not None:  # the caller of the forward
+            frames += [at] if at.f_code.co_filename != PROXY_FILE else []
+            at = at.f_back
+        frame, *callers = frames
+        truth = None if any(map(catches, callers)) else needed_truth(frame, obj.node.target)
+        if truth is None:
+            with self._refusing():
+                return super().to_bool(obj)
+        where = f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
+        self.create_proxy("call_function", demand, (obj, truth, where), {})
+        return truth
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Remember what is raised: the forward may catch it, and go on as it never would."""
+        try:
+            yield
+        except Exception as error:
+            self.refused = self.refused or error
+            raise
 
     # ------------------------------------------------------------ what the forward does to modules, not to values
 
@@ -250,7 +284,8 @@ class _Value(fx.Proxy):
             return _Value
         if self.node.meta.get(TENSOR):
             return Tensor
-        raise AsksTypeError(self.node)
+        with self.tracer._refusing():  # type: ignore[attr-defined]
+            raise AsksTypeError(self.node)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse `x.data = y`, of which a trace sees nothing."""
@@ -264,7 +299,8 @@ class _Value(fx.Proxy):
 
     def __len__(self) -> int:
         parts = _parts_of(self.node)
-        return super().__len__() if parts is None else parts
+        with self.tracer._refusing():  # type: ignore[attr-defined]
+            return super().__len__() if parts is None else parts
 
 
 # `x += y` and its like, which fx takes for `x = x + y`: by the plain operator
@@ -284,11 +320,16 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _parts_of(node: fx.Node) -> int | None:
-    """Return how many parts a value has, where the call that makes it says so."""
+    """Return how many parts a value has, where the call that makes it says so (of `x.shape[:2]`, if it has them)."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
     if name == "chunk" and isinstance(how, int):
         return how
+    if name == "getitem" and isinstance(how, slice) and _is_size(node.args[0]):  # type: ignore[arg-type]
+        if any(isinstance(end, fx.Node) for end in (how.start, how.stop, how.step)):
+            return None
+        counts = {len(range(*how.indices(dimensions))) for dimensions in (8, 9)}
+        return counts.pop() if len(counts) == 1 else None
     return len(how) if name in ("split", "split_with_sizes") and isinstance(how, tuple | list) else None
 
 

@@ -1,0 +1,142 @@
+"""Forwards that demand something of their inputs. (In a file of their own: pytest writes the assertions of test files anew.)"""
+
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Checked(nn.Module):
+    """conv, norm, after `check`, which sees [N, 3, 8, 8]."""
+
+    channels = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.check(x)))  # type: ignore[no-any-return]
+
+    def check(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Asserts(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.channels, f"{x.shape[1]} channels"
+        assert x.dim() == 4 and not x.shape[-1] < 4  # noqa: PT018
+        return x
+
+
+class Raises(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        _, channels, height, _ = x.shape
+        if channels != self.channels or not height:
+            message = f"{channels} channels"
+            raise ValueError(message)
+        return x
+
+
+class RaisesElse(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return x.relu()
+        raise ValueError("no images")
+
+
+class ComparesTuples(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        assert (height, width) == (8, 8)
+        if (self.channels, 8) != (x.shape[1], width):
+            raise ValueError("no images")
+        return x
+
+
+class AsksAFunction(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        demand(x.shape[1] == self.channels)
+        return x
+
+
+def demand(truth: Any) -> None:
+    if not truth:
+        raise ValueError("no")
+
+
+class TakesSizesApart(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        return flat.view(*x.shape[:2], *x.shape[-2:])
+
+
+class Either(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 1 or x.shape[1] == 3
+        return x
+
+
+class GoesOn(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        if x.shape[2] == 8:
+            x = x * 2
+        return x
+
+
+class AnyOf(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        assert any([x.shape[1] == 1, x.shape[1] == 3])
+        return x
+
+
+class NotThisTuple(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        if (x.shape[1], x.shape[2]) == (3, 9):  # one of them may be equal
+            raise ValueError("no")
+        return x
+
+
+class CatchesItself(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        try:
+            assert x.shape[1] == 1
+        except AssertionError:
+            x = x * 2
+        return x
+
+
+class CatchesAFunction(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        with suppress(ValueError):
+            demand(x.shape[1] == 1)
+            x = x * 2
+        return x
+
+
+class CatchesTheTracer(Checked):
+    """What a tracer raises on a value that it does not have is no answer to the question."""
+
+    def check(self, x: Tensor) -> Tensor:
+        try:
+            return x * 2 if x.shape[1] == 3 else x
+        except Exception:
+            return -x
+
+
+class Branches(Asserts):
+    """A forward that is written anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.check(x)
+        return self.conv(x) + self.norm(self.other(x))  # type: ignore[no-any-return]
+
+
+class Wrong(Checked):
+    def check(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 5
+        return x
