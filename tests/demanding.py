@@ -213,3 +213,42 @@ class Streams(nn.Module):
         first, _ = self.stages([layer(x) for layer in self.start])
         y, _ = self.dense(x, [first])
         return self.end(y)  # type: ignore[no-any-return]
+
+
+class Optional(nn.Module):
+    """Its input has a default, and the class of what a child returns finds by number what a dictionary does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Named()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, pixels: Tensor | None = None) -> Tensor:
+        if pixels is None:
+            raise ValueError("no pixels")
+        return self.norm(self.inner(pixels)[0])  # type: ignore[no-any-return]
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.words = pair(), Words()
+        self.weight, self.norm = nn.Parameter(torch.randn(3, 3, 1, 1)), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> "Output":
+        return Output(last=self.norm(F.conv2d(self.words(self.layer(x)), self.weight)))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(3, 1, 3, 3)), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, None, 1, "same", 1, 3)
+        return F.conv2d(self.norm(y), self.weight, None, 1, "valid", 1, 3)
+
+
+class Output(dict[str, Tensor]):
+    def __getitem__(self, key: Any) -> Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)

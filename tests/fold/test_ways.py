@@ -19,6 +19,7 @@ from demanding import (
     GoesOn,
     Loops,
     NotThisTuple,
+    Optional,
     Pads,
     Raises,
     RaisesElse,
@@ -92,3 +93,15 @@ def test_a_forward_that_is_written_anew_demands_it_still() -> None:
 def test_an_example_that_it_would_refuse_is_refused() -> None:
     with pytest.raises((ReparamError, AssertionError)):
         reparameterize(Wrong().eval(), torch.randn(SMALL))
+
+
+def test_what_a_strangers_class_returns_is_left_alone() -> None:
+    """As transformers' models: an input with a default, outputs of a class of their own."""
+    model = randomize(Optional(), SMALL).double()
+    folded = reparameterize(model)
+    report = report_of(folded)
+    assert report.left.keys() == {"norm", "inner.norm"}
+    assert "a class of its own for what it returns (Output)" in report.left["inner.norm"]
+    assert sorted(report.pairs) == [("inner.layer.0", "inner.layer.1"), ("inner.words.conv2d", "inner.words.norm")]
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT

@@ -34,12 +34,12 @@ class Call:
 
     @staticmethod
     def by_default(module: nn.Module) -> "Call":
-        """Return the call that passes only what has no default."""
+        """Return the call that passes only what has no default, or else the first argument alone."""
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(module.forward).parameters.values()
         needed = sum(p.default is p.empty and p.kind in kinds for p in parameters)
-        many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-        return Call(tuple(Slot(i, tensor=True) for i in range(needed or many)), {})
+        some = any(p.kind in (*kinds, inspect.Parameter.VAR_POSITIONAL) for p in parameters)
+        return Call(tuple(Slot(i, tensor=True) for i in range(needed or some)), {})
 
     @staticmethod
     def by_example(inputs: tuple[Any, ...]) -> "Call":

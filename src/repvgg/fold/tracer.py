@@ -229,7 +229,10 @@ class _Tracer(fx.Tracer):
 
         def forward(*args: Any) -> Any:
             with self._watch():
-                return root_fn(*args, **kwargs)
+                made = root_fn(*args, **kwargs)
+            if isinstance(made, dict | list) and type(made) not in (dict, list):  # which a graph makes a plain one of
+                self.seen.contexts.append(f"a class of its own for what it returns ({type(made).__name__})")
+            return made
 
         return forward, [self.root, *args]
 
