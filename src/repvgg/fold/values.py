@@ -38,6 +38,12 @@ class ValueOf(fx.Proxy):
             raise ValueError(f"it sets `{name}` of a value")
         super().__setattr__(name, value)
 
+    def __index__(self) -> int:
+        with self.tracer._refusing():  # type: ignore[attr-defined]
+            raise ValueError("it takes a number out of a value")
+
+    __int__ = __float__ = __index__  # type: ignore[assignment]
+
     def changed(self, how: Callable[..., Any], plain: Callable[..., Any], other: Any) -> Any:
         """Return what `how` makes of the value in place; of a number, what `plain` does."""
         return self.tracer.create_proxy("call_function", plain if is_size(self.node) else how, (self, other), {})
