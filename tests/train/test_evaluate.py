@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import centred, randomize, varied
 
 from repvgg.data import open_source
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, normalise
@@ -72,19 +72,21 @@ def digits_model(**options: Any) -> torch.nn.Module:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_a_model_on_a_source(tmp_path: Path) -> None:
-    model, source = digits_model(), open_source("digits")
+    source = open_source("digits")
     scans = Transformed(source.val, eval_transform(source.preprocessing))
     images = normalise(torch.stack([scans[i][0] for i in range(360)]), source.preprocessing)
+    model = centred(digits_model(), images)
     with torch.no_grad():
         expected, _ = counted(model(images), torch.tensor([scans[i][1] for i in range(360)]))
     for batch_size, workers in ((64, 0), (7, 0), (150, 2)):
         bad = BadImages(tmp_path / "bad.txt", replace=False) if workers else None  # then images are read one by one
         got = evaluate_model(model, source, batch_size, workers, bad=bad)
         assert got.images == 360
+        assert varied(got.confusion.sum(0))
         assert got.top1 == expected.top1
         assert torch.equal(got.confusion, expected.confusion)
         assert got.loss == pytest.approx(expected.loss, rel=1e-4)
-    half = evaluate_model(digits_model().bfloat16(), source)
+    half = evaluate_model(model.bfloat16(), source)
     assert half.loss == pytest.approx(expected.loss, rel=0.1)
 
 
