@@ -40,12 +40,12 @@ def test_its_file_is_small_and_is_the_one_that_was_measured() -> None:
 def test_it_recognises_what_it_is_said_to() -> None:
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(TEST_IMAGES, columns=["img", "label"]).slice(0, 300).to_pylist()
+    rows = pq.read_table(TEST_IMAGES, columns=["img", "label"]).slice(0, 150).to_pylist()
     images = Decoded(torch.stack([decode(row["img"]["bytes"]) for row in rows]), [row["label"] for row in rows])
     model = open_model("cifar10")
     assert manifest_of(model).classes == CLASSES
     source = Source("test images", images, images, CLASSES, manifest_of(model).preprocessing)
-    assert evaluate_model(model, source).top1 > 0.88  # of all 10,000 it is 93.86%: four deviations of 300 below
+    assert evaluate_model(model, source).top1 > 0.86  # of all 10,000 it is 93.86%: four deviations of 150 below
 
 
 def test_it_computes_in_float32_with_and_without_pytorch(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_half_precisions_keep_fp32_weights_and_come_near() -> None:
     for precision in ("bf16", "fp16"):
         half = stepped(replace(EXACT, precision=precision))  # type: ignore[arg-type]
         assert all(t.dtype == torch.float32 for t in half.model.state_dict().values() if t.is_floating_point())
-        assert 1e-6 * moved < apart(half, exact) < 0.5 * moved  # steps that do nothing are `moved` away
+        assert 1e-6 * moved < apart(half, exact) < 0.7 * moved  # steps that do nothing are `moved` away
     assert half.scaler.state_dict()["scale"] > 1  # what was last is fp16
 
 
