@@ -14,6 +14,7 @@ from demanding import (
     CatchesAFunction,
     CatchesItself,
     CatchesTheTracer,
+    Chooses,
     ComparesTuples,
     Either,
     GoesOn,
@@ -105,3 +106,14 @@ def test_what_a_strangers_class_returns_is_left_alone() -> None:
     assert sorted(report.pairs) == [("inner.layer.0", "inner.layer.1"), ("inner.words.conv2d", "inner.words.norm")]
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT
+
+
+def test_a_method_of_its_own_that_a_module_has_for_its_forward() -> None:
+    model = randomize(nn.Sequential(Chooses(), nn.ReLU()), SMALL).double()
+    folded = reparameterize(model)
+    assert report_of(folded).pairs == [("0.conv", "0.norm")]
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert relative_error(outputs(folded, x), outputs(model, x)) <= EXACT
+    model[0].forward = Chooses().fast  # another module's
+    with pytest.raises(ReparamError, match="a forward of its own in place"):
+        reparameterize(model)

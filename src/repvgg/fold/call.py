@@ -87,3 +87,11 @@ def leave(given: tuple[tuple[Any, ...], dict[str, Any]], left: Any) -> None:
         elif type(value) is dict:
             value.clear()
             value.update(dict.fromkeys(how, Gone()))
+
+
+def lasting(root: nn.Module) -> set[int]:
+    """Return which lists and dictionaries modules, their classes and their files hold."""
+    modules = set(root.modules())
+    holders = [*map(vars, modules), *(vars(cls) for m in modules for cls in type(m).__mro__)]
+    holders += [getattr(m.forward, "__globals__", {}) for m in modules]
+    return {id(value) for holder in holders for value in list(holder.values()) if type(value) in (list, dict)}

@@ -101,7 +101,7 @@ class _Walk:
                 if (module, repr(call)) not in done and not _is_operator(module):
                     done.add((module, repr(call)))
                     self._visit(module, call)
-        self._distrust_readers_of_what_is_written()
+            self._distrust_readers_of_what_is_written()
         self._hide({*_entries(model), *(module for module, _ in done)})
         for counted in self.counted.values():
             self.traces.uses += counted

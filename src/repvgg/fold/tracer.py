@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from repvgg.fold.call import TENSOR, Call, Slot, leave, left_in
+from repvgg.fold.call import TENSOR, Call, Slot, lasting, leave, left_in
 from repvgg.fold.contexts import watched_contexts
+from repvgg.fold.guards import chosen_forward
 from repvgg.fold.values import VALUE, ValueOf, is_size, parts_of
 
 
@@ -122,14 +123,6 @@ def _contents(value: Any) -> Any:
 
 ARGUMENTS = "a list or dictionary that it is given"
 MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
-
-
-def _lasting(root: nn.Module) -> set[int]:
-    """Return which lists and dictionaries modules, their classes and their files hold."""
-    modules = set(root.modules())
-    holders = [*map(vars, modules), *(vars(cls) for m in modules for cls in type(m).__mro__)]
-    holders += [getattr(m.forward, "__globals__", {}) for m in modules]
-    return {id(value) for holder in holders for value in list(holder.values()) if type(value) in (list, dict)}
 
 
 class _Here(threading.local):
@@ -238,6 +231,7 @@ class _Tracer(fx.Tracer):
 
     def once(self, module: nn.Module) -> fx.Graph | None:
         """Return the graph of the forward's one way, or None where it raises an error of its own on it."""
+        self.traced_func_name = chosen_forward(module) or "forward"
         try:
             graph = self.trace(module)
         except Exception as error:
@@ -315,7 +309,7 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         made = self._quietly(lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))
         if m in self.assumed.changed and any(type(v) in (list, dict, tuple) for v in (*args, *kwargs.values())):
-            if not _lasting(self.root).isdisjoint(map(id, (*args, *kwargs.values()))):
+            if not lasting(self.root).isdisjoint(map(id, (*args, *kwargs.values()))):
                 raise ValueError("a list that outlives the forward is changed")
             leave((args, kwargs), self.assumed.changed[m][Call.of(made.node).key])
         kind, parts = self.assumed.lists.get(made.node.meta[VALUE], (list, None))
