@@ -19,7 +19,7 @@ from torch import Tensor
 
 from repvgg.data import DataError, Images, Source, Subset
 from repvgg.data.images import decode
-from repvgg.disk import escaped, unescaped
+from repvgg.disk import escaped, read_text, unescaped
 from repvgg.models.manifest import Preprocessing
 
 SPLIT = "split.csv"  # in a run folder: the division that it goes by
@@ -149,9 +149,9 @@ def reopened(source: Source, run: Path, val: float | None = None) -> Source:
     Raises `DataError` for another share to hold out.
     """
     table = run / SPLIT
-    if source.splitting is None or not table.exists():
+    if source.splitting is None or not table.is_file():
         return source
-    settings = json.loads((run / "settings.json").read_text()) if (run / "settings.json").exists() else {}
+    settings = json.loads(read_text(run / "settings.json")) if (run / "settings.json").exists() else {}
     began = tuple(settings.get("splitting") or source.splitting)
     if val not in (None, began[0]):
         raise DataError(f"{run}: holds a run with --val {began[0]}, not {val}: another --out, or --resume never")

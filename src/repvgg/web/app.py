@@ -32,7 +32,7 @@ from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
 from repvgg.deploy.staged import refuse_strangers, staged
 from repvgg.deploy.web_folder import engine_files, write_model
-from repvgg.disk import FileError, Log, cache_folder
+from repvgg.disk import FileError, Log, cache_folder, read_text
 from repvgg.models import zoo
 from repvgg.predict.paths import expand
 from repvgg.web import page
@@ -95,7 +95,7 @@ def build(
 def _shown(out: Path) -> set[str]:
     """Return the names of the examples of an earlier page in a folder."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        told = json.loads((out / "model.json").read_text())
+        told = json.loads(read_text(out / "model.json"))
         return {Path(shown["file"]).name for shown in told["examples"]}
     return set()
 
