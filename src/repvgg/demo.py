@@ -154,7 +154,7 @@ def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def refuse_another(out: Path, seed: int) -> None:
     """Raise `FileError` where the folder holds the demo of another seed, or a page of something else."""
-    refuse_strangers(out, "index.html", "run")
+    refuse_strangers(out, "run", "index.html", "deploy.safetensors", "demo.json", "scans")
     settings = out / "run" / "settings.json"
     if settings.exists() and (before := json.loads(read_text(settings)).get("seed")) != seed:
         raise FileError(f"{out}: holds the demo of seed {before}, not {seed}: give another --out, or --seed {before}")

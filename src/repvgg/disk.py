@@ -70,7 +70,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a file that a program wrote. Raises OSError where there is none, `FileError` for a device, a pipe and what
     is larger than any of ours: it may be a stranger's, and never end."""
-    with open(plain_file(path, os.O_RDONLY), encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
+    with open(plain_file(path, os.O_RDONLY), encoding="utf-8") as file:
         text = file.read(LONGEST + 1)
     if len(text) > LONGEST:
         raise FileError(f"{path}: is larger than {LONGEST:,} bytes, and no file of ours")

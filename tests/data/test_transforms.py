@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 from repvgg.data import DataError, Decoded
 from repvgg.data.folder import Folder
 from repvgg.data.images import ImageError
-from repvgg.disk import FileError
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
+from repvgg.disk import FileError
 from repvgg.models.manifest import Preprocessing
 
 PILLOW = {"bilinear": (Image.Resampling.BILINEAR, 1), "bicubic": (Image.Resampling.BICUBIC, 2)}  # and how far rounding may go

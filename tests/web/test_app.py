@@ -242,6 +242,31 @@ def test_photos_of_an_earlier_page_are_taken_away(
         app.build(model, tmp_path / "site", photos, runtime, str)
 
 
+def test_nothing_is_lost_but_an_earlier_page(
+    model: nn.Module, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_write", lambda net, original, path: {"error": 0.0})
+    monkeypatch.setattr(app, "_native", lambda _, folder, log: (folder / "model.safetensors").write_text("deploy") > 0)
+    for name in ("model.safetensors", "style.css"):  # of the hub, of a site
+        (folder := tmp_path / name).mkdir()
+        (folder / name).write_text("precious")
+        with pytest.raises(FileError, match=f"holds the {name} of something else"):
+            app.build(model, folder, (), runtime, str)
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "precious")]
+    site = tmp_path / "site"
+    app.build(model, site, (), runtime, str)
+    told = json.loads((site / "model.json").read_text())
+    (site / "notes.txt").write_text("precious")
+    hostile = [{"file": name} for name in ("notes.txt", "index.html", "..", "../site/notes.txt")]
+    (site / "model.json").write_text(json.dumps({**told, "native": False, "examples": hostile}))
+    with pytest.raises(FileError, match="safetensors: is none of an earlier page"):
+        app.build(model, site, (), runtime, str)
+    (site / "model.safetensors").unlink()
+    app.build(model, site, (), runtime, str)
+    assert (site / "notes.txt").exists()
+    assert (site / "index.html").exists()
+
+
 def test_a_browser_that_goes_away_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     request: Any = None
     with app.server(".") as server:
