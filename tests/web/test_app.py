@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import tarfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,9 @@ def test_the_server(tmp_path: Path) -> None:
             headers = dict(answer.headers)
         with pytest.raises(ValueError, match=r"--port \d+: cannot be used \(.*\); name another"):
             app.server(tmp_path, int(address.rpartition(":")[2]))
+        for path, host in (("x.mjs", "stranger.example:8000"), ("", "localhost")):
+            with pytest.raises(urllib.error.HTTPError, match=r"403|404"):  # neither by another name, nor a list of the files
+                urllib.request.urlopen(urllib.request.Request(f"{address}/{path}", headers={"Host": host}))
     assert headers["Content-type"] == "text/javascript"
     assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
     assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"

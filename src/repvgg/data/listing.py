@@ -24,6 +24,7 @@ from repvgg.models.manifest import Preprocessing
 
 SPLIT = "split.csv"  # in a run folder: the division that it goes by
 SPLITS = ("train", "val", "test")
+FORMULA = ("=", "+", "-", "@")  # how cells begin that a spreadsheet computes, whoever has named the file
 Row = tuple[str, str, str]  # path below the data's folder, class, split
 
 
@@ -189,4 +190,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)
         table.writerow(("path", "label", "split"))
-        table.writerows(rows)
+        for name, label, split in rows:
+            table.writerow((f"./{name}" if name.startswith(FORMULA) else name, _no_formula(label), split))
+
+
+def _no_formula(label: str) -> str:
+    """Return a label as `escaped` might spell it, in which no spreadsheet sees a formula."""
+    return f"\\x{ord(label[0]):02x}{label[1:]}" if label.startswith(FORMULA) else label

@@ -16,14 +16,15 @@ LARGEST = 1 << 28  # bytes of one member
 
 def members(file: Any) -> Iterator[tuple[str, Any]]:
     """Yield the names and files of a tar. Raises `DataError` for a compressed one or a sparse member, which have any size."""
+    shard = printable(str(getattr(file, "name", "a shard")))
     try:
         tar = tarfile.open(fileobj=file, mode="r|")  # noqa: SIM115 - its file is closed by who opened it
     except tarfile.ReadError:
-        raise DataError("a shard is no plain tar: if it is compressed, unpack it") from None
+        raise DataError(f"{shard}: is no plain tar: if it is compressed, unpack it") from None
     for member in tar:
         if member.isreg() and not Path(member.name).name.startswith((".", "__")):
             if member.issparse() or member.size > LARGEST:
-                raise DataError(f"{printable(member.name)}: sparse, or larger than {LARGEST:,} bytes: take it out of the tar")
+                raise DataError(f"{shard}: its {printable(member.name)} is sparse, or larger than {LARGEST:,} bytes: take it out")
             yield member.name, tar.extractfile(member)
         tar.members = []  # type: ignore[attr-defined]  # which would keep them all
 
