@@ -80,7 +80,7 @@ def test_a_strangers_lock_that_leads_elsewhere_is_refused(kind: str, tmp_path: P
     if kind == "pipe":
         os.mkfifo(folder / ".lock")
     else:
-        (folder / ".lock").symlink_to({"file": precious, "device": "/dev/zero"}[kind])
+        (folder / ".lock").symlink_to(precious if kind == "file" else "/dev/zero")
     with pytest.raises(FileError, match=r"\.lock: is .*: remove"), hold(folder):
         pass
     assert precious.read_text() == "years of work"

@@ -117,7 +117,7 @@ def test_names_of_strangers_do_not_steer_the_terminal(
 def test_a_reader_that_has_left_is_no_error(tmp_path: Path) -> None:
     model, file = model_file(tmp_path / "net.safetensors", plain_net()), tmp_path / "photo.png"
     photo(0).save(file)
-    words = [sys.executable, "-m", "repvgg_engine", "predict", model, file, "--accuracy", "exact"]
+    words: list[str | Path] = [sys.executable, "-m", "repvgg_engine", "predict", model, file, "--accuracy", "exact"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)

@@ -201,8 +201,8 @@ def quantize(
         faster = speedup(runner("fp32"), runner("int8"))
         report = QuantizationReport(Path(out) / path.name, before, after, layers, sorted(kept), faster, settings)
         write_report(path, to, signature, told, report.to_json())
-        for file in folder.glob(".float*"):
-            file.unlink()
+        for left in folder.glob(".float*"):
+            left.unlink()
     return report
 
 

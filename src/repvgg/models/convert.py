@@ -1,6 +1,7 @@
 """Training form to deploy form as files, verified; and checkpoints in and out of other implementations' keys."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from repvgg.disk import Log
@@ -25,9 +26,9 @@ def proof_size(preprocessing: Preprocessing) -> tuple[int, int, int]:
 
 def refuse_itself(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Raise ValueError where the target is the file that is converted: of a training form it may be the only one."""
-    own = in_run_folder(source)
-    if own.exists() and Path(target).exists() and own.samefile(target):
-        raise ValueError(f"{target}: is what is converted, and would be lost: name another file")
+    with suppress(OSError):  # one of them is not there
+        if in_run_folder(source).samefile(target):
+            raise ValueError(f"{target}: is what is converted, and would be lost: name another file")
 
 
 def convert(
