@@ -67,6 +67,14 @@ def test_scans_it_leaves_can_be_predicted(demo_folder: Path) -> None:
     assert right >= 10  # half of them are the hardest there are
 
 
+@pytest.mark.parametrize("name", ["index.html", "deploy.safetensors", "demo.json", "scans"])
+def test_a_folder_of_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileError, match=f"holds the {name} of something else"):
+        demo.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_folder_of_another_seed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.json").write_text('{"seed": 0}')

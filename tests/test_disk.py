@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from repvgg import disk
-from repvgg.disk import FileError, atomically, hold, out_of_memory
+from repvgg.disk import FileError, atomically, hold, out_of_memory, read_text
 
 HOLDER = "import sys, time; from repvgg.disk import hold\nwith hold(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
@@ -73,6 +73,34 @@ def test_it_is_let_go_of_after_an_error_and_held_once_in_a_process(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["file", "device", "pipe"])
+def test_a_strangers_lock_that_leads_elsewhere_is_refused(kind: str, tmp_path: Path) -> None:
+    (precious := tmp_path / "precious").write_text("years of work")
+    (folder := tmp_path / "unpacked").mkdir()
+    if kind == "pipe":
+        os.mkfifo(folder / ".lock")
+    else:
+        (folder / ".lock").symlink_to(precious if kind == "file" else "/dev/zero")
+    with pytest.raises(FileError, match=r"\.lock: is .*: remove"), hold(folder):
+        pass
+    assert precious.read_text() == "years of work"
+
+
+def test_a_text_is_read_of_a_file_alone_and_of_no_more_than_any_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text := tmp_path / "settings.json").write_text("é" * 20, encoding="utf-8")
+    (link := tmp_path / "link").symlink_to(text)
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert read_text(text) == read_text(link) == "é" * 20
+    for endless in (Path("/dev/zero"), pipe, tmp_path):
+        with pytest.raises(FileError, match="is no file"):
+            read_text(endless)
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "none")
+    monkeypatch.setattr(disk, "LONGEST", 19)
+    with pytest.raises(FileError, match="is larger than 19"):
+        read_text(text)
+
+
 def test_no_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot be locked"), hold(tmp_path / "none"):
         pass
@@ -103,9 +131,9 @@ def dead_process() -> int:
 
 def test_what_the_killed_left_is_swept(tmp_path: Path) -> None:
     dead, old = dead_process(), time.time() - 2 * disk.STALE
-    left = tmp_path / f".a.{dead}.tmp"
+    left = tmp_path / f".a.{dead}-0123abcd.tmp"
     fresh = tmp_path / f".a.{dead + 1}.tmp"  # perhaps of another machine, at work
-    alive = tmp_path / f".a.{os.getppid()}.tmp"
+    alive = tmp_path / f".a.{os.getppid()}-0123abcd.tmp"
     strange = (tmp_path / ".a.notes.tmp", tmp_path / f".b.{dead}.tmp", tmp_path / f"a.{dead}.tmp")
     for path in (left, fresh, alive, *strange):
         path.write_text("x")
@@ -115,6 +143,19 @@ def test_what_the_killed_left_is_swept(tmp_path: Path) -> None:
     assert not left.exists()
     assert all(path.exists() for path in (fresh, alive, *strange))
     assert (tmp_path / "a").read_text() == "y"
+
+
+def test_two_processes_of_one_number_do_not_write_the_same_temporary_file(tmp_path: Path) -> None:
+    """Two containers that share a folder."""
+    names = set[Path]()
+
+    def write(path: Path) -> None:
+        names.add(path)
+        path.write_text("x")
+
+    for _ in range(2):
+        atomically(tmp_path / "a", write)
+    assert len(names) == 2
 
 
 def test_a_folder_that_cannot_be_flushed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ def test_control_characters_are_spelled_out() -> None:
 
 
 def test_a_table_of_hostile_names(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(("class", "n"), [("cat\n\x1b[31m", 5), ("[bold]dog", 7)])
+    print_table(("class\x1b[2J", "n"), [("cat\n\x1b[31m", 5), ("[bold]dog", 7)])
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert r"cat\n\x1b[31m" in text

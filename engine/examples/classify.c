@@ -46,6 +46,12 @@ static uint8_t *read_ppm(const char *path, int *height, int *width) {
     return pixels;
 }
 
+/* Print a class's name on a line of its own. It is a stranger's word, which must not steer the terminal. */
+static void show(const char *name) {
+    for (; *name; name++) putchar((unsigned char)*name < 0x20 || *name == 0x7f ? '?' : *name);
+    putchar('\n');
+}
+
 int main(int count, char **words) {
     char error[500] = "there is not enough memory";
     if (count < 3 || count > 4) return fail("usage: classify MODEL.safetensors PHOTO.ppm [PLAN.json]");
@@ -75,7 +81,7 @@ int main(int count, char **words) {
     int best = 0;
     for (int i = 1; i < shape[0]; i++)
         if (logits[i] > logits[best]) best = i;
-    if (best < about.class_count) printf("%s\n", about.classes[best]);
+    if (best < about.class_count) show(about.classes[best]);
     else printf("class %d\n", best);
     free(logits), free(input), free(pixels);
     repvgg_destroy(net);

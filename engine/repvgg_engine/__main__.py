@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (one line says what).
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,9 +41,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         net = load(words.file, plan=words.plan, **options)
         predict(net, words.images, words.top, words.json)
-    except EngineError as error:
-        print(f"repvgg_engine: {error}", file=sys.stderr)
+        sys.stdout.flush()  # here, where a reader that has left is noticed
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (EngineError, OSError, MemoryError) as error:
+        print(f"repvgg_engine: {shown(str(error) or 'out of memory')}", file=sys.stderr)
         sys.exit(2)
+
+
+def shown(text: str) -> str:
+    """Return text as one line that a terminal shows and does not obey: names of files and classes are strangers' words."""
+    line, encoding = "".join(c if c.isprintable() else "?" for c in text), sys.stdout.encoding or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def predict(net: Net, paths: Sequence[str], top: int, as_json: bool) -> None:
@@ -54,7 +67,7 @@ def predict(net: Net, paths: Sequence[str], top: int, as_json: bool) -> None:
         if as_json:
             print(json.dumps({"path": path, "labels": labels}))
         else:
-            print(path, *(f"{name} {p:.1%}" for name, p in labels), sep="  ")
+            print(shown(path), *(f"{shown(name)} {p:.1%}" for name, p in labels), sep="  ")
 
 
 if __name__ == "__main__":

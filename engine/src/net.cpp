@@ -17,7 +17,7 @@ namespace {
 constexpr int FEW_IMAGES = 8, IMAGES_OF_A_THREAD = 4;
 /// Plans that are kept for sizes of input that may come again.
 constexpr size_t MOST_IDLE = 4;
-constexpr int MOST_SIDE = 1 << 16, MOST_LAYERS = 1 << 16;
+constexpr int MOST_SIDE = 1 << 16, MOST_LAYERS = 1 << 12;
 
 }  // namespace
 

@@ -1,9 +1,12 @@
 """The example in C on a model file, beside Python on the same; and what strangers and careless programs may try."""
 
 import ctypes
+import io
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,41 @@ def test_what_the_example_refuses(classify: Path, tmp_path: Path) -> None:
         assert code == 2
         assert reason in text
         assert text.count("\n") == 1
+
+
+def test_names_of_strangers_do_not_steer_the_terminal(
+    classify: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_file(tmp_path / "net.safetensors", plain_net(), classes=[f"\x1b[2Jcaf\xe9 {i}" for i in range(10)])
+    image, bad = (tmp_path / os.fsdecode(name) for name in (b"\x1b]0;a\xff.ppm", b"\x1b[2J.ppm"))
+    photo(0).save(image, "ppm")
+    plan = Plan("portable", "fp32", ("",) * 8).to_json()
+    (tmp_path / "plan.json").write_text(plan.replace("portable", "\\u001b[2J"))
+    main(["predict", str(model), str(image), "--accuracy", "exact"])
+    assert "?[2Jcaf\xe9 " in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), "ascii"))
+        main(["predict", str(model), str(image), "--accuracy", "exact"])
+        assert rb"?[2Jcaf\xe9 " in out.getvalue()
+    for words in ([str(bad)], [str(image), "--plan", str(tmp_path / "plan.json")]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["predict", str(model), *words, "--accuracy", "exact"])
+        shown = capsys.readouterr()
+        assert shown.out + shown.err == shown.err.replace("\x1b", "?")
+    image.rename(tmp_path / "photo.ppm")
+    code, text = said(classify, model, tmp_path / "photo.ppm")
+    assert (code, text[:9]) == (0, "?[2Jcaf\xe9 ")
+
+
+def test_a_reader_that_has_left_is_no_error(tmp_path: Path) -> None:
+    model, file = model_file(tmp_path / "net.safetensors", plain_net()), tmp_path / "photo.png"
+    photo(0).save(file)
+    words: list[str | Path] = [sys.executable, "-m", "repvgg_engine", "predict", model, file, "--accuracy", "exact"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("layers", [plain_net()[:-1], plain_net()[:-2]])  # features, pooled or as a map

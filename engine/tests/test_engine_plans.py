@@ -51,6 +51,17 @@ def test_a_plan_goes_round(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert features.shape == (4, 48, 8, 8)
 
 
+def test_a_full_disk_leaves_no_half_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("REPVGG_ENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "write_text", fail)
+    plans.keep("key", Plan("portable", "fp32", ()))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plan_of_another_instruction_set(path: Path) -> None:
     """It is run by that one, or refused: other bits would be a surprise."""
     assert load(path, plan=of_algorithm("F4", "portable")).isa == "portable"

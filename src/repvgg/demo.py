@@ -17,7 +17,7 @@ from repvgg.data import Source
 from repvgg.data.digits import open_digits
 from repvgg.data.transforms import Transformed, eval_transform, normalise
 from repvgg.deploy.staged import refuse_strangers
-from repvgg.disk import FileError, write_text
+from repvgg.disk import FileError, read_text, write_text
 from repvgg.fold.as_linear import Branches
 from repvgg.fold.proof import Verification, verify
 from repvgg.fold.reparameterize import reparameterize
@@ -154,9 +154,9 @@ def _layer_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def refuse_another(out: Path, seed: int) -> None:
     """Raise `FileError` where the folder holds the demo of another seed, or a page of something else."""
-    refuse_strangers(out, "index.html", "run")
+    refuse_strangers(out, "run", "index.html", "deploy.safetensors", "demo.json", "scans")
     settings = out / "run" / "settings.json"
-    if settings.exists() and (before := json.loads(settings.read_text()).get("seed")) != seed:
+    if settings.exists() and (before := json.loads(read_text(settings)).get("seed")) != seed:
         raise FileError(f"{out}: holds the demo of seed {before}, not {seed}: give another --out, or --seed {before}")
 
 

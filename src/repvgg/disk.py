@@ -4,8 +4,10 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,7 +22,8 @@ IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".t
 # How folders of programs begin: .ipynb_checkpoints, __MACOSX, `repvgg predict --data`'s masks, a NAS's thumbnails, a disk's own.
 LEFT_BEHIND = (".", "__", "_masks", "@eaDir", "lost+found")
 EVIDENCE = ".cam.png"  # how pictures are named that `repvgg predict --explain cam` makes of images
-TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
+TEMPORARY = re.compile(r"\.(.+)\.(\d+)(-[0-9a-f]{8})?\.tmp", re.DOTALL)
+LONGEST = 1 << 28  # characters of a text file that programs wrote
 RAN_OUT = ("out of memory", "not enough memory", "allocate memory", "bad alloc", "bad_alloc", "failed to map segment")
 Log = Callable[[str], object]
 """Takes one line for a person to read: print, or what a test or a notebook puts in its place."""
@@ -42,7 +45,8 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
     """
     path = Path(path)
     short = path.name if len(os.fsencode(path.name)) < 220 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    temporary = path.with_name(f".{short}.{os.getpid()}.tmp")  # a name has 255 bytes at most
+    # A name has 255 bytes at most. Containers that share a folder have the same few process numbers.
+    temporary = path.with_name(f".{short}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         write_to(temporary)
         flush(temporary)
@@ -61,6 +65,34 @@ def atomically(path: str | os.PathLike[str], write_to: Callable[[Path], Any]) ->
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file, whole or not at all. Raises `FileError` as `atomically` does."""
     atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a file that a program wrote. Raises OSError where there is none, `FileError` for a device, a pipe and what
+    is larger than any of ours: it may be a stranger's, and never end."""
+    with open(plain_file(path, os.O_RDONLY), encoding="utf-8") as file:
+        text = file.read(LONGEST + 1)
+    if len(text) > LONGEST:
+        raise FileError(f"{path}: is larger than {LONGEST:,} bytes, and no file of ours")
+    return text
+
+
+def plain_file(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file of a folder that may be a stranger's, and return its descriptor: no device or pipe, and to write no link.
+
+    Raises `FileError` for those, OSError as `os.open` does.
+    """
+    link = os.O_NOFOLLOW if flags & (os.O_WRONLY | os.O_RDWR) else 0
+    try:
+        descriptor = os.open(path, flags | link | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if link and error.errno == errno.ELOOP:
+            raise FileError(f"{path}: is a link to another file, which would be lost: remove the link") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileError(f"{path}: is no file, but a device, a pipe or a folder: remove it")
+    return descriptor
 
 
 def flush(path: str | os.PathLike[str]) -> None:
@@ -89,7 +121,7 @@ def make_folder(path: str | os.PathLike[str], what: str) -> None:
 def _sweep(folder: Path, name: str) -> None:
     """Take away temporary files of that name that nobody has touched for a while and whose process is gone."""
     for left in _left_behind(folder).get(name, ()):
-        process = int(left.suffixes[-2][1:])
+        process = int(left.suffixes[-2][1:].partition("-")[0])
         with suppress(OSError):
             if not alive(process) and time.time() - left.stat().st_mtime > STALE:
                 left.unlink()
@@ -135,15 +167,15 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             while True:
-                file = stack.enter_context(path.open("a+"))
+                file = stack.enter_context(os.fdopen(plain_file(path, os.O_RDWR | os.O_CREAT), "r+"))
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                if path.exists() and os.path.samestat(path.lstat(), os.fstat(file.fileno())):
                     break  # else its last holder has just removed it
             file.truncate(0)
             file.write(here)
             file.flush()
         except BlockingIOError:
-            raise FileError(f"{folder}: {path.read_text()[:300]} works in it: wait for it, or name another folder") from None
+            raise FileError(f"{folder}: {file.read(300)} works in it: wait for it, or name another folder") from None
         except OSError as error:
             raise FileError(f"{folder}: cannot be locked ({error.strerror})") from None
         _held.add(path)

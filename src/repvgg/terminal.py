@@ -136,7 +136,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str
     rows = [[printable(str(cell)) for cell in row] for row in rows]
     for i, name in enumerate(header):
         numbers = i > 0 and all(row[i].replace(",", "")[:1].isdigit() or row[i] in ("", ".") for row in rows)
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        table.add_column(printable(name), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False, emoji=False)

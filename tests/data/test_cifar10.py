@@ -91,6 +91,23 @@ def test_a_pickle_that_would_run_code_does_not(root: Path) -> None:
     assert not proof.exists()
 
 
+def test_numpy_is_not_asked_what_the_file_makes_of_it(root: Path) -> None:
+    """It would take bytes for addresses, or read beyond a list that is too short."""
+    path = root / "cifar-10-batches-py/data_batch_1"
+    array = original(np.full((1, 24), 65, np.uint8), [])
+    sizes, three, many = (b"J" + struct.pack("<i", n) + b"\x86" for n in (24, 3, 1_000_000))
+    as_objects = array.replace(b"\x02\x00\x00\x00u1", b"\x02\x00\x00\x00O8").replace(sizes, three)
+    kind = as_objects.index(b"R(J\x03")  # of which what follows tells more
+    without = as_objects[: kind + 1] + as_objects[as_objects.index(b"b\x89") + 1 :]
+    too_short = without.replace(b"T" + struct.pack("<i", 24) + b"A" * 24, b"]").replace(three, many)
+    far_memo = b"\x80\x02}r\xff\xff\xff\xff."  # place 4,294,967,295, for which pickle's own machine makes room
+    nested_key = b"\x80\x02})" + b"2\x86" * 60 + b"Ns."
+    for content in (as_objects, too_short, far_memo, nested_key):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="data_batch_1: not a CIFAR-10 batch, or a damaged one"):
+            open_source(f"cifar10:{root}")
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "label", "shape", "keys"])
 def test_a_damaged_batch_is_named(damage: str, root: Path) -> None:
     path = root / "cifar-10-batches-py/test_batch"

@@ -36,6 +36,12 @@ def test_it_is_written_beside_the_data_and_found_there(shards: Path, workers: in
     assert sizes(f"wds:{there}") == [7, 6]
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, '{"files": [], "counts": 3}'])
+def test_an_index_that_is_none_is_made_again(text: str, shards: Path) -> None:
+    (shards / "_index.json").write_text(text)
+    assert sizes(f"wds:{shards}") == [7, 6]
+
+
 def test_few_shards_are_counted_once_without_being_asked(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes(f"wds:{shards}") == [7, 6]
     assert not (shards / "_index.json").exists()

@@ -103,6 +103,19 @@ def test_classes_have_one_order_whatever_they_are_called(tmp_path: Path) -> None
     assert reopened(source, tmp_path / "run").classes == source.classes
 
 
+def test_names_that_a_spreadsheet_would_compute(tmp_path: Path) -> None:
+    source = open_source(str(heap(tmp_path / "photos", **{"=1+1": 3, "@a": 3, "b": 3})))
+    assert source.rows is not None
+    write_table(table := tmp_path / "split.csv", source.rows())
+    cells = [cell for line in table.read_text().splitlines() for cell in line[1:-1].split('","')]
+    assert not [cell for cell in cells if cell.startswith(("=", "@", "+", "-"))]
+    again = open_table(table, root=tmp_path / "photos", name=source.name)
+    assert again.classes == source.classes == ["=1+1", "@a", "b"]
+    assert [(again.train[i][0].tolist(), again.train[i][1]) for i in range(6)] == [
+        (source.train[i][0].tolist(), source.train[i][1]) for i in range(6)
+    ]
+
+
 def test_a_table(tmp_path: Path) -> None:
     root = heap(tmp_path / "photos", x=6)
     lines = ["label, path", *(f"{'cat' if i % 2 else 'a dog'}, x/{i}.png" for i in range(6))]

@@ -17,6 +17,7 @@ from repvgg.data import DataError, Decoded
 from repvgg.data.folder import Folder
 from repvgg.data.images import ImageError
 from repvgg.data.transforms import BadImages, Transformed, eval_transform, load, normalise
+from repvgg.disk import FileError
 from repvgg.models.manifest import Preprocessing
 
 PILLOW = {"bilinear": (Image.Resampling.BILINEAR, 1), "bicubic": (Image.Resampling.BICUBIC, 2)}  # and how far rounding may go
@@ -152,6 +153,17 @@ def test_a_disk_that_fails_is_one_line_from_any_process(workers: int, tmp_path: 
     with pytest.raises(DataError) as caught:
         list(load(images, 1, workers))
     assert str(caught.value) == f"{path}: cannot be read (Input/output error)"
+
+
+def test_the_list_of_bad_images_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """Names of images are strangers' words, and so is a link in their run folder."""
+    (precious := tmp_path / ".bashrc").write_text("mine")
+    (listing := tmp_path / "bad_images.txt").symlink_to(precious)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/0.png").write_bytes(b"damaged")
+    with pytest.raises(FileError, match=r"bad_images\.txt: is a link"):
+        BadImages(listing, replace=False).read(Folder(tmp_path), 0)
+    assert precious.read_text() == "mine"
 
 
 def test_bad_images_are_replaced_in_training_and_do_not_count_in_evaluation(tmp_path: Path) -> None:

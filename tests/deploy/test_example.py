@@ -1,5 +1,6 @@
 """deploy/example.py: the programs beside exported files give the labels that repvgg predict gives."""
 
+import ast
 import copy
 import os
 import runpy
@@ -97,6 +98,15 @@ def test_preparation_in_words() -> None:
         "divide by 255",
     ]
     assert preparation(Preprocessing((1, 8, 8), 8, mean=(0.0,), std=(1.0,)), True, False)[0].startswith("decode as grey")
+
+
+def test_a_files_name_does_not_become_code() -> None:
+    name = 'a0""";import os;os.system("id");""".onnx\n\\'
+    code = program(name, "onnx", Manifest({}, preprocessing=P), None, False, False)
+    assert code is not None
+    tree = ast.parse(code)
+    assert "import os_os.system" in (ast.get_docstring(tree) or "")
+    assert "os.system" not in "".join(map(ast.unparse, tree.body[1:]))
 
 
 def test_no_photo_has_four_channels() -> None:

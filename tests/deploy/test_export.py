@@ -271,6 +271,23 @@ def test_a_folder_that_cannot_be_written(model: nn.Module, tmp_path: Path) -> No
         export(model, "pt2", tmp_path / "file", log=silent)
 
 
+def test_a_file_of_something_else_stays(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "a0.pt2").write_text("precious")
+    with pytest.raises(FileError, match=r"holds the a0\.pt2 of something else, which would be lost"):
+        export(model, "pt2", tmp_path, "a0", log=silent)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a0.pt2", "precious")]
+
+
+@pytest.mark.slow
+def test_the_checkpoint_that_is_exported_is_not_replaced(model: nn.Module, tmp_path: Path) -> None:
+    """Its name is what OpenVINO calls its weights."""
+    needs("openvino")
+    (tmp_path / "pytorch_model.bin").write_text("precious")
+    with pytest.raises(FileError, match=r"holds the pytorch_model\.bin of something else"):
+        export(model, "openvino", tmp_path, "pytorch_model", log=silent)
+    assert (tmp_path / "pytorch_model.bin").read_text() == "precious"
+
+
 def test_comparators_are_exported_too(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     needs("openvino")

@@ -14,11 +14,43 @@ from repvgg.deploy.export import Shape, export
 from repvgg.deploy.formats import exported_file, report_of
 from repvgg.deploy.load import load_engine
 from repvgg.fold.reparameterize import reparameterize
+from repvgg.models.manifest import Manifest, Preprocessing
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 OTHERS = [pytest.param(name, name, marks=pytest.mark.slow) for name in ("openvino", "mnn")]  # test_export.py opens them too
+
+
+HOSTILE_NCNN = {
+    "blobs of which there are none": ("2 0", "Input images 0 1 images", "ReLU logits 1 1 images logits"),
+    "a blob that is not there": ("2 2", "Input images 0 1 images", "ReLU logits 1 1 nothing logits"),
+    "too few weights": (
+        "2 2",
+        "Input images 0 1 images",
+        "Convolution logits 1 1 images logits 0=1000 1=3 11=3 2=1 12=1 3=1 13=1 4=1 14=1 5=1 6=10 9=0",
+    ),
+    "a classifier of a map": ("2 2", "Input images 0 1 images", "InnerProduct logits 1 1 images logits 0=2 1=1 2=6 9=0"),
+    "a layer of another kind": ("2 2", "Input images 0 1 images", "Crop logits 1 1 images logits"),
+    "a line cut off": ("2 2", "Input images 0 1 images", "ReLU logits"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_NCNN)
+def test_a_strangers_ncnn_file_does_not_reach_ncnn(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would write beyond its memory."""
+    has("ncnn")
+    import ncnn
+
+    monkeypatch.setattr(ncnn.Net, "load_param", lambda *_: pytest.fail("read by ncnn"))
+    path = tmp_path / "x.ncnn.param"
+    path.write_text("\n".join(["7767517", *HOSTILE_NCNN[kind], ""]))
+    floats = 11 if "few" in kind else 8 if "classifier" in kind else 0
+    path.with_suffix(".bin").write_bytes(bytes(4 * (floats + 1000 * ("few" in kind))))
+    manifest = Manifest({}, preprocessing=Preprocessing((3, 32, 32), 32))
+    report_of(path).write_text(json.dumps({"manifest": json.loads(manifest.to_json()), "input": {"shape": [1, 3, 32, 32]}}))
+    with pytest.raises(ValueError, match="ncnn cannot open it, it is damaged"):
+        load_engine(path)
 
 
 @pytest.mark.parametrize(("to", "name"), [("onnx", "onnxruntime"), ("ncnn", "ncnn"), *OTHERS])

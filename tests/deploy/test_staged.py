@@ -33,12 +33,28 @@ def test_all_or_nothing(tmp_path: Path) -> None:
 
 
 def test_a_page_of_somebody_elses_stays(tmp_path: Path) -> None:
-    refuse_strangers(tmp_path, "index.html", "ours.json")
+    refuse_strangers(tmp_path, "ours.json", "index.html")
     (tmp_path / "index.html").write_text("precious")
     with pytest.raises(FileError, match=r"holds the index\.html of something else"):
-        refuse_strangers(tmp_path, "index.html", "ours.json")
+        refuse_strangers(tmp_path, "ours.json", "index.html")
     (tmp_path / "ours.json").touch()
-    refuse_strangers(tmp_path, "index.html", "ours.json")
+    refuse_strangers(tmp_path, "ours.json", "index.html")
+
+
+def test_files_of_somebody_elses_stay_and_our_own_are_replaced(tmp_path: Path) -> None:
+    def write(text: str) -> None:
+        with staged(tmp_path, "a.xml.json") as folder:
+            for name in ("a.bin", "a.xml", "a.xml.json"):
+                (folder / name).write_text(text)
+
+    (tmp_path / "a.bin").write_text("precious")
+    with pytest.raises(FileError, match=r"holds the a\.bin of something else"):
+        write("new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.bin", "precious")]
+    (tmp_path / "a.bin").unlink()
+    for text in ("new", "newer"):
+        write(text)
+        assert {path.read_text() for path in tmp_path.iterdir()} == {text}
 
 
 def test_what_is_renamed_was_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

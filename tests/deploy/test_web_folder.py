@@ -15,6 +15,7 @@ import repvgg
 from repvgg import cli
 from repvgg.deploy.export import Shape
 from repvgg.deploy.web_folder import write_web
+from repvgg.disk import FileError
 from repvgg.models import zoo
 from repvgg.predict.prediction import Prediction
 
@@ -41,6 +42,14 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 224, 224)
     wanted = repvgg.load(tmp_path / "net.safetensors").eval()(x).detach()
     assert torch.allclose(torch.from_numpy(net(x.numpy())), wanted, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_a_model_of_the_same_name_stays(tmp_path: Path) -> None:
+    """As the hub calls it."""
+    (tmp_path / "model.safetensors").write_text("the training form")
+    with pytest.raises(FileError, match=r"holds the model\.safetensors of something else"):
+        write_web(repvgg.create_model("repvgg_micro", num_classes=3, width=0.125).eval(), tmp_path, log=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -65,12 +65,21 @@ def test_it_folds_in_any_precision(dtype: torch.dtype, trained: Path, tmp_path: 
     assert relative_error(logits(deploy), logits(model.double())) <= allowed
 
 
-def test_it_may_replace_its_source(trained: Path) -> None:
-    before = repvgg.load(trained)
-    convert(trained, trained, log=lambda _: None)
-    model = repvgg.load(trained)
-    assert zoo.manifest_of(model).form == "deploy"
-    assert relative_error(logits(model), logits(before)) <= rounding(before, IMAGES)
+def test_it_does_not_replace_its_source(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which may be the only training form."""
+    before = trained.read_bytes()
+    (best := tmp_path / "best.safetensors").write_bytes(before)
+    (link := tmp_path / "link.safetensors").symlink_to(best)
+    (onnx := tmp_path / "net.onnx").write_bytes(b"no matter")
+    pairs: list[tuple[Path | str, Path, list[str]]] = [(best, best, []), (tmp_path, best, []), (best, link, [])]
+    pairs += [(best, best, ["--to-keys", "timm"]), (onnx, onnx, []), ("timm:resnet18", best, ["--checkpoint", str(best)])]
+    for source, target, words in pairs:
+        with pytest.raises(SystemExit) as stopped:
+            main(["convert", str(source), str(target), *words])
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [f"repvgg: {target}: is what is converted, and would be lost: name another file"]
+    assert (best.read_bytes(), onnx.read_bytes()) == (before, b"no matter")
 
 
 def test_what_is_folded_already(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

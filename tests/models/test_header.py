@@ -1,6 +1,7 @@
 """header.py: what the files of both forms cost, against what is counted from the network; and no PyTorch for it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +100,11 @@ def test_a_file_that_is_not_whole_is_left_to_those_who_say_why(damage: Any, tmp_
     assert read_header(tmp_path / "a.safetensors") is None
     assert read_header(tmp_path) is None
     assert read_header(tmp_path / "nowhere") is None
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "best.safetensors")
+    assert read_header(tmp_path / "best.safetensors") is None
 
 
 def test_info_of_a_file_imports_no_pytorch(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from repvgg.disk import FileError
 from repvgg.models import pickles
+from repvgg.models.checkpoint import read
 from repvgg.models.pickles import BLANK, read_pickle
 
 
@@ -169,6 +170,16 @@ HOSTILE: dict[str, bytes] = {
     "pairs of a hundred thousand, all one": archive(
         b"\x80\x02(" + b"N" * 100_000 + b"tq\x000ccollections\nOrderedDict\n](" + b"h\x00" * 100_000 + b"e\x85R."
     ),
+    "ten thousand dictionaries of one list": archive(
+        b"\x80\x02ccollections\nOrderedDict\nq\x000]("
+        + b"".join(b"J" + i.to_bytes(4, "little") + b"N\x86" for i in range(20_000))
+        + b"e\x85q\x010("
+        + b"h\x00h\x01R" * 10_000
+        + b"l."
+    ),
+    "a key of millions of digits, again and again": archive(
+        b"\x80\x02}(\x8b" + (4_000_000).to_bytes(4, "little") + b"\x7f" * 4_000_000 + b"q\x00" + b"Nh\x00" * 50_000 + b"Nu."
+    ),
     "a list of itself": archive(b"\x80\x02]q\x00h\x00a."),
     "a number of a million digits": archive(b"\x80\x02I" + b"9" * 1_000_000 + b"\n."),
 }
@@ -224,6 +235,14 @@ def test_of_an_archive_behind_another_the_last_is_read(tmp_path: Path) -> None:
     read = read_pickle(tmp_path / "a.pth")
     assert list(read) == ["x"]
     assert torch.equal(read["x"], torch.ones(2))
+
+
+def test_many_views_of_the_same_numbers_are_refused(tmp_path: Path) -> None:
+    """Each would be searched for NaN."""
+    shared = torch.ones(10_000)
+    torch.save({f"w{i}": shared for i in range(100)}, tmp_path / "a.pth")
+    with pytest.raises(FileError, match="claims more numbers than the file holds"):
+        read(tmp_path / "a.pth")
 
 
 def test_a_program_cut_anywhere(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from repvgg.cli import main
+from repvgg.disk import FileError
 from repvgg.paper import report
 from repvgg.paper.report import PARTS, as_page, paper
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result, Table
@@ -102,6 +103,15 @@ def test_all_and_its_page(quick: bool, made_up: list[str], tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert ("(quick)" in printed) == quick
     assert json.loads((tmp_path / "table1.json").read_text())["quick"] == quick
+
+
+def test_a_page_of_something_else_stays(made_up: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        paper("all", PaperSettings(out=tmp_path, log=str))
+    (tmp_path / "index.html").write_bytes(b"precious \xff")
+    with pytest.raises(FileError, match=r"index\.html: is the page of something else"):
+        paper("all", PaperSettings(out=tmp_path, log=str))
+    assert (tmp_path / "index.html").read_bytes() == b"precious \xff"
 
 
 def test_unknown_part_and_model(made_up: list[str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """light.py: the answers of labels.py for the usual cases, without PyTorch; everything else is left to it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def test_the_unusual_is_left_alone(deploy: Path, files: Path, pictures: Path, tm
     for i in range(33):
         image.save(tmp_path / "many" / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(Path(photo).read_bytes()[:500])
+    os.mkfifo(tmp_path / "pipe.png")
     for words in (
         (str(files / "colour.safetensors"), [photo]),  # in training form
         (str(files / "masks.safetensors"), [photo]),
@@ -74,7 +76,10 @@ def test_the_unusual_is_left_alone(deploy: Path, files: Path, pictures: Path, tm
         (model, [str(tmp_path / "many")]),
         (model, [str(tmp_path / "nowhere.png")]),
         (model, []),
-        *((model, [photo, str(tmp_path / name)]) for name in ("palette.png", "alpha.png", "long.png", "bitmap.bmp", "bad.png")),
+        *(
+            (model, [photo, str(tmp_path / name)])
+            for name in ("palette.png", "alpha.png", "long.png", "bitmap.bmp", "bad.png", "pipe.png")
+        ),
     ):
         assert predict_lightly(*words) is None
     assert predict_lightly(model, [photo], engine="eager") is None

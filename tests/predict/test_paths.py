@@ -1,5 +1,6 @@
 """paths.py: which images files, folders and globs name."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_files_folders_and_globs(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert expand(["b.png", "./b.png", "b*g", "."]) == [every[1], "b.cam.png", every[0], *every[2:]]  # each once
     (folder / "[1].png").touch()
     assert expand(["[1].png"]) == ["[1].png"]  # a file's name before a pattern
+
+
+def test_a_strangers_masks_json_is_no_device_and_not_deep(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    every = expand([str(folder)])
+    (folder / "masks.json").write_text("[" * 100_000)
+    assert expand([str(folder)]) == every
+    (folder / "masks.json").unlink()
+    os.mkfifo(folder / "masks.json")
+    assert expand([str(folder)]) == every
 
 
 def test_links_to_folders_are_followed_but_none_leads_back(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

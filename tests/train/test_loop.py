@@ -175,11 +175,15 @@ def test_small_images_come_first_and_the_whole_ones_are_evaluated(tmp_path: Path
     assert 0 < seconds[0] <= seconds[1]
 
 
-@pytest.mark.parametrize("name", ["summary.json", "settings.json", "recipe.json", "split.csv"])
+@pytest.mark.parametrize("name", ["summary.json", "settings.json", "recipe.json", "split.csv", "metrics.jsonl"])
 def test_a_folder_of_something_else_is_no_run_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(FileError, match=f"holds a {name} of something else, which would be lost"):
         refuse(open_source("digits"), tmp_path)
     (tmp_path / "state").mkdir()
+    (tmp_path / "state/terraform.tfstate").touch()
+    with pytest.raises(FileError, match=f"holds a {name} of something else, which would be lost"):
+        refuse(open_source("digits"), tmp_path)
+    (tmp_path / "state/000000007.safetensors").touch()
     refuse(open_source("digits"), tmp_path)
     assert (tmp_path / name).read_text() == "mine"

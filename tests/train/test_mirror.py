@@ -3,14 +3,17 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.fs
 import pytest
 import torch
 from PIL import Image
 
 import repvgg
 from repvgg.data import DataError, open_source
+from repvgg.disk import FileError
 from repvgg.models.load import load
 from repvgg.train.loop import train
 from repvgg.train.mirror import Mirror
@@ -82,6 +85,47 @@ def test_a_copy_that_was_left_behind_overwrites_nothing(tmp_path: Path) -> None:
     mirror.send()
     assert (copy / "best.safetensors").read_bytes() == b"new"
     assert sorted(path.name for path in (copy / "state").iterdir()) == ["000000006.safetensors", "000000008.safetensors"]
+
+
+def test_another_runs_copy_is_neither_taken_nor_lost(tmp_path: Path) -> None:
+    """A slip in a URL."""
+    copy = tmp_path / "store/run"
+    mirrors = [Mirror(copy.as_uri(), tmp_path / name, str) for name in ("one", "other")]
+    for step, mirror in enumerate(mirrors, 1):
+        (mirror.out / "state").mkdir(parents=True)
+        (mirror.out / f"state/{step:09d}.safetensors").write_text(mirror.out.name)
+    mirrors[0].send()
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for call in (mirrors[1].fetch, mirrors[1].begin):
+        with pytest.raises(FileError, match=r"holds another run than .*/other: name another --mirror"):
+            call()
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert [path.name for path in mirrors[1].out.rglob("*")] == ["state", "000000002.safetensors"]
+    mirrors[0].fetch()
+    mirrors[0].begin()  # --resume never
+    (fresh := Mirror(copy.as_uri(), tmp_path / "fresh", str)).fetch()
+    fresh.begin()
+
+
+def test_only_states_are_let_go_of(tmp_path: Path) -> None:
+    copy, out = tmp_path / "store", tmp_path / "run"
+    (copy / "state/000000001.safetensors").mkdir(parents=True)
+    strange = [copy / "state" / name for name in ("terraform.tfstate", "0001.safetensors", "000000001.safetensors/x")]
+    for path in (*strange, copy / "state/000000002.safetensors"):
+        path.touch()
+    (out / "state").mkdir(parents=True)
+    Mirror(copy.as_uri(), out, str).send()
+    assert {path for path in copy.rglob("*") if path.is_file()} == {*strange, copy / "run_id"}
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an object store may have it."""
+    mirror = Mirror((tmp_path / "store").as_uri(), tmp_path / "run", str)
+    for name in ("../.bashrc", "state/../../.bashrc"):
+        found = [SimpleNamespace(path=f"{mirror.root}/{name}", type=pyarrow.fs.FileType.File)]
+        monkeypatch.setattr(mirror, "store", SimpleNamespace(get_file_info=lambda _, found=found: found))
+        with pytest.raises(FileError, match="which leads out of a run folder"):
+            mirror.fetch()
 
 
 def test_auto_goes_on_as_the_copy_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

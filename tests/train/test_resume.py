@@ -142,6 +142,23 @@ def test_another_run_in_the_folder_is_refused_unless_allowed_by_name(undisturbed
     assert json.loads((out / "recipe.json").read_text())["epochs"] == 4
 
 
+def test_other_classes_under_the_same_numbers_are_no_going_on(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    source = open_source("digits").limited(128)
+    renamed = replace(source, classes=[*source.classes[1:], source.classes[0]])
+    with pytest.raises(ValueError, match=r"a class '0', which is '1' now: another --out, or --allow-change classes, or --resume"):
+        train("repvgg_micro", renamed, QUICK, out, width=0.25, log=str)
+    train("repvgg_micro", renamed, QUICK, out, width=0.25, log=str, keeping=Keeping(allow_change="classes"))
+    assert same(out, undisturbed)
+
+
+def test_a_list_of_the_users_stays_where_a_run_begins(tmp_path: Path) -> None:
+    (tmp_path / "bad_images.txt").write_text("mine")
+    quick(tmp_path, replace(QUICK, epochs=1))
+    assert (tmp_path / "bad_images.txt").read_text() == "mine"
+
+
 def test_what_no_run_can_change(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)

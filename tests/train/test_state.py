@@ -106,6 +106,18 @@ def test_half_written_files_are_not_states(tmp_path: Path) -> None:
     assert equal(states.latest(), make(1))
 
 
+def test_what_the_user_put_beside_states_is_none(tmp_path: Path) -> None:
+    store = Store(tmp_path, log=str)
+    (tmp_path / "2024-best.safetensors").write_text("precious")
+    for step in range(4):
+        store.save_soon(State(step, {}, {}))
+    store.wait()
+    assert (found := store.latest()) is not None
+    assert found.step == 3
+    store.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["2024-best.safetensors"]
+
+
 def test_a_full_disk_leaves_the_state_before(tmp_path: Path, forks: Forks) -> None:
     """A real limit on file size, in a process of its own."""
     states, _ = store(tmp_path)

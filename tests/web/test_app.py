@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import tarfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,9 @@ def test_the_server(tmp_path: Path) -> None:
             headers = dict(answer.headers)
         with pytest.raises(ValueError, match=r"--port \d+: cannot be used \(.*\); name another"):
             app.server(tmp_path, int(address.rpartition(":")[2]))
+        for path, host in (("x.mjs", "stranger.example:8000"), ("", "localhost")):
+            with pytest.raises(urllib.error.HTTPError, match=r"403|404"):  # neither by another name, nor a list of the files
+                urllib.request.urlopen(urllib.request.Request(f"{address}/{path}", headers={"Host": host}))
     assert headers["Content-type"] == "text/javascript"
     assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
     assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
@@ -240,6 +244,31 @@ def test_photos_of_an_earlier_page_are_taken_away(
     (tmp_path / "site/example-01.png").write_bytes(b"somebody else's")
     with pytest.raises(FileError, match=r"example-01.png: is none of an earlier page, and would be lost"):
         app.build(model, tmp_path / "site", photos, runtime, str)
+
+
+def test_nothing_is_lost_but_an_earlier_page(
+    model: nn.Module, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_write", lambda net, original, path: {"error": 0.0})
+    monkeypatch.setattr(app, "_native", lambda _, folder, log: (folder / "model.safetensors").write_text("deploy") > 0)
+    for name in ("model.safetensors", "style.css"):  # of the hub, of a site
+        (folder := tmp_path / name).mkdir()
+        (folder / name).write_text("precious")
+        with pytest.raises(FileError, match=f"holds the {name} of something else"):
+            app.build(model, folder, (), runtime, str)
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "precious")]
+    site = tmp_path / "site"
+    app.build(model, site, (), runtime, str)
+    told = json.loads((site / "model.json").read_text())
+    (site / "notes.txt").write_text("precious")
+    hostile = [{"file": name} for name in ("notes.txt", "index.html", "..", "../site/notes.txt")]
+    (site / "model.json").write_text(json.dumps({**told, "native": False, "examples": hostile}))
+    with pytest.raises(FileError, match="safetensors: is none of an earlier page"):
+        app.build(model, site, (), runtime, str)
+    (site / "model.safetensors").unlink()
+    app.build(model, site, (), runtime, str)
+    assert (site / "notes.txt").exists()
+    assert (site / "index.html").exists()
 
 
 def test_a_browser_that_goes_away_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg.api.opening import device_named, open_data
-from repvgg.disk import Log
+from repvgg.disk import Log, read_text
 from repvgg.train.recipes import Keeping, Recipe, resolve
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _chosen(
     settings = out / "settings.json"
     if resume and settings.exists():
         how["log"](f"recipe: {out} has one already")
-        return resolve(out / "recipe.json", **changes), init or json.loads(settings.read_text())["init"]
+        return resolve(out / "recipe.json", **changes), init or json.loads(read_text(settings))["init"]
     if not isinstance(init, str):
         return resolve(finetuning(init), **changes), init
     from repvgg.train.auto import choose

@@ -37,6 +37,9 @@ class Convert:
             raise ValueError(f"--to-keys is for model files and checkpoints, not for {self.source}")
         if self.checkpoint and not from_timm:
             raise ValueError(f"--checkpoint is for timm:NAME, not for {self.source}")
+        from repvgg.models.convert import convert, refuse_itself
+
+        refuse_itself(self.checkpoint or self.source, self.target)
         if foreign:
             from repvgg.fold.onnx import fold_onnx
 
@@ -47,8 +50,6 @@ class Convert:
 
             convert_timm(str(self.source).removeprefix("timm:"), self.target, self.checkpoint, say)
             return
-        from repvgg.models.convert import convert
-
         convert(self.source, self.target, self.to_keys, log=say)
 
 

@@ -1,10 +1,10 @@
 """CIFAR-10 (Krizhevsky 2009): from the hub, from parquet shards, or as torchvision lays it out on disk.
 
-The original files are pickles. They are read by an unpickler that knows NumPy arrays and nothing else, so none is ever executed.
+The original files are pickles. They are read without executing anything, as checkpoints are (models/pickles.py).
 """
 
 import io
-import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repvgg.data import DataError, Decoded, Source
 from repvgg.data.hf import CIFAR10, open_hf
+from repvgg.models.pickles import BLANK, Machine
 
 HUB_NAME = "uoft-cs/cifar10"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -40,8 +41,9 @@ def _batches(paths: list[Path]) -> Decoded:
 
 def _read(path: Path) -> tuple[Tensor, list[int]]:
     try:
-        batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        pixels, labels = np.asarray(batch[b"data"], dtype=np.uint8), [int(x) for x in batch[b"labels"]]
+        batch = _Arrays(lambda _: BLANK).run(io.BytesIO(path.read_bytes()))  # type: ignore[arg-type, return-value]
+        found = {name.decode() if isinstance(name, bytes) else name: value for name, value in batch.items()}
+        pixels, labels = found["data"].array(), [int(x) for x in found["labels"]]
         if not set(labels) <= set(range(10)):
             raise ValueError("a label is not from 0 to 9")
         return torch.from_numpy(pixels.reshape(len(labels), 3, 32, 32)), labels
@@ -49,13 +51,39 @@ def _read(path: Path) -> tuple[Tensor, list[int]]:
         raise DataError(f"{path}: not a CIFAR-10 batch, or a damaged one ({error})") from None
 
 
-class _ArraysOnly(pickle.Unpickler):
-    RECONSTRUCT = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}  # of NumPy 1 and 2
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), *RECONSTRUCT}
+class _Arrays(Machine):
+    """Keeps what NumPy has pickled of an array."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        if name == "_reconstruct":
-            return np.array(0).__reduce__()[0]  # its present home
-        return super().find_class(module, name)
+    def step(self, name: str, argument: Any) -> None:
+        if name == "REDUCE":
+            arguments, function = self.stack.pop(), self.stack.pop()
+            self.stack.append(_called(function.name, arguments))
+        elif name == "BUILD":
+            state = self.stack.pop()
+            self.stack[-1].state = state
+        else:
+            super().step(name, argument)
+
+
+@dataclass
+class _Array:
+    """Stands for an array, or for the kind of its numbers, by what it was made of."""
+
+    arguments: Any
+    state: Any = None
+
+    def array(self) -> Any:
+        """Return the array. Raises ValueError for other numbers than bytes."""
+        _, shape, kind, in_columns, data = self.state
+        data = data.encode("latin1") if isinstance(data, str) else data
+        if kind.arguments[0] not in ("u1", b"u1") or in_columns or not isinstance(data, bytes):
+            raise ValueError("its pixels are no bytes")
+        return np.frombuffer(bytearray(data), np.uint8).reshape(shape)
+
+
+def _called(name: str, arguments: Any) -> Any:
+    if name == "_codecs.encode":
+        return arguments[0]  # as which Python 3 spells bytes for Python 2
+    if name not in ("numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"):
+        raise ValueError(f"it asks for {name}")
+    return _Array(arguments)

@@ -10,6 +10,7 @@ from repvgg.data import VALIDATION, DataError, Images, InMemory, Source
 from repvgg.data.images import ImageError, decode
 from repvgg.disk import in_a_line
 from repvgg.models.manifest import Preprocessing
+from repvgg.terminal import printable
 
 HELD_OUT = (*VALIDATION, "test")  # splits to validate on, the first that is there
 LABELS = ("label", "labels", "class", "target", "cls")  # what a column of integers is called that are labels
@@ -98,7 +99,7 @@ def find_columns(features: Any) -> tuple[str | None, str | None, list[str] | Non
     labels = {c: f for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
     integers = [c for c, f in features.items() if getattr(f, "dtype", "").startswith(("int", "uint"))]
     label = next(iter(labels), next((c for c in integers if c in LABELS), None))
-    return image, label, labels[label].names if label in labels else None
+    return image, label, list(map(printable, labels[label].names)) if label in labels else None
 
 
 def _images(name: str, table: Any, image: str, label: str) -> tuple[Images, list[int]]:

@@ -22,7 +22,7 @@ import numpy as np
 from repvgg.data import DataError
 from repvgg.data.cache import Arrays, once
 from repvgg.data.workers import leave_signals_to_the_main_process
-from repvgg.disk import FileError, Log, cache_folder, write_text
+from repvgg.disk import FileError, Log, cache_folder, read_text, write_text
 
 FILE = "_index.json"
 MANY = 64  # shards: fewer are counted without being asked
@@ -41,8 +41,8 @@ class Index:
     def known(self, tables: dict[str, Any]) -> Counts | None:
         """Return the counts that are written down, None where there are none of these files."""
         for path in self._paths():
-            with suppress(OSError, ValueError, KeyError, AttributeError):
-                found = json.loads(path.read_text())
+            with suppress(OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                found = json.loads(read_text(path))
                 counts = _numbered({split: found["counts"][split] for split in tables})
                 if found["files"] == self._stamps() and all(len(counts[s]) == t.num_shards for s, t in tables.items()):
                     return counts

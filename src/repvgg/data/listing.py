@@ -19,11 +19,12 @@ from torch import Tensor
 
 from repvgg.data import DataError, Images, Source, Subset
 from repvgg.data.images import decode
-from repvgg.disk import escaped, unescaped
+from repvgg.disk import escaped, read_text, unescaped
 from repvgg.models.manifest import Preprocessing
 
 SPLIT = "split.csv"  # in a run folder: the division that it goes by
 SPLITS = ("train", "val", "test")
+FORMULA = ("=", "+", "-", "@")  # how cells begin that a spreadsheet computes, whoever has named the file
 Row = tuple[str, str, str]  # path below the data's folder, class, split
 
 
@@ -149,9 +150,9 @@ def reopened(source: Source, run: Path, val: float | None = None) -> Source:
     Raises `DataError` for another share to hold out.
     """
     table = run / SPLIT
-    if source.splitting is None or not table.exists():
+    if source.splitting is None or not table.is_file():
         return source
-    settings = json.loads((run / "settings.json").read_text()) if (run / "settings.json").exists() else {}
+    settings = json.loads(read_text(run / "settings.json")) if (run / "settings.json").exists() else {}
     began = tuple(settings.get("splitting") or source.splitting)
     if val not in (None, began[0]):
         raise DataError(f"{run}: holds a run with --val {began[0]}, not {val}: another --out, or --resume never")
@@ -189,4 +190,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)
         table.writerow(("path", "label", "split"))
-        table.writerows(rows)
+        for name, label, split in rows:
+            table.writerow((f"./{name}" if name.startswith(FORMULA) else name, _no_formula(label), split))
+
+
+def _no_formula(label: str) -> str:
+    """Return a label as `escaped` might spell it, in which no spreadsheet sees a formula."""
+    return f"\\x{ord(label[0]):02x}{label[1:]}" if label.startswith(FORMULA) else label

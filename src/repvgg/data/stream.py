@@ -22,9 +22,11 @@ from repvgg.data import DataError, Source
 from repvgg.data.hf import HELD_OUT, columns, refuse_ids
 from repvgg.data.images import decode
 from repvgg.data.index import Counts, Index
+from repvgg.data.tars import bounded
 from repvgg.disk import Log, describe, in_a_line
 from repvgg.models.manifest import Preprocessing
 
+bounded()  # in every process that reads shards
 BLOCK = 512  # bytes; a tar file ends in blocks of zeros
 LANES = 16  # at most; each starts in the midst of a shard, which it reads from the front
 CHUNK = 512  # images

@@ -1,6 +1,7 @@
 """Transforms: torchvision v2 on uint8 images, one by one; normalisation on whole batches, where it is cheap."""
 
 import atexit
+import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from repvgg.data import DataError, Images
 from repvgg.data.images import LONGEST, ImageError, enough
 from repvgg.data.workers import leave_signals_to_the_main_process
+from repvgg.disk import plain_file, read_text
 from repvgg.models.manifest import Preprocessing
 
 MAX_WORKERS = 256
@@ -122,7 +124,8 @@ class BadImages:
             try:
                 return images[(index + other) % len(images) if indexed else index]
             except ImageError as error:
-                with self.listing.open("a") as file:  # one short write: lines of several processes do not mix
+                descriptor = plain_file(self.listing, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                with os.fdopen(descriptor, "a") as file:  # one short write: lines of several processes do not mix
                     file.write(f"{error}\n")
         if self.replace and indexed:
             raise ImageError("none of the images can be read")
@@ -130,7 +133,7 @@ class BadImages:
 
     def listed(self) -> list[str]:
         """Return what is listed, each line once."""
-        return sorted(set(self.listing.read_text().splitlines())) if self.listing.exists() else []
+        return sorted(set(read_text(self.listing).splitlines())) if self.listing.exists() else []
 
 
 def load(

@@ -3,6 +3,8 @@
 The program needs the file's own runtime, NumPy and Pillow, and nothing of ours.
 """
 
+import re
+
 from repvgg.models.manifest import Manifest, Preprocessing
 
 # By format: what to import, and the lines from `images` to `logits`.
@@ -108,4 +110,5 @@ def program(name: str, to: str, manifest: Manifest, batch: int | None, pixels: b
     if batch and batch > 1:
         lines.append(f"images = images.repeat({batch}, axis=0)  # the file is for so many at a time")
     module, run = RUN[to]
+    name = re.sub(r"[^\w.+ -]", "_", name, flags=re.ASCII)  # it goes into the program's text
     return PROGRAM.format(name=name, module=module, prepare="\n".join(lines), run=run)

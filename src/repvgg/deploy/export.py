@@ -23,7 +23,7 @@ from repvgg.deploy import engines, example
 from repvgg.deploy.engines import Engine, Options, Runtime, Signature
 from repvgg.deploy.formats import FORMATS, report_of
 from repvgg.deploy.parity import Parity, compare, folded, reference
-from repvgg.deploy.staged import staged, written
+from repvgg.deploy.staged import refuse_strangers, staged, written
 from repvgg.disk import Log, in_a_line
 from repvgg.measure.machine import this_machine
 from repvgg.models import zoo
@@ -148,8 +148,10 @@ def export(
     if shape.any_size:
         channels, height, width = signature.size
         samples.append(random_images(replace(signature, size=(channels, height + height // 2, width + width // 4))))
-    with staged(out) as folder:
-        path = folder / (name + FORMATS[to].suffix)
+    file = name + FORMATS[to].suffix
+    refuse_strangers(out, f"{file}.json", file)
+    with staged(out, f"{file}.json") as folder:
+        path = folder / file
         runtime = engines.runtime(FORMATS[to].module)
         try:
             runtime.write(deploy, signature, path, manifest.to_json())

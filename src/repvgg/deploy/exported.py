@@ -8,7 +8,7 @@ from repvgg.deploy import engines
 from repvgg.deploy.engines import DeviceError, Options, Runtime
 from repvgg.deploy.formats import FORMATS, SUFFIXES, report_of
 from repvgg.deploy.runner import Runner
-from repvgg.disk import in_a_line
+from repvgg.disk import in_a_line, read_text
 from repvgg.models.manifest import Manifest
 
 
@@ -46,5 +46,5 @@ def _metadata(path: Path, runtime: Runtime) -> tuple[str | None, int | None]:
         return text, None
     if not report_of(path).is_file():
         return None, None
-    report = json.loads(report_of(path).read_text())
+    report = json.loads(read_text(report_of(path)))
     return json.dumps(report["manifest"]), report["input"]["shape"][0]

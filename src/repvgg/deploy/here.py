@@ -46,8 +46,11 @@ def _version(package: str) -> str:
 
 
 def _last_measurement() -> dict[str, Any] | None:
-    files = sorted((cache_folder() / "engines").glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in files:
+    times = {}
+    for path in (cache_folder() / "engines").glob("*.json"):
+        with suppress(OSError):  # another process has just replaced it
+            times[path] = path.stat().st_mtime
+    for path in sorted(times, key=lambda path: times[path], reverse=True):
         with suppress(OSError, ValueError):
             found = json.loads(path.read_text())
             if isinstance(found, dict) and {"engines", "options"} <= found.keys():

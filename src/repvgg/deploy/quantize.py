@@ -31,7 +31,7 @@ from repvgg.deploy.parity import folded
 from repvgg.deploy.qat import round_convolutions
 from repvgg.deploy.runner import Runner
 from repvgg.deploy.speedup import Speedup, speedup
-from repvgg.deploy.staged import staged, written
+from repvgg.deploy.staged import refuse_strangers, staged, written
 from repvgg.deploy.surgery import convolutions, equalise, insert_bn
 from repvgg.disk import Log
 from repvgg.fold.reparameterize import reparameterize
@@ -163,8 +163,10 @@ def quantize(
     signature = Signature(told.preprocessing.input_size)
     images = torch.cat([x for x, _ in batches(source.limited(settings.images).train, told.preprocessing, BATCH)])
     runtime = cast(Int8Runtime, engines.runtime(kind.module))
-    with staged(out) as folder:
-        plain, path = folder / f".float{kind.suffix}", folder / f"{name}.int8{native_int8.SUFFIX if native else kind.suffix}"
+    file, trained = f"{name}.int8{native_int8.SUFFIX if native else kind.suffix}", f"{name}.qat.safetensors"
+    refuse_strangers(out, f"{file}.json", file, trained)
+    with staged(out, f"{file}.json") as folder:
+        plain, path = folder / f".float{kind.suffix}", folder / file
         graph = folder / f".float.int8{kind.suffix}" if native else path  # what NNCF makes
 
         def runner(precision: str) -> Runner:
@@ -182,7 +184,7 @@ def quantize(
         kept = _numbers(settings.keep, len(runtime.layers(runtime.read(plain))))
         if settings.qat_epochs:
             deploy = _trained_rounded(deploy, images, source, settings, device, log)
-            save(deploy, folder / f"{name}.qat.safetensors")
+            save(deploy, folder / trained)
             _saved(runtime, runtime.read(to_onnx(deploy, signature)), plain, "")
         while True:
             log(f"quantising on {len(images)} images" + (f", {len(kept)} layers left in float" if kept else ""))
@@ -199,8 +201,8 @@ def quantize(
         faster = speedup(runner("fp32"), runner("int8"))
         report = QuantizationReport(Path(out) / path.name, before, after, layers, sorted(kept), faster, settings)
         write_report(path, to, signature, told, report.to_json())
-        for file in folder.glob(".float*"):
-            file.unlink()
+        for left in folder.glob(".float*"):
+            left.unlink()
     return report
 
 

@@ -13,11 +13,12 @@ from repvgg.disk import FileError, alive, flush, full, in_a_line
 
 
 @contextmanager
-def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
+def staged(out: str | os.PathLike[str], ours: str = "") -> Iterator[Path]:
     """Yield a folder inside `out` whose files move to `out` when all went well, flushed to the disk, and are gone otherwise.
 
-    What a killed process left of such folders is removed. Raises `FileError` where they cannot be written, a full disk included,
-    of which the libraries that write such files speak in many ways, or not at all.
+    ours: the file without which those of their names that `out` holds are somebody else's; "" for a folder of our own. What a
+    killed process left of such folders is removed. Raises `FileError` where something else would be lost, and where they cannot be
+    written, a full disk included, of which the libraries that write such files speak in many ways, or not at all.
     """
     out = Path(out)
     existed, mine = out.exists(), f".staged-{socket.gethostname()}-"
@@ -30,6 +31,7 @@ def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield folder
         files = sorted(folder.iterdir(), key=lambda file: file.suffix == ".json")  # what tells of the others comes last
+        refuse_strangers(out, ours, *(file.name for file in files))
         for file in files:
             flush(file)
         for file in files:
@@ -50,10 +52,12 @@ def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
                 out.rmdir()  # which does nothing unless it is empty
 
 
-def refuse_strangers(out: str | os.PathLike[str], page: str, ours: str) -> None:
-    """Raise `FileError` for a folder with a page of somebody else's, which has no file called `ours` beside it."""
-    if (Path(out) / page).exists() and not (Path(out) / ours).exists():
-        raise FileError(f"{out}: holds the {page} of something else, which would be lost: name another folder")
+def refuse_strangers(out: str | os.PathLike[str], ours: str, *names: str) -> None:
+    """Raise `FileError` for a folder with one of these files of somebody else's, which has no file called `ours` beside it."""
+    if ours and not (Path(out) / ours).exists():
+        for name in names:
+            if os.path.lexists(Path(out) / name):
+                raise FileError(f"{out}: holds the {name} of something else, which would be lost: name another folder")
 
 
 def written(name: str, error: Exception) -> Exception:

@@ -37,8 +37,8 @@ def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None
     """
     if shape not in (None, Shape()):
         raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
-    refuse_strangers(out, PAGE, f"{PAGE}.json")
-    with staged(out) as folder:
+    refuse_strangers(out, f"{PAGE}.json", PAGE, MODEL)
+    with staged(out, f"{PAGE}.json") as folder:
         parity, deploy = write_model(model, folder)
         for file in engine_files():
             shutil.copyfile(file, folder / file.name)

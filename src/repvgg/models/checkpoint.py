@@ -21,6 +21,7 @@ from repvgg.models.pickles import ZIP, dictionaries, read_pickle
 
 METADATA_KEY = "repvgg"
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
+SHARED = 8  # times the size of a checkpoint: what its tensors may come to that share their numbers
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -82,6 +83,8 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Manifest | None]:
     if not known:
         raise FileError("holds no dictionary of tensors: save model.state_dict()")
     best = min(known, key=lambda i: (not keys.AVERAGED.search(holders[i][0]), i))
+    if sum(t.nbytes for t in found[best].values()) > SHARED * path.stat().st_size:
+        raise FileError("claims more numbers than the file holds")
     text = getattr(holders[best][1], "attributes", {}).get(METADATA_KEY)
     return found[best], Manifest.from_json(text) if text is not None else None
 

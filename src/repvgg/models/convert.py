@@ -1,6 +1,7 @@
 """Training form to deploy form as files, verified; and checkpoints in and out of other implementations' keys."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from repvgg.disk import Log
@@ -10,6 +11,7 @@ from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.checkpoint import PICKLE_SUFFIXES
 from repvgg.models.load import load, save, tell_left_out
 from repvgg.models.manifest import Preprocessing
+from repvgg.models.names import in_run_folder
 from repvgg.models.zoo import manifest_of
 
 LARGEST = 320  # pixels a side that the two forms are compared on
@@ -22,6 +24,13 @@ def proof_size(preprocessing: Preprocessing) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def refuse_itself(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raise ValueError where the target is the file that is converted: of a training form it may be the only one."""
+    with suppress(OSError):  # one of them is not there
+        if in_run_folder(source).samefile(target):
+            raise ValueError(f"{target}: is what is converted, and would be lost: name another file")
+
+
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -30,12 +39,14 @@ def convert(
 ) -> None:
     """Fold the model of `source` and write it to `target` once it is proved equal; or only re-spell its keys, losslessly.
 
-    Raises `FileError` for files, `ReparamError` for what cannot be folded, ValueError if it is folded already.
+    Raises `FileError` for files, `ReparamError` for what cannot be folded, ValueError if it is folded already or the
+    target is the source.
     """
     if Path(target).suffix not in (".safetensors", *PICKLE_SUFFIXES):
         raise ValueError(
             f"{target}: .safetensors, or .pth for a bare state dict; other runtimes' files are written by repvgg export"
         )
+    refuse_itself(source, target)
     model = load(source)
     tell_left_out(model, log)
     manifest = manifest_of(model)

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from repvgg.disk import FileError
+from repvgg.disk import FileError, plain_file
 from repvgg.models.manifest import Manifest
 from repvgg.models.names import FAMILY
 from repvgg.models.plan import layer_plan
@@ -26,7 +27,7 @@ class Header:
 def read_header(path: Path) -> Header | None:
     """Return the header of a model file of ours; None for any other file, and for one that is not whole."""
     try:
-        with path.open("rb") as file:
+        with open(plain_file(path, os.O_RDONLY), "rb") as file:  # noqa: PTH123 - a descriptor
             length = int.from_bytes(file.read(8), "little")
             if length > LONGEST:
                 return None

@@ -21,6 +21,7 @@ from repvgg.disk import FileError, describe
 from repvgg.models.names import Task, task_of
 
 FORMAT_VERSION = 1
+MOST_NUMBERS = 1 << 25  # in one prepared image: a stranger's file must not ask for gigabytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if len(self.input_size) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in (*self.input_size, self.resize)):
             raise ValueError("preprocessing: input_size is channels, height, width; sizes are between 1 and 8192 pixels")
+        if math.prod(self.input_size) > MOST_NUMBERS:
+            raise ValueError(f"preprocessing: input_size {self.input_size} has more than {MOST_NUMBERS:,} numbers")
         if not self.input_size[0] == len(self.mean) == len(self.std) or not all(map(math.isfinite, self.mean)):
             raise ValueError("preprocessing: mean and std need one number for each channel")
         if not all(0 < s < math.inf for s in self.std):

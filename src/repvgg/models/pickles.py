@@ -116,7 +116,7 @@ def _read_zip(path: Path) -> Any:
             name = f"{folder}data/{key}"
             return storages.setdefault(name, Storage(_dtype(kind), count, lambda: bytearray(archive.read(name))))
 
-        return _built(_Machine(storage).run(io.BytesIO(archive.read(program))))
+        return _built(Machine(storage).run(io.BytesIO(archive.read(program))))
 
 
 def _read_legacy(path: Path) -> Any:
@@ -130,7 +130,7 @@ def _read_legacy(path: Path) -> Any:
             raise FileError("holds views of storages, as PyTorch before 0.4 wrote: save it again")
         return storages.setdefault(key, Storage(_dtype(kind), count, bytearray))
 
-    run = partial(_Machine(storage).run, file)
+    run = partial(Machine(storage).run, file)
     first = run()
     if first != LEGACY_MAGIC:
         return _built(first)  # a bare pickle, which holds no tensors
@@ -182,7 +182,7 @@ class View:
 
 
 @dataclass
-class _Machine:
+class Machine:
     """Runs the instructions of one pickle. storage: makes a `Storage` of a persistent id."""
 
     storage: Callable[[tuple[Any, ...]], Storage]
@@ -281,11 +281,11 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
 
 
 def _put(target: Any, items: list[Any]) -> None:
-    """Enter keys and values by turns. A key that is no name or number is left out: to hash a hostile one could take for ever."""
+    """Enter keys and values by turns. A key that is no name or small number is left out: to hash it could take for ever."""
     if isinstance(target, Dict):
-        target.update(
-            (key, value) for key, value in zip(items[::2], items[1::2], strict=True) if type(key) in (str, int, float, bool)
-        )
+        pairs = zip(items[::2], items[1::2], strict=True)
+        kinds = (str, bytes, float, bool)
+        target.update((k, v) for k, v in pairs if type(k) in kinds or (type(k) is int and k.bit_length() <= 64))
 
 
 def _dictionary(items: list[Any]) -> Dict:
@@ -310,7 +310,9 @@ def _called(function: Any, arguments: Any) -> Any:
         case "collections.OrderedDict", (list() as pairs,):
             if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
                 return BLANK  # longer ones would multiply what a few bytes name
-            return _dictionary([part for pair in pairs for part in pair])
+            made = _dictionary([part for pair in pairs for part in pair])
+            pairs.clear()  # a list is used once: again and again it would multiply what a few bytes name
+            return made
         case "collections.OrderedDict", _:
             return Dict()
         case "_rebuild_tensor_v2" | "_rebuild_tensor", (

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from repvgg.disk import write_text
+from repvgg.disk import read_text, write_text
 from repvgg.fold.proof import verify
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.measure.costs import cost
@@ -56,7 +56,7 @@ def push_to_hub(
     if not isinstance(model, nn.Module):
         path = Path(model)
         with suppress(OSError, ValueError):
-            summary = summary or json.loads((in_run_folder(path).parent / "summary.json").read_text())
+            summary = summary or json.loads(read_text(in_run_folder(path).parent / "summary.json"))
         model = load(path)
     if model.training:
         model = copy.deepcopy(model).eval()

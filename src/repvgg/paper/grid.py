@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from repvgg.data import Source, open_source
-from repvgg.disk import FileError, Log, hold, make_folder, write_text
+from repvgg.disk import FileError, Log, hold, make_folder, plain_file, read_text, write_text
 from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import BLOCKS
 from repvgg.fold.reparameterize import reparameterize
@@ -253,7 +253,8 @@ def _work(cell: Cell, source: Source) -> None:
     grid = cell.grid
     arch, options = grid.network(cell.variant)
     # To the cell's own log goes also what would be drawn over the board.
-    with (grid.out / f"{cell.name}.log").open("a") as file, redirect_stderr(file):
+    log = plain_file(grid.out / f"{cell.name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with os.fdopen(log, "a") as file, redirect_stderr(file):
         if not (_read(cell.folder / "summary.json") or {}).get("finished"):  # one that was stopped has a summary too
             say = partial(print, file=file, flush=True)
             how: dict[str, Any] = {"seed": cell.seed, "device": grid.device, "workers": grid.workers, "log": say, **options}
@@ -291,7 +292,7 @@ def settle(grid: Grid) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

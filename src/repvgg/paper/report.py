@@ -6,15 +6,17 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 from repvgg.deploy import engines
-from repvgg.disk import atomically, write_text
+from repvgg.disk import FileError, atomically, write_text
 from repvgg.measure.machine import this_machine, write_record
 from repvgg.models.names import resolve_name
 from repvgg.paper.result import NothingChosenError, PaperSettings, Result
 from repvgg.terminal import print_table
 from repvgg.web import page
 
+TITLE = "The RepVGG paper, measured here"
 # In the order of the page.
 PARTS = (
     "figure1",
@@ -49,6 +51,7 @@ def paper(part: str, settings: PaperSettings, with_json: bool = False) -> None:
     if part != "all":
         show(part, produce(part, settings), settings, with_json)
         return
+    refuse_another_page(settings.out / "index.html")
     started = time.perf_counter()
     results = {}
     for number, name in enumerate(PARTS, 1):
@@ -62,6 +65,12 @@ def paper(part: str, settings: PaperSettings, with_json: bool = False) -> None:
     html = as_page(results, settings)
     write_text(settings.out / "index.html", html)
     settings.log(f"all in {(time.perf_counter() - started) / 60:.1f} minutes: {settings.out / 'index.html'}")
+
+
+def refuse_another_page(path: Path) -> None:
+    """Raise `FileError` where a page of something else would be lost."""
+    if path.exists() and TITLE.encode() not in path.read_bytes():
+        raise FileError(f"{path}: is the page of something else, which would be lost: name another --out")
 
 
 def produce(part: str, settings: PaperSettings) -> Result:
@@ -126,7 +135,7 @@ def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
         lead += f" Left out, for want of data to train on or of a model that is in them: {', '.join(left_out)}."
     if settings.quick:
         lead += " This is a quick look: small batches, few rounds, a handful of models. Intervals are wide, and say so."
-    return page.page("The RepVGG paper, measured here", sections, lead)
+    return page.page(TITLE, sections, lead)
 
 
 def _pieces(result: Result, settings: PaperSettings, told: dict[str, str]) -> Iterable[str]:

@@ -20,7 +20,7 @@ from torch import nn
 from repvgg.data.shards import Shards
 from repvgg.deploy.load import open_model
 from repvgg.deploy.runner import Runner
-from repvgg.disk import FileError, Log, atomically, write_text
+from repvgg.disk import FileError, Log, atomically, read_text, write_text
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.models.zoo import manifest_of
 from repvgg.predict import folder
@@ -85,7 +85,7 @@ def _agreed(job: Job, out: Path, shards: Shards, log: Log) -> nn.Module:
     """
     path = out / folder.SETTINGS
     try:
-        there = folder.parsed(path.read_text(), str(path)) if path.exists() else None
+        there = folder.parsed(read_text(path), str(path)) if path.exists() else None
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from None
     network = opened(job, folder.engine_of(job, there), log)

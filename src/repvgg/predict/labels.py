@@ -1,5 +1,6 @@
 """Labels and probabilities of image files."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from repvgg.models.finite import finite
 from repvgg.models.zoo import dtype_of, manifest_of
 from repvgg.predict.paths import expand
 from repvgg.predict.prediction import Prediction
+
+AT_ONCE = 1 << 28  # numbers: 1 GB
 
 
 def predict(
@@ -29,6 +32,7 @@ def predict(
     transform = eval_transform(manifest.preprocessing)
     channels = manifest.preprocessing.input_size[0]
     paths = expand(patterns)
+    batch_size = max(1, min(batch_size, AT_ONCE // math.prod(manifest.preprocessing.input_size)))
     model = model.to(device).eval()
     for start in range(0, len(paths), batch_size):
         chunk = paths[start : start + batch_size]

@@ -105,6 +105,8 @@ def _prepared(path: Path, preprocessing: tuple[int, int, int, str, int]) -> Any:
     from PIL import Image, ImageOps
 
     height, width, resize, interpolation, channels = preprocessing
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError("unusual")
     with Image.open(path, formats=("JPEG", "PNG")) as opened:
         if opened.mode not in ("L", "RGB") or "transparency" in opened.info or opened.width * opened.height > MOST_PIXELS:
             raise ValueError("unusual")

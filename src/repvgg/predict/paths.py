@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import images_below
+from repvgg.disk import images_below, read_text
 
 LISTING = "masks.json"  # in a folder of masks that were predicted
 Made = dict[str, Any]  # of one image: its path, the files of its mask and overlay, and shares of the pixels
@@ -52,8 +52,8 @@ def targets(paths: Sequence[str], out: Path | None = None) -> dict[str, Path]:
 
 def masks_in(folder: Path) -> tuple[list[str], list[Made]]:
     """Return the classes and the masks of a folder that `repvgg predict` wrote masks into; nothing of any other folder."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads((folder / LISTING).read_text())
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        found = json.loads(read_text(folder / LISTING))
         if all(isinstance(made[kind], str) for made in found["images"] for kind in ("mask", "overlay")):
             return list(found["classes"]), list(found["images"])
     return [], []

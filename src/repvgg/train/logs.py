@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from repvgg.disk import Log, atomically, in_a_line, write_text
+from repvgg.disk import Log, atomically, in_a_line, read_text, write_text
 from repvgg.train.events import Events
 
 
@@ -113,10 +113,10 @@ def _board(out: Path, step: int, log: Log) -> Events | None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines that are whole: a process that was killed may have left half of one."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in read_text(path).splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

@@ -26,6 +26,7 @@ from repvgg.train.finetune import started_from
 from repvgg.train.heap import kept_heap
 from repvgg.train.recipes import Keeping, Recipe
 from repvgg.train.session import Run, Session
+from repvgg.train.state import Store
 from repvgg.train.tasks import task_of
 from repvgg.train.trainer import Trainer
 from repvgg.train.whiten import whiten
@@ -33,8 +34,8 @@ from repvgg.train.whiten import whiten
 __all__ = ["KEEPING", "Run", "new_model", "train"]
 
 KEEPING = Keeping()
-OURS = ("state", "metrics.jsonl", "best.safetensors", "last.safetensors")  # one of which is in every run folder
-REPLACED = ("summary.json", "settings.json", "recipe.json", "split.csv")  # by a new run
+OURS = ("best.safetensors", "last.safetensors")  # one of which, or states, is in every run folder
+REPLACED = ("summary.json", "settings.json", "recipe.json", "split.csv", "metrics.jsonl")  # by a new run
 
 
 def train(
@@ -101,9 +102,9 @@ def refuse(source: Source, out: Path) -> None:
         raise ValueError(f"{source.name}: has one class, {source.classes[0]!r}; there is nothing to tell apart")
     if out.exists() and not out.is_dir():
         raise FileError(f"{out}: cannot be a run folder (it is a file)")
-    holds = {name for name in (*OURS, *REPLACED) if (out / name).exists()}
-    if holds and not holds & set(OURS):
-        raise FileError(f"{out}: holds a {min(holds)} of something else, which would be lost: name a folder of its own")
+    holds = [name for name in sorted(REPLACED) if (out / name).exists()]
+    if holds and not Store(out / "state").ours() and not any((out / name).exists() for name in OURS):
+        raise FileError(f"{out}: holds a {holds[0]} of something else, which would be lost: name a folder of its own")
     if len(first := next(iter(Path(out).parts), "")) > 2 and first.endswith(":"):
         raise ValueError(f"--out {out}: a run is in a folder, which --mirror copies to an object store")
 

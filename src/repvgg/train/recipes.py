@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from repvgg.disk import read_text
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -276,10 +278,10 @@ def resolve(recipe: str | os.PathLike[str] | Recipe, **changes: Any) -> Recipe:
 def _read(path: Path) -> Recipe:
     """Return the recipe in a file, such as a run folder's recipe.json; what it leaves out is as in `light`."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
     except OSError as error:
         raise ValueError(f"{path}: no recipe can be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: is no JSON") from None
     try:
         return Recipe(**_known(found))

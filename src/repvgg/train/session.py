@@ -245,6 +245,10 @@ class Session:
                     f"{self.out}: holds a run with {name} {before.get(name)!r}, not {value!r}: "
                     f"another --out, or --allow-change {name}, or --resume never"
                 )
+        names = zip(state.facts.get("class_names", ()), self.source.classes, strict=False)  # of older states none
+        if "classes" not in allowed and (other := next(((a, b) for a, b in names if a != b), None)):
+            remedy = "another --out, or --allow-change classes, or --resume never"
+            raise ValueError(f"{self.out}: holds a run with a class {other[0]!r}, which is {other[1]!r} now: {remedy}")
         last, best = (evaluation_in(state, name, self.task) for name in ("last", "best"))
         if state.facts["steps"] != self.feed.steps:
             raise ValueError(
@@ -270,7 +274,8 @@ class Session:
             killed_early = (self.out / "state").exists() and not (self.out / "summary.json").exists()
             if models and not killed_early and self.keeping.resume == "auto":
                 raise FileError(f"{self.out}: holds {models[0]} but no state to go on from: another --out, or --resume never")
-            for of_the_run_before in ("summary.json", "bad_images.txt"):
+            self.mirror.begin()
+            for of_the_run_before in ("summary.json", *(["bad_images.txt"] if self.store.ours() else [])):
                 (self.out / of_the_run_before).unlink(missing_ok=True)
             self.store.clear()
             self.store.folder.mkdir(exist_ok=True)  # first: it says whose the other files are
@@ -283,8 +288,7 @@ class Session:
         """Write what the run was asked for: recipe.json and settings.json."""
         others = {name: value for name, value in self.settings.items() if name not in FIELDS}
         for name, facts in (("recipe.json", asdict(self.recipe)), ("settings.json", others)):
-            text = json.dumps(facts, indent=2) + "\n"
-            write_text(self.out / name, text)
+            write_text(self.out / name, json.dumps(facts, indent=2) + "\n")
 
     def _save(self, course: Course) -> None:
         course.saved, course.seconds = time.perf_counter(), time.perf_counter() - self.started
@@ -296,6 +300,7 @@ class Session:
             "steps": self.feed.steps,
             "seconds": course.seconds,
             "settings": self.settings,
+            "class_names": self.source.classes,
         }
         tensors = self.trainer.tensors()
         for name, evaluation in (("last", course.last), ("best", course.best)):

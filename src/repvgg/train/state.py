@@ -23,7 +23,7 @@ from torch import Tensor
 
 from repvgg.disk import FileError, Log, atomically, in_a_line
 from repvgg.train.distributed import World
-from repvgg.train.mirror import Mirror
+from repvgg.train.mirror import STATE, Mirror
 
 FORMAT = 1
 KEEP = 2
@@ -96,9 +96,14 @@ class Store:
         for path in self._files():
             path.unlink()
 
+    def ours(self) -> bool:
+        """Return whether the folder is one of states, or is still empty."""
+        names = [path.name for path in self.folder.glob("[!.]*")]
+        return self.folder.is_dir() and (not names or any(map(STATE.fullmatch, names)))
+
     def _files(self) -> list[Path]:
         """The latest first."""
-        return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
+        return sorted((path for path in self.folder.glob("*") if STATE.fullmatch(path.name)), reverse=True)
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

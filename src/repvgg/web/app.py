@@ -8,6 +8,7 @@ The folder is static: any web server will do. Images stay in the browser.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,8 @@ from repvgg.deploy.export import random_images
 from repvgg.deploy.operators import read
 from repvgg.deploy.parity import compare, folded, reference
 from repvgg.deploy.staged import refuse_strangers, staged
-from repvgg.deploy.web_folder import engine_files, write_model
-from repvgg.disk import FileError, Log, cache_folder
+from repvgg.deploy.web_folder import MODEL, engine_files, write_model
+from repvgg.disk import FileError, Log, cache_folder, read_text
 from repvgg.models import zoo
 from repvgg.predict.paths import expand
 from repvgg.web import page
@@ -40,6 +41,7 @@ from repvgg.web import page
 HERE = Path(__file__).parent
 PACKAGE = "onnxruntime-web@1.30.0"  # the version that the page was tested with
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+EXAMPLE = r"example-\d\d\.png"
 EXAMPLES, LONGEST = 24, 1024  # at most so many, of at most so many pixels a side
 
 
@@ -67,12 +69,12 @@ def build(
     deploy = folded(model)
     pictures = expand(examples)[:EXAMPLES] if examples else []
     channels = manifest.preprocessing.input_size[0]
-    refuse_strangers(out, "index.html", "model.json")
-    parts, before = runtime_files(runtime, log), _shown(Path(out))
-    planned = {f"example-{i:02}.png" for i in range(len(pictures))}
+    refuse_strangers(out, "model.json", "index.html", MODEL)
+    parts, before = runtime_files(runtime, log), _earlier(Path(out))
+    planned = {MODEL, *(f"example-{i:02}.png" for i in range(len(pictures)))}
     if strange := next((name for name in sorted(planned - before) if (Path(out) / name).exists()), None):
         raise FileError(f"{Path(out) / strange}: is none of an earlier page, and would be lost: name another folder")
-    with staged(out) as folder:
+    with staged(out, "model.json") as folder:
         told = {
             "name": (manifest.arch or {}).get("name", ""),
             "classes": manifest.classes,
@@ -85,18 +87,20 @@ def build(
             shutil.copyfile(file, folder / file.name)
         (folder / "style.css").write_text(page.STYLE + (HERE / "style.css").read_text())
         (folder / "model.json").write_text(json.dumps(told, indent=2) + "\n")
-    for left in before - {shown["file"] for shown in told["examples"]}:  # whoever publishes the folder would publish them
+        written = {file.name for file in folder.iterdir()}
+    for left in before - written:  # whoever publishes the folder would publish them
         (Path(out) / left).unlink(missing_ok=True)
     errors = ", ".join(f"{name} form {form['error']:.1e}" for name, form in told["forms"].items())
     log(f"{Path(out) / 'index.html'}: relative errors against PyTorch in float64: {errors}")
     return Path(out) / "index.html"
 
 
-def _shown(out: Path) -> set[str]:
-    """Return the names of the examples of an earlier page in a folder."""
+def _earlier(out: Path) -> set[str]:
+    """Return the names of the examples of an earlier page in a folder, and of its model where the native engine ran that."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        told = json.loads((out / "model.json").read_text())
-        return {Path(shown["file"]).name for shown in told["examples"]}
+        told = json.loads(read_text(out / "model.json"))
+        examples = {name for shown in told["examples"] if re.fullmatch(EXAMPLE, name := shown["file"])}
+        return examples | ({MODEL} if told["native"] else set())
     return set()
 
 
@@ -132,6 +136,15 @@ class Handler(SimpleHTTPRequestHandler):
         ".mjs": "text/javascript",
         ".wasm": "application/wasm",
     }
+
+    def send_head(self) -> Any:
+        if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):
+            self.send_error(403, "not asked for by its own name")  # by a page of a stranger whose name leads here
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(404)
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")

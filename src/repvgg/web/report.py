@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -48,9 +49,11 @@ def write_report(folder: Path, source: Source | None = None, data: str = "", dev
     if source is not None:
         source = run.as_trained(source)
         network = both.get("deploy form", both["training form"])
-        bad = listed if (listed := folder / "bad_images.txt").exists() else None  # it was trained with --on-bad-image skip
-        sections.append(("Its worst mistakes", _mistakes(findings.mistakes(network, source, device, bad), run, pieces)))
-        batch = findings.first_batch(source, run.recipe, int(run.settings.get("seed", 0)), bad)
+        with TemporaryDirectory() as beside:  # the run's own list is left as it is
+            skipping = (folder / "bad_images.txt").exists()  # it was trained with --on-bad-image skip
+            bad = Path(beside) / "bad_images.txt" if skipping else None
+            sections.append(("Its worst mistakes", _mistakes(findings.mistakes(network, source, device, bad), run, pieces)))
+            batch = findings.first_batch(source, run.recipe, int(run.settings.get("seed", 0)), bad)
         sections.append(("What it saw", _first_batch(batch, pieces)))
     sections += [("What it costs", _costs(speeds)), ("How it was made", _settings(run))]
     target = folder / "run.html"

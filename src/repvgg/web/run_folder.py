@@ -7,7 +7,7 @@ from typing import Any
 
 from repvgg.data import Source, open_source
 from repvgg.data.listing import reopened
-from repvgg.disk import FileError, Log
+from repvgg.disk import FileError, Log, read_text
 from repvgg.models.header import read_header
 from repvgg.models.manifest import Manifest
 from repvgg.train.logs import read_lines
@@ -113,7 +113,7 @@ def open_run(path: Path) -> RunFolder:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found: dict[str, Any] = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found

@@ -112,6 +112,7 @@ def open_file(path: Path, options: Options) -> Engine:
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise ValueError(f"{weights.name}, its weights, is missing")
+    _refuse_foreign(path, options.input_size[0])
     if weights.stat().st_size != _weight_bytes(path):  # a short file can end the process
         raise ValueError(f"{weights.name}, its weights, is truncated")
     if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
@@ -137,6 +138,46 @@ def _layers(path: Path) -> list[tuple[str, dict[str, str]]]:
         inputs, outputs = int(words[2]), int(words[3])
         layers.append((words[0], dict(word.split("=", 1) for word in words[4 + inputs + outputs :])))
     return layers
+
+
+SIDES = (1, 11, 2, 12, 3, 13)  # of kernel, dilation and stride
+LARGEST = 1 << 16
+
+
+def _refuse_foreign(path: Path, channels: int) -> None:
+    """Raise ValueError for a file that is not as `write` makes them: ncnn believes numbers of blobs, channels and weights."""
+    found = {"images": (channels, False)}  # by blob: channels, and whether it is a vector
+    _, counts, first, *lines = path.read_text().splitlines()
+    outputs = 1
+    for words in map(str.split, lines):
+        kind, name, below, above = words[0], words[1], int(words[2]), int(words[3])
+        given = {int(n): int(value) for n, value in (word.split("=", 1) for word in words[4 + below + above :])}
+        c, vector = found[words[4]]
+        sides = all(0 < given.get(n, 0) <= LARGEST for n in SIDES) and all(0 <= given.get(n, -1) <= LARGEST for n in (4, 14))
+        out, groups = given.get(0, 0), given.get(7, 1)
+        match kind:
+            case "Convolution" | "ConvolutionDepthWise":
+                weights = out * (c // groups) * given.get(1, 0) * given.get(11, 0) if 0 < groups <= c else -1
+                fits = sides and not vector and 0 < out <= LARGEST and given.get(6) == weights and c % groups == out % groups == 0
+                result = (out, False)
+            case "InnerProduct":
+                fits, result = vector and 0 < out <= LARGEST and given.get(2) == out * c, (out, True)
+            case "Pooling":
+                fits, result = not vector and given == {0: 1, 4: 1}, (c, True)
+            case "Reshape":
+                fits, result = vector and given == {0: 1, 1: 1, 2: c}, (c, False)
+            case "BinaryOp":
+                fits, result = below == 2 and found[words[5]] == (c, vector) and given == {0: 2}, (c, vector)
+            case _:
+                fits, result = kind in ("Split", "ReLU") and not given, (c, vector)
+        expected = {"Split": (1, 2), "BinaryOp": (2, 1)}.get(kind, (1, 1))
+        new = words[4 + below : 4 + below + above]
+        if not fits or (below, above) != expected or len(new) != above or found.keys() & set(new):
+            raise ValueError(f"its layer {name} is none that repvgg export writes")
+        found.update(dict.fromkeys(new, result))
+        outputs += above
+    if first != "Input images 0 1 images" or counts != f"{len(lines) + 1} {outputs}":
+        raise ValueError("it is none that repvgg export writes")
 
 
 def _weight_bytes(path: Path) -> int:
