@@ -66,8 +66,8 @@ def indirect(table: Record) -> str:
     speeds = [1 / sorted(s["reference_seconds"])[len(s["reference_seconds"]) // 2] for s in table["data"]["speeds"]]
     return (
         "The two networks of a claim did not take turns: each took turns with ResNet-18, which ran at "
-        f"{min(speeds):.0f} to {max(speeds):.0f} images a second meanwhile. So a ratio may be a quarter off, more than its interval "
-        "says."
+        f"{min(speeds):.0f} to {max(speeds):.0f} images a second meanwhile. So a ratio may be a quarter off, more than its "
+        "interval says."
     )
 
 

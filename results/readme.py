@@ -87,8 +87,8 @@ def headline() -> str:
         when |= {f"cifar10.json, seed {run['seed']}": stamps(cifar10)[f"runs/{name}"] for name, run in runs.items()}
         tops = [mean_and_deviation([100 * run["top1"][form] for run in runs.values()]) for form in ("training form", "deploy form")]
         what = (
-            f"CIFAR-10 top-1 of `{e['arch']}`, training form and deploy form, after {e['epochs']} epochs, n = {len(runs)}; the recipe "
-            "was chosen on these images"
+            f"CIFAR-10 top-1 of `{e['arch']}`, training form and deploy form, after {e['epochs']} epochs, n = {len(runs)}; the "
+            "recipe was chosen on these images"
         )
         rows.append([what, ", ".join(f"{top1}%" for top1 in tops), "", "", ""])
     first = f"RepVGG-A0 at 224 px, {many(engine['protocol']['threads'], 'thread')}"

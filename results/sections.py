@@ -152,8 +152,8 @@ def _structures(s: Record) -> str:
 
 WANTED, SEEDS = ((26, 60, 93.3), (14, 30, 92.2)), 3  # epochs, minutes, top-1
 JUDGED = (
-    "The recipe was chosen by trainings that were judged on the same 10,000 images, seed 0 among them. That favours it a little. The "
-    "last model counts, not the best."
+    "The recipe was chosen by trainings that were judged on the same 10,000 images, seed 0 among them. That favours it a little. "
+    "The last model counts, not the best."
 )
 
 
@@ -214,8 +214,8 @@ def camvid(r: Record) -> str:
     whole, slide = (f"{f['seconds']:.1f} s and {f['peak_resident_bytes'] / 2**30:.1f} GiB" for f in full.values())
     return (
         f"{r['photos']} test photos, deploy form. `{first['command']}`:\n\n{table(header, rows)}\n\n"
-        f"n = {len(rows)}.{outdated.network(first)} On {masks['photos']} of the photos, at {side} x {side} pixels, the two forms' masks "
-        f"differ in {masks['differ']:,} of {masks['pixels']:,} pixels. "
+        f"n = {len(rows)}.{outdated.network(first)} On {masks['photos']} of the photos, at {side} x {side} pixels, the two forms' "
+        f"masks differ in {masks['differ']:,} of {masks['pixels']:,} pixels. "
         "A 2048 x 1024 image through `pspnet_repvgg_a0` in deploy form takes "
         f"{whole} whole, {slide} in windows (the whole process){', with the heads of then' if outdated.network(first) else ''}."
     )
@@ -293,9 +293,9 @@ def _needed(r: Record) -> str:
     best = 100 * max(curve[-1] for curve in curves)
     return (
         f"In the last epoch the variants still gained {min(rises):.1f} to {max(rises):.1f} points (seed 0), and the best of them "
-        f"ended at {best:.0f}%. A rank correlation of {SAME_ORDER:g} was wanted. What would decide it is not known. Longer trainings of "
-        "wider networks are the next thing to try: step `ablation` of [gpu.py](../results/gpu.py) does 60 epochs at half of B0's "
-        "width.\n\n"
+        f"ended at {best:.0f}%. A rank correlation of {SAME_ORDER:g} was wanted. What would decide it is not known. Longer "
+        "trainings of wider networks are the next thing to try: step `ablation` of [gpu.py](../results/gpu.py) does 60 epochs at "
+        "half of B0's width.\n\n"
     )
 
 
@@ -335,12 +335,14 @@ def demo(r: Record) -> str:
         f"{r['arch']} reads {r['top1']['deploy form']:.1%} of the held-out digits after {r['training_seconds']:.0f} s of training. "
         f"The deploy form runs {value:.2f} times as fast as the training form (95% interval {low:.2f} to {high:.2f}, "
         f"{many(r['rounds'], 'interleaved round')}, batch {r['batch_size']}) and differs by {r['max_rel_err']:.1e} at most."
+        + (f" The whole demo took {r['seconds']:.0f} s." if "seconds" in r else "")
     )
 
 
 def startup(r: Record) -> str:
     s = r["seconds"]
     ranges = {name: f" ({low:.2f} to {high:.2f})" for name, (low, high) in r.get("spread", {}).items()}
+    of = f"medians of {r['n']}{', and their range' if ranges else ''}"
     told = ", ".join(
         f"{_shown(name)} {s[name]:.2f} s{ranges.get(name, '')}"
         for name in s
@@ -349,7 +351,7 @@ def startup(r: Record) -> str:
     by = f" The photo was read by the engine {r['predicted_by']}." if "predicted_by" in r else ""
     first = f" `--engine auto` the first time: {s['engine auto']:.1f} s (n = {r['n_engine_auto']})." if "engine auto" in s else ""
     return (
-        f"Processes, start to end, with A0; medians of {r['n']}{', and their range' if ranges else ''}: {told}.{by}{first} Importing PyTorch, which none of these "
+        f"Processes, start to end, with A0; {of}: {told}.{by}{first} Importing PyTorch, which none of these "
         f"needs, takes {s['import torch']:.1f} s; folding A0 with its proof {r['fold_a0']:.1f} s."
     )
 

@@ -171,9 +171,7 @@ def _measured(results: Mapping[str, Result], stamps: Mapping[str, dict[str, Any]
             yield page.paragraph(f"{'; '.join(titles)}:")
         yield page.machine(about)
     yield page.table(rows, ("", "when (UTC)", "commit"))
-    yield page.paragraph(
-        "A part that keeps speeds: when those were timed; else when it was written. Figure 1's are those of Tables 4, 5."
-    )
+    yield page.paragraph("A part that keeps speeds: when those were timed; any other: when it was written.")
 
 
 def _timed(data: Any) -> Iterator[tuple[str, str]]:

@@ -88,8 +88,8 @@ class Speed:
 def over(fast: Speed, slow: Speed) -> Ratio:
     """Return how many times faster `fast` is than `slow`, through the reference with which both took turns.
 
-    What slowed both models of a pair alike cancels. What slowed the reference alone does not, and the interval does not show it: time
-    the two as a pair where much hangs on it.
+    What slowed both models of a pair alike cancels. What slowed the reference alone does not, and the interval does not show it:
+    time the two as a pair where much hangs on it.
     """
     assert fast.reference == slow.reference
     fast_, slow_ = (_times([s / r for s, r in zip(speed.seconds, speed.reference_seconds, strict=True)]) for speed in (fast, slow))

@@ -101,7 +101,10 @@ def operators(path: Path) -> list[ListedOperator]:
 
 
 def read(file: Path | bytes) -> Any:
-    """Return the network of an .xml, or of the bytes of an ONNX file, its constants folded: NNCF corrects a bias that is one alone."""
+    """Return the network of an .xml, or of the bytes of an ONNX file.
+
+    Its constants are folded: a bias is then one, and NNCF corrects no other.
+    """
     network = core().read_model(file)
     passes = Manager()
     passes.register_pass(ConstantFolding())
