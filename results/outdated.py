@@ -1,4 +1,4 @@
-"""What a record says of code that is another today, in words. Each is "" once the record is measured again."""
+"""Words for what a record says of code that is another today. Each is "" once the record is measured again."""
 
 from dataclasses import asdict, replace
 from functools import cache

@@ -178,8 +178,8 @@ def _start(r: dict[str, Any]) -> str:
 
 def _count(found: Run) -> str:
     """Return of how many processes medians are, where that was recorded."""
-    counts = {f.get("n") for f in found.values()}
-    return f" of {many(counts.pop(), 'process', 'processes')}" if len(counts) == 1 and None not in counts else ""
+    counts = {f.get("n", 0) for f in found.values()}
+    return f" of {many(max(counts), 'process', 'processes')}" if len(counts) == 1 and max(counts) else ""
 
 
 def _range(f: Figures) -> str:

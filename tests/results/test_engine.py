@@ -53,7 +53,8 @@ def test_the_first_run_of_a_series_does_not_count(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(measure_engine, name, lambda *words: Path(words[0]))
     monkeypatch.setattr(measure_engine, "to_onnx", lambda *words: b"")
     found = measure_engine.start(tmp_path)
-    assert all(f == {"seconds": 1.0, "spread": [1.0, 1.0], "peak_kib": 1 << 10} for f in found.values())
+    wanted = {"n": measure_engine.REPEATS, "seconds": 1.0, "spread": [1.0, 1.0], "peak_kib": 1 << 10}
+    assert all(f == wanted for f in found.values())
     assert set(seen.values()) == {1 + measure_engine.REPEATS}
 
 
