@@ -11,6 +11,7 @@ such as what ran beside.
 import argparse
 import json
 import tempfile
+from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def embed(run: Path, source: Source, labels: Tensor) -> dict[str, Any]:
     save(deploy.half(), path, training={**manifest_of(load(path)).training, "val_top1": top1})
     recipe = json.loads((run / "recipe.json").read_text())
     of = {"arch": (manifest.arch or {}).get("name"), "epochs": recipe["epochs"], "seed": manifest.training.get("seed")}
-    return {**of, "file": path.name, "bytes": path.stat().st_size, "stored_as": "float16", "top1": top1}
+    told = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
+    return {**of, **told, "stored_as": "float16", "top1": top1}
 
 
 def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:

@@ -155,6 +155,20 @@ def error_of_deviation(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).abs().max() / wanted.double().std(0).mean())
 
 
+@torch.no_grad()
+def centred(model: Model, images: Tensor) -> Model:
+    """`model` without what its logits of all these images have in common: a random network takes all for one class otherwise."""
+    head: Any = model.get_submodule("head")
+    head = getattr(head, "classifier", head)  # of a PSPNet
+    head.bias -= model(images).transpose(0, 1).flatten(1).mean(1)
+    return model
+
+
+def varied(counts: Tensor) -> bool:
+    """Whether predictions, counted by class, differ: where all are of one class, every network is right alike."""
+    return int(counts.max()) < 0.9 * int(counts.sum())
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """Return a folder that `make` fills once in a run of the tests, whichever of pytest-xdist's processes asks first."""
     root = factory.getbasetemp()

@@ -18,7 +18,7 @@ from repvgg.train.loop import new_model
 from repvgg.train.recipes import Recipe
 from repvgg.train.trainer import Trainer
 
-RECIPE = Recipe(batch_size=13, crop="shift", flip=False, precision="fp64", freeze_bn=True, accumulate=2, ema=0.9)
+RECIPE = Recipe(batch_size=13, crop="shift", flip=False, precision="fp64", freeze_bn=True, accumulate=2, ema=0.9, erasing=0.2)
 
 
 def main(out: Path) -> None:

@@ -141,7 +141,7 @@ class Untraceable(Whole):
     """Looks at a value, which no trace has."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.odd(x if x.sum() > 1e9 else -x)
+        return self.odd(x if float(x.sum()) > 1e9 else -x)
 
     def odd(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -228,6 +228,72 @@ class GivesADictionary(Whole):
         return y + found.get("y", x)
 
 
+class FillsAList(Part):
+    def forward(self, x: Tensor, raw: Any = None, skip: Tensor | None = None) -> Tensor:
+        raw.append(self.conv(x))
+        return self.bn(raw[-1])  # type: ignore[no-any-return]
+
+
+class GivesAList(Whole):
+    part_type = FillsAList
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        y: Tensor = self.part(x, found)
+        return y + sum(found)
+
+
+class CountsAList(Whole):
+    part_type = FillsAList
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        y: Tensor = self.part(x, found)
+        return y + found[0] if len(found) == 1 else y
+
+
+class HandsAListOn(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = FillsAList()
+        self.conv, self.bn = self.inner.conv, self.inner.bn
+
+    def forward(self, x: Tensor, raw: Any = None, skip: Tensor | None = None) -> Tensor:
+        return self.inner(x, raw)  # type: ignore[no-any-return]
+
+
+class GivesAListFarther(Whole):
+    part_type = HandsAListOn
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        y: Tensor = self.part(x, found)
+        return y + sum(found)
+
+
+class GivesAListOfItsOwn(Whole):
+    part_type = FillsAList
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.found.clear()
+        y: Tensor = self.part(x, self.found)
+        return y + self.last()
+
+    def last(self) -> Tensor:
+        return self.found[-1] if self.found else 0  # type: ignore[return-value]
+
+
+class TakesApartSometimes(Whole):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 4:
+            return self.stem(x) + self.stem[0](x)  # type: ignore[no-any-return]
+        return self.stem(x)  # type: ignore[no-any-return]
+
+
 class Flips(Part):
     def forward(self, x: Tensor, raw: bool = False, skip: Tensor | None = None) -> Tensor:
         self.flips = not self.flips
@@ -286,5 +352,5 @@ ODD = [
     SkipArgument, SkipByPosition, RawArgument, OnlyRaw, SwitchedAttribute, SwitchedByMethod, OtherMethod, ForwardByHand, TakesApart,
     AsksForABias, UsesAWeight, UsesStatistics, UntraceableTakesApart, UntraceableOtherMethod, UntraceableUsesAWeight,
     UntraceableTwoLevelsUp, KeptOnItself, KeptIfThere, KeptInAList, GivesADictionary, CallsOneThatFlips, CallsOneThatAsksForAType,
-    CallsOneInPlace,
+    CallsOneInPlace, GivesAList, CountsAList, GivesAListFarther, GivesAListOfItsOwn, TakesApartSometimes,
 ]  # fmt: skip

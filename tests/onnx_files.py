@@ -27,13 +27,14 @@ def apart(a: Path, b: Path, shape: tuple[int, ...] = (2, 3, 16, 16)) -> float:
 
 
 def pair(tmp_path: Path, *more: Any, ir: int = 8, listed: bool = False, **tensors: Any) -> Path:
-    """A convolution and its batch norm, then `more` nodes, from n to y."""
+    """A convolution and its batch norm, which is far from the identity, then `more` nodes, from n to y."""
     random = np.random.default_rng(0)
-    given: dict[str, Any] = {"w": random.standard_normal((8, 3, 3, 3)), "v": np.ones(8), "m": random.standard_normal(8)} | tensors
+    given: dict[str, Any] = {"w": random.standard_normal((8, 3, 3, 3)), "v": random.uniform(0.3, 2, 8)}
+    given |= {name: random.standard_normal(8) for name in ("m", "b")} | tensors
     inits = [numpy_helper.from_array(a.astype(np.float32) if a.dtype.kind == "f" else a, name) for name, a in given.items()]
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"]),
-        helper.make_node("BatchNormalization", ["c", "v", "m", "m", "v"], ["n"]),
+        helper.make_node("BatchNormalization", ["c", "v", "b", "m", "v"], ["n"]),
         *more,
         helper.make_node("Relu", ["n"], ["y"]),
     ]

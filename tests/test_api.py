@@ -21,6 +21,7 @@ from repvgg.api.files import stem_of
 from repvgg.data import open_source
 from repvgg.data.images import ImageError
 from repvgg.models.zoo import manifest_of
+from repvgg.predict.labels import predict as labels
 from repvgg.train import distributed, loop
 from repvgg.train.recipes import Keeping, Recipe
 
@@ -177,6 +178,13 @@ def test_predict(trained: Any, photos: Path) -> None:
     found = repvgg.predict(out, [str(photos / "light" / "0.png"), str(photos / "dark")], top=1)
     assert len(found) == 21
     assert {type(answer).__name__ for answer in found} == {"Prediction"}
+    paths = [str(photos / "light" / "0.png"), str(photos / "dark")]
+    wanted = list(labels(repvgg.reparameterize(repvgg.load(out)), paths, top=1))
+    assert [answer.path for answer in found] == [answer.path for answer in wanted]
+    assert [answer.labels[0][0] for answer in found] == [answer.labels[0][0] for answer in wanted]  # type: ignore[union-attr]
+    shares = [[answer.labels[0][1] for answer in answers] for answers in (found, wanted)]  # type: ignore[union-attr]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-3)
+    assert max(shares[1]) - min(shares[1]) > 0.01  # an answer is that of its own image
     again = repvgg.predict(run.model, photos / "light" / "0.png")
     assert len(again[0].labels) == 2  # type: ignore[union-attr]
 

@@ -29,6 +29,7 @@ def test_what_it_copies_is_there_and_sent() -> None:
         for name in words.split()[:-1]
     }
     assert copied == sent
+    assert copied
     assert all((ROOT / name).exists() for name in copied)
 
 

@@ -74,8 +74,13 @@ def test_python_of_the_page_runs(page: Path, desk: Path, forks: Forks) -> None:
 
 
 def test_blocks_that_are_not_run_say_so() -> None:
+    assert blocks(PAGES[0], "python")
+    assert commands(PAGES[0])
     for page in PAGES:
         text = page.read_text()
+        fences = re.findall(r"^\s*```", text, re.MULTILINE)
+        assert len(fences) == 2 * len(BLOCK.findall(text)), f"{page.name}: a fence of another kind"
+        assert {kind for kind, _ in BLOCK.findall(text)} <= {"", "console", "python", "mermaid", "js"}, page.name
         for match in BLOCK.finditer(text):
             if match[1] == "" and "make demo" not in match[2]:
                 before = text[: match.start()].rstrip().rsplit("\n\n", 1)[-1].lower()

@@ -1,6 +1,7 @@
 """The engine as WebAssembly, in Node, beside the library on the same model, plan and images."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -179,3 +180,12 @@ def test_images_that_do_not_fit(node: list[str], tmp_path: Path) -> None:
     ):
         assert reason in answer["said"][name], (name, answer["said"])
     assert answer["same"]
+
+
+def test_the_page_is_a_program(tmp_path: Path) -> None:
+    """What it says in a browser: tests/deploy/test_web_folder.py."""
+    if shutil.which("node") is None:
+        pytest.skip("no node")
+    (program,) = re.findall(r'<script type="module">(.*?)</script>', (BROWSER / "index.html").read_text(), re.DOTALL)
+    (tmp_path / "page.mjs").write_text(program)
+    subprocess.run(["node", "--check", tmp_path / "page.mjs"], check=True)

@@ -45,7 +45,7 @@ def test_bash_completes(typed: list[str], offered: list[str], completion: Path) 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
 @pytest.mark.parametrize(("typed", "completed"), [("repvgg tra", "repvgg train"), ("repvgg train --image", "--image-size")])
 def test_zsh_completes(typed: str, completed: str, tmp_path: Path, capsys: Captured) -> None:
-    """At a prompt, as a person types it."""
+    """At a prompt, as a person types it. The words themselves: the test above, in bash."""
     assert repvgg("--print-completion", "zsh") == 0
     (tmp_path / "completion").write_text(capsys.readouterr().out)
     shell, terminal = pty.fork()

@@ -83,8 +83,9 @@ def test_it_is_a_function_of_seed_epoch_and_image() -> None:
 def test_only_what_it_can_do_alike() -> None:
     p = Preprocessing((3, 16, 16), 16)
     assert feed().resident is not None
-    for recipe in (replace(RECIPE, crop="random_resized"), replace(RECIPE, auto_augment=True)):
-        assert Feed(source(images()), recipe).resident is None
+    others: list[dict[str, Any]] = [{"crop": "random_resized"}, {"auto_augment": True}, {"rand_augment": 9}, {"erasing": 0.5}]
+    for setting in others:
+        assert Feed(source(images()), replace(RECIPE, **setting)).resident is None, setting
     unread = InMemory(lambda i: pytest.fail("decoded, though they are too many"), [0] * 1_500_000, (3, 16, 16))
     assert Resident.of(unread, p, "cpu") is None
     odd = InMemory(lambda i: torch.zeros(3, 16 + i, 16, dtype=torch.uint8), [0, 1], (3, 16, 16))

@@ -1,8 +1,10 @@
 """deploy/example.py: the programs beside exported files give the labels that repvgg predict gives."""
 
+import copy
 import os
 import runpy
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -75,6 +77,15 @@ def test_the_program_runs_the_file(
     assert [name for name, _, _ in lines] == [name for name, _ in wanted.labels]
     for (_, _, shown), (_, probability) in zip(lines, wanted.labels, strict=True):
         assert abs(float(shown[:-1]) / 100 - probability) < 0.005  # Pillow rounds between its two passes, torchvision as well
+
+
+def test_a_probability_tells_a_wrong_preparation(model: nn.Module, photo: Path) -> None:
+    """By more than the test above allows."""
+    (wanted,) = predict(model, [str(photo)])
+    for wrong in (replace(P, mean=(0.0,) * 3), replace(P, std=(0.4,) * 3), replace(P, resize=60)):
+        other = zoo.remember(copy.deepcopy(model), replace(zoo.manifest_of(model), preprocessing=wrong))
+        (found,) = predict(other, [str(photo)])
+        assert max(abs(dict(found.labels)[name] - p) for name, p in wanted.labels) > 0.01, wrong
 
 
 def test_preparation_in_words() -> None:

@@ -1,12 +1,13 @@
 """load.py: a callable that computes what the model does, whatever runs it."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize, relative_error
+from conftest import centred, randomize, relative_error, varied
 from deploying import has, silent, wanted
 from PIL import Image
 from rounding import ENGINES, rounding
@@ -25,7 +26,7 @@ from repvgg.models.load import save
 from repvgg.models.manifest import Preprocessing
 from repvgg.models.pspnet import PSPNet
 from repvgg.predict.labels import predict
-from repvgg.train.evaluate import evaluate_model
+from repvgg.train.evaluate import batches, evaluate_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -86,10 +87,13 @@ def test_a_manifest_need_not_say_how_many_classes(model: nn.Module, tmp_path: Pa
 def test_predict_and_evaluate_take_an_engine_for_a_model(model: nn.Module, tmp_path: Path) -> None:
     has("onnxruntime", "onnxscript")
     source = open_source("digits").limited(40)
+    images, _ = next(batches(source.val, zoo.manifest_of(model).preprocessing, 40))
+    model = zoo.remember(centred(copy.deepcopy(model), images), zoo.manifest_of(model))
     export(model, "onnx", tmp_path, log=silent)
     for runner in (load_engine(model, "onnxruntime", batch_size=16), load_engine(tmp_path, batch_size=16)):
         assert (runner.num_classes, zoo.manifest_of(runner).form) == (10, "deploy")
         got, exact = evaluate_model(runner, source, 16), evaluate_model(model, source, 16)
+        assert varied(exact.confusion.sum(0))
         assert torch.equal(got.confusion, exact.confusion)
         assert got.loss == pytest.approx(exact.loss, rel=1e-4)
     Image.fromarray(source.val[0][0][0].numpy()).save(tmp_path / "scan.png")

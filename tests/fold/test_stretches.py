@@ -134,7 +134,7 @@ class SharedBatchNorm(nn.Module):
         (SharedWithTheUntraceable, "its Conv2d is used in more than one place"),
         (Reaches, "its Conv2d is used in more than one place"),
         (SharedBatchNorm, "its BatchNorm2d is used in more than one place"),
-        (Twisted, "Twisted cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"),
+        (Twisted, "its network goes 2 ways, which its input decides"),
         (lambda: Siblings(nn.Conv2d(3, 4, 4, padding="same")), 'its Conv2d with padding="same" and an even kernel'),
         (lambda: Siblings(norm=nn.BatchNorm2d(4, track_running_stats=False)), "its BatchNorm2d has no running statistics"),
     ],
@@ -155,11 +155,11 @@ def test_siblings_in_lists_and_dictionaries() -> None:
     assert report.left == {"bns.last": "`relu` comes before it, and it is read from outside"}
 
 
-def test_a_pair_inside_something_untraceable_still_folds() -> None:
+def test_a_pair_beside_something_that_goes_two_ways_folds() -> None:
     model = randomize(nn.Sequential(Siblings(), Twisted(nn.Conv2d(4, 4, 1))), SMALL)
     report = assert_folds_exactly(model, SMALL)
     assert report.pairs == [("0.conv", "0.bn")]
-    assert report.left == {"1.bn": "1 cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"}
+    assert report.left == {"1.bn": "1 goes 2 ways, which its input decides"}
 
 
 def test_a_whole_pair_used_twice_is_folded() -> None:

@@ -365,6 +365,11 @@ def with_autocast(block: Any, x: Tensor) -> Tensor:
         return plain_sum(block, x)
 
 
+def with_the_autocast_of_its_device(block: Any, x: Tensor) -> Tensor:
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return plain_sum(block, x)
+
+
 @torch.no_grad()
 def without_gradients(block: Any, x: Tensor) -> Tensor:
     return plain_sum(block, x)
@@ -375,7 +380,7 @@ def plain_sum(block: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("below", [False, True])
-@pytest.mark.parametrize("how", [with_autocast, without_gradients])
+@pytest.mark.parametrize("how", [with_autocast, with_the_autocast_of_its_device, without_gradients])
 def test_a_context_that_a_forward_works_under_is_not_lost(how: Any, below: bool) -> None:
     """Its pairs fold; it is not written anew, which would lose the context."""
 

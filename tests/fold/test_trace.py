@@ -59,7 +59,7 @@ def test_below_something_untraceable_only_declared_blocks_fold() -> None:
 
     report = report_of(reparameterize(built(Root)))
     assert (report.blocks, report.pairs) == (["block"], [])
-    why = "Root cannot be traced (symbolically traced variables cannot be used as inputs to control flow)"
+    why = "Root cannot be traced (it takes a number out of a value)"
     assert report.left == {"part.bn": why, "stem.1": why}
 
 

@@ -186,6 +186,7 @@ def test_torchvisions_feature_pyramid() -> None:
 
 
 def test_segmentation_models_take_it_as_their_encoder() -> None:
+    """segmentation_models_pytorch is no dependency of ours: this is run where somebody has it."""
     smp = pytest.importorskip("segmentation_models_pytorch")
     repvgg.register_with_timm()
     torch.manual_seed(0)
@@ -194,3 +195,4 @@ def test_segmentation_models_take_it_as_their_encoder() -> None:
     assert norms(deploy.encoder) == 0  # type: ignore[arg-type]
     with torch.no_grad():
         assert deploy(X).shape == (2, 3, 64, 64)
+        assert relative_error(deploy(X), model(X)) <= rounding(model, X)

@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import centred, randomize, varied
 from rich.console import Console
 from rounding import REPORTED
 
-from repvgg.data import open_source
+from repvgg.data import Source, open_source
 from repvgg.disk import FileError, hold
 from repvgg.models import zoo
 from repvgg.models.load import load
 from repvgg.paper import grid as grids
 from repvgg.paper.grid import RESNETS, TABLES, VARIANTS, Grid, Outcome, compare_forms, run
+from repvgg.train.evaluate import batches, evaluate_model
 from repvgg.train.loop import new_model, train
 from repvgg.train.recipes import get_recipe
 from repvgg.train.session import Session
@@ -230,9 +231,15 @@ def test_folders_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         run(small(tmp_path), quiet)
 
 
+def labelling(source: Source) -> torch.nn.Module:
+    images, _ = next(batches(source.val, source.preprocessing, 50))
+    return centred(randomize(new_model("repvgg_micro", source, log=quiet, width=0.25), (32, 1, 16, 16)), images)
+
+
 def test_compare_forms() -> None:
     source = open_source("digits").limited(50)
-    model = randomize(new_model("repvgg_micro", source, log=quiet, width=0.25), (32, 1, 16, 16))
+    model = labelling(source)
+    assert varied(evaluate_model(model, source).confusion.sum(0))
     forms = compare_forms(model, source, batch_size=20)
     assert (forms["images"], forms["equal"]) == (50, 50)
     assert 0 < forms["max_rel_err"] < REPORTED
@@ -242,7 +249,7 @@ def test_compare_forms() -> None:
 
 def test_compare_forms_counts_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("digits").limited(50)
-    model = randomize(new_model("repvgg_micro", source, log=quiet, width=0.25), (32, 1, 16, 16))
+    model = labelling(source)
 
     def wrong(m: torch.nn.Module) -> torch.nn.Module:
         return randomize(new_model("repvgg_micro", source, log=quiet, width=0.25), (32, 1, 16, 16), seed=1)

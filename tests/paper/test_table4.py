@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, varied
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
@@ -155,6 +155,7 @@ def test_top1_of_models_that_are_given(tmp_path: Path, monkeypatch: pytest.Monke
     mean, std = source.preprocessing.mean[0], source.preprocessing.std[0]
     with torch.no_grad():
         logits = a0((torch.stack([resize(image, [16, 16]) for image, _ in whole(source)]).float() / 255 - mean) / std)
+    assert varied(logits.argmax(1).bincount())
     right = [answer == label for answer, (_, label) in zip(logits.argmax(1).tolist(), whole(source), strict=True)]
     assert table.title == "Top-1 on digits, deploy form"
     assert table.rows == [("RepVGG-A0", "72.41", f"{100 * sum(right) / 360:.2f}", f"{tmp_path}/repvgg_a0.safetensors", "360")]

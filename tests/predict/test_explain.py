@@ -156,4 +156,6 @@ def test_a_comparator_of_timm_has_maps_too() -> None:
 def test_a_deploy_file_is_explained(model: nn.Module, photo: Path, tmp_path: Path) -> None:
     save(reparameterize(model), tmp_path / "deploy.safetensors")
     (answer,) = explain(load(tmp_path / "deploy.safetensors"), [str(photo)])
-    assert answer.labels[0][0] == next(iter(explain(model, [str(photo)]))).labels[0][0]
+    wanted = next(iter(explain(model, [str(photo)])))
+    assert dict(answer.labels) == pytest.approx(dict(wanted.labels), rel=1e-3)
+    assert max(dict(wanted.labels).values()) > 0.4  # of three classes

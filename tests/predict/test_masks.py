@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize, relative_error
+from conftest import centred, randomize, relative_error, varied
 from PIL import Image
 from roads import COLOURS, make_camvid, road
 from torch import Tensor, nn
@@ -87,7 +87,8 @@ def model() -> nn.Module:
     net = zoo.create_model("pspnet_repvgg_micro", num_classes=11, width=0.125)
     p = Preprocessing((3, 48, 64), 48)
     zoo.remember(net, Manifest(zoo.manifest_of(net).arch, classes=CAMVID, preprocessing=p))
-    return randomize(net, (4, 3, 48, 64))
+    photos = torch.stack([torch.from_numpy(road(i, (48, 64))[0]).permute(2, 0, 1) for i in range(4)])
+    return centred(randomize(net, (4, 3, 48, 64)), normalise(photos, p))
 
 
 @pytest.fixture
@@ -111,9 +112,10 @@ def test_masks_against_the_model_itself(model: nn.Module, photos: Path, tmp_path
         with torch.no_grad():
             scores = model(normalise(small.round().to(torch.uint8) if min(height, width) != 48 else image[None], p))
         wanted = F.interpolate(scores, (height, width), mode="bilinear")[0].argmax(0)
+        assert varied(wanted.flatten().bincount())
         assert answer.mask is not None
         assert answer.mask.shape == (height, width)
-        assert (answer.mask == wanted).float().mean() > 0.99
+        assert (answer.mask == wanted).float().mean() > 0.97  # all but edges: the photo is rounded otherwise
         assert answer.shares is not None
         assert sum(answer.shares.values()) == pytest.approx(1)
         assert list(answer.shares.values()) == sorted(answer.shares.values(), reverse=True)

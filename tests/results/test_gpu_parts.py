@@ -1,5 +1,6 @@
 """The parts of results/gpu.py: its records, its packed data, a run that goes on, and what the page says of it."""
 
+import copy
 import json
 import subprocess
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import centred, randomize, varied
 
 RESULTS = Path(__file__).parent.parent.parent / "results"
 
@@ -128,6 +130,25 @@ def test_a_run_goes_on_from_its_state_even_if_its_figures_were_lost(tmp_path: Pa
     two.out.unlink()  # as a kill between the two files would have it
     train(two, asked)
     assert two.out.read_text() == whole
+
+
+def test_predictions_that_folding_changes_are_counted(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_training
+
+    from repvgg.models import zoo
+
+    def wrong(net: Any) -> Any:
+        other = copy.deepcopy(net)
+        other.head.weight.data.neg_()
+        return other
+
+    data = gpu_training.read(asked)
+    net = zoo.create_model("repvgg_micro", num_classes=10, in_chans=1, small_input=True, width=0.25)
+    net = centred(randomize(net, (32, *data.held_out.shape[1:])), data.held_out)
+    assert varied(gpu_training._predictions(net, data.held_out).bincount())
+    assert gpu_training._folded(net, data) == {"folded": {"equal": 100, "images": 100}}
+    monkeypatch.setattr(gpu_training, "reparameterize", wrong)
+    assert gpu_training._folded(net, data)["folded"]["equal"] < 50
 
 
 def test_what_is_recorded_of_runs(tmp_path: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:

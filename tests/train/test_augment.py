@@ -1,6 +1,7 @@
 """train/augment.py: what reaches the network in training, seen from outside."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_half_of_the_images_are_mirrored() -> None:
     # Of 400 images, those in the column that only mirrored ones reach: half of a fifth.
     assert 15 < columns.count(5) < 70
     assert 15 < columns.count(10) < 70
+
+
+@pytest.mark.parametrize("setting", [{"auto_augment": True}, {"rand_augment": 9}, {"erasing": 0.99}], ids=str)
+def test_what_is_asked_for_changes_pixels(setting: dict[str, Any]) -> None:
+    still = replace(RECIPES["demo"], crop="shift", shift=0.0, flip=False)
+    image = torch.randint(0, 256, (1, 16, 16), dtype=torch.uint8)
+    assert torch.equal(train_transform(still, GREY)(image), image)
+    transform = train_transform(replace(still, **setting), GREY)
+    assert any(not torch.equal(transform(image), image) for _ in range(20))
 
 
 def ramp(height: int, width: int) -> Tensor:

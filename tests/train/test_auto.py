@@ -1,5 +1,6 @@
 """train/auto.py: what is chosen for which images, at speeds of our own making."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from repvgg.models.manifest import Preprocessing
 from repvgg.models.zoo import create_model
 from repvgg.train import auto
 from repvgg.train.auto import Choice, choose
+from repvgg.train.trainer import Trainer
 
 
 def photos(count: int, side: int = 300, classes: int = 6) -> Source:
@@ -122,13 +124,28 @@ def test_a_large_set_gets_the_papers_recipe_and_processes_choose_alike(paced: An
     assert "several processes: nothing is measured" in said[1]
 
 
-def test_a_step_is_timed_for_real() -> None:
-    source = photos(20, side=32, classes=2)
-    torch.manual_seed(5)
-    choice = choose("repvgg_micro", source, init="none", log=lambda line: None, width=0.25)
+def test_a_step_is_timed_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both precisions, as many images at a time as are meant; and nobody else's random numbers are drawn."""
+    source, said, steps = photos(20, side=32, classes=2), list[str](), list[tuple[str, int]]()
+    real = Trainer.step
+
+    def step(self: Trainer, parts: Any, *more: Any) -> None:
+        steps.append((self.recipe.precision, len(parts[0][0])))
+        real(self, parts, *more)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    choice = choose("repvgg_micro", source, init="none", log=said.append, width=0.25)
     assert choice.recipe.image_size == 32
+    assert steps == [(precision, auto.TRIAL) for precision in ("fp32", "bf16") for _ in range(3)]
+    speeds = re.findall(r"(\d+) in (?:fp32|bf16)", said[1])
+    assert len(speeds) == 2
+    assert min(map(int, speeds)) > 0
+    model = create_model("repvgg_micro", num_classes=2, width=0.25, small_input=True)
     torch.manual_seed(5)
-    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    auto._seconds(model, source, 32, "cpu", "fp32", 4)
+    assert torch.equal(torch.rand(3), wanted)
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0])

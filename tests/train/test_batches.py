@@ -14,6 +14,13 @@ from repvgg.train.recipes import Recipe
 RECIPE = Recipe(batch_size=12, crop="shift", flip=False)
 
 
+@pytest.fixture(params=["resident", "read"], autouse=True)
+def _road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images lie on the device; photos are read one by one."""
+    if request.param == "read":
+        monkeypatch.setattr("repvgg.train.batches.only_shifts", lambda recipe: False)
+
+
 def source(n: int = 50) -> Source:
     images = Decoded(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 4, 4).contiguous(), list(range(n)))
     return Source("numbered", images, images, [str(i) for i in range(n)], Preprocessing((1, 4, 4), 4, mean=(0.5,), std=(0.5,)))
@@ -53,6 +60,20 @@ def test_an_epoch_goes_on_at_any_step() -> None:
         rest = list(feed.epoch(1, first))
         assert len(rest) == 4 - first
         assert all(torch.equal(x, a) and torch.equal(y, b) for (x, y), (a, b) in zip(rest, whole[first:], strict=True))
+
+
+def test_what_is_drawn_for_an_image_is_another_in_each_epoch_and_of_each_seed() -> None:
+    recipe = Recipe(batch_size=12, crop="shift", shift=0.5, flip=False)  # two of 4 pixels, and black comes in
+
+    def drawn(seed: int, epoch: int) -> dict[int, torch.Tensor]:
+        return {int(y): x for xs, ys in Feed(source(), recipe, seed).epoch(epoch) for x, y in zip(xs, ys, strict=True)}
+
+    first = drawn(3, 0)
+    for other in (drawn(3, 1), drawn(4, 0)):
+        both = first.keys() & other.keys()
+        assert len(both) > 40
+        assert any(not torch.equal(first[i], other[i]) for i in both)
+    assert all(torch.equal(x, first[i]) for i, x in drawn(3, 0).items())
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:

@@ -126,6 +126,8 @@ def test_a_kill_at_any_moment(undisturbed: Path, tmp_path: Path, seed: int) -> N
     assert agent.returncode == 0, said
     a, b = weights(out), weights(undisturbed)
     assert all(torch.equal(t, b[name]) for name, t in a.items())
+    if not workers:
+        pytest.skip("there was no worker to be killed")
 
 
 def test_workers_end_when_their_agent_dies(tmp_path: Path, forks: Forks) -> None:

@@ -2,17 +2,19 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import centred, randomize, varied
 
 from repvgg.data import open_source
-from repvgg.data.transforms import Transformed, eval_transform, normalise
+from repvgg.data.transforms import BadImages, Transformed, eval_transform, normalise
 from repvgg.models import zoo
 from repvgg.models.manifest import Manifest
+from repvgg.train.distributed import World
 from repvgg.train.evaluate import Accuracy, batches, check_fit, evaluate, evaluate_model, told_apart
 from repvgg.train.loop import new_model
 
@@ -69,27 +71,36 @@ def digits_model(**options: Any) -> torch.nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_a_model_on_a_source() -> None:
-    model, source = digits_model(), open_source("digits")
+def test_a_model_on_a_source(tmp_path: Path) -> None:
+    source = open_source("digits")
     scans = Transformed(source.val, eval_transform(source.preprocessing))
     images = normalise(torch.stack([scans[i][0] for i in range(360)]), source.preprocessing)
+    model = centred(digits_model(), images)
     with torch.no_grad():
         expected, _ = counted(model(images), torch.tensor([scans[i][1] for i in range(360)]))
-    for batch_size, workers in ((64, 0), (7, 0), (1000, 2)):
-        got = evaluate_model(model, source, batch_size, workers)
+    for batch_size, workers in ((64, 0), (7, 0), (150, 2)):
+        bad = BadImages(tmp_path / "bad.txt", replace=False) if workers else None  # then images are read one by one
+        got = evaluate_model(model, source, batch_size, workers, bad=bad)
         assert got.images == 360
+        assert varied(got.confusion.sum(0))
         assert got.top1 == expected.top1
         assert torch.equal(got.confusion, expected.confusion)
         assert got.loss == pytest.approx(expected.loss, rel=1e-4)
-    half = evaluate_model(digits_model().bfloat16(), source)
+    half = evaluate_model(model.bfloat16(), source)
     assert half.loss == pytest.approx(expected.loss, rel=0.1)
 
 
-def test_batches_are_in_order() -> None:
+@pytest.mark.parametrize("read", [False, True])
+def test_batches_are_in_order(read: bool, tmp_path: Path) -> None:
     source = open_source("digits").limited(10)
-    labels = [y for _, y in batches(source.val, source.preprocessing, 4)]
+    bad = BadImages(tmp_path / "bad.txt", replace=False) if read else None
+    wanted = [source.val[i][1] for i in range(10)]
+    labels = [y for _, y in batches(source.val, source.preprocessing, 4, bad=bad)]
     assert [len(y) for y in labels] == [4, 4, 2]
-    assert torch.cat(labels).tolist() == [source.val[i][1] for i in range(10)]
+    assert torch.cat(labels).tolist() == wanted
+    for rank in range(3):
+        share = batches(source.val, source.preprocessing, 4, bad=bad, world=World(rank, 3))
+        assert torch.cat([y for _, y in share]).tolist() == wanted[rank::3]
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -53,7 +53,7 @@ def test_a_new_head_on_the_old_body(trained: Path) -> None:
 
 def test_a_module_that_is_started_from_stays_as_it_is(trained: Path) -> None:
     given = load(trained)
-    before = given.state_dict()
+    before = {name: tensor.clone() for name, tensor in given.state_dict().items()}
     model, _ = started_from(given, "", odd_or_even(), log=lambda line: None)
     assert model is not given
     assert not given.training

@@ -21,10 +21,10 @@ from repvgg.models.load import load
 from repvgg.train.loop import Run, train
 from repvgg.train.recipes import Keeping, get_recipe
 
-QUICK = replace(get_recipe("demo"), epochs=3, batch_size=16, warmup_epochs=0, mixup=0.2, ema=0.9)
+QUICK = replace(get_recipe("demo"), epochs=3, batch_size=16, warmup_epochs=0, mixup=0.2, ema=0.9, erasing=0.2)
 WORDS = (
     "train --no-report --arch repvgg_micro --width 0.25 --data digits --limit 128 --epochs 3 --batch-size 16 --mixup 0.2 --ema 0.9 "
-    "--warmup-epochs 0 --recipe demo --device cpu --save-steps 3 --workers 2 --out"
+    "--erasing 0.2 --warmup-epochs 0 --recipe demo --device cpu --save-steps 3 --workers 2 --out"
 )
 
 
@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_killed_ends_with_the_same_weights(
     undisturbed: Path, tmp_path: Path, places: tuple[int, ...], forks: Forks
 ) -> None:
-    """SIGKILL, mid-epoch, with 2 loader workers and augmentation; each time the same command goes on."""
+    """SIGKILL, mid-epoch, with 2 loader workers (what is erased is read one by one); each time the same command goes on."""
     wait_for = random.Random(0)
     words = [*WORDS.split(), str(tmp_path / "run")]
     for after in places:  # a state is saved every third step

@@ -28,9 +28,11 @@ from repvgg.models.views import Views
 from repvgg.train.loop import Run, train
 from repvgg.train.recipes import Keeping, Recipe, get_recipe
 from repvgg.train.segmentation import Overlap, Segmentation
+from repvgg.train.session import Session
 from repvgg.train.tasks import CLASSIFICATION, task_of
 
 TASK = Segmentation()
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 RECIPE = replace(get_recipe("camvid"), epochs=2, batch_size=4, crop_size=0, warmup_epochs=0, precision="fp32")
 
 
@@ -244,15 +246,22 @@ def test_files_are_as_good_as_they_say_in_both_forms(trained: tuple[Run, Path], 
     assert best.score > 0.4
 
 
-def test_it_goes_on_where_it_was(source: Source, tmp_path: Path) -> None:
+def test_it_goes_on_where_it_was(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     whole = quick(source, tmp_path / "a")
-    quick(source, tmp_path / "b", recipe=replace(RECIPE, epochs=1))
-    again = quick(source, tmp_path / "b", keeping=Keeping(allow_change="epochs"))
-    other = quick(source, tmp_path / "c", workers=1)
-    assert again.last.images == whole.last.images
-    for run in (whole, again, other):
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quick(source, tmp_path / "b", keeping=Keeping(save_steps=1))
+    again, other = quick(source, tmp_path / "b"), quick(source, tmp_path / "c", workers=1)
+    resumed = [line["resumed_from"] for line in again.history if "resumed_from" in line]
+    assert resumed
+    assert min(resumed) > 0
+    for run in (again, other):
         assert len([line for line in run.history if "val_mean_iou" in line]) == 2
-    assert same(whole, other)
+        assert same(whole, run)
     finished = quick(source, tmp_path / "a")
     assert torch.equal(finished.last.confusion, whole.last.confusion)
     assert finished.best.score == whole.best.score
@@ -279,15 +288,22 @@ def test_from_a_classifiers_weights_and_from_masks_to_other_masks(
     classifier = randomize(zoo.create_model("repvgg_micro", num_classes=7, width=0.25))
     save(classifier, tmp_path / "classifier.safetensors")
     said: list[str] = []
-    one = replace(RECIPE, epochs=1)
+    one = replace(RECIPE, epochs=1, lr=1e-30, weight_decay=0.0)  # nothing moves but statistics
     arch = "pspnet_repvgg_micro_fast"
     train(arch, source, one, tmp_path / "a", init=str(tmp_path / "classifier.safetensors"), log=said.append)
     assert any("tensors in the backbone; left out: head.bias, head.weight" in line for line in said)
     model = load(tmp_path / "a/last.safetensors")
     assert zoo.manifest_of(model).arch["width"] == 0.25  # type: ignore[index]
+    given = classifier.state_dict()
+    for name, tensor in model.get_submodule("backbone").state_dict().items():
+        assert name.endswith(STATISTICS) or torch.equal(tensor, given[name]), name
     fewer = replace(source, classes=[*source.classes, "another"])
     train(arch, fewer, one, tmp_path / "b", init=str(trained[1] / "best.safetensors"), log=said.append)
     assert "new head: 12 classes instead of 11" in said
+    first, second = (load(file).state_dict() for file in (trained[1] / "best.safetensors", tmp_path / "b/last.safetensors"))
+    kept = [name for name in first if not name.endswith(STATISTICS) and "classifier" not in name]
+    assert {name.partition(".")[0] for name in kept} >= {"backbone", "pyramid", "head"}
+    assert all(torch.equal(first[name], second[name]) for name in kept)
     with pytest.raises(ValueError, match="holds repvgg_micro, not pspnet_repvgg_a0"):
         train("pspnet_repvgg_a0", source, one, tmp_path / "c", init=str(tmp_path / "classifier.safetensors"), log=said.append)
 
@@ -319,8 +335,9 @@ with joined("cpu") as world:
     torch.manual_seed(0)
     model = zoo.create_model("pspnet_repvgg_micro", num_classes=11, width=0.125).eval()
     found = task.evaluate(model, task.batches(source.split("test"), source.preprocessing, world=world), 11, world)
-    save_file({"confusion": found.confusion, "score": torch.tensor(found.score, dtype=torch.float64),
-        "images": torch.tensor(found.images)}, Path(sys.argv[2]) / f"{world.rank}-of-{world.size}.safetensors")
+    figures = {"score": found.score, "loss": found.loss, "images": found.images}
+    found = {"confusion": found.confusion, **{name: torch.tensor(x, dtype=torch.float64) for name, x in figures.items()}}
+    save_file(found, Path(sys.argv[2]) / f"{world.rank}-of-{world.size}.safetensors")
 """
 
 
@@ -347,3 +364,4 @@ def test_one_and_two_processes_agree_exactly(roads: Path, source: Source, tmp_pa
         found = load_file(tmp_path / f"{rank}-of-2.safetensors")
         assert torch.equal(found["confusion"], alone.confusion)
         assert (float(found["score"]), int(found["images"])) == (alone.score, 3)
+        assert float(found["loss"]) == pytest.approx(alone.loss, rel=1e-9)  # which any photo beside another's mask moves

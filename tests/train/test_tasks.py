@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import centred, randomize, varied
 
 from repvgg.data import open_source
 from repvgg.models import zoo
 from repvgg.models.views import WHOLE, Views
-from repvgg.train.evaluate import evaluate_model
+from repvgg.train.evaluate import batches, evaluate_model
 from repvgg.train.segmentation import SEGMENTATION
 from repvgg.train.tasks import CLASSIFICATION, task_of, task_of_model
 
@@ -54,10 +55,14 @@ def test_only_masks_have_views() -> None:
 
 
 def test_a_split_is_evaluated_through_the_task() -> None:
-    digits, model = open_source("digits").limited(50), small()
+    digits, model = open_source("digits").limited(50), randomize(small(small_input=True), (32, 1, 16, 16))
+    zoo.remember(model, replace(zoo.manifest_of(model), preprocessing=digits.preprocessing))
+    images, _ = next(batches(digits.val, digits.preprocessing, 50))
+    model = centred(model, images)
     for split in ("train", "val"):
         got = CLASSIFICATION.evaluate_model(model, digits, split, batch_size=16)
         expected = evaluate_model(model, replace(digits, val=digits.split(split)))
+        assert varied(expected.confusion.sum(0))
         assert torch.equal(got.confusion, expected.confusion)
     with pytest.raises(ValueError, match="has no split called test"):
         CLASSIFICATION.evaluate_model(model, digits, "test")

@@ -1,6 +1,7 @@
 """train/trainer.py: one step against its formulas, and every option against doing the same by hand."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -45,6 +46,12 @@ def distance(a: Trainer, b: Trainer) -> float:
     """Between the weights and statistics of two."""
     pairs = zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True)
     return max(float((x.double() - y.double()).abs().max()) for x, y in pairs)
+
+
+def apart(a: Trainer, b: Trainer) -> float:
+    """Between the weights of two, all together."""
+    pairs = zip(a.model.parameters(), b.model.parameters(), strict=True)
+    return math.sqrt(sum(float((x.detach().double() - y.detach().double()).square().sum()) for x, y in pairs))
 
 
 def test_one_step_against_its_formulas() -> None:
@@ -92,7 +99,9 @@ def randomize_digits() -> nn.Module:
 
 
 def test_checkpointing_changes_nothing() -> None:
-    assert distance(stepped(EXACT), stepped(replace(EXACT, checkpointing=True))) == 0
+    again = stepped(replace(EXACT, checkpointing=True))
+    assert vars(again.model)["checkpointing"]  # what that keeps: models/test_repvgg_options.py
+    assert distance(stepped(EXACT), again) == 0
     with pytest.raises(ValueError, match="--checkpointing: Linear cannot do it"):
         Trainer(nn.Linear(1, 1), Recipe(checkpointing=True), 1)
     with pytest.raises(ValueError, match="--checkpointing does not go with --compile"):
@@ -147,10 +156,11 @@ def test_frozen_stages_and_batch_norms_stay() -> None:
 
 def test_half_precisions_keep_fp32_weights_and_come_near() -> None:
     exact = stepped(EXACT)
+    moved = apart(exact, Trainer(narrow(), EXACT, 10))
     for precision in ("bf16", "fp16"):
         half = stepped(replace(EXACT, precision=precision))  # type: ignore[arg-type]
         assert all(t.dtype == torch.float32 for t in half.model.state_dict().values() if t.is_floating_point())
-        assert 1e-6 < distance(half, exact) < 0.3
+        assert 1e-6 * moved < apart(half, exact) < 0.7 * moved  # steps that do nothing are `moved` away
     assert half.scaler.state_dict()["scale"] > 1  # what was last is fp16
 
 
@@ -202,6 +212,30 @@ def test_mixup_mixes_images_and_targets(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) == 3
     torch.manual_seed(123)  # whatever was drawn before: a step draws by its number alone
     assert distance(mixed, stepped(replace(EXACT, mixup=1.0, label_smoothing=0.1))) == 0
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_images_are_mixed_by_the_share_that_their_targets_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image is as bright all over as its label's number; mixed either way, its mean is its target's."""
+    images, targets = list[Tensor](), list[Tensor]()
+    cross_entropy: Callable[..., Tensor] = F.cross_entropy
+
+    def spy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        targets.append(target)
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    network.register_forward_pre_hook(lambda _, given: images.append(given[0]))
+    trainer = Trainer(network, replace(EXACT, **{kind: 1.0}), 10)  # type: ignore[arg-type]
+    labels = torch.arange(10)
+    for number in range(3):
+        trainer.step([(labels.float().view(10, 1, 1, 1).expand(10, 1, 16, 16).clone(), labels)], 0.0, number)
+    for image, target in zip(images, targets, strict=True):
+        assert torch.allclose(image.double().mean((1, 2, 3)), target.double() @ labels.double(), atol=1e-4)
+    assert any(((target > 0.01) & (target < 0.99)).any() for target in targets)
+    flat = [bool(image.flatten(1).std(1).max() < 1e-4) for image in images]
+    assert all(flat) == (kind == "mixup")  # CutMix pastes a rectangle
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])

@@ -242,21 +242,20 @@ def why_unknown(module: nn.Module) -> str:
 
 def conv_padding(m: nn.Conv2d) -> Pair:
     """Return the padding of a convolution as two numbers of pixels, "same" and "valid" resolved."""
-    if m.padding == "valid":
-        return 0, 0
-    if pads_unevenly(m):
+    return in_pixels(m.padding, m.kernel_size, m.dilation)
+
+
+def in_pixels(padding: str | int | tuple[int, ...], kernel_size: tuple[int, ...], dilation: int | tuple[int, ...]) -> Pair:
+    """Return a padding as two numbers of pixels. Raises `ReparamError` where "same" pads one side more than the other."""
+    if not isinstance(padding, str):
+        return two(padding)
+    rows, columns = (d * (k - 1) * (padding == "same") for k, d in zip(two(kernel_size), two(dilation), strict=True))
+    if rows % 2 or columns % 2:
         raise ReparamError(UNEVEN)
-    if m.padding == "same":
-        rows, columns = (d * (k - 1) // 2 for k, d in zip(two(m.kernel_size), two(m.dilation), strict=True))
-        return rows, columns
-    return two(m.padding)
+    return rows // 2, columns // 2
 
 
 UNEVEN = 'with padding="same" and an even kernel pads one side more than the other'
-
-
-def pads_unevenly(m: nn.Conv2d) -> bool:
-    return m.padding == "same" and any(d * (k - 1) % 2 for k, d in zip(m.kernel_size, m.dilation, strict=True))
 
 
 # ---------------------------------------------------------------------- a map as a convolution

@@ -1,4 +1,4 @@
-"""Describe how a module is called: its arguments, with a slot for each value that the caller computes."""
+"""Describe how a module is called: its arguments, with a slot for each value that the caller computes; and how it leaves them."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -34,12 +34,12 @@ class Call:
 
     @staticmethod
     def by_default(module: nn.Module) -> "Call":
-        """Return the call that passes only what has no default."""
+        """Return the call that passes only what has no default, or else the first argument alone."""
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(module.forward).parameters.values()
         needed = sum(p.default is p.empty and p.kind in kinds for p in parameters)
-        many = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-        return Call(tuple(Slot(i, tensor=True) for i in range(needed or many)), {})
+        some = any(p.kind in (*kinds, inspect.Parameter.VAR_POSITIONAL) for p in parameters)
+        return Call(tuple(Slot(i, tensor=True) for i in range(needed or some)), {})
 
     @staticmethod
     def by_example(inputs: tuple[Any, ...]) -> "Call":
@@ -47,6 +47,13 @@ class Call:
         number = count()
         fill: Any = lambda v: Slot(next(number), tensor=True) if isinstance(v, Tensor) else v  # noqa: E731
         return Call(torch.utils._pytree.tree_map(fill, inputs), {})
+
+    @property
+    def key(self) -> tuple[str, tuple[bool, ...]]:
+        """Return what tells this call from others: its arguments, and which of its slots hold tensors."""
+        tensors = list[bool]()
+        torch.utils._pytree.tree_map(lambda v: tensors.append(v.tensor) if isinstance(v, Slot) else None, (self.args, self.kwargs))
+        return repr(self), tuple(tensors)
 
     def leaves_open(self, module: nn.Module) -> str:
         """Return the names of what another call of this module may pass: what this one does not, or passes as a fixed value."""
@@ -57,3 +64,34 @@ class Call:
 
 
 ONE_INPUT = Call((Slot(0),), {})
+
+
+class Gone:
+    """Stand for what a list holds after a module has changed it. A forward that looks at it cannot be traced."""
+
+
+def left_in(given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """Return the length of each list, and the keys of each dictionary, among these arguments; None where one is inside another."""
+    values = [*given[0], *given[1].values()]
+    inner = [v for value in values if type(value) in (list, dict) for v in (value.values() if type(value) is dict else value)]
+    if any(type(v) in (list, dict, tuple) for v in inner) or any(type(v) is tuple for v in values):
+        return None
+    return tuple(len(v) if type(v) is list else tuple(v) if type(v) is dict else None for v in values)
+
+
+def leave(given: tuple[tuple[Any, ...], dict[str, Any]], left: Any) -> None:
+    """Change the lists among these arguments to as many values as `left_in` found, which nothing may look at."""
+    for value, how in zip([*given[0], *given[1].values()], left, strict=True):
+        if type(value) is list:
+            value[:] = [Gone()] * how
+        elif type(value) is dict:
+            value.clear()
+            value.update(dict.fromkeys(how, Gone()))
+
+
+def lasting(root: nn.Module) -> set[int]:
+    """Return which lists and dictionaries modules, their classes and their files hold."""
+    modules = set(root.modules())
+    holders = [*map(vars, modules), *(vars(cls) for m in modules for cls in type(m).__mro__)]
+    holders += [getattr(m.forward, "__globals__", {}) for m in modules]
+    return {id(value) for holder in holders for value in list(holder.values()) if type(value) in (list, dict)}

@@ -21,10 +21,17 @@ def watched_contexts(note: Callable[[str], object]) -> Iterator[None]:
 
         return noted
 
+    made = torch.autocast.__init__
+
+    def make(self: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, device_type if type(device_type) is str else "cpu", *args, **kwargs)  # a trace does not know `x.device.type`
+
     for cls, enter in plain.items():
         cls.__enter__ = noting(cls, enter)
+    torch.autocast.__init__ = make  # type: ignore[method-assign]
     try:
         yield
     finally:
+        torch.autocast.__init__ = made  # type: ignore[method-assign]
         for cls, enter in plain.items():
             cls.__enter__ = enter

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,15 @@ def altered(module: nn.Module) -> str | None:
         return "carries forward hooks (old-style spectral_norm is one), which folding would lose: remove them first"
     if not called_as_torch_does(module):
         return "has a __call__ of its own, which folding would lose"
-    return REPLACED if "forward" in vars(module) else None
+    return REPLACED if "forward" in vars(module) and not chosen_forward(module) else None
+
+
+def chosen_forward(module: nn.Module) -> str:
+    """Return the name of that method of its own which a module has in place of its forward (`self.forward = self.forward_fast`)."""
+    chosen = vars(module).get("forward")
+    own = isinstance(chosen, MethodType) and chosen.__self__ is module
+    name = str(getattr(chosen, "__name__", ""))
+    return name if own and getattr(type(module), name, None) is getattr(chosen, "__func__", chosen) else ""
 
 
 def called_as_torch_does(module: nn.Module) -> bool:
@@ -73,7 +82,7 @@ REPLACED = "has a forward of its own in place of its class's (torch.compile does
 def refuse_uncopyable(model: nn.Module) -> None:
     """Refuse a model of which a deep copy would stay tied to the original, or cannot be made."""
     for path, module in model.named_modules():
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not chosen_forward(module):
             raise ReparamError(REPLACED, path or type(module).__name__)
         for name, value in (*vars(module).items(), *module._buffers.items()):
             if isinstance(value, Tensor) and not value.is_leaf:

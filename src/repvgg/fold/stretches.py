@@ -40,7 +40,7 @@ def fold_stretches(model: nn.Module, traces: Traces, report: FoldReport, chosen:
     refuse_lost(model, traces, "folded")
     for path, module in model.named_modules():
         if resembles_batch_norm(module) or isinstance(module, _BatchNorm):
-            report.left.setdefault(path, left.get(path) or traces.hidden.get(path) or _why_not(module))
+            report.left.setdefault(path, left.get(path) or traces.hidden.get(path) or _why_not(module, path, traces))
     return model
 
 
@@ -56,10 +56,20 @@ def _with_all_parts(flow: Flow, found: list[Stretch]) -> list[Stretch]:
     return kept if len(kept) == len(found) else _with_all_parts(flow, kept)
 
 
-def _why_not(norm: nn.Module) -> str:
+def _why_not(norm: nn.Module, path: str, traces: Traces) -> str:
+    parent = next((p for p in _above(path) if p in traces.graphs), None)
+    if parent is not None and len(traces.graphs[parent]) > 1:
+        return f"{parent or 'its network'} goes {len(traces.graphs[parent])} ways, which its input decides"
     if resembles_batch_norm(norm):
         return UNSEEN
     return f"a {type(norm).__name__}: only those of maps [N, C, H, W] and of features [N, C] are folded"
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield the modules that hold this one, the innermost first."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def partners(model: nn.Module, traces: Traces) -> dict[str, str]:
@@ -81,8 +91,15 @@ def _flows(model: nn.Module, traces: Traces) -> Iterator[ModuleFlow]:
     done: set[str] = set()
     while todo:
         path = todo.pop(0)
-        if path not in done and len(traces.graphs[path]) == 1:
-            done.add(path)
+        if path in done:
+            continue
+        done.add(path)
+        if len(traces.graphs[path]) == 1:
             read = ModuleFlow(model, traces, path)
             yield read
             todo += read.apart
+        else:  # what it calls is read all the same
+            names = {module: name for name, module in model.named_modules()}
+            called = (node.target for graph in traces.graphs[path] for node in graph.nodes if node.op == "call_module")
+            inner = (names[model.get_submodule(path).get_submodule(str(target))] for target in called)
+            todo += [name for name in dict.fromkeys(inner) if name in traces.graphs]

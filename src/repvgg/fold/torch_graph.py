@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,8 @@ class ModuleFlow:
             given = [*dict.fromkeys(_nodes_in((node.args, node.kwargs)))]
             return self._module(self.names[child], child, args, kwargs, [known[n] for n in given], owners)
         if node.target is operator.getitem and not isinstance(args[0], Value):
-            return args[0][args[1]]
+            with suppress(LookupError, TypeError):  # what a stranger's class returns there, a graph does not show
+                return args[0][args[1]]
         inputs = list(dict.fromkeys(_values_in((args, kwargs))))
         changed = changed_by(node, args, kwargs)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

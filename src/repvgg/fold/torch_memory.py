@@ -14,7 +14,7 @@ from torch import fx, nn
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered
 from repvgg.fold.trace import Traces
-from repvgg.fold.tracer import IN_PLACE
+from repvgg.fold.values import IN_PLACE
 
 MUTATED = "what it reads is changed in place"
 # What may give back the memory of its input: a change in place of the one is one of the other.

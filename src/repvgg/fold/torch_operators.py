@@ -16,10 +16,10 @@ from repvgg.fold.as_linear import (
     BORDER,
     CONVOLUTIONS,
     NO_STATISTICS,
-    UNEVEN,
     as_linear,
+    conv_padding,
+    in_pixels,
     is_batch_norm,
-    pads_unevenly,
     resembles_batch_norm,
     split_activation,
     two,
@@ -66,8 +66,10 @@ def of_module(module: nn.Module, path: str) -> Operator | None:
         assert isinstance(module, nn.Conv2d)
         if module.weight.is_complex():
             raise ReparamError(f"its {cls} has a kernel of complex numbers")
-        if pads_unevenly(module):
-            raise ReparamError(f"its {cls} {UNEVEN}")
+        try:
+            conv_padding(module)
+        except ReparamError as error:
+            raise ReparamError(f"its {cls} {error.reason}") from None
         return convolved(_read(module, path), _run(module), module.weight.shape, module.groups)
     if is_batch_norm(module):
         if module.running_mean is None:
@@ -232,13 +234,13 @@ def _pool(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_m
 
 
 def _conv(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Operator:
-    if not isinstance(weight, Tensor) or isinstance(bias, Input) or isinstance(padding, str):
-        raise ReparamError("has a kernel that is computed, or padding in words")
+    if not isinstance(weight, Tensor) or isinstance(bias, Input):
+        raise ReparamError("has a kernel that is computed")
     if weight.is_complex():
         raise ReparamError("has a kernel of complex numbers")
     weight = weight.detach().double()
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
-    geometry = two(stride), two(padding), two(dilation), groups
+    geometry = two(stride), in_pixels(padding, weight.shape[2:], dilation), two(dilation), groups
     run = lambda x: F.conv2d(x, weight.to(x.device), bias.to(x.device), *geometry)  # noqa: E731
     return convolved(lambda: LinearMap(weight, bias, *geometry), run, weight.shape, groups)
 

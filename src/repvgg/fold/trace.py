@@ -1,7 +1,7 @@
 """See how a network uses its modules: each one's own forward, traced as its parent calls it, with its children as leaves.
 
     traces = trace(model)
-    traces.graphs["layer1.0"]       # the forward of that module as `fx.Graph`s, one for each way in which it is called
+    traces.graphs["layer1.0"]       # the forward of that module as `fx.Graph`s, one for each way that it may go
     traces.hidden.get(path)         # why not every use of the module at `path` can be seen, if so
 
 Tracing goes from the top down, because a forward may do something else when it is called with other arguments than its defaults.
@@ -11,22 +11,25 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx, nn
 
 from repvgg.fold.algebra import ReparamError
-from repvgg.fold.as_linear import CONVOLUTIONS, as_linear, is_batch_norm
+from repvgg.fold.as_linear import as_linear, is_batch_norm
 from repvgg.fold.call import ONE_INPUT, TENSOR, Call, Slot
 from repvgg.fold.guards import called_as_torch_does, copied, parts
-from repvgg.fold.tracer import ARGUMENTS, AsksTypeError, Seen, traced, watched_modules
+from repvgg.fold.tracer import ARGUMENTS, Assumed, Seen, watched_modules
+from repvgg.fold.values import TENSOR_CALLS, VALUE, AsksTypeError, gives_tensor
+from repvgg.fold.ways import ways
 
 
 @dataclass
 class Traces:
     """Hold what the forwards of a network show. A module's path is the first one under which `named_modules` lists it.
 
-    graphs: by module, its forward with its children as leaves, once for each way in which it is called. The targets of call_module
+    graphs: by module, its forward with its children as leaves, once for each way that it may go. The targets of call_module
         and get_attr nodes are relative to that module. A value that the forward keeps somewhere besides returning it
         (`self.raw = y`) has one user more, a call of `tracer.kept`.
     uses: by module, how many places call it or use a tensor of it, or how many hold it, whichever is more.
@@ -87,6 +90,8 @@ class _Walk:
         self.counted: dict[str, Counter[str]] = {}  # by the module whose forward it is
         self.written: dict[nn.Module, set[str]] = {}
         self.read: list[tuple[nn.Module, nn.Module, str]] = []  # who reads, of whom, what
+        self.calls: dict[nn.Module, list[tuple[Call, list[fx.Graph]]]] = {}
+        self.known: dict[Any, tuple[list[fx.Graph] | Exception, Seen]] = {}
         self.todo = [(m, call or Call.by_default(m)) for m in _entries(model)]
         self.traces.open = {self.names[m]: names for m, call in self.todo if (names := call.leaves_open(m))}
         done: set[tuple[nn.Module, str]] = set()
@@ -96,7 +101,7 @@ class _Walk:
                 if (module, repr(call)) not in done and not _is_operator(module):
                     done.add((module, repr(call)))
                     self._visit(module, call)
-        self._distrust_readers_of_what_is_written()
+            self._distrust_readers_of_what_is_written()
         self._hide({*_entries(model), *(module for module, _ in done)})
         for counted in self.counted.values():
             self.traces.uses += counted
@@ -104,9 +109,9 @@ class _Walk:
 
     def _visit(self, module: nn.Module, call: Call) -> None:
         path = self.names[module]
-        seen, graph = Seen(), None
+        seen, graphs = Seen(), list[fx.Graph]()
         try:
-            graph = self._traced(module, call, seen)
+            graphs = self._ways(module, call, seen)
         except Exception as error:  # whatever a stranger's forward may raise on a value that is not there
             self.traces.untraceable[path] = _first_line(error)
         reads, writes = ([(m, name) for m, name in pairs if m in self.names] for pairs in (seen.reads, seen.writes))
@@ -121,8 +126,13 @@ class _Walk:
                     self.traces.exposed.setdefault(self.names[inner], why)
         if seen.contexts:
             self.traces.contexts.setdefault(path, seen.contexts[0])
-        if graph is None:
-            return
+        for graph in graphs:
+            self._count(path, module, graph)
+        if graphs:
+            self.calls.setdefault(module, []).append((call, graphs))
+
+    def _count(self, path: str, module: nn.Module, graph: fx.Graph) -> None:
+        """Note what one way of a forward uses, and what remains to be visited."""
         counted: Counter[str] = Counter()
         for node in graph.nodes:
             owner = _owner(node)
@@ -144,16 +154,52 @@ class _Walk:
         self.counted[path] = self.counted.get(path, Counter()) | counted
         self.traces.graphs.setdefault(path, []).append(graph)
 
-    def _traced(self, module: nn.Module, call: Call, seen: Seen) -> fx.Graph:
-        """Trace a forward; again where it asked of a value whether it is a tensor, and that could be found out."""
-        tensors: set[str] = set()
+    def _ways(self, module: nn.Module, call: Call, seen: Seen) -> list[fx.Graph]:
+        """Trace a forward, or look up what that gave the last time."""
+        key = module, call.key
+        if key not in self.known:
+            did = Seen()
+            try:
+                self.known[key] = self._explored(module, call, did, Assumed()), did
+            except Exception as error:  # as in `_visit`
+                self.known[key] = error, did
+        found, did = self.known[key]
+        seen.add(did)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _explored(self, module: nn.Module, call: Call, seen: Seen, assumed: Assumed) -> list[fx.Graph]:
+        """Trace a forward; again where more could be found out of a value: that it is a tensor, which it asked, or a list."""
         while True:
             try:
-                return traced(module, call, seen, tensors)
+                found = ways(module, call, seen, assumed)
             except AsksTypeError as question:
-                if question.node.name in tensors or not self._is_tensor(module, question.node):
+                if question.value in assumed.tensors or not self._is_tensor(module, question.node):
                     raise
-                tensors.add(question.node.name)
+                assumed = replace(assumed, tensors=assumed.tensors | {question.value})
+            else:
+                lists = dict(item for graph in found for item in self._lists(module, graph)) | assumed.lists
+                if lists == assumed.lists:
+                    return found
+                assumed = replace(assumed, lists=lists)
+
+    def _lists(self, module: nn.Module, graph: fx.Graph) -> Iterator[tuple[Any, tuple[type, int]]]:
+        """Yield the values that a child returns and another one gets, and are lists or tuples, with how many parts they have."""
+        for node in graph.find_nodes(op="call_module"):
+            child = module.get_submodule(str(node.target))
+            if not _is_operator(child) and any(n.op == "call_module" and node in (*n.args, *n.kwargs.values()) for n in node.users):
+                outs = self._returned(child, Call.of(node))
+                kinds = {(list if isinstance(out, list) else type(out), len(out)) for out in outs if isinstance(out, list | tuple)}
+                if len(kinds) == 1 and all(isinstance(out, list | tuple) for out in outs):
+                    yield node.meta[VALUE], kinds.pop()
+
+    def _returned(self, module: nn.Module, call: Call) -> list[Any]:
+        """Return what a forward returns on each of its ways, nodes in the place of values; nothing where it cannot be traced."""
+        try:
+            return [n.args[0] for graph in self._ways(module, call, Seen()) for n in graph.find_nodes(op="output")]
+        except Exception:  # as in `_visit`
+            return []
 
     def _is_tensor(self, module: nn.Module, node: fx.Node) -> bool:
         """Tell whether the value of a node in the forward of `module` is known to be one tensor, and no list of them."""
@@ -167,7 +213,7 @@ class _Walk:
         if node.op == "call_module":
             child = module.get_submodule(str(node.target))
             if _is_operator(child) and type(child) is not nn.Identity:
-                return _gives_tensor(child)
+                return gives_tensor(child)
             if self._returns_tensor(child, Call.of(node)):
                 return True
             inputs = [n for n in node.all_input_nodes if not n.meta.get(TENSOR)]  # may be what it returns
@@ -176,11 +222,8 @@ class _Walk:
         return name in TENSOR_CALLS and any(self._is_tensor(module, n) for n in node.all_input_nodes)
 
     def _returns_tensor(self, module: nn.Module, call: Call) -> bool:
-        try:
-            out = next(n for n in self._traced(module, call, Seen()).nodes if n.op == "output").args[0]
-        except Exception:  # as in `_visit`
-            return False
-        return isinstance(out, fx.Node) and self._is_tensor(module, out)
+        outs = self._returned(module, call)
+        return bool(outs) and all(isinstance(out, fx.Node) and self._is_tensor(module, out) for out in outs)
 
     def _expose(self, path: str, module: nn.Module, owners: list[str]) -> None:
         """Note that what lies between a module and what its forward uses is not called as a whole."""
@@ -190,10 +233,47 @@ class _Walk:
 
     def _distrust_readers_of_what_is_written(self) -> None:
         """Drop the trace of each forward that reads what another one writes: a run may go another way."""
+        self._follow_lists()
         for reader, owner, name in self.read:
             if name in self.written.get(owner, ()):
                 why = f"it reads `{name}`, which {_called(self.names[owner], owner)} sets while it runs"
                 self.traces.untraceable.setdefault(self.names[reader], why)
+
+    def _follow_lists(self) -> None:
+        """Forgive a module that changes a list which it is given, where none that calls it looks at that list again."""
+        callers = [(caller, of) for caller, of, name in self.read if name == ARGUMENTS]
+        changing = {m: self._left_by(m, self.known) for m, names in self.written.items() if ARGUMENTS in names and m in self.calls}
+        found = True
+        while found:
+            kept = {caller: self._with_changed(caller, changing) for caller, of in callers if of in changing}
+            # those that hand a list on to one of these, which they were given themselves
+            handing = {c for c, known in kept.items() if known and any((c, ARGUMENTS) in did.writes for _, did in known.values())}
+            found = bool(handing - changing.keys())
+            changing |= {caller: self._left_by(caller, kept[caller] or {}) for caller in handing}
+        for module in changing:
+            self.written.setdefault(module, set()).add(ARGUMENTS)
+            if all(kept[caller] is not None for caller, of in callers if of is module):
+                self.written[module].discard(ARGUMENTS)
+                self.traces.contexts.setdefault(self.names[module], "a change of a list that it is given")
+
+    def _with_changed(self, module: nn.Module, changing: dict[nn.Module, Any]) -> dict[Any, tuple[Any, Seen]] | None:
+        """Return what a forward does if these change the lists that it gives them; None, if it then computes another thing."""
+        known = {}
+        try:
+            for call, graphs in self.calls[module]:
+                did = Seen()
+                found = self._explored(module, call, did, Assumed(changed=changing))
+                if [str(graph) for graph in found] != [str(graph) for graph in graphs]:
+                    return None
+                known[module, call.key] = found, did
+        except Exception:  # as in `_visit`
+            return None
+        return known
+
+    def _left_by(self, module: nn.Module, known: dict[Any, tuple[Any, Seen]]) -> dict[Any, Any]:
+        """Return how a module leaves the lists that it is given, by `Call.key`, where that is the same on each of its ways."""
+        found = {call.key: set(known[module, call.key][1].left) for call, _ in self.calls[module]}
+        return {key: left.pop() for key, left in found.items() if len(left) == 1 and None not in left}
 
     def _hide(self, reached: set[nn.Module]) -> None:
         modules = {path: module for module, path in self.names.items()}
@@ -205,47 +285,6 @@ class _Walk:
         for module, path in self.names.items():
             if module not in reached and path not in called and not _has_no_forward(module):
                 self.traces.hidden.setdefault(path, "nothing that is traced calls it")
-
-
-# What gives one tensor: leaves by the file of torch.nn that they are of; functions, operators and methods of tensors by name.
-TENSOR_FILES = {
-    "conv",
-    "batchnorm",
-    "normalization",
-    "linear",
-    "activation",
-    "pooling",
-    "dropout",
-    "padding",
-    "upsampling",
-    "flatten",
-}
-ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "mean"}
-TENSOR_CALLS = {
-    *ARITHMETIC,
-    "relu",
-    "relu_",
-    "silu",
-    "gelu",
-    "sigmoid",
-    "softmax",
-    "cat",
-    "interpolate",
-    "pad",
-    "dropout",
-    "flatten",
-}
-TENSOR_CALLS |= {"reshape", "view", "permute", "contiguous"}
-
-
-def _gives_tensor(leaf: nn.Module) -> bool:
-    if isinstance(leaf, nn.MultiheadAttention) or getattr(leaf, "return_indices", False):
-        return False
-    return (
-        is_batch_norm(leaf)
-        or type(leaf) in CONVOLUTIONS
-        or type(leaf).__module__ in {f"torch.nn.modules.{f}" for f in TENSOR_FILES}
-    )
 
 
 def _entries(model: nn.Module) -> Iterator[nn.Module]:

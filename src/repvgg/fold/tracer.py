@@ -1,21 +1,24 @@
 """Trace one forward for one call: every module that it calls is a leaf, and what it does to modules besides is noted."""
 
+import dis
 import gc
-import operator
+import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import fx, nn
 
-from repvgg.fold.call import TENSOR, Call, Slot
-from repvgg.fold.conditions import catches, demand, needed_truth
+from repvgg.fold.call import TENSOR, Call, Slot, lasting, leave, left_in
 from repvgg.fold.contexts import watched_contexts
+from repvgg.fold.guards import chosen_forward
+from repvgg.fold.values import VALUE, ValueOf, is_size, parts_of
 
 
 def kept(value: Any) -> Any:
@@ -25,35 +28,59 @@ def kept(value: Any) -> Any:
 
 @dataclass
 class Seen:
-    """List the attributes of modules that a forward read (of others) or wrote (of any), and contexts."""
+    """List the attributes of modules that a forward read (of others) or wrote (of any), contexts, and how it left its arguments."""
 
     reads: list[tuple[nn.Module, str]] = field(default_factory=list)
     writes: list[tuple[nn.Module, str]] = field(default_factory=list)
     contexts: list[str] = field(default_factory=list)  # that it worked under (see contexts.py)
+    left: list[Any] = field(default_factory=list)  # what is in the lists that it is given (see `left_in`)
+
+    def add(self, other: "Seen") -> None:
+        self.reads += other.reads
+        self.writes += other.writes
+        self.contexts += other.contexts
+        self.left += other.left
 
 
-class AsksTypeError(TypeError):
-    """A forward asks (`isinstance`) of what type the value of `node` is, and nobody has said."""
+@dataclass(frozen=True)
+class Question:
+    """A forward's asking whether the value of `node` is true, the answer that it got, and where it asks."""
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__("it asks what type a value is")
-        self.node = node
+    node: fx.Node
+    answer: bool
+    where: str
 
 
-def traced(module: nn.Module, call: Call, seen: Seen, tensors: Collection[str] = ()) -> fx.Graph:
-    """Trace the forward of `module` as it is called. What it reads and writes goes into `seen`; what it wrote is put back.
+@dataclass(frozen=True)
+class Assumed:
+    """List what a trace takes for granted.
 
-    tensors: the names of nodes that are known to be tensors. Raises `AsksTypeError` where a forward asks it of another.
+    answers: to the forward's first questions (the later ones get yes). tensors: the values that are known to be tensors, as
+    `AsksTypeError.value`; lists: those that are known to be lists or tuples, and of how many parts. changed: what calls of modules
+    leave of the lists that they are given, by module and `Call.key`.
     """
-    tracer, held, homeless = _Tracer(call, seen, tensors), set(vars(module)), False
+
+    answers: tuple[bool, ...] = ()
+    tensors: frozenset[Any] = frozenset()
+    lists: dict[Any, tuple[type, int]] = field(default_factory=dict)
+    changed: dict[Any, Any] = field(default_factory=dict)
+
+
+def traced(module: nn.Module, call: Call, seen: Seen, assumed: Assumed, more: bool) -> tuple[fx.Graph | None, list[Question]]:
+    """Trace one way of the forward of `module`, called so. What it reads and writes goes into `seen`; what it wrote is put back.
+
+    more: whether it may ask questions that are not answered yet. Returns no graph where the forward raises an error of its own,
+    after a question. Raises `AsksTypeError` where a forward asks whether another value is a tensor, and what else keeps it from
+    being traced.
+    """
+    tracer, held, homeless = _Tracer(call, seen, assumed, more), set(vars(module)), False
+    graph = None
     try:
-        graph = tracer.trace(module)
-        if tracer.refused is not None:
-            raise tracer.refused
+        graph = tracer.once(module)
         if tracer.undo:  # it has a state: does it do the same the next time?
-            again = _Tracer(call, seen, tensors)
+            again = _Tracer(call, seen, assumed, more)
             try:
-                if str(again.trace(module)) != str(graph):
+                if str(again.once(module)) != str(graph):
                     raise ValueError("it does something else each time")
             finally:
                 again.restore()
@@ -63,13 +90,26 @@ def traced(module: nn.Module, call: Call, seen: Seen, tensors: Collection[str] =
         for name in vars(module).keys() - held:  # constants, which fx has put there
             del vars(module)[name]
             homeless = True
+    if graph is None:
+        return None, tracer.questions
     if homeless:
         raise ValueError("it uses a tensor that no module holds")
     if repr(tracer.given) != tracer.as_given:
         seen.writes.append((module, ARGUMENTS))
+    seen.left.append(left_in(tracer.given))
     tracer.given = None
     tracer.mark_kept(graph)
-    return graph
+    return graph, tracer.questions
+
+
+def _raised_on_purpose(error: Exception) -> bool:
+    """Tell whether a forward's own `raise` or `assert` raised it, and not while it handled another error."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None or error.__context__ is not None or at.tb_frame.f_code.co_filename.startswith(TORCH):
+        return False
+    return dis.opname[at.tb_frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _contents(value: Any) -> Any:
@@ -131,15 +171,17 @@ def watched_modules() -> Iterator[None]:
         nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
 
 
-PROXY_FILE = fx.Proxy.__bool__.__code__.co_filename
+TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+MOST_QUESTIONS = 12  # of one way: a loop may ask forever
 
 
 class _Tracer(fx.Tracer):
     """Trace one module's own forward for one call; every module that it calls is a leaf."""
 
-    def __init__(self, call: Call, seen: Seen, tensors: Collection[str]) -> None:
+    def __init__(self, call: Call, seen: Seen, assumed: Assumed, more: bool) -> None:
         super().__init__()
-        self.call, self.seen, self.tensors = call, seen, tensors
+        self.call, self.seen, self.assumed, self.more = call, seen, assumed, more
+        self.questions: list[Question] = []
         self.given: Any = None  # the arguments, and how they looked before the forward
         self.as_given = ""
         self.held: list[tuple[nn.Module, str, Any, Any]] = []  # lists and the like that modules hold, and what was in them
@@ -150,7 +192,7 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over the parts of a value, where the call that makes them says how many there are."""
-        if (parts := _parts_of(obj.node)) is not None:
+        if (parts := parts_of(obj.node)) is not None:
             return iter([obj[i] for i in range(parts)])  # type: ignore[index]
         with self._refusing():
             found: Iterator[Any] = super().iter(obj)
@@ -171,7 +213,8 @@ class _Tracer(fx.Tracer):
             if isinstance(value, slice):
                 return slice(filled(value.start), filled(value.stop), filled(value.step))
             if isinstance(value, tuple | list):
-                return type(value)(filled(v) for v in value)
+                made = [filled(v) for v in value]
+                return tuple(made) if isinstance(value, tuple) else made  # a plain one, which the forward may change
             return {key: filled(v) for key, v in value.items()} if isinstance(value, dict) else value
 
         args, kwargs = filled(tuple(self.call.args)), filled(dict(self.call.kwargs))
@@ -179,28 +222,44 @@ class _Tracer(fx.Tracer):
 
         def forward(*args: Any) -> Any:
             with self._watch():
-                return root_fn(*args, **kwargs)
+                made = root_fn(*args, **kwargs)
+            if isinstance(made, dict | list) and type(made) not in (dict, list):  # which a graph makes a plain one of
+                self.seen.contexts.append(f"a class of its own for what it returns ({type(made).__name__})")
+            return made
 
         return forward, [self.root, *args]
 
+    def once(self, module: nn.Module) -> fx.Graph | None:
+        """Return the graph of the forward's one way, or None where it raises an error of its own on it."""
+        self.traced_func_name = chosen_forward(module) or "forward"
+        try:
+            graph = self.trace(module)
+        except Exception as error:
+            if self.refused is None and self.questions and _raised_on_purpose(error):
+                return None
+            raise
+        if self.refused is not None:  # the forward has caught it, and gone on as it never would
+            raise self.refused
+        return graph
+
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Return what a condition has to be so that the forward does not raise, and demand it in the graph."""
-        frames, at = list[FrameType](), sys._getframe(1)
-        while at.f_code.co_filename != __file__ and at.f_back is not None:  # the caller of the forward
-            frames += [at] if at.f_code.co_filename != PROXY_FILE else []
-            at = at.f_back
-        frame, *callers = frames
-        truth = None if any(map(catches, callers)) else needed_truth(frame, obj.node.target)
-        if truth is None:
+        for question in self.questions:
+            if question.node is obj.node and is_size(obj.node):  # nothing can have changed it
+                return question.answer
+        known, at = self.assumed.answers, len(self.questions)
+        if at >= len(known) and (not self.more or at >= MOST_QUESTIONS):
             with self._refusing():
                 return super().to_bool(obj)
-        where = f"{frame.f_code.co_qualname}, line {frame.f_lineno}"
-        self.create_proxy("call_function", demand, (obj, truth, where), {})
-        return truth
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename.startswith(TORCH) and frame.f_back is not None:
+            frame = frame.f_back
+        answer = known[at] if at < len(known) else True
+        self.questions.append(Question(obj.node, answer, f"{frame.f_code.co_qualname}, line {frame.f_lineno}"))
+        return answer
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Remember what is raised: the forward may catch it, and go on as it never would."""
+        """Remember what is raised: the forward may catch it."""
         try:
             yield
         except Exception as error:
@@ -248,7 +307,13 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _here.tracer is not self:
             return forward(*args, **kwargs)
-        return self._quietly(lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))
+        made = self._quietly(lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))
+        if m in self.assumed.changed and any(type(v) in (list, dict, tuple) for v in (*args, *kwargs.values())):
+            if not lasting(self.root).isdisjoint(map(id, (*args, *kwargs.values()))):
+                raise ValueError("a list that outlives the forward is changed")
+            leave((args, kwargs), self.assumed.changed[m][Call.of(made.node).key])
+        kind, parts = self.assumed.lists.get(made.node.meta[VALUE], (list, None))
+        return made if parts is None else kind(made[i] for i in range(parts))
 
     def create_arg(self, a: Any) -> Any:
         return self._quietly(lambda: super(_Tracer, self).create_arg(a))
@@ -256,9 +321,10 @@ class _Tracer(fx.Tracer):
     # ---------------------------------------------------------------------------- values that outlive the forward
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        if node.name in self.tensors:
+        node.meta[VALUE] = tuple(q.answer for q in self.questions), node.name
+        if node.meta[VALUE] in self.assumed.tensors:
             node.meta[TENSOR] = True
-        made = _Value(node, self)
+        made = ValueOf(node, self)
         self.alive.append((node, weakref.ref(made)))
         return made
 
@@ -273,64 +339,6 @@ class _Tracer(fx.Tracer):
             for node, ref in computed:
                 if ref() is not None:
                     graph.call_function(kept, (node,))
-
-
-class _Value(fx.Proxy):
-    """Stand for a value in a trace. A forward that asks (`isinstance`) what type it has is told of tensors alone."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override, misc]
-        if not self.tracer.watching:  # type: ignore[attr-defined]
-            return _Value
-        if self.node.meta.get(TENSOR):
-            return Tensor
-        with self.tracer._refusing():  # type: ignore[attr-defined]
-            raise AsksTypeError(self.node)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse `x.data = y`, of which a trace sees nothing."""
-        if name not in ("node", "tracer"):
-            raise ValueError(f"it sets `{name}` of a value")
-        super().__setattr__(name, value)
-
-    def changed(self, how: Callable[..., Any], plain: Callable[..., Any], other: Any) -> Any:
-        """Return what `how` makes of the value in place; of a number, what `plain` does."""
-        return self.tracer.create_proxy("call_function", plain if _is_size(self.node) else how, (self, other), {})
-
-    def __len__(self) -> int:
-        parts = _parts_of(self.node)
-        with self.tracer._refusing():  # type: ignore[attr-defined]
-            return super().__len__() if parts is None else parts
-
-
-# `x += y` and its like, which fx takes for `x = x + y`: by the plain operator
-IN_PLACE = {
-    getattr(operator, name, None) or getattr(operator, f"{name}_"): getattr(operator, f"i{name}")
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-}
-for _plain, _how in IN_PLACE.items():
-    setattr(_Value, f"__{_how.__name__}__", lambda a, b, how=_how, plain=_plain: a.changed(how, plain, b))
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Tell whether a value is a number or a tuple, which nothing changes in place: a size, or what was made of sizes."""
-    if node.op == "call_method" or node.target is getattr:
-        return (node.target if node.op == "call_method" else node.args[1]) in ("size", "shape", "dim", "ndim", "numel")
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes))
-
-
-def _parts_of(node: fx.Node) -> int | None:
-    """Return how many parts a value has, where the call that makes it says so (of `x.shape[:2]`, if it has them)."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    how = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
-    if name == "chunk" and isinstance(how, int):
-        return how
-    if name == "getitem" and isinstance(how, slice) and _is_size(node.args[0]):  # type: ignore[arg-type]
-        if any(isinstance(end, fx.Node) for end in (how.start, how.stop, how.step)):
-            return None
-        counts = {len(range(*how.indices(dimensions))) for dimensions in (8, 9)}
-        return counts.pop() if len(counts) == 1 else None
-    return len(how) if name in ("split", "split_with_sizes") and isinstance(how, tuple | list) else None
 
 
 _MISSING = object()
