@@ -3,20 +3,25 @@
 import statistics
 from typing import Any
 
+import outdated
 from layout import many, measured, table
 from records import stamps
 
 Record = dict[str, Any]
+SINCE = "(results.md#the-native-engine-beside-the-others)"
 
 
-def engines(r: Record, native: Record) -> str:
-    """Return what to take for each batch size and precision, then every engine's figures. native: the record of our engine."""
-    p = r["protocol"]
+def engines(r: Record, native: Record, cifar10: Record | None = None) -> str:
+    """Return what to take for each batch size and precision, then every engine's figures.
+
+    native: the record of our engine. cifar10: that of the model whose predictions are compared.
+    """
+    p, earlier = r["protocol"], outdated.embedded(stamps(r)["predictions"], cifar10)
     return f"""{p["model"]} at {p["input_size"][-1]} px, {many(p["threads"], "thread")}; medians of {many(p["rounds"], "round")}
 in which all engines took turns, and ratios with 95% intervals.
 
 {_choice(r)}
-
+{_speeds_since(r, native)}
 Every engine, in images a second:
 
 {_each(r)}
@@ -25,7 +30,7 @@ Errors are the largest of any logit, relative to the largest logit.{_older(r, na
 Memory is what a process grows by from opening the model file to its first logits, of one image; the time is from and to the same.
 Caches hold what `torch.compile` compiled and which algorithms `native` chose. `--engine auto` took what had {_shares(r)}.
 
-{_predictions(r["predictions"])}
+{_predictions(r["predictions"], earlier)}
 
 [results/engines.json](../results/engines.json), by `python results/measure_engines.py`. {measured(stamps(r))}
 """
@@ -63,16 +68,20 @@ def _each(r: Record) -> str:
 
 
 def _older(r: Record, native: Record) -> str:
-    """Say what was measured again since, with other results: our engine's first prediction, and the engines' speeds."""
+    """Say where our engine's first prediction was measured again since, with another result."""
     when, since, said = stamps(r), stamps(native), ""
-    table_since = "(results.md#the-native-engine-beside-the-others)"
     if "start" in native and when["load"]["date"] < since["start"]["date"]:
         cold = native["start"]["native cold, batch 1"]["seconds"]
-        said += f"\n`native` was measured again [since]{table_since}: without caches its first prediction"
+        said += f"\n`native` was measured again [since]{SINCE}: without caches its first prediction"
         said += f"\ncomes {cold:.1f} s after the start of a process."
-    if "a0" in native and min(when[f"speed/{name}"]["date"] for name in r["speed"]) < since["a0"]["date"]:
-        said += f"\nThe speeds of the fastest engines were measured again: [that table]{table_since} counts."
     return said
+
+
+def _speeds_since(r: Record, native: Record) -> str:
+    """Say where the engines' speeds were measured again since."""
+    if "a0" not in native or min(stamps(r)[f"speed/{name}"]["date"] for name in r["speed"]) >= stamps(native)["a0"]["date"]:
+        return ""
+    return f"\nThe speeds of the fastest engines were measured again since, with other ratios: [that table]{SINCE} counts.\n"
 
 
 def _shares(r: Record) -> str:
@@ -83,24 +92,28 @@ def _shares(r: Record) -> str:
     )
 
 
-def _predictions(r: Record) -> str:
+def _predictions(r: Record, earlier: str) -> str:
     rows = [
         [f"`{to}`", *(f"{f[key]:,}" for key in ("same", "clear", "differ_where_clear")), f"{f['error']['relative']:.0e}"]
         for to, f in r["formats"].items()
     ]
     images = next(iter(r["formats"].values()))["predictions"]
     return (
-        f"Predictions of {r['model']['name']} on {images:,} test images of CIFAR-10, exported file beside PyTorch in "
+        f"Predictions of {earlier}{r['model']['name']} on {images:,} test images of CIFAR-10, exported file beside PyTorch in "
         f"float64; a prediction is clear where its probability is at least {100 * r['clear']:g} points above the next label's:\n\n"
         + table(["file", "the same", "clear", "clear and different", "error"], rows)
     )
 
 
 DAY = 24 * 60 * 60
+OWN_RUN = ", each in a run of its own; of an engine that is in both the newer figure"
 
 
-def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
-    """Return how many images a day each engine predicts on each machine that was measured, and what comes on top."""
+def sizing(r: Record, gpu: Record | None, data: Record | None, native: Record | None = None) -> str:
+    """Return how many images a day each engine predicts on each machine that was measured, and what comes on top.
+
+    native: the record of our engine, whose speeds of batches take the place of older ones.
+    """
     p, batches = r["protocol"], [t for t in _tables(r) if t["batch_size"] > 1]
     when = {t["name"]: t["machine"] for t in batches}
     found: dict[tuple[str, str, str, int], list[float]] = {
@@ -110,6 +123,13 @@ def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
         for t in batches
         for name, e in t["engines"].items()
     }
+    newer = _newer(r, native or {})
+    for (engine, precision), speed in newer.items():
+        for key in found:
+            if key[1:] == (f"`{engine}`", precision, 32):
+                found[key] = [speed]
+    if newer:
+        when["engine.json, a0"] = stamps(native or {})["a0"]
     for name, f in (gpu or {"figures": {}})["figures"].items():
         words = name.split(", ")  # pair, engine, precision, batch, memory format
         for row in f.get("rows", ()):
@@ -124,13 +144,23 @@ def sizing(r: Record, gpu: Record | None, data: Record | None) -> str:
         for (where, engine, precision, batch), speed in sorted(speeds.items(), key=lambda item: -item[1])
     ]
     heads = ["machine", "engine", "precision", "batch", "images/s", "millions a day", "machines for a billion a day"]
-    files = ["engines.json"] + ["gpu/speed.json"] * bool(gpu)
+    files = ["engines.json"] + ["engine.json"] * bool(newer) + ["gpu/speed.json"] * bool(gpu)
     return (
         f"{table(heads, rows)}\n\n{p['model']} at {p['input_size'][-1]} px: the network alone, by\n"
-        f"{' and '.join(f'[results/{file}](../results/{file})' for file in files)}. {_on_top(data or {})}"
+        f"{' and '.join(f'[results/{file}](../results/{file})' for file in files)}"
+        f"{OWN_RUN if newer else ''}. {_on_top(data or {})}"
         "For another machine or model multiply what\n`repvgg bench NAME --batch-size 32` says there by 86,400.\n\n"
         f"{measured(when)}\n"
     )
+
+
+def _newer(r: Record, native: Record) -> dict[tuple[str, str], float]:
+    """Return speeds of batches of 32 that were measured after those of engines.json, by engine and precision."""
+    if "a0" not in native or stamps(native)["a0"]["date"] < max(stamps(r)[f"speed/{name}"]["date"] for name in r["speed"]):
+        return {}
+    run = {name.removesuffix(" high"): f["images_per_second"] for name, f in native["a0"].get("batch 32", {}).items()}
+    words = {tuple([*name.split(), "fp32"][:2]): name for name in run if len(name.split()) < 3}
+    return {(engine, precision): run[name] for (engine, precision), name in words.items()}
 
 
 def _on_top(data: Record) -> str:

@@ -237,8 +237,10 @@ def page(results: dict[str, Any]) -> str:
             )
         )
     done = [r for r in networks.values() if "failed" not in r]
-    clean = sum(r["after"][1] == 0 for r in done)
-    lines += ["", f"{len(done)} networks: {clean} have no batch norm left. {len(networks) - len(done)} could not be measured."]
+    normed = [r for r in done if r["before"][1]]
+    clean, without = sum(r["after"][1] == 0 for r in normed), len(done) - len(normed)
+    told = f"{len(normed)} networks with batch norms: {clean} have none left. {without} had none before."
+    lines += ["", f"{told} {len(networks) - len(done)} could not be measured."]
     lines += ["", measured(stamps(results, "networks"))]
     if "speeds" in results:
         lines += ["", "Milliseconds an image in ONNX Runtime, whose own conv+BN fusion is on in both:", ""]

@@ -238,7 +238,7 @@ def start(folder: Path) -> dict[str, Any]:
         answers = [first(words.replace(",", "").split()[0], file, batch_size, folder, "cold" in words) for _ in range(1 + REPEATS)]
         runs = answers[1:]  # the first found no plan, and no file in memory
         seconds, peak = statistics.median(r[0] for r in runs), statistics.median(r[1] for r in runs)
-        found[words] = {"seconds": seconds, "spread": [min(runs)[0], max(runs)[0]], "peak_kib": peak}
+        found[words] = {"n": REPEATS, "seconds": seconds, "spread": [min(runs)[0], max(runs)[0]], "peak_kib": peak}
         say(f"{words}: first answer after {seconds:.2f} s, peak {peak / 1024:.0f} MiB")
     return found
 

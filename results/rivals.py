@@ -169,8 +169,19 @@ def _start(r: dict[str, Any]) -> str:
     if not found:
         return ""
     header = ["from the start of a process to its first prediction", "seconds", "peak memory, MiB"]
-    rows = [[named(name), f"{f['seconds']:.2f}", f"{f['peak_kib'] / 1024:.0f}"] for name, f in found.items()]
+    rows = [[named(name), f"{f['seconds']:.2f}{_range(f)}", f"{f['peak_kib'] / 1024:.0f}"] for name, f in found.items()]
     return (
         "Cold: without a plan, so that the first call measures algorithms first. Otherwise the plan is in the cache. RepVGG-A0 "
-        f"where no member is named.\n\n{table(header, rows)}"
+        f"where no member is named. Medians{_count(found)}, and their range.\n\n{table(header, rows)}"
     )
+
+
+def _count(found: Run) -> str:
+    """Return of how many processes medians are, where that was recorded."""
+    counts = {f.get("n", 0) for f in found.values()}
+    return f" of {many(max(counts), 'process', 'processes')}" if len(counts) == 1 and max(counts) else ""
+
+
+def _range(f: Figures) -> str:
+    """Return from what to what the seconds went, where that was recorded."""
+    return " ({:.2f} to {:.2f})".format(*f["spread"]) if "spread" in f else ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import outdated
 from layout import measured, table
 from records import stamps
 from rivals import RUNS, Figures, Run, named, over, own, rivals, times_as_fast
@@ -127,8 +128,9 @@ def _start(start: Record) -> Iterator[list[str]]:
 
 
 def _wasm(wasm: Record) -> Iterator[list[str]]:
+    earlier = ", an earlier build" if "bytes" in wasm and outdated.build(wasm)[1] else ""
     for key, which in (("ratio", "with relaxed SIMD"), ("ratio_without_relaxed_simd", "without")):
         found = wasm[key]["median"] if key in wasm else None
-        what = f"A0 as WebAssembly over onnxruntime-web, one thread, {which}"
+        what = f"A0 as WebAssembly over onnxruntime-web, one thread, {which}{earlier}"
         wanted = wasm.get("target", 2.3)
         yield _row(what, f"{wanted:.2f}", found, lambda x: f"{x:.2f}", (found or 0) >= wanted)

@@ -92,7 +92,7 @@ def run(out: Path, seed: int = 0) -> None:
     block = _two_channel_block(source, out / "two-channels", seed)
     story = Story(trained, deploy, proof, accuracies, same, _layer_errors(model, deploy, images), times, speedup, block, shown)
     write_text(out / "index.html", _page(story, model))
-    write_record(out / "demo.json", _figures(story), "cpu")
+    write_record(out / "demo.json", {**_figures(story), "seconds": time.perf_counter() - started}, "cpu")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Look at {out / 'index.html'}, or go on:")
     print(f"  repvgg info {out / 'deploy.safetensors'}")
     print(f"  repvgg predict {out / 'deploy.safetensors'} {out / 'scans'}")

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from repvgg.cli import main
 from repvgg.data import Decoded, Source, open_source
 from repvgg.deploy import quantize as quantizing
+from repvgg.deploy.engines import Signature
 from repvgg.deploy.load import load_engine
 from repvgg.deploy.qat import RoundedConv
 from repvgg.deploy.quantize import Quantization, QuantizationReport, qat_recipe, quantize
@@ -104,6 +105,25 @@ def test_trap_13_channels_of_very_different_ranges_collapse_unless_equalised(
     assert careless.before.top1 == even.before.top1 == 1  # the same function
     assert even.after.top1 > careless.after.top1 + 0.1
     assert mean_snr(even) > mean_snr(careless) + 5
+
+
+def test_biases_are_corrected_in_the_networks_of_openvino_too(model: nn.Module, tmp_path: Path) -> None:
+    """NNCF looks for an Add of a constant, and a bias read from ONNX is a Reshape of one."""
+    from repvgg.deploy.engines import openvino
+    from repvgg.deploy.engines.graph import to_onnx
+
+    openvino.save(openvino.read(to_onnx(model, Signature(P.input_size))), tmp_path / "plain.xml", "")
+    images = torch.randn(16, *P.input_size)
+
+    def biases(correction: Literal["none", "fast", "full"]) -> list[float]:
+        network = quantizing._quantised(openvino, tmp_path / "plain.xml", images, [], Quantization(bias_correction=correction))
+        added = [op.input_value(1).get_node() for op in network.get_ordered_ops() if op.get_type_name() == "Add"]
+        return [float(node.get_data().sum()) for node in added[:-1]]  # the classifier's is another kind of layer
+
+    none, fast, full = biases("none"), biases("fast"), biases("full")
+    assert len(none) == 10
+    assert sum(a != b for a, b in zip(none, fast, strict=True)) > 5
+    assert sum(a != b for a, b in zip(fast, full, strict=True)) > 5
 
 
 def test_layers_are_left_in_float_by_number(model: nn.Module, source: Source, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """results/records.py: each part of a record has a stamp of its own, which scripts leave alone and pages print."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,14 @@ import layout
 import measure_compatibility
 import measure_engines
 import measure_int8
+import outdated
 import pytest
+import readme
 import records
 import sections
 from records import keep, stamps
 
+from repvgg import create_model
 from repvgg.deploy.quantize import Quantization
 
 RESULTS = Path(records.__file__).parent
@@ -147,13 +151,16 @@ def test_engines_are_measured_part_by_part(tmp_path: Path, clock: dict[str, str]
 
 def test_a_remedy_leaves_the_stamps_of_others(tmp_path: Path, clock: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     path, top1 = tmp_path / "int8.json", SimpleNamespace(top1=0.9, images=10)
-    report = SimpleNamespace(before=top1, after=top1, kept=[], layers=[SimpleNamespace(snr=1.0)], settings=Quantization())
+    report = SimpleNamespace(
+        before=top1, after=top1, kept=[], layers=[SimpleNamespace(snr=1.0)], settings=Quantization(), path=path
+    )
     monkeypatch.setattr(measure_int8, "OUT", path)
     for name in ("open_source", "load"):
         monkeypatch.setattr(measure_int8, name, lambda what: MagicMock())
     monkeypatch.setattr(measure_int8, "replace", lambda source, train: source)
     monkeypatch.setattr(measure_int8, "manifest_of", lambda model: SimpleNamespace(arch=None))
     monkeypatch.setattr(measure_int8, "quantize", lambda *words, **more: report)
+    monkeypatch.setattr(measure_int8, "planned", lambda file: ["F4 int8", "direct int16", ""])
     measure_int8.accuracy("a file", "some data", ["plain"])
     turn(clock)
     measure_int8.accuracy("a file", "some data", ["equalised"])
@@ -163,6 +170,7 @@ def test_a_remedy_leaves_the_stamps_of_others(tmp_path: Path, clock: dict[str, s
         "accuracy/plain, native": "2026-11-20",
         "accuracy/equalised, openvino": "2026-11-22",
     }
+    assert json.loads(path.read_text())["accuracy"]["plain, native"]["plan"] == ["F4 int8", "direct int16", ""]
 
 
 def test_networks_are_measured_one_by_one(
@@ -200,12 +208,12 @@ def test_speeds_have_three_digits_and_no_exponents() -> None:
     ]
 
 
-def test_what_would_be_needed_is_told_where_the_order_is_not_the_papers() -> None:
+def test_what_is_next_is_told_where_the_order_is_not_the_papers() -> None:
     record = json.loads((Path(sections.__file__).parent / "ablation.json").read_text())
     record["rank_correlation"]["spearman"] = 0.4
-    assert "What would be needed" in sections.ablation(record)
+    assert "What would decide it is not known" in sections.ablation(record)
     record["rank_correlation"]["spearman"] = 0.9
-    assert "What would be needed" not in sections.ablation(record)
+    assert "What would decide it is not known" not in sections.ablation(record)
 
 
 def test_parts_of_another_protocol_are_not_mixed(tmp_path: Path) -> None:
@@ -216,3 +224,46 @@ def test_parts_of_another_protocol_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pairs/a was measured under another protocol: measure all, or move the file away"):
         keep(path, "pairs/b", 3, {"protocol": {"rounds": 6}})
     assert path.read_text() == before
+
+
+def test_records_of_other_code_say_so_until_they_are_measured_again() -> None:
+    """Each of these words goes by itself: what is compared is the record and the code of today."""
+    from repvgg.train.auto import FEW
+    from repvgg.train.recipes import get_recipe
+
+    run = {"arch": "pspnet_repvgg_micro", "command": "train --width 0.25", "per_class": {"a": 0.5, "b": 0.5}, "parameters": 1}
+    assert "another than today's" in outdated.network(run)
+    built = outdated._parameters("pspnet_repvgg_micro", 2, 0.25)
+    assert built == sum(p.numel() for p in create_model("pspnet_repvgg_micro", num_classes=2, width=0.25, deploy=True).parameters())
+    assert outdated.network({**run, "parameters": built}) == ""
+    assert outdated.photos({"recipe": asdict(FEW)}) == ""
+    assert "smooths labels by 0.2 instead of 0.1" in outdated.photos({"recipe": {**asdict(FEW), "label_smoothing": 0.1}})
+    cifar = {"recipe": {**asdict(get_recipe("cifar")), "epochs": 14}, "command": "train --epochs 14", "machine": {"commit": "abc"}}
+    assert outdated.recipe(cifar) == ""
+    words = outdated.recipe({**cifar, "recipe": {"epochs": 14, "batch_size": 128}})
+    assert words == "at commit abc, whose recipe was another (`optimizer` sgd, now muon; `batch_size` 128, now 256)"
+    there, before = {"date": "2026-11-22T12:00"}, {"date": "2026-11-21T12:00"}
+    cifar10 = {"measured": [{"parts": {"embedded": there}}]}
+    assert outdated.embedded(before, cifar10) == "an earlier "
+    assert outdated.embedded(there, cifar10) == outdated.embedded(before, None) == ""
+    sizes, words = outdated.build({"bytes": {"repvgg_engine.wasm": 1}})
+    assert words.endswith("an earlier build.")
+    assert outdated.build({"bytes": {"repvgg_engine.wasm": sizes[0]}})[1] == ""
+
+
+def test_speeds_are_stamped_when_they_were_timed() -> None:
+    day, pair = "2026-11-20T01:02:03+00:00", {"date": "2026-11-21T01:02:03+00:00", "commit": "bbbbbbb"}
+    table = {"machine": {**HERE, "date": "2026-11-22", "commit": "ccccccc"}, "data": {"speeds": [{"date": day}], "headlines": []}}
+    assert [(s["date"], s["commit"]) for s in readme.timed(table).values()] == [(day, None)]
+    table["data"]["headlines"] = [{"pair": pair}]  # type: ignore[index]
+    assert [s["commit"] for s in readme.timed(table).values()] == [None, "bbbbbbb"]
+
+
+def test_a_plan_in_the_record_is_counted() -> None:
+    record = json.loads((RESULTS / "int8.json").read_text())
+    record["accuracy"]["plain, native"]["plan"] = ["F4 int8", "direct int16", "", "F7 int16"]
+    assert "| plain, native, as planned here: 2 of 3 layers in 16 bits |" in sections.int8(record)
+    assert "without bias correction" in sections.int8(record)
+    for accuracy in record["accuracy"].values():
+        accuracy["constants_folded"] = True
+    assert "without bias correction" not in sections.int8(record)

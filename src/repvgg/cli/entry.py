@@ -1,6 +1,7 @@
 """`repvgg`: which command is meant, and how it ends.
 
-Exit codes: 0 done, 2 bad input (one line says what and how to mend it), 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM.
+Exit codes: 0 done, 2 an error (one line says what and how to mend it), 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM,
+1 another process of the training is gone, or nobody reads the output.
 REPVGG_DEBUG=1 shows the traceback of an error.
 """
 

@@ -33,7 +33,7 @@ def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None
 
     Raises ValueError for a PSPNet, a backbone, a network that is no plain stack, a shape of images other than the model's own, or
     where the engine is not installed; `ReparamError` for what cannot be folded; `FileError` where the folder cannot be written.
-    No file is left unless it computes the same.
+    No file is left unless the same algorithms, in the engine's build for this processor, compute the same.
     """
     if shape not in (None, Shape()):
         raise ValueError("a page prepares its images itself: leave out --batch-size, --any-size, --pixels and --image-size")
@@ -50,7 +50,7 @@ def write_web(model: nn.Module, out: str | os.PathLike[str], shape: Shape | None
 
 
 def write_model(model: nn.Module, folder: Path) -> tuple[Parity, nn.Module]:
-    """Write the deploy form and its plan, prove both by the kernels that the page runs, and return the proof and that form."""
+    """Write the deploy form and its plan, prove both by the engine's portable build, and return the proof and that form."""
     engines.check("native", "fp32")
     import repvgg_engine
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -50,6 +51,7 @@ def run(settings: PaperSettings) -> Result:
                     "here": interval(speed.ratio),
                     "engine": speed.engine,
                     "epochs": int(_epochs(row)),
+                    "speed": asdict(speed),
                 }
                 for row, speed in zip(rows, here, strict=True)
             ]

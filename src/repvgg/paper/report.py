@@ -1,12 +1,14 @@
 """`repvgg paper`: produce tables and figures, print them, and leave them behind as JSON, PNG, SVG and one page."""
 
 import difflib
+import json
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from repvgg.deploy import engines
 from repvgg.disk import FileError, atomically, write_text
@@ -121,12 +123,25 @@ def show(part: str, result: Result, settings: PaperSettings, with_json: bool) ->
     settings.log(f"written: {', '.join(str(settings.out / name) for name in written)}")
 
 
-def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
-    """Return all parts as one self-contained HTML document."""
+def as_page(
+    results: Mapping[str, Result],
+    settings: PaperSettings,
+    stamps: Mapping[str, dict[str, Any]] | None = None,
+    drawn: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """Return all parts as one self-contained HTML document.
+
+    stamps: what each part was measured on, as `this_machine` records it; by default this machine, now. drawn: by part, figures that
+    are HTML already, beside those of the results.
+    """
     told: dict[str, str] = {}  # a protocol that several parts share, by the first that tells it
-    sections = [(marked(result.title, settings), "\n".join(_pieces(result, settings, told))) for result in results.values()]
-    about = this_machine(settings.device)
-    sections.append(("Measured on", page.machine(about)))
+    sections = []
+    for part, result in results.items():
+        figures = [*(drawn or {}).get(part, ()), *map(page.svg, result.figures.values())]
+        sections.append((marked(result.title, settings), "\n".join(_pieces(result, settings, told, figures))))
+    stamps = stamps or dict.fromkeys(results, this_machine(settings.device))
+    sections.append(("Measured on", "\n".join(_measured(results, stamps))))
+    about = next(iter(stamps.values()), this_machine(settings.device))
     lead = (
         f"{len(results)} of the {len(PARTS)} parts of “RepVGG: Making VGG-style ConvNets Great Again” that repvgg paper knows, "
         f"beside what was measured on {about.get('gpu') or about['processor']}."
@@ -138,15 +153,42 @@ def as_page(results: dict[str, Result], settings: PaperSettings) -> str:
     return page.page(TITLE, sections, lead)
 
 
-def _pieces(result: Result, settings: PaperSettings, told: dict[str, str]) -> Iterable[str]:
+def _pieces(result: Result, settings: PaperSettings, told: dict[str, str], figures: Iterable[str]) -> Iterable[str]:
     first = told.setdefault(result.how, result.title)
     how = result.how if not result.how or first == result.title else f"Measured as for {first.partition(':')[0]}."
     yield from (page.paragraph(text) for text in (how, result.why) if text)
-    for figure in result.figures.values():
-        yield page.svg(figure)
+    yield from figures
     for t in result.tables:
         title, table = marked(t.title, settings), page.table(t.rows, t.header)
         yield page.folded(title, table) if t.folded else f"{page.heading(title)}\n{table}"
+
+
+def _measured(results: Mapping[str, Result], stamps: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """Say on what the parts were measured, and when; of parts that keep speeds, when those were timed."""
+    machines: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    rows = []
+    for part, stamp in stamps.items():
+        about = {name: value for name, value in stamp.items() if name not in ("date", "commit")}
+        title = results[part].title.partition(":")[0]
+        machines.setdefault(json.dumps(about, sort_keys=True), (about, []))[1].append(title)
+        timed = list(_timed(results[part].data))
+        days = sorted(date for date, _ in timed) or [stamp["date"]]
+        commits = dict.fromkeys(commit or "not kept" for _, commit in timed) or [stamp["commit"] or "unknown"]
+        rows.append((title, " to ".join(dict.fromkeys((days[0][:16], days[-1][:16]))), ", ".join(commits)))
+    for about, titles in machines.values():
+        if len(machines) > 1:
+            yield page.paragraph(f"{'; '.join(titles)}:")
+        yield page.machine(about)
+    yield page.table(rows, ("", "when (UTC)", "commit"))
+    yield page.paragraph("A part that keeps speeds: when those were timed; any other: when it was written.")
+
+
+def _timed(data: Any) -> Iterator[tuple[str, str]]:
+    """Find the speeds in what a part keeps: the date of each and the commit."""
+    if isinstance(data, Mapping) and "reference_seconds" in data:
+        yield data["date"], data.get("commit", "")
+    for inner in data.values() if isinstance(data, Mapping) else data if isinstance(data, list) else ():
+        yield from _timed(inner)
 
 
 def marked(title: str, settings: PaperSettings) -> str:

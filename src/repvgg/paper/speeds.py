@@ -48,7 +48,10 @@ PREPARE = functools.lru_cache(maxsize=2)(prepared)  # the reference of pair afte
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds an image, median by round, of a candidate and of the reference that it took turns with; counts of one image."""
+    """Seconds an image, median by round, of a candidate and of the reference that it took turns with; counts of one image.
+
+    date, commit: when it was timed; no commit where that was not kept.
+    """
 
     model: str
     batch_size: int
@@ -61,6 +64,7 @@ class Speed:
     winograd_muls: int
     date: str
     engine: str = "eager"
+    commit: str = ""
 
     @property
     def images_per_second(self) -> float:
@@ -84,7 +88,8 @@ class Speed:
 def over(fast: Speed, slow: Speed) -> Ratio:
     """Return how many times faster `fast` is than `slow`, through the reference with which both took turns.
 
-    What the machine did in between cancels.
+    What slowed both models of a pair alike cancels. What slowed the reference alone does not, and the interval does not show it:
+    time the two as a pair where much hangs on it.
     """
     assert fast.reference == slow.reference
     fast_, slow_ = (_times([s / r for s, r in zip(speed.seconds, speed.reference_seconds, strict=True)]) for speed in (fast, slow))
@@ -175,6 +180,7 @@ def _time(candidate: Candidate, reference: Candidate, settings: PaperSettings) -
     first, last = report.rows[0], report.rows[-1]  # the same where the reference is timed itself
     if len(report.rows) != len({reference, candidate}):
         raise ValueError(f"{candidate.name} beside {reference.name}: the engine runs one of them alone")
+    here = this_machine()
     return Speed(
         model=candidate.model,
         batch_size=last.batch_size,
@@ -185,8 +191,9 @@ def _time(candidate: Candidate, reference: Candidate, settings: PaperSettings) -
         params=last.cost.params,
         macs=last.cost.macs,
         winograd_muls=last.cost.winograd_muls,
-        date=this_machine()["date"],
+        date=here["date"],
         engine=candidate.engine,
+        commit=here["commit"] or "",
     )
 
 

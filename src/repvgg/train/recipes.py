@@ -55,7 +55,7 @@ class Optimization:
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 1e-4
-    """Decay of convolution and classifier kernels; never of biases or batch norms, nor of kernels that Muon updates."""
+    """Decay of convolution and classifier kernels; of no biases, no batch norms but with --decay-identity, nor Muon's kernels."""
     custom_l2: bool = False
     """Decay the kernels that blocks fold to, as the official code does, instead of those of their branches."""
     decay_identity: bool = False
@@ -105,7 +105,7 @@ class Augmentation:
     flip: bool = True
     """Mirror half of the images."""
     small_first: float = 0.0
-    """Share of the run, from its start, with images at three quarters of their size; a step then takes half the time."""
+    """Share of the run, from its start, with images at three quarters of their size; a step then takes six tenths of the time."""
     auto_augment: bool = False
     """AutoAugment's ImageNet policy (Cubuk et al. 2019)."""
     rand_augment: int = 0

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
+from openvino.passes import ConstantFolding, Manager
 from torch import Tensor, nn
 
 from repvgg.deploy.engines import Engine, ListedOperator, Options, Signature
@@ -100,8 +101,15 @@ def operators(path: Path) -> list[ListedOperator]:
 
 
 def read(file: Path | bytes) -> Any:
-    """Return the network of an .xml, or of the bytes of an ONNX file."""
-    return core().read_model(file)
+    """Return the network of an .xml, or of the bytes of an ONNX file.
+
+    Its constants are folded: a bias is then one, and NNCF corrects no other.
+    """
+    network = core().read_model(file)
+    passes = Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(network)
+    return network
 
 
 def layers(network: Any) -> list[str]:
