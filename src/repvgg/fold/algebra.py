@@ -18,6 +18,7 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+MOST_NUMBERS = 1 << 27  # of a kernel that is made here, or of an input to prove a map on: 1 GB
 
 
 class ReparamError(ValueError):
@@ -76,6 +77,8 @@ class LinearMap:
         """Return an input to prove the map on: two images just large enough for every tap, border and a second step."""
         geometry = zip(self.kernel_size, self.dilation, self.stride, self.padding, strict=True)
         size = [d * (k - 1) + 1 + 2 * s + p for k, d, s, p in geometry]
+        if 2 * self.in_channels * math.prod(size) > MOST_NUMBERS:
+            raise ReparamError("is too large to be proved")
         random = torch.Generator().manual_seed(self.in_channels * 31 + self.kernel_size[0])
         return torch.randn(2, self.in_channels, *size, generator=random, dtype=torch.float64, device="cpu").to(self.kernel.device)
 
@@ -100,6 +103,8 @@ def identity(channels: int) -> LinearMap:
 
 def average(channels: int, size: Pair, stride: Pair, padding: Pair, divisor: int | None = None) -> LinearMap:
     """Return the average over windows whose padding counts; divisor: by what to divide, in place of the window's size."""
+    if channels * math.prod(size) > MOST_NUMBERS:
+        raise ReparamError("averages over windows too large to be folded")
     kernel = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)), dtype=torch.float64)
     return LinearMap(kernel, kernel.new_zeros(channels), stride, padding, groups=channels)
 

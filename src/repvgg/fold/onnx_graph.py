@@ -1,5 +1,6 @@
 """Write an ONNX graph down as a computation (flow.py), and write the stretches that became convolutions back into it."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from repvgg.fold.flow import Flow, Stretch, Value
 from repvgg.fold.onnx_file import OnnxFile
 from repvgg.fold.onnx_operators import READERS, Node
 
-# Worked out where all that goes in is constant; none makes more numbers than it is given, but for those of `Expand`.
+# Worked out where all that goes in is constant.
 FOLDED = frozenset(("Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Cast", "Neg", "Sqrt", "Add", "Sub",
                     "Mul", "Div", "Reciprocal", "Shape", "Gather", "Slice", "Concat", "Expand", "CastLike"))  # fmt: skip
 LISTED_TOO = 4  # until this IR version each initializer had to be an input as well; since, one that is may be given from outside
@@ -68,11 +69,11 @@ class OnnxGraph:
             return inputs[0]
         if any(i and given is None for i, given in zip(node.input, inputs, strict=True)):
             return None
-        if node.op_type == "Expand" and (inputs[1] is None or np.prod(np.clip(inputs[1], 1, None), dtype=float) > SMALL):
-            return None
         if node.op_type != "Shape" and any(i is not None and i.size > SMALL for i in inputs):
             return None
         try:
+            if _made_numbers(node.op_type, [i for i in inputs if i is not None]) > SMALL:
+                return None
             known = {i: given for i, given in zip(node.input, inputs, strict=True) if given is not None}
             domain = [*self.file.model.opset_import]
             types = [helper.make_tensor_value_info(i, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for i, a in known.items()]
@@ -233,3 +234,14 @@ def _of_attribute(file: OnnxFile, a: AttributeProto) -> np.ndarray[Any, Any] | N
     if a.name == "value":
         return file.array(a.t)
     return np.asarray(helper.get_attribute_value(a)) if a.name.startswith("value_") and "string" not in a.name else None
+
+
+def _made_numbers(kind: str, inputs: list[np.ndarray[Any, Any]]) -> int:
+    """Return how many numbers an operator at most makes of constants. Raises ValueError for shapes that do not fit each other."""
+    if kind in ("Add", "Sub", "Mul", "Div"):
+        return math.prod(np.broadcast_shapes(*(x.shape for x in inputs)))
+    if kind == "Expand":
+        return math.prod(np.broadcast_shapes(inputs[0].shape, tuple(map(int, inputs[1]))))
+    if kind == "Gather":
+        return inputs[1].size * inputs[0].size // max(1, min(inputs[0].shape, default=1))
+    return sum(x.size for x in inputs) if kind == "Concat" else 0  # others make no more than they are given

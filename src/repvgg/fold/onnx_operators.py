@@ -15,6 +15,7 @@ from repvgg.fold.flow import Value
 from repvgg.fold.operators import Operator, concatenated, convolved, normed, padded, picked, pooled, same, scaled, strided, summed
 
 Pads = list[int]
+MOST_CHANNELS, MOST_SIDE = 1 << 20, 1 << 10  # beyond which no network is, and a stranger's file would take all memory
 LONGEST = 2**31 - 1  # an end that no map reaches, as exporters write it
 
 
@@ -80,8 +81,8 @@ def _pads(node: Node, kernel: Pair, stride: Pair, dilation: Pair) -> tuple[Pair,
         pads = small + large if auto == b"SAME_UPPER" else large + small
     elif auto == b"VALID":
         pads = [0, 0, 0, 0]
-    if min(pads) < 0 or len(pads) != 4:
-        raise ReparamError("pads by less than nothing")
+    if min(pads) < 0 or max(pads) > MOST_SIDE or len(pads) != 4:
+        raise ReparamError("pads by less than nothing, or by too much")
     return ((pads[0], pads[1]), None) if pads[:2] == pads[2:] else ((0, 0), pads)
 
 
@@ -163,7 +164,7 @@ def _pad(node: Node) -> Found:
     pads = node.whole("pads", 1)
     value = node.given(2)
     fill = float(node.get("value", 0.0)) if value is None else float(value)
-    even = len(pads) == 8 and pads[:4] == pads[4:] and pads[:2] == [0, 0] and min(pads) >= 0
+    even = len(pads) == 8 and pads[:4] == pads[4:] and pads[:2] == [0, 0] and min(pads) >= 0 and max(pads) <= MOST_SIDE
     if node.get("mode", b"constant") != b"constant" or fill or not even or node.given(3) is not None:
         raise ReparamError("is uneven, or pads with something else than zeros")
     return [padded(pads[2], pads[3])], None
@@ -178,7 +179,10 @@ def _concat(node: Node) -> Found:
 def _split(node: Node) -> Found:
     if node.get("axis", 0) != 1:
         raise ReparamError("is not along the channels")
-    ends = list(accumulate(node.whole("split", 1), initial=0))
+    sizes = node.whole("split", 1)
+    if min(sizes, default=-1) < 0 or sum(sizes) > MOST_CHANNELS:
+        raise ReparamError("has sizes that do not fit each other")
+    ends = list(accumulate(sizes, initial=0))
     return [picked(range(a, b)) for a, b in pairwise(ends)], None
 
 
@@ -196,7 +200,7 @@ def _slice(node: Node) -> Found:
     steps = node.whole("steps", 4) if node.given(4) is not None else [1] * len(starts)
     found: list[Operator] = []
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        if axis == 1 and step == 1 and 0 <= start < end < LONGEST:
+        if axis == 1 and step == 1 and 0 <= start < end <= MOST_CHANNELS:
             found.append(picked(range(start, end)))
         elif axis in (2, 3) and start == 0 and step > 0 and end >= LONGEST:
             found.append(strided(step if axis == 2 else 1, step if axis == 3 else 1))
@@ -215,6 +219,8 @@ def _refuse_nonfinite(*tensors: Tensor) -> None:
 def _pair(values: Any) -> Pair:
     if len(values) != 2:
         raise ReparamError("is not two-dimensional")
+    if not all(0 <= int(value) <= MOST_SIDE for value in values):
+        raise ReparamError("is larger than any that is folded")
     return int(values[0]), int(values[1])
 
 
