@@ -81,12 +81,14 @@ const Kernels *find_kernels(const char *isa, int precision) {
     for (const Set &set : sets())
         if (set.here && set.precision == precision && (name.empty() || name == set.name)) return set.kernels();
     if (precision == REPVGG_BF16)
-        throw std::invalid_argument("precision bf16 needs a processor with AVX512-BF16" +
-                                    (name.empty() ? "" : ", and the instruction set avx512, not " + printable(name, 50)));
+        throw std::invalid_argument(
+            "precision bf16 needs a processor with AVX512-BF16" +
+            (name.empty() ? "" : ", and the instruction set avx512, not " + printable(name, 50)));
     if (precision < REPVGG_FP32 || precision > REPVGG_INT8)
         throw std::invalid_argument("unknown precision " + std::to_string(precision));
     if (name.empty()) throw std::invalid_argument("this build has no products of integers");
-    throw std::invalid_argument("instruction set " + printable(name, 50) + ": this processor has " + instruction_sets());
+    throw std::invalid_argument("instruction set " + printable(name, 50) + ": this processor has " +
+                                instruction_sets());
 }
 
 const char *instruction_sets() {
