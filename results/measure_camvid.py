@@ -3,7 +3,8 @@
 repvgg train --arch pspnet_repvgg_a0_fast --width 0.25 --data camvid:../shared/data/camvid --workers 1 --out runs/camvid
 python results/measure_camvid.py camvid:../shared/data/camvid runs/camvid [RUN ...]      # where there are several, of any seeds
 
-With PICTURES=FOLDER in the environment it also leaves there four photos under the masks of the first run.
+With PICTURES=FOLDER in the environment it also leaves there four photos under the masks of the first run. NOTE=WORDS is what else
+there is to say of the minutes, such as that they are not those of a quiet machine.
 """
 
 import json
@@ -62,6 +63,7 @@ def evaluated(run: Path, source: Source) -> dict[str, Any]:
     return {
         **{key: summary[key] for key in ("command", "arch", "seed", "best_mean_iou")},
         "minutes": summary["seconds"] / 60,
+        "note": os.environ.get("NOTE", ""),
         "trained_on": summary["machine"],
         "recipe": json.loads((run / "recipe.json").read_text()),
         "parameters": sum(p.numel() for p in deploy.parameters()),

@@ -235,7 +235,7 @@ class FillsAList(Part):
 
 
 class GivesAList(Whole):
-    part_type = FillsAList
+    part_type: type[Part] = FillsAList
 
     def forward(self, x: Tensor) -> Tensor:
         found: list[Tensor] = []
@@ -262,13 +262,8 @@ class HandsAListOn(Part):
         return self.inner(x, raw)  # type: ignore[no-any-return]
 
 
-class GivesAListFarther(Whole):
+class GivesAListFarther(GivesAList):
     part_type = HandsAListOn
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: list[Tensor] = []
-        y: Tensor = self.part(x, found)
-        return y + sum(found)
 
 
 class GivesAListOfItsOwn(Whole):
@@ -292,6 +287,18 @@ class TakesApartSometimes(Whole):
         if x.shape[-1] > 4:
             return self.stem(x) + self.stem[0](x)  # type: ignore[no-any-return]
         return self.stem(x)  # type: ignore[no-any-return]
+
+
+class CatchesARefusal(Whole):
+    """A tracer refuses what it does not see; the forward is not refused, and goes on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.stem[0](x)
+        try:
+            y.data = y.data * 2
+        except ValueError:
+            return self.stem[1](y)  # type: ignore[no-any-return]
+        return self.stem[1](y) + y  # type: ignore[no-any-return]
 
 
 class Flips(Part):
@@ -353,4 +360,5 @@ ODD = [
     AsksForABias, UsesAWeight, UsesStatistics, UntraceableTakesApart, UntraceableOtherMethod, UntraceableUsesAWeight,
     UntraceableTwoLevelsUp, KeptOnItself, KeptIfThere, KeptInAList, GivesADictionary, CallsOneThatFlips, CallsOneThatAsksForAType,
     CallsOneInPlace, GivesAList, CountsAList, GivesAListFarther, GivesAListOfItsOwn, TakesApartSometimes,
+    CatchesARefusal,
 ]  # fmt: skip

@@ -35,7 +35,8 @@ class ValueOf(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse `x.data = y`, of which a trace sees nothing."""
         if name not in ("node", "tracer"):
-            raise ValueError(f"it sets `{name}` of a value")
+            with self.tracer._refusing():  # type: ignore[attr-defined]
+                raise ValueError(f"it sets `{name}` of a value")
         super().__setattr__(name, value)
 
     def __index__(self) -> int:
