@@ -160,11 +160,14 @@ def python_for(source: str, environments: Path) -> str:
         return sys.executable
     home = environments / source
     python = home / "bin" / "python"
-    if not python.exists():
+    made = python.exists()
+    if not made:
         venv.create(home, with_pip=True)
-        site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-                                   capture_output=True, text=True, check=True).stdout.strip())  # fmt: skip
-        (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n{HERE.parent / 'src'}\n")
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
+    (site / "borrowed.pth").write_text(
+        f"{sysconfig.get_path('purelib')}\n{HERE.parent / 'src'}\n"
+    )  # this checkout, also of an old one
+    if not made:
         subprocess.run([python, "-m", "pip", "install", "-q", PACKAGES[source]], check=True)
     return str(python)
 

@@ -105,7 +105,9 @@ def timed(*tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
         pairs = [claim["pair"] for claim in table_["data"]["headlines"] if "pair" in claim]
         for speed in [*table_["data"]["speeds"], *pairs]:
             stamp = {**table_["machine"], "date": speed["date"], "commit": speed.get("commit") or None}
-            found.setdefault(f"{speed['date'][:10]}, {stamp['commit']}", stamp)
+            commit = (stamp["commit"] or "").removesuffix("+")  # the first table's record makes a + for the next
+            when = f"{speed['date'][:10]}, {commit}"
+            found[when] = max(found.get(when, stamp), stamp, key=lambda s: s["commit"] or "")
     return found
 
 

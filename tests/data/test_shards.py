@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         (f"hf-stream:{tmp_path}/nowhere", "cannot be opened"),
         (f"wds:{tmp_path}/none", r"holds no \.tar"),
         (f"wds:{tmp_path}/val-{{0..4}}.tar", "there is no .*val-1.tar"),
-        ("wds:http://127.0.0.1:9/val.tar", "cannot be opened"),
+        ("wds:http://127.0.0.1:9/val.tar", "shard 0: cannot be read on"),
     ):
         with pytest.raises(DataError, match=complaint) as caught:
             every(open_shards(spec))

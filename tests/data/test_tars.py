@@ -64,3 +64,20 @@ def test_what_lies_beside_an_image_is_neither_unpacked_nor_decoded(tmp_path: Pat
     source = open_source(f"wds:{root}")
     assert (len(source.train), len(source.classes)) == (3, 2)
     assert [item.label for item in open_shards(f"wds:{root}").read(0)] == [1, 1, 1]
+
+
+def test_a_file_of_this_machine_is_not_read_in_place_of_a_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a member whose name is a file's here, `datasets` reads the file."""
+    monkeypatch.chdir(tmp_path)
+    root = write_shards(tmp_path / "shards", {"train": [4], "val": [4]})
+    for name in ("00000.png", "00001.png"):
+        Path(name).write_bytes(png(200))
+    bytes_of = [item.image for item in open_shards(f"wds:{root}", "train").read(0)]
+    assert bytes_of == [png(grey) for grey in range(4)]
+
+
+def test_a_class_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "shards", {"train": [2], "val": [2]})
+    (root / "train-000.tar").write_bytes(member("00000.png", png(7)) + member("00000.cls", b"cat") + END)
+    with pytest.raises(DataError, match=r"train-000.tar: 00000: its .cls is no number"):
+        open_source(f"wds:{root}")

@@ -15,8 +15,8 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.blocks import repvgg, with_bn
 from repvgg.fold.reparameterize import reparameterize
 from repvgg.fold.replace import replace_conv
+from repvgg.fold.seen import kept
 from repvgg.fold.trace import trace
-from repvgg.fold.tracer import kept
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 from torch import Tensor
 
-from repvgg.data import VALIDATION, DataError, open_source
+from repvgg.data import VALIDATION, DataError, open_source, tars
 from repvgg.data.cifar10 import HUB_NAME
 from repvgg.data.folder import is_split
 from repvgg.data.hf import HELD_OUT, find_columns
@@ -63,10 +63,12 @@ def open_shards(spec: str, split: str = "val", size: int = 1024) -> Shards:
     if kind == "cifar10" and (not rest or any(Path(rest).rglob("*.parquet"))):
         kind, rest = "hf", rest or HUB_NAME
     if kind in ("hf", "hf-stream") and rest:
-        return _of_hf(spec, rest, split, size) if kind == "hf" else _of_stream(spec, {"path": rest}, split, _tables(rest), {})
+        if kind == "hf":
+            return _of_hf(spec, rest, split, size)
+        return _of_stream(spec, _split(spec, {"path": rest, "streaming": True}, split), _tables(rest), {})
     if kind == "wds" and rest:
         files = _tar_files(rest, split)
-        return _of_stream(spec, {"path": "webdataset", "data_files": {split: files}}, split, _facts(files), _short(files))
+        return _of_stream(spec, tars.table(files), _facts(files), _short(files))
     if spec and Path(spec).is_dir():
         return _of_folder(Path(spec), split, size)
     source = open_source(spec)
@@ -141,9 +143,8 @@ def _of_hf(spec: str, name: str, split: str, size: int) -> Shards:
     return _in_rows(spec, len(table), size, items, [table[i][image] for i in (0, len(table) - 1)] if len(table) else [])
 
 
-def _of_stream(spec: str, load: dict[str, Any], split: str, facts: Any, names: Mapping[str, str]) -> Shards:
+def _of_stream(spec: str, table: Any, facts: Any, names: Mapping[str, str]) -> Shards:
     """Keys are SHARD.tar/KEY, of parquet SHARD/ROW. facts: what tells the data from others; names: of shards, by their paths."""
-    table = _split(spec, {**load, "streaming": True}, split)
     try:
         features = table.features or table._resolve_features().features
     except Exception as error:  # of whatever protocol and file format is beneath
@@ -154,8 +155,8 @@ def _of_stream(spec: str, load: dict[str, Any], split: str, facts: Any, names: M
     def read(shard: int) -> Iterator[Item]:
         try:
             for i, row in enumerate(table.shard(count, shard)):
-                tar = row.get("__url__", "")
-                key = f"{escaped(names.get(tar, Path(tar).name))}/{_inside(row['__key__'])}" if tar else f"{shard}/{i}"
+                tar = row.get(tars.SHARD, "")
+                key = f"{escaped(names.get(tar, Path(tar).name))}/{_inside(row[tars.KEY])}" if tar else f"{shard}/{i}"
                 yield Item(key, to_label(row), fetched(row[image]))
         except (DataError, GeneratorExit):
             raise

@@ -7,7 +7,7 @@ run goes on in the middle of an epoch without reading more than the shards that 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice, pairwise
 from pathlib import Path
@@ -18,15 +18,13 @@ import numpy as np
 from datasets.utils.file_utils import xopen
 from torch import Tensor
 
-from repvgg.data import DataError, Source
+from repvgg.data import DataError, Source, tars
 from repvgg.data.hf import HELD_OUT, columns, refuse_ids
 from repvgg.data.images import decode
 from repvgg.data.index import Counts, Index
-from repvgg.data.tars import bounded
 from repvgg.disk import Log, describe, in_a_line
 from repvgg.models.manifest import Preprocessing
 
-bounded()  # in every process that reads shards
 BLOCK = 512  # bytes; a tar file ends in blocks of zeros
 LANES = 16  # at most; each starts in the midst of a shard, which it reads from the front
 CHUNK = 512  # images
@@ -143,7 +141,7 @@ class Stream:
             for number, row in enumerate(table, first):
                 cell = row[self.image] or {"bytes": None, "path": None}
                 data = fetched(cell)
-                name = f"{row.get('__url__', self.name)}: {cell['path'] or number}"
+                name = f"{row.get(tars.SHARD, self.name)}: {row.get(tars.FILE) or cell['path'] or number}"
                 yield number, Example(position, data, name, int(row[self.label]))
         except (DataError, GeneratorExit):
             raise
@@ -232,7 +230,8 @@ def write_index(spec: str, workers: int = 0, log: Log = print) -> Path:
 
 def _of_hub(name: str) -> Opened:
     folder = Path(name) if Path(name).is_dir() else None
-    return _opened(f"hf-stream:{name}", {"path": name}, folder, sorted(folder.rglob("*.parquet")) if folder else [])
+    files = sorted(folder.rglob("*.parquet")) if folder else []
+    return _opened(f"hf-stream:{name}", lambda: datasets.load_dataset(name, streaming=True), folder, files)
 
 
 def _of_tars(spec: str) -> Opened:
@@ -250,7 +249,7 @@ def _of_tars(spec: str) -> Opened:
         refuse_damaged(f"wds:{spec}", shards)
     local = [Path(shard) for shard in (*train, *val) if "://" not in shard]
     folder = root if root.is_dir() else local[0].parent if local else None
-    return _opened(f"wds:{spec}", {"path": "webdataset", "data_files": {"train": train, "val": val}}, folder, local)
+    return _opened(f"wds:{spec}", lambda: {"train": tars.table(train), "val": tars.table(val)}, folder, local)
 
 
 def refuse_damaged(name: str, shards: list[str]) -> None:
@@ -275,9 +274,9 @@ def expanded(pattern: str) -> list[str]:
     return [name for n in numbers for name in expanded(pattern[: found.start()] + n + pattern[found.end() :])]
 
 
-def _opened(name: str, load: dict[str, Any], folder: Path | None, files: Sequence[Path]) -> Opened:
+def _opened(name: str, load: Callable[[], dict[str, Any]], folder: Path | None, files: Sequence[Path]) -> Opened:
     try:
-        splits = datasets.load_dataset(**load, streaming=True)
+        splits = load()
         held_out = next((s for s in HELD_OUT if s in splits), None)
         if "train" not in splits or held_out is None:
             raise DataError(f"{name}: needs a train split and one of {', '.join(HELD_OUT)}; it has {', '.join(splits)}")

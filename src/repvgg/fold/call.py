@@ -95,3 +95,33 @@ def lasting(root: nn.Module) -> set[int]:
     holders = [*map(vars, modules), *(vars(cls) for m in modules for cls in type(m).__mro__)]
     holders += [getattr(m.forward, "__globals__", {}) for m in modules]
     return {id(value) for holder in holders for value in list(holder.values()) if type(value) in (list, dict)}
+
+
+def contents(value: Any) -> Any:
+    """Return what is in a list, dictionary or set, and in those inside it, in a form that tells whether it has changed."""
+    if isinstance(value, dict):
+        return [(key, contents(inner)) for key, inner in value.items()]
+    if isinstance(value, list | tuple):
+        return [type(value), *map(contents, value)]
+    return sorted(map(id, value)) if isinstance(value, set) else id(value)
+
+
+def own_lists(module: nn.Module) -> list[tuple[str, Any, Any, Any]]:
+    """Return the lists, dictionaries and sets that a module, its class and its file hold: name, value, a copy, and contents."""
+    holders = [vars(module), *map(vars, type(module).__mro__), getattr(module.forward, "__globals__", {})]
+    named = [(n, v) for holder in holders for n, v in holder.items() if type(v) in (list, dict, set)]
+    return [(n, v, v.copy(), contents(v)) for n, v in named if not n.startswith("__") and n not in EVERYWHERE]
+
+
+def restored(lists: list[tuple[str, Any, Any, Any]]) -> list[str]:
+    """Put back what was in lists that `own_lists` returned, and return the names of those that were changed."""
+    changed = []
+    for name, value, copy, before in lists:
+        if contents(value) != before:
+            changed.append(name)
+            value.clear()
+            value.extend(copy) if isinstance(value, list) else value.update(copy)
+    return changed
+
+
+EVERYWHERE = {*vars(nn.Module()), *vars(nn.Module)}  # what every module has

@@ -12,10 +12,10 @@ from torch import fx, nn
 from repvgg.fold.as_linear import as_conv, main_tensor, split_activation
 from repvgg.fold.flow import Stretch, Value
 from repvgg.fold.guards import altered, inside
+from repvgg.fold.seen import kept
 from repvgg.fold.torch_graph import ModuleFlow
 from repvgg.fold.torch_memory import MUTATED
 from repvgg.fold.torch_operators import FLAT
-from repvgg.fold.tracer import kept
 
 
 class Rewritten(fx.GraphModule):

@@ -20,8 +20,9 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import as_linear, is_batch_norm
 from repvgg.fold.call import ONE_INPUT, TENSOR, Call, Slot
 from repvgg.fold.guards import called_as_torch_does, copied, parts
-from repvgg.fold.tracer import ARGUMENTS, Assumed, Seen, watched_modules
-from repvgg.fold.values import TENSOR_CALLS, VALUE, AsksTypeError, gives_tensor
+from repvgg.fold.seen import Assumed, Seen
+from repvgg.fold.tracer import ARGUMENTS, watched_modules
+from repvgg.fold.values import TENSOR_CALLS, VALUE, AsksPartsError, AsksTypeError, gives_tensor
 from repvgg.fold.ways import ways
 
 
@@ -95,7 +96,7 @@ class _Walk:
         self.todo = [(m, call or Call.by_default(m)) for m in _entries(model)]
         self.traces.open = {self.names[m]: names for m, call in self.todo if (names := call.leaves_open(m))}
         done: set[tuple[nn.Module, str]] = set()
-        with watched_modules():
+        with watched_modules(model):
             while self.todo:
                 module, call = self.todo.pop()
                 if (module, repr(call)) not in done and not _is_operator(module):
@@ -170,7 +171,7 @@ class _Walk:
         return found
 
     def _explored(self, module: nn.Module, call: Call, seen: Seen, assumed: Assumed) -> list[fx.Graph]:
-        """Trace a forward; again where more could be found out of a value: that it is a tensor, which it asked, or a list."""
+        """Trace a forward; again where more could be found out of a value: that it is a tensor, or a list and how long."""
         while True:
             try:
                 found = ways(module, call, seen, assumed)
@@ -178,6 +179,10 @@ class _Walk:
                 if question.value in assumed.tensors or not self._is_tensor(module, question.node):
                     raise
                 assumed = replace(assumed, tensors=assumed.tensors | {question.value})
+            except AsksPartsError as question:
+                if question.value in assumed.lists or (parts := self._parts(module, question.node)) is None:
+                    raise
+                assumed = replace(assumed, lists={**assumed.lists, question.value: parts})
             else:
                 lists = dict(item for graph in found for item in self._lists(module, graph)) | assumed.lists
                 if lists == assumed.lists:
@@ -187,12 +192,19 @@ class _Walk:
     def _lists(self, module: nn.Module, graph: fx.Graph) -> Iterator[tuple[Any, tuple[type, int]]]:
         """Yield the values that a child returns and another one gets, and are lists or tuples, with how many parts they have."""
         for node in graph.find_nodes(op="call_module"):
-            child = module.get_submodule(str(node.target))
-            if not _is_operator(child) and any(n.op == "call_module" and node in (*n.args, *n.kwargs.values()) for n in node.users):
-                outs = self._returned(child, Call.of(node))
-                kinds = {(list if isinstance(out, list) else type(out), len(out)) for out in outs if isinstance(out, list | tuple)}
-                if len(kinds) == 1 and all(isinstance(out, list | tuple) for out in outs):
-                    yield node.meta[VALUE], kinds.pop()
+            if any(n.op == "call_module" and node in (*n.args, *n.kwargs.values()) for n in node.users):
+                parts = self._parts(module, node)
+                if parts is not None:
+                    yield node.meta[VALUE], parts
+
+    def _parts(self, module: nn.Module, node: fx.Node) -> tuple[type, int] | None:
+        """Return whether a child returns a list or a tuple, and of how many parts, if that is the same on each of its ways."""
+        child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if child is None or _is_operator(child):
+            return None
+        outs = self._returned(child, Call.of(node))
+        kinds = {(list if isinstance(out, list) else type(out), len(out)) for out in outs if isinstance(out, list | tuple)}
+        return kinds.pop() if len(kinds) == 1 and all(isinstance(out, list | tuple) for out in outs) else None
 
     def _returned(self, module: nn.Module, call: Call) -> list[Any]:
         """Return what a forward returns on each of its ways, nodes in the place of values; nothing where it cannot be traced."""

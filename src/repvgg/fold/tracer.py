@@ -6,99 +6,58 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from repvgg.fold.call import TENSOR, Call, Slot, lasting, leave, left_in
-from repvgg.fold.contexts import watched_contexts
+from repvgg.fold.call import TENSOR, Call, Slot, contents, lasting, leave, left_in, own_lists, restored
+from repvgg.fold.contexts import WatchedTensors, memory, watched_contexts, watched_factories
 from repvgg.fold.guards import chosen_forward
-from repvgg.fold.values import VALUE, ValueOf, is_size, parts_of
-
-
-def kept(value: Any) -> Any:
-    """Stand in a graph for a place, unknown to the graph, that holds `value` after the forward is done."""
-    return value
-
-
-@dataclass
-class Seen:
-    """List the attributes of modules that a forward read (of others) or wrote (of any), contexts, and how it left its arguments."""
-
-    reads: list[tuple[nn.Module, str]] = field(default_factory=list)
-    writes: list[tuple[nn.Module, str]] = field(default_factory=list)
-    contexts: list[str] = field(default_factory=list)  # that it worked under (see contexts.py)
-    left: list[Any] = field(default_factory=list)  # what is in the lists that it is given (see `left_in`)
-
-    def add(self, other: "Seen") -> None:
-        self.reads += other.reads
-        self.writes += other.writes
-        self.contexts += other.contexts
-        self.left += other.left
-
-
-@dataclass(frozen=True)
-class Question:
-    """A forward's asking whether the value of `node` is true, the answer that it got, and where it asks."""
-
-    node: fx.Node
-    answer: bool
-    where: str
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """List what a trace takes for granted.
-
-    answers: to the forward's first questions (the later ones get yes). tensors: the values that are known to be tensors, as
-    `AsksTypeError.value`; lists: those that are known to be lists or tuples, and of how many parts. changed: what calls of modules
-    leave of the lists that they are given, by module and `Call.key`.
-    """
-
-    answers: tuple[bool, ...] = ()
-    tensors: frozenset[Any] = frozenset()
-    lists: dict[Any, tuple[type, int]] = field(default_factory=dict)
-    changed: dict[Any, Any] = field(default_factory=dict)
+from repvgg.fold.seen import MISSING, UNKNOWN, Assumed, Question, Seen, elsewhere, forget_states, kept, kind_of, set_apart
+from repvgg.fold.values import VALUE, AsksPartsError, ValueOf, is_size, parts_of
 
 
 def traced(module: nn.Module, call: Call, seen: Seen, assumed: Assumed, more: bool) -> tuple[fx.Graph | None, list[Question]]:
     """Trace one way of the forward of `module`, called so. What it reads and writes goes into `seen`; what it wrote is put back.
 
     more: whether it may ask questions that are not answered yet. Returns no graph where the forward raises an error of its own,
-    after a question. Raises `AsksTypeError` where a forward asks whether another value is a tensor, and what else keeps it from
-    being traced.
+    after a question. Raises `AsksTypeError` where a forward asks whether another value is a tensor, `AsksPartsError` where it takes
+    one apart, and what else keeps it from being traced.
     """
-    tracer, held, homeless = _Tracer(call, seen, assumed, more), set(vars(module)), False
+    tracer, held, strays = _Tracer(call, seen, assumed, more), set(vars(module)), dict[str, Any]()
+    lists = own_lists(module)
     graph = None
     try:
         graph = tracer.once(module)
-        if tracer.undo:  # it has a state: does it do the same the next time?
-            again = _Tracer(call, seen, assumed, more)
-            try:
-                if str(again.once(module)) != str(graph):
-                    raise ValueError("it does something else each time")
-            finally:
-                again.restore()
     finally:
-        seen.writes += [(holder, name) for holder, name, value, before in tracer.held if _contents(value) != before]
-        tracer.restore()
+        seen.writes += [(holder, name) for holder, name, value, before in tracer.held if contents(value) != before]
+        left, changed = tracer.restore(), restored(lists)
         for name in vars(module).keys() - held:  # constants, which fx has put there
-            del vars(module)[name]
-            homeless = True
+            strays[name] = vars(module).pop(name)
+    if changed:
+        seen.writes += [(module, name) for name in changed]
+        raise ValueError(f"it changes `{changed[0]}`, which outlives it")
+    for owner, name, value in left:
+        if isinstance(value, nn.Module):
+            raise ValueError(f"it sets `{name}`, a module")
+        if owner is module:
+            seen.states.setdefault(name, set()).add(kind_of(value))
     if graph is None:
         return None, tracer.questions
-    if homeless:
-        raise ValueError("it uses a tensor that no module holds")
+    if strays:
+        tracer.refuse_shared(strays.values())
+        seen.contexts.append("a tensor that no module holds")
+        set_apart(graph, strays)
+    forget_states(graph)
     if repr(tracer.given) != tracer.as_given:
         seen.writes.append((module, ARGUMENTS))
     seen.left.append(left_in(tracer.given))
     tracer.given = None
-    tracer.mark_kept(graph)
+    tracer.mark_kept(graph)  # those in `left` too
     return graph, tracer.questions
 
 
@@ -112,15 +71,6 @@ def _raised_on_purpose(error: Exception) -> bool:
     return dis.opname[at.tb_frame.f_code.co_code[at.tb_lasti]] == "RAISE_VARARGS"
 
 
-def _contents(value: Any) -> Any:
-    """Return what is in a list, dictionary or set, and in those inside it, in a form that tells whether it has changed."""
-    if isinstance(value, dict):
-        return [(key, _contents(inner)) for key, inner in value.items()]
-    if isinstance(value, list | tuple):
-        return [type(value), *map(_contents, value)]
-    return sorted(map(id, value)) if isinstance(value, set) else id(value)
-
-
 ARGUMENTS = "a list or dictionary that it is given"
 MACHINERY = {*dir(nn.Module), *vars(nn.Module())}  # what every module has says nothing about what one does
 
@@ -129,14 +79,16 @@ class _Here(threading.local):
     """Say which tracer is at work in this thread. What a trace changes (`nn.Module`, fx) it changes for all threads."""
 
     tracer: "_Tracer | None" = None
+    memory: frozenset[int] = frozenset()  # of the tensors that the modules of the network hold
 
 
 _here = _Here()
 
 
 @contextmanager
-def watched_modules() -> Iterator[None]:
-    """Let tracers see what forwards do to modules, as long as this lasts. (To change `nn.Module` takes long: once for many.)"""
+def watched_modules(model: nn.Module) -> Iterator[None]:
+    """Let tracers see what forwards do to these modules, as long as this lasts. (To change `nn.Module` takes long.)"""
+    _here.memory = frozenset(memory(t) for t in (*model.parameters(), *model.buffers()))
     plain_get, plain_set = nn.Module.__getattribute__, nn.Module.__setattr__
 
     def get(module: nn.Module, name: str) -> Any:
@@ -146,7 +98,7 @@ def watched_modules() -> Iterator[None]:
         tracer.seen.reads.append((module, name))  # before it: a parameter is found in another way than this
         value = plain_get(module, name)
         if isinstance(value, list | dict | set):  # which may be changed as well as read
-            tracer.held.append((module, name, value, _contents(value)))
+            tracer.held.append((module, name, value, contents(value)))
         return value
 
     def set_(module: nn.Module, name: str, value: Any) -> None:
@@ -164,9 +116,10 @@ def watched_modules() -> Iterator[None]:
 
     nn.Module.__getattribute__, nn.Module.__setattr__ = get, set_  # type: ignore[method-assign, assignment]
     try:
-        with watched_contexts(note):
+        with watched_contexts(note), watched_factories():
             yield
     finally:
+        _here.memory = frozenset()
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = plain_set  # type: ignore[method-assign]
 
@@ -178,6 +131,8 @@ MOST_QUESTIONS = 12  # of one way: a loop may ask forever
 class _Tracer(fx.Tracer):
     """Trace one module's own forward for one call; every module that it calls is a leaf."""
 
+    proxy_buffer_attributes = True  # what is made of a buffer is followed, as what is made of a parameter
+
     def __init__(self, call: Call, seen: Seen, assumed: Assumed, more: bool) -> None:
         super().__init__()
         self.call, self.seen, self.assumed, self.more = call, seen, assumed, more
@@ -185,7 +140,7 @@ class _Tracer(fx.Tracer):
         self.given: Any = None  # the arguments, and how they looked before the forward
         self.as_given = ""
         self.held: list[tuple[nn.Module, str, Any, Any]] = []  # lists and the like that modules hold, and what was in them
-        self.undo: list[tuple[dict[str, Any], str, Any]] = []
+        self.undo: list[tuple[nn.Module, str, dict[str, Any], Any]] = []  # what it wrote, where that was, and what it was
         self.watching = False
         self.refused: Exception | None = None
         self.alive: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
@@ -195,7 +150,10 @@ class _Tracer(fx.Tracer):
         if (parts := parts_of(obj.node)) is not None:
             return iter([obj[i] for i in range(parts)])  # type: ignore[index]
         with self._refusing():
-            found: Iterator[Any] = super().iter(obj)
+            try:
+                found: Iterator[Any] = super().iter(obj)
+            except fx.proxy.TraceError as error:
+                raise AsksPartsError(str(error), obj.node) from error
         return found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -221,6 +179,7 @@ class _Tracer(fx.Tracer):
         self.given, self.as_given = (args, kwargs), repr((args, kwargs))
 
         def forward(*args: Any) -> Any:
+            self._recall()
             with self._watch():
                 made = root_fn(*args, **kwargs)
             if isinstance(made, dict | list) and type(made) not in (dict, list):  # which a graph makes a plain one of
@@ -273,23 +232,48 @@ class _Tracer(fx.Tracer):
         self.watching = True
         before, _here.tracer = _here.tracer, self
         try:
-            yield
+            with WatchedTensors(self.refuse_shared):
+                yield
         finally:
             _here.tracer = before
             self.watching = False
 
+    def refuse_shared(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Refuse to use tensors of the network that the forward has from elsewhere than a module: it may change them."""
+        with self._refusing():
+            if not _here.memory.isdisjoint(map(memory, tensors)):
+                raise ValueError("it uses a tensor of a module that it finds in another place")
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        if (now := _here.tracer) not in (None, self):  # a value of another trace, which a list has kept, say
+            with now._refusing():
+                raise ValueError("it uses what another forward has left somewhere")
+        return super().create_proxy(*args, **kwargs)
+
     def note_write(self, module: nn.Module, name: str) -> None:
         self.seen.writes.append((module, name))
-        home = next((d for d in (module._buffers, module._parameters, module._modules) if name in d), vars(module))
-        self.undo.append((home, name, home.get(name, _MISSING)))
+        self._before_change(module, name)
 
-    def restore(self) -> None:
-        """Put the attributes that the forward wrote back as they were."""
-        for home, name, value in reversed(self.undo):
-            if value is _MISSING:
-                home.pop(name, None)
-            else:
+    def _before_change(self, module: nn.Module, name: str) -> dict[str, Any]:
+        home: dict[str, Any] = _home(module, name)
+        self.undo.append((module, name, home, home.get(name, MISSING)))
+        return home
+
+    def _recall(self) -> None:
+        """Put what earlier calls may have left into the attributes of the module that is traced."""
+        for name, kind in self.assumed.states.items():
+            if kind is not MISSING:
+                left = self.create_proxy("call_function", elsewhere, (name,), {}) if kind is UNKNOWN else kind
+                self._before_change(self.root, name)[name] = left
+
+    def restore(self) -> list[tuple[nn.Module, str, Any]]:
+        """Put the attributes that the forward wrote back as they were; return what it left there."""
+        left = [(module, name, _home(module, name).get(name, MISSING)) for module, name, *_ in self.undo]
+        for module, name, home, value in reversed(self.undo):
+            _home(module, name).pop(name, None)
+            if value is not MISSING:
                 home[name] = value
+        return left
 
     def _quietly(self, do: Callable[[], Any]) -> Any:
         """Do something without noting it: the tracer's own look at modules is no use of them."""
@@ -321,7 +305,7 @@ class _Tracer(fx.Tracer):
     # ---------------------------------------------------------------------------- values that outlive the forward
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        node.meta[VALUE] = tuple(q.answer for q in self.questions), node.name
+        node.meta[VALUE] = frozenset(self.assumed.states.items()), tuple(q.answer for q in self.questions), node.name
         if node.meta[VALUE] in self.assumed.tensors:
             node.meta[TENSOR] = True
         made = ValueOf(node, self)
@@ -330,7 +314,8 @@ class _Tracer(fx.Tracer):
 
     def mark_kept(self, graph: fx.Graph) -> None:
         """Give each value that something still holds, now that the forward is done, one more user."""
-        computed = [(node, ref) for node, ref in self.alive if node.op not in ("get_attr", "placeholder")]
+        there = set(graph.nodes)
+        computed = [(n, ref) for n, ref in self.alive if n in there and n.op not in ("get_attr", "placeholder")]
         for generation in (1, 2):  # what nobody holds may still await the garbage collector; all of it is rarely needed
             if any(ref() is not None for _, ref in computed):
                 gc.collect(generation)
@@ -341,4 +326,7 @@ class _Tracer(fx.Tracer):
                     graph.call_function(kept, (node,))
 
 
-_MISSING = object()
+def _home(module: nn.Module, name: str) -> dict[str, Any]:
+    """Return the dictionary of a module that an attribute is in."""
+    inside = (module._buffers, module._parameters, module._modules)
+    return next((d for d in inside if name in d), vars(module))  # type: ignore[return-value]

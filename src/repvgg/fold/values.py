@@ -20,6 +20,14 @@ class AsksTypeError(TypeError):
         self.node, self.value = node, node.meta.get(VALUE)
 
 
+class AsksPartsError(fx.proxy.TraceError):
+    """A forward asks for the parts of the value of `node`, and nobody has said how many there are."""
+
+    def __init__(self, why: str, node: fx.Node) -> None:
+        super().__init__(why)
+        self.node, self.value = node, node.meta.get(VALUE)
+
+
 class ValueOf(fx.Proxy):
     """Stand for a value in a trace. A forward that asks (`isinstance`) what type it has is told of tensors alone."""
 
@@ -50,9 +58,16 @@ class ValueOf(fx.Proxy):
         return self.tracer.create_proxy("call_function", plain if is_size(self.node) else how, (self, other), {})
 
     def __len__(self) -> int:
-        parts = parts_of(self.node)
+        if (parts := parts_of(self.node)) is not None:
+            return parts
         with self.tracer._refusing():  # type: ignore[attr-defined]
-            return super().__len__() if parts is None else parts
+            raise AsksPartsError("it asks how long a value is", self.node)
+
+    def __add__(self, other: Any) -> Any:
+        return [*self, *other] if type(other) is list else super().__add__(other)  # type: ignore[misc]
+
+    def __radd__(self, other: Any) -> Any:
+        return [*other, *self] if type(other) is list else super().__radd__(other)  # type: ignore[misc]
 
 
 # `x += y` and its like, which fx takes for `x = x + y`: by the plain operator

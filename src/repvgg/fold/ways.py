@@ -1,15 +1,18 @@
 """Trace every way that a forward may go: where it asks for a value, which no trace has, it goes on with each answer in turn."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from torch import fx, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from repvgg.fold.call import Call
-from repvgg.fold.tracer import Assumed, Question, Seen, traced
+from repvgg.fold.seen import MISSING, Assumed, Question, Seen, kind_of
+from repvgg.fold.tracer import traced
 
 MOST = 16  # ways of one forward
+MOST_STATES = 8  # that earlier calls may have left it in
 
 
 @fx.has_side_effect
@@ -22,11 +25,43 @@ def demand(value: Any, truth: bool, where: str) -> None:
 
 
 def ways(module: nn.Module, call: Call, seen: Seen, assumed: Assumed) -> list[fx.Graph]:
-    """Return one graph for each way that the forward of `module` may go, called so. What it does on any way goes into `seen`.
+    """Return one graph for each way that the forward of `module` may go, called so, after any earlier calls.
 
-    A way on which it raises an error of its own is none. Where a single one is left, its graph demands what leads to it.
-    Raises `AsksTypeError`, and whatever a forward raises that cannot be traced, or goes more than `MOST` ways.
+    What it does on any way goes into `seen`. A way on which it raises an error of its own is none. Where a single one is left, its
+    graph demands what leads to it. Raises `AsksTypeError`, `AsksPartsError`, and whatever a forward raises that cannot be traced,
+    or goes more than `MOST` ways.
     """
+    did = Seen()
+    try:
+        found = _ways(module, call, did, assumed)
+        return _in_each_state(module, call, did, assumed) if did.states else found
+    finally:
+        seen.add(did)
+
+
+def _in_each_state(module: nn.Module, call: Call, did: Seen, assumed: Assumed) -> list[fx.Graph]:
+    """Return the ways of a forward that sets attributes of its own, whatever earlier calls have left in them."""
+    did.contexts.append("a state of its own")
+    found: dict[str, fx.Graph] = {}
+    tried = set[frozenset[Any]]()
+    while True:
+        for name, kinds in did.states.items():
+            kinds.add(kind_of(getattr(module, name, MISSING)))
+        states = [
+            dict(zip(did.states, kinds, strict=True)) for kinds in product(*(sorted(k, key=repr) for k in did.states.values()))
+        ]
+        if len(states) > MOST_STATES:
+            raise ValueError("it sets too many attributes of its own")
+        new = [state for state in states if frozenset(state.items()) not in tried]
+        if not new:
+            return list(found.values())
+        for state in new:
+            tried.add(frozenset(state.items()))
+            for graph in _ways(module, call, did, replace(assumed, states=state)):
+                found.setdefault(str(graph), graph)
+
+
+def _ways(module: nn.Module, call: Call, seen: Seen, assumed: Assumed) -> list[fx.Graph]:
     found: dict[str, tuple[fx.Graph, list[Question]]] = {}
     answers: tuple[bool, ...] | None = ()
     ended, tried = 0, 0

@@ -209,7 +209,12 @@ def svg(figure: "Figure", caption: str = "") -> str:
     file = io.BytesIO()
     with rc_context({"svg.fonttype": "path"}):
         figure.savefig(file, format="svg")
-    root = ElementTree.fromstring(file.getvalue())  # noqa: S314 (written by matplotlib just now)
+    return drawing(file.getvalue(), caption)
+
+
+def drawing(text: bytes, caption: str = "") -> str:
+    """Return an SVG file of matplotlib's as `svg` does."""
+    root = ElementTree.fromstring(text)  # noqa: S314 (written by matplotlib here)
     width = round(float(root.attrib["width"].removesuffix("pt")) * 96 / 72)  # CSS pixels
     box = root.attrib["viewBox"]
     _tidy(root)

@@ -1,0 +1,91 @@
+"""What the trace of a forward takes for granted, and what it finds out besides its graph."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+MISSING = object()  # an attribute that a module does not have
+UNKNOWN = object()  # what an earlier call may have left in one: any value, but no None, truth or word
+
+
+def kind_of(value: Any) -> Any:
+    """Return what a forward can tell of an attribute's value without asking: None, a truth, a word, that it is not there."""
+    return value if value is None or value is MISSING or type(value) in (bool, str) else UNKNOWN
+
+
+def elsewhere(name: str) -> Any:
+    """Stand in a graph for a tensor that no module holds, or for what an earlier call has left in an attribute."""
+    raise RuntimeError(name)  # whoever reads a graph does not know it either
+
+
+def kept(value: Any) -> Any:
+    """Stand in a graph for a place, unknown to the graph, that holds `value` after the forward is done."""
+    return value
+
+
+@dataclass
+class Seen:
+    """List the attributes of modules that a forward read (of others) or wrote (of any), contexts, and how it left its arguments."""
+
+    reads: list[tuple[nn.Module, str]] = field(default_factory=list)
+    writes: list[tuple[nn.Module, str]] = field(default_factory=list)
+    contexts: list[str] = field(default_factory=list)  # that it worked under (see contexts.py)
+    left: list[Any] = field(default_factory=list)  # what is in the lists that it is given (see `left_in`)
+    states: dict[str, set[Any]] = field(default_factory=dict)  # what its own attributes may be at its next call (see `kind_of`)
+
+    def add(self, other: "Seen") -> None:
+        self.reads += other.reads
+        self.writes += other.writes
+        self.contexts += other.contexts
+        self.left += other.left
+        for name, kinds in other.states.items():
+            self.states.setdefault(name, set()).update(kinds)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A forward's asking whether the value of `node` is true, the answer that it got, and where it asks."""
+
+    node: fx.Node
+    answer: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """List what a trace takes for granted.
+
+    answers: to the forward's first questions (the later ones get yes). tensors: the values that are known to be tensors, as
+    `AsksTypeError.value`; lists: those that are known to be lists or tuples, and of how many parts. changed: what calls of modules
+    leave of the lists that they are given, by module and `Call.key`. states: what earlier calls have left in its own attributes.
+    """
+
+    answers: tuple[bool, ...] = ()
+    tensors: frozenset[Any] = frozenset()
+    lists: dict[Any, tuple[type, int]] = field(default_factory=dict)
+    changed: dict[Any, Any] = field(default_factory=dict)
+    states: dict[str, Any] = field(default_factory=dict)
+
+
+def set_apart(graph: fx.Graph, strays: Collection[str]) -> None:
+    """Put `elsewhere` in the place of tensors that no module holds."""
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in strays:
+            with graph.inserting_before(node):
+                stand = graph.call_function(elsewhere, (node.target,))
+            node.replace_all_uses_with(stand)
+            graph.erase_node(node)
+
+
+def forget_states(graph: fx.Graph) -> None:
+    """Take out what is made of states alone and goes into nothing: how often it was called, say."""
+    made_of_states = set[fx.Node]()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.target is elsewhere or (node.op == "call_function" and inputs and made_of_states.issuperset(inputs)):
+            made_of_states.add(node)
+    for node in reversed(graph.nodes):
+        if node in made_of_states and not node.users:
+            graph.erase_node(node)
