@@ -21,6 +21,7 @@ class Grid(nn.Module):
         if self.size != x.shape:
             self.grid = self.made(x, self.strides[0])
             self.size = x.shape
+        boxes[:, 0::2] = boxes[:, 0::2] * self.grid[0]  # there is none before the first call
         return boxes * self.grid
 
     def made(self, x: Tensor, stride: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def in_turn(model: nn.Module, folded: nn.Module) -> float:
 def test_what_is_called_alike_in_each_state_folds() -> None:
     """As in YOLO's heads, which make a grid anew when the size of the image changes."""
     model = randomize(Grid(), SMALL).double()
+    model.size, model.grid = None, torch.empty(0)  # as before its first call
     folded = reparameterize(model)
     assert report_of(folded).pairs == [("boxes.0.0", "boxes.0.1"), ("boxes.1.0", "boxes.1.1")]
     assert not report_of(folded).left

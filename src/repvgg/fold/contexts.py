@@ -37,7 +37,7 @@ def _followed(name: str) -> Callable[..., Any]:
     make = getattr(torch, name)
 
     def made(*args: Any, **kwargs: Any) -> Any:
-        value = next((v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if type(v) is ValueOf), None)
+        value = next((v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if issubclass(type(v), ValueOf)), None)
         return make(*args, **kwargs) if value is None else value.tracer.create_proxy("call_function", made, args, kwargs)
 
     made.__name__, made.__module__ = name, "torch"  # as which a graph writes it

@@ -321,17 +321,21 @@ def _cost(m: LinearMap, multiplications: int) -> float:
 
 
 def check(stretch: Stretch) -> float:
-    """Return the relative float64 error of a stretch, on noise.
+    """Return the relative float64 error of a stretch, on noise. Raises `ReparamError` as `agree` does."""
+    x = stretch.map.noise()
+    steps = stretch.steps(x)
+    return agree(stretch.map(x), steps[stretch.target], list(steps.values()), stretch.target.name)
+
+
+def agree(got: Tensor, wanted: Tensor, steps: list[Tensor], name: str) -> float:
+    """Return the relative error of a fold's output. steps: what the original computes on the way.
 
     Raises `ReparamError` where it is more than rounding, which counts by the largest number on the way: 1e6 + x - 1e6 has lost
     six digits of x. Where so many are lost that a wrong fold would look alike, that is the error.
     """
-    x = stretch.map.noise()
-    steps, got = stretch.steps(x), stretch.map(x)
-    wanted = steps[stretch.target]
     scale = max(float(wanted.abs().max()), TINY)
     error = float((got - wanted).abs().max()) / scale if wanted.shape == got.shape else math.inf
-    cancels = max(float(v.abs().max()) for v in steps.values()) / scale
+    cancels = max(float(v.abs().max()) for v in steps) / scale
     bound = max(PART_BOUND, ROUNDINGS * EPSILON * cancels)
     if error <= min(bound, BLIND):
         return error
@@ -339,6 +343,6 @@ def check(stretch: Stretch) -> float:
         raise ReparamError(
             f"its numbers cancel: they are up to {cancels:.0e} times as large as what is left of them, so that no fold "
             "can be proved; look at its biases and running means",
-            stretch.target.name,
+            name,
         )
-    raise ReparamError(f"its folded form differs by {error:.1e} (bound {bound:.0e}); please report this", stretch.target.name)
+    raise ReparamError(f"its folded form differs by {error:.1e} (bound {bound:.0e}); please report this", name)

@@ -24,8 +24,9 @@ from repvgg.fold.guards import (
 )
 from repvgg.fold.proof import check_part
 from repvgg.fold.report import Folded, FoldReport
+from repvgg.fold.seen import Traces
 from repvgg.fold.stretches import fold_stretches
-from repvgg.fold.trace import Traces, trace
+from repvgg.fold.trace import trace
 from repvgg.fold.whole import as_inputs, check_whole, example_of
 
 F = TypeVar("F", bound=Folded)

@@ -29,8 +29,9 @@ from repvgg.fold.as_linear import (
 from repvgg.fold.blocks import DerivedConv, find_block
 from repvgg.fold.guards import altered, copied, inside, refuse_uncopyable
 from repvgg.fold.proof import check_part
+from repvgg.fold.seen import Traces
 from repvgg.fold.stretches import partners
-from repvgg.fold.trace import Traces, refuse_lost, trace
+from repvgg.fold.trace import refuse_lost, trace
 
 
 @dataclass

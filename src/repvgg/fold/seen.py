@@ -1,10 +1,13 @@
-"""What the trace of a forward takes for granted, and what it finds out besides its graph."""
+"""Hold what the trace of a forward takes for granted, what it finds out besides its graph, and what all traces of a network show."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
+
+from repvgg.fold.call import Call
 
 MISSING = object()  # an attribute that a module does not have
 UNKNOWN = object()  # what an earlier call may have left in one: any value, but no None, truth or word
@@ -67,6 +70,45 @@ class Assumed:
     lists: dict[Any, tuple[type, int]] = field(default_factory=dict)
     changed: dict[Any, Any] = field(default_factory=dict)
     states: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Traces:
+    """Hold what the forwards of a network show. A module's path is the first one under which `named_modules` lists it.
+
+    graphs: by module, its forward with its children as leaves, once for each way that it may go. The targets of call_module
+        and get_attr nodes are relative to that module. A value that the forward keeps somewhere besides returning it
+        (`self.raw = y`) has one user more, a call of `tracer.kept`.
+    uses: by module, how many places call it or use a tensor of it, or how many hold it, whichever is more.
+    exposed: modules that are used in another way than by calling them with one input, with the reason: their attributes, a part
+        of them, more arguments.
+    hidden: modules of which not every use can be seen, with the reason. So a part of them must not be changed.
+    untraceable: modules whose forward cannot be traced, with what went wrong. All that they hold is hidden.
+    open: modules that a user calls, or that get what one may have passed, and what else that may be: then they may do otherwise.
+    contexts: modules whose forwards work under what a graph does not show (`torch.autocast`, a child's own `__call__`).
+    call: how the model is called, where an example says so.
+    """
+
+    graphs: dict[str, list[fx.Graph]] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
+    exposed: dict[str, str] = field(default_factory=dict)
+    hidden: dict[str, str] = field(default_factory=dict)
+    untraceable: dict[str, str] = field(default_factory=dict)
+    open: dict[str, str] = field(default_factory=dict)
+    contexts: dict[str, str] = field(default_factory=dict)
+    call: Call | None = None
+
+    def below(self, paths: Collection[str]) -> set[str]:
+        """Return the traced modules that lie at or below one of these paths."""
+        return {p for p in self.graphs if any(p == path or p.startswith(f"{path}.") or not path for path in paths)}
+
+    def why_not_replaced(self, path: str) -> str | None:
+        """Return why nothing that computes more than this module may take its place, if so."""
+        if self.uses[path] > 1:
+            return "is used in more than one place"
+        if reason := self.exposed.get(path) or self.hidden.get(path):
+            return f"may be used in ways that cannot be seen: {reason}"
+        return None
 
 
 def set_apart(graph: fx.Graph, strays: Collection[str]) -> None:

@@ -9,9 +9,11 @@ from repvgg.fold.as_linear import resembles_batch_norm
 from repvgg.fold.flow import Flow, Stretch, check
 from repvgg.fold.guards import inside
 from repvgg.fold.report import FoldReport
+from repvgg.fold.seen import Traces
 from repvgg.fold.torch_graph import ModuleFlow
 from repvgg.fold.torch_write import ModuleWriter
-from repvgg.fold.trace import Traces, refuse_lost
+from repvgg.fold.trace import refuse_lost
+from repvgg.fold.transposed import fold_transposed
 
 UNSEEN = "its parent's forward cannot be traced"
 
@@ -37,6 +39,8 @@ def fold_stretches(model: nn.Module, traces: Traces, report: FoldReport, chosen:
             report.errors[path] = error
         left |= read.norms | {writer.name_of(v): why for v, why in read.flow.left.items()}
         model = writer.finish()
+        for names, error in fold_transposed(model, read, chosen):
+            report.stretches[names[0]], report.errors[names[0]] = names, error
     refuse_lost(model, traces, "folded")
     for path, module in model.named_modules():
         if resembles_batch_norm(module) or isinstance(module, _BatchNorm):

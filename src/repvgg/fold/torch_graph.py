@@ -13,9 +13,10 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import resembles_batch_norm, split_activation
 from repvgg.fold.flow import Flow, Value
 from repvgg.fold.guards import altered
-from repvgg.fold.torch_memory import Memory, changed_by, changed_weights, is_view, makes_new, may_change
+from repvgg.fold.in_place import changed_by, changed_weights
+from repvgg.fold.seen import Traces
+from repvgg.fold.torch_memory import Memory, is_view, makes_new, may_change
 from repvgg.fold.torch_operators import FUNCTIONS, Input, makes_flat, of_flat, of_module
-from repvgg.fold.trace import Traces
 
 
 @dataclass(eq=False)

@@ -10,8 +10,8 @@ Tracing goes from the top down, because a forward may do something else when it 
 import textwrap
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -20,49 +20,11 @@ from repvgg.fold.algebra import ReparamError
 from repvgg.fold.as_linear import as_linear, is_batch_norm
 from repvgg.fold.call import ONE_INPUT, TENSOR, Call, Slot
 from repvgg.fold.guards import called_as_torch_does, copied, parts
-from repvgg.fold.seen import Assumed, Seen
+from repvgg.fold.in_place import changed_weights
+from repvgg.fold.seen import Assumed, Seen, Traces
 from repvgg.fold.tracer import ARGUMENTS, watched_modules
 from repvgg.fold.values import TENSOR_CALLS, VALUE, AsksPartsError, AsksTypeError, gives_tensor
 from repvgg.fold.ways import ways
-
-
-@dataclass
-class Traces:
-    """Hold what the forwards of a network show. A module's path is the first one under which `named_modules` lists it.
-
-    graphs: by module, its forward with its children as leaves, once for each way that it may go. The targets of call_module
-        and get_attr nodes are relative to that module. A value that the forward keeps somewhere besides returning it
-        (`self.raw = y`) has one user more, a call of `tracer.kept`.
-    uses: by module, how many places call it or use a tensor of it, or how many hold it, whichever is more.
-    exposed: modules that are used in another way than by calling them with one input, with the reason: their attributes, a part
-        of them, more arguments.
-    hidden: modules of which not every use can be seen, with the reason. So a part of them must not be changed.
-    untraceable: modules whose forward cannot be traced, with what went wrong. All that they hold is hidden.
-    open: modules that a user calls, or that get what one may have passed, and what else that may be: then they may do otherwise.
-    contexts: modules whose forwards work under what a graph does not show (`torch.autocast`, a child's own `__call__`).
-    call: how the model is called, where an example says so.
-    """
-
-    graphs: dict[str, list[fx.Graph]] = field(default_factory=dict)
-    uses: Counter[str] = field(default_factory=Counter)
-    exposed: dict[str, str] = field(default_factory=dict)
-    hidden: dict[str, str] = field(default_factory=dict)
-    untraceable: dict[str, str] = field(default_factory=dict)
-    open: dict[str, str] = field(default_factory=dict)
-    contexts: dict[str, str] = field(default_factory=dict)
-    call: Call | None = None
-
-    def below(self, paths: Collection[str]) -> set[str]:
-        """Return the traced modules that lie at or below one of these paths."""
-        return {p for p in self.graphs if any(p == path or p.startswith(f"{path}.") or not path for path in paths)}
-
-    def why_not_replaced(self, path: str) -> str | None:
-        """Return why nothing that computes more than this module may take its place, if so."""
-        if self.uses[path] > 1:
-            return "is used in more than one place"
-        if reason := self.exposed.get(path) or self.hidden.get(path):
-            return f"may be used in ways that cannot be seen: {reason}"
-        return None
 
 
 def trace(model: nn.Module, call: Call | None = None) -> Traces:
@@ -115,7 +77,9 @@ class _Walk:
             graphs = self._ways(module, call, seen)
         except Exception as error:  # whatever a stranger's forward may raise on a value that is not there
             self.traces.untraceable[path] = _first_line(error)
-        reads, writes = ([(m, name) for m, name in pairs if m in self.names] for pairs in (seen.reads, seen.writes))
+        changed = [_place_of(module, node) for graph in graphs for node in changed_weights(graph)]
+        both = seen.reads, [*seen.writes, *changed]
+        reads, writes = ([(m, name) for m, name in pairs if m in self.names] for pairs in both)
         for other, name in reads:  # of the tree: a module that a forward makes as it runs (layers[1:]) is not
             self.read.append((module, other, name))
             self.traces.exposed.setdefault(self.names[other], f"{_called(path, module)} uses its `{name}`")
@@ -143,7 +107,7 @@ class _Walk:
                 inside = owner.split(".")
                 self._expose(path, module, inside if node.op == "get_attr" else inside[:-1])
             if node.op == "call_module":
-                call = Call.of(node)
+                call = self._call_of(module, node, used)
                 self.todo.append((used, call))
                 if path in self.traces.open and any(not isinstance(v, Slot) for v in (*call.args, *call.kwargs.values())):
                     self.traces.open.setdefault(self.names[used], call.leaves_open(used))  # it may come from the user
@@ -154,6 +118,20 @@ class _Walk:
                     self.read.append((module, used, ARGUMENTS))
         self.counted[path] = self.counted.get(path, Counter()) | counted
         self.traces.graphs.setdefault(path, []).append(graph)
+
+    def _call_of(self, module: nn.Module, node: fx.Node, used: nn.Module) -> Call:
+        """Return how a forward calls a child; what it passes is looked into where the child asks whether that is a tensor."""
+        call = Call.of(node)
+        try:
+            if not _is_operator(used):
+                self._ways(used, call, Seen())
+        except AsksTypeError as question:
+            if question.node.op == "placeholder":
+                for n in node.all_input_nodes:
+                    self._is_tensor(module, n)
+        except Exception:  # as in `_visit`, where it is met again
+            return call
+        return Call.of(node)
 
     def _ways(self, module: nn.Module, call: Call, seen: Seen) -> list[fx.Graph]:
         """Trace a forward, or look up what that gave the last time."""
@@ -306,6 +284,12 @@ def _entries(model: nn.Module) -> Iterator[nn.Module]:
     else:
         for _, child in parts(model):
             yield from _entries(child)
+
+
+def _place_of(module: nn.Module, node: fx.Node) -> tuple[nn.Module, str]:
+    """Return the module that holds a tensor which the forward of `module` uses, and its name there."""
+    owner, _, name = str(node.target).rpartition(".")
+    return module.get_submodule(owner), name
 
 
 def _has_no_forward(module: nn.Module) -> bool:

@@ -40,9 +40,12 @@ class ValueOf(fx.Proxy):
         with self.tracer._refusing():  # type: ignore[attr-defined]
             raise AsksTypeError(self.node)
 
+    def __getattr__(self, name: str) -> Any:
+        return AttributeOf(self, name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse `x.data = y`, of which a trace sees nothing."""
-        if name not in ("node", "tracer"):
+        if name not in ("node", "tracer", "_node"):  # fx's own
             with self.tracer._refusing():  # type: ignore[attr-defined]
                 raise ValueError(f"it sets `{name}` of a value")
         super().__setattr__(name, value)
@@ -57,17 +60,35 @@ class ValueOf(fx.Proxy):
         """Return what `how` makes of the value in place; of a number, what `plain` does."""
         return self.tracer.create_proxy("call_function", plain if is_size(self.node) else how, (self, other), {})
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
     def __len__(self) -> int:
         if (parts := parts_of(self.node)) is not None:
             return parts
         with self.tracer._refusing():  # type: ignore[attr-defined]
             raise AsksPartsError("it asks how long a value is", self.node)
 
+    def __eq__(self, other: Any) -> Any:
+        return False if other is None and is_size(self.node) else super().__eq__(other)
+
+    def __ne__(self, other: Any) -> Any:
+        return True if other is None and is_size(self.node) else super().__ne__(other)
+
+    __hash__ = object.__hash__
+
     def __add__(self, other: Any) -> Any:
         return [*self, *other] if type(other) is list else super().__add__(other)  # type: ignore[misc]
 
     def __radd__(self, other: Any) -> Any:
         return [*other, *self] if type(other) is list else super().__radd__(other)  # type: ignore[misc]
+
+
+class AttributeOf(ValueOf, fx.proxy.Attribute):  # type: ignore[misc]
+    """Stand for an attribute of a value, or for a method that is called next."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        vars(self).update(root=root, attr=attr, tracer=root.tracer, _node=None)
 
 
 # `x += y` and its like, which fx takes for `x = x + y`: by the plain operator
