@@ -1,4 +1,4 @@
-"""Hold what the trace of a forward takes for granted, what it finds out besides its graph, and what all traces of a network show."""
+"""Hold what a trace takes for granted, what it finds out besides its graph, and what all traces of a network show."""
 
 from collections import Counter
 from collections.abc import Collection
