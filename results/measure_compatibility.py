@@ -11,6 +11,7 @@ ours are installed into an environment of their own (--environments), which borr
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -176,7 +177,14 @@ def run(case: str, environments: Path) -> dict[str, Any]:
     """Measure one network in a process of its own; what goes wrong there is the result."""
     try:
         python = python_for(case.partition(":")[0], environments)
-        done = subprocess.run([python, __file__, "--one", case], capture_output=True, text=True, timeout=1800, check=False)
+        done = subprocess.run(
+            [python, __file__, "--one", case],
+            capture_output=True,
+            text=True,
+            timeout=1800,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent / "src")},
+        )  # of this checkout
     except (subprocess.SubprocessError, OSError) as error:
         return {"failed": str(error)[:200]}
     if done.returncode:

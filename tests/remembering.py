@@ -72,6 +72,37 @@ class ReadsAWord(OpensAWay):
         return y  # type: ignore[no-any-return]
 
 
+class Caches(nn.Module):
+    """As LeViT's attention: what it makes of a weight is kept in a dictionary, by device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.end, self.cache = pair(), pair(), dict[str, Tensor]()
+        self.bias = nn.Parameter(torch.randn(3, 1, 1))
+        self.register_buffer("order", torch.tensor([2, 0, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.pair(x) + self.biases(x.device))  # type: ignore[no-any-return]
+
+    def biases(self, device: torch.device) -> Tensor:
+        key = str(device)
+        if key not in self.cache:
+            self.cache[key] = self.bias[self.get_buffer("order")]
+        return self.cache[key]
+
+
+class Grows(OpensAWay):
+    """It looks at what lies between once it has seen three images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.mean())
+        return self.pair(x) if len(self.seen) < 3 else self.pair[0](x)  # type: ignore[no-any-return]
+
+
 class SharesAList(nn.Module):
     """It takes a weight of another module out of a list, and changes it."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from folding import EXACT, SMALL, outputs, report_of
-from remembering import AddsTheLast, Counts, Grid, OpensAWay, Pyramid, ReadsAWord, SharesAList
+from remembering import AddsTheLast, Caches, Counts, Grid, Grows, OpensAWay, Pyramid, ReadsAWord, SharesAList
 from torch import nn
 
 from repvgg.fold.reparameterize import reparameterize
@@ -31,7 +31,16 @@ def test_what_is_called_alike_in_each_state_folds() -> None:
     assert in_turn(model, folded) <= EXACT
 
 
-@pytest.mark.parametrize("make", [OpensAWay, AddsTheLast, ReadsAWord])
+def test_what_a_dictionary_keeps_is_followed() -> None:
+    model = randomize(Caches(), SMALL).double()
+    model.cache.clear()
+    folded = reparameterize(model)
+    assert not report_of(folded).left
+    assert not folded.cache
+    assert in_turn(model, folded) <= EXACT
+
+
+@pytest.mark.parametrize("make", [OpensAWay, AddsTheLast, ReadsAWord, Grows])
 def test_a_state_that_opens_another_way_is_gone_through(make: Callable[[], nn.Module]) -> None:
     model = randomize(make(), SMALL).double()
     folded = reparameterize(model)

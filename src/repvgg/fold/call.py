@@ -113,12 +113,12 @@ def own_lists(module: nn.Module) -> list[tuple[str, Any, Any, Any]]:
     return [(n, v, v.copy(), contents(v)) for n, v in named if not n.startswith("__") and n not in EVERYWHERE]
 
 
-def restored(lists: list[tuple[str, Any, Any, Any]]) -> list[str]:
-    """Put back what was in lists that `own_lists` returned, and return the names of those that were changed."""
-    changed = []
+def restored(lists: list[tuple[str, Any, Any, Any]]) -> dict[str, Any]:
+    """Put back what was in lists that `own_lists` returned; return, by name, those that were changed, as they were left."""
+    changed = {}
     for name, value, copy, before in lists:
         if contents(value) != before:
-            changed.append(name)
+            changed[name] = value.copy()
             value.clear()
             value.extend(copy) if isinstance(value, list) else value.update(copy)
     return changed

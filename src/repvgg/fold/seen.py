@@ -1,7 +1,7 @@
 """Hold what a trace takes for granted, what it finds out besides its graph, and what all traces of a network show."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,25 @@ MISSING = object()  # an attribute that a module does not have
 UNKNOWN = object()  # what an earlier call may have left in one: any value, but no None, truth or word
 
 
+@dataclass(frozen=True)
+class Held:
+    """Hold what is in a list or a dictionary: its keys or numbers, and of what kind each value is."""
+
+    made_of: type
+    parts: tuple[tuple[Any, Any], ...]
+
+    def filled(self, fill: Callable[[Any], Any]) -> Any:
+        """Return such a list or dictionary, of what `fill` makes of each kind."""
+        made = {key: fill(kind) for key, kind in self.parts}
+        return made if self.made_of is dict else list(made.values())
+
+
 def kind_of(value: Any) -> Any:
-    """Return what a forward can tell of an attribute's value without asking: None, a truth, a word, that it is not there."""
+    """Return what a forward can tell of an attribute's value without asking: None, a truth, a word, that it is not there, and of a
+    list or a dictionary how many values there are, and of what kind."""
+    if type(value) in (list, dict):
+        parts = value.items() if type(value) is dict else enumerate(value)
+        return Held(type(value), tuple((key, kind_of(inner)) for key, inner in parts))
     return value if value is None or value is MISSING or type(value) in (bool, str) else UNKNOWN
 
 

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import fx, nn
 from repvgg.fold.call import TENSOR, Call, Slot, contents, lasting, leave, left_in, own_lists, restored
 from repvgg.fold.contexts import WatchedTensors, memory, watched_contexts, watched_factories
 from repvgg.fold.guards import chosen_forward
-from repvgg.fold.seen import MISSING, UNKNOWN, Assumed, Question, Seen, elsewhere, forget_states, kept, kind_of, set_apart
+from repvgg.fold.seen import MISSING, UNKNOWN, Assumed, Held, Question, Seen, elsewhere, forget_states, kept, kind_of, set_apart
 from repvgg.fold.values import VALUE, AsksPartsError, ValueOf, is_size, parts_of
 
 
@@ -38,10 +39,11 @@ def traced(module: nn.Module, call: Call, seen: Seen, assumed: Assumed, more: bo
         left, changed = tracer.restore(), restored(lists)
         for name in vars(module).keys() - held:  # constants, which fx has put there
             strays[name] = vars(module).pop(name)
-    if changed:
-        seen.writes += [(module, name) for name in changed]
-        raise ValueError(f"it changes `{changed[0]}`, which outlives it")
-    for owner, name, value in left:
+    for name, value in changed.items():
+        seen.writes.append((module, name))
+        if name not in vars(module) or type(value) is set:
+            raise ValueError(f"it changes `{name}`, which outlives it")
+    for owner, name, value in (*left, *((module, *item) for item in changed.items())):
         if isinstance(value, nn.Module):
             raise ValueError(f"it sets `{name}`, a module")
         if owner is module:
@@ -57,7 +59,7 @@ def traced(module: nn.Module, call: Call, seen: Seen, assumed: Assumed, more: bo
         seen.writes.append((module, ARGUMENTS))
     seen.left.append(left_in(tracer.given))
     tracer.given = None
-    tracer.mark_kept(graph)  # those in `left` too
+    tracer.mark_kept(graph)  # those in `left` and `changed` too
     return graph, tracer.questions
 
 
@@ -261,10 +263,15 @@ class _Tracer(fx.Tracer):
 
     def _recall(self) -> None:
         """Put what earlier calls may have left into the attributes of the module that is traced."""
+
+        def left(name: str, kind: Any) -> Any:
+            if isinstance(kind, Held):
+                return kind.filled(partial(left, name))
+            return self.create_proxy("call_function", elsewhere, (name,), {}) if kind is UNKNOWN else kind
+
         for name, kind in self.assumed.states.items():
             if kind is not MISSING:
-                left = self.create_proxy("call_function", elsewhere, (name,), {}) if kind is UNKNOWN else kind
-                self._before_change(self.root, name)[name] = left
+                self._before_change(self.root, name)[name] = left(name, kind)
 
     def restore(self) -> list[tuple[nn.Module, str, Any]]:
         """Put the attributes that the forward wrote back as they were; return what it left there."""
