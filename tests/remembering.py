@@ -103,6 +103,20 @@ class Grows(OpensAWay):
         return self.pair(x) if len(self.seen) < 3 else self.pair[0](x)  # type: ignore[no-any-return]
 
 
+class KeepsAModule(OpensAWay):
+    """What it keeps for its next call is a part of another part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = dict[str, tuple[nn.Module]]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "first" in self.layers:
+            return self.layers["first"][0](x)  # type: ignore[no-any-return]
+        self.layers["first"] = (self.pair[0],)
+        return self.pair(x)  # type: ignore[no-any-return]
+
+
 class SharesAList(nn.Module):
     """It takes a weight of another module out of a list, and changes it."""
 

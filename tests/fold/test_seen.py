@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import randomize, relative_error
 from folding import EXACT, SMALL, outputs, report_of
-from remembering import AddsTheLast, Caches, Counts, Grid, Grows, OpensAWay, Pyramid, ReadsAWord, SharesAList
+from remembering import AddsTheLast, Caches, Counts, Grid, Grows, KeepsAModule, OpensAWay, Pyramid, ReadsAWord, SharesAList
 from torch import nn
 
 from repvgg.fold.reparameterize import reparameterize
@@ -46,6 +46,12 @@ def test_a_state_that_opens_another_way_is_gone_through(make: Callable[[], nn.Mo
     folded = reparameterize(model)
     assert report_of(folded).left.keys() == {"pair.1"}
     assert in_turn(model, folded) == 0
+
+
+def test_a_forward_that_keeps_a_module_is_left() -> None:
+    model = randomize(KeepsAModule(), SMALL).double()
+    model.layers.clear()
+    assert "(it keeps a module for its next call)" in report_of(reparameterize(model)).left["pair.1"]
 
 
 def test_a_forward_that_counts_its_calls_still_does() -> None:

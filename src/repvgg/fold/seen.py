@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from repvgg.fold.call import Call
@@ -28,10 +29,12 @@ class Held:
 
 def kind_of(value: Any) -> Any:
     """Return what a forward can tell of an attribute's value without asking: None, a truth, a word, that it is not there, and of a
-    list or a dictionary how many values there are, and of what kind."""
+    list or a dictionary how many values there are, and of what kind. Raises ValueError for a module, which might be called."""
     if type(value) in (list, dict):
         parts = value.items() if type(value) is dict else enumerate(value)
         return Held(type(value), tuple((key, kind_of(inner)) for key, inner in parts))
+    if any(isinstance(part, nn.Module) for part in torch.utils._pytree.tree_leaves(value)):
+        raise ValueError("it keeps a module for its next call")
     return value if value is None or value is MISSING or type(value) in (bool, str) else UNKNOWN
 
 
