@@ -161,14 +161,11 @@ def python_for(source: str, environments: Path) -> str:
         return sys.executable
     home = environments / source
     python = home / "bin" / "python"
-    made = python.exists()
-    if not made:
+    if new := not python.exists():
         venv.create(home, with_pip=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
-    (site / "borrowed.pth").write_text(
-        f"{sysconfig.get_path('purelib')}\n{HERE.parent / 'src'}\n"
-    )  # this checkout, also of an old one
-    if not made:
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))  # each time: another checkout may have made it
+    if new:  # pip sees what is borrowed, and leaves it out
         subprocess.run([python, "-m", "pip", "install", "-q", PACKAGES[source]], check=True)
     return str(python)
 
@@ -183,8 +180,8 @@ def run(case: str, environments: Path) -> dict[str, Any]:
             text=True,
             timeout=1800,
             check=False,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent / "src")},
-        )  # of this checkout
+            env={**os.environ, "PYTHONPATH": str(HERE.parent / "src")},  # this checkout's
+        )
     except (subprocess.SubprocessError, OSError) as error:
         return {"failed": str(error)[:200]}
     if done.returncode:

@@ -98,7 +98,7 @@ class Traces:
 
     graphs: by module, its forward with its children as leaves, once for each way that it may go. The targets of call_module
         and get_attr nodes are relative to that module. A value that the forward keeps somewhere besides returning it
-        (`self.raw = y`) has one user more, a call of `tracer.kept`.
+        (`self.raw = y`) has one user more, a call of `kept`.
     uses: by module, how many places call it or use a tensor of it, or how many hold it, whichever is more.
     exposed: modules that are used in another way than by calling them with one input, with the reason: their attributes, a part
         of them, more arguments.

@@ -129,9 +129,10 @@ class _Walk:
             if question.node.op == "placeholder":
                 for n in node.all_input_nodes:
                     self._is_tensor(module, n)
+                return Call.of(node)
         except Exception:  # as in `_visit`, where it is met again
             return call
-        return Call.of(node)
+        return call
 
     def _ways(self, module: nn.Module, call: Call, seen: Seen) -> list[fx.Graph]:
         """Trace a forward, or look up what that gave the last time."""

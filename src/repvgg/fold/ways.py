@@ -47,9 +47,8 @@ def _in_each_state(module: nn.Module, call: Call, did: Seen, assumed: Assumed) -
     while True:
         for name, kinds in did.states.items():
             kinds.add(kind_of(getattr(module, name, MISSING)))
-        states = [
-            dict(zip(did.states, kinds, strict=True)) for kinds in product(*(sorted(k, key=repr) for k in did.states.values()))
-        ]
+        in_order = (sorted(kinds, key=repr) for kinds in did.states.values())  # the same each time
+        states = [dict(zip(did.states, kinds, strict=True)) for kinds in product(*in_order)]
         if len(states) > MOST_STATES:
             raise ValueError("it sets too many attributes of its own")
         new = [state for state in states if frozenset(state.items()) not in tried]
